@@ -1,0 +1,57 @@
+"""Package metadata of tprl_hf; the tested pins are in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "tprl_hf/__init__.py").read_text(encoding="utf-8"), re.M)[1]
+
+# transformers 5.18 is the first whose `forward` takes `mm_encoder_outputs`.
+INSTALL = [
+    "accelerate>=1.10",
+    "datasets>=4.7",
+    "huggingface_hub>=1.31,<3",
+    "jinja2>=3.1",
+    "numpy>=2.0",
+    "pillow>=10",
+    "safetensors>=0.6",
+    "torch>=2.6",
+    "transformers>=5.18,<6",
+]
+EXTRAS = {
+    "train": ["easy-vqa>=1.0", "peft>=0.21", "trl>=1.16,<2"],
+    "eval": ["easy-vqa>=1.0", "evaluate>=0.4.6", "matplotlib>=3.9"],
+    # Both bring other versions of torchvision and pillow: give each a virtual environment of its own.
+    "lmms": ["lmms-eval>=0.7.3"],
+    "demo": ["gradio>=6"],
+    "serve": ["transformers[serving]>=5.18,<6"],
+}
+EXTRAS["dev"] = [*EXTRAS["train"], *EXTRAS["eval"], "mypy>=2.0", "pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.17"]
+
+setup(
+    name="tprl_hf",
+    version=VERSION,
+    description="Prune the visual tokens of any Hugging Face vision-language model with a policy learned by reinforcement",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    keywords="vision-language-models token-pruning reinforcement-learning transformers lvlm",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.11",
+    packages=find_packages(include=["tprl_hf", "tprl_hf.*"]),
+    package_data={"tprl_hf": ["py.typed", "checkpoints/**", "model_cards/**"]},
+    install_requires=INSTALL,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["tprl = tprl_hf.cli.main:main"]},
+    zip_safe=False,
+)

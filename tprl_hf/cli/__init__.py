@@ -1,0 +1,1 @@
+"""The `tprl` command, one file for each of its commands."""
