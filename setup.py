@@ -33,7 +33,7 @@ EXTRAS["dev"] = [*EXTRAS["train"], *EXTRAS["eval"], "mypy>=2.0", "pytest>=9.0", 
 setup(
     name="tprl_hf",
     version=VERSION,
-    description="Prune the visual tokens of any Hugging Face vision-language model with a policy learned by reinforcement",
+    description="Prune the visual tokens of any Hugging Face vision-language model with a learned policy",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,7 +1,7 @@
 """Prune the visual tokens of any LVLM by a learned policy.
 
-`import tprl_hf` imports neither torch nor transformers: names are loaded when they are first used, and our classes join
-transformers' Auto classes as soon as those are loaded.
+`import tprl_hf` imports neither torch nor transformers: names are loaded when they are first used, and our classes
+join transformers' Auto classes as soon as those are loaded.
 """
 
 from importlib import import_module
@@ -82,4 +82,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-register_auto_classes()
+if (Path(__file__).parent / "modeling" / "modeling_tprl.py").is_file():
+    register_auto_classes()
