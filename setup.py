@@ -28,7 +28,15 @@ EXTRAS = {
     "demo": ["gradio>=6"],
     "serve": ["transformers[serving]>=5.18,<6"],
 }
-EXTRAS["dev"] = [*EXTRAS["train"], *EXTRAS["eval"], "mypy>=2.0", "pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.17"]
+EXTRAS["dev"] = [
+    *EXTRAS["train"],
+    *EXTRAS["eval"],
+    "mypy>=2.0",
+    "pytest>=9.0",
+    "pytest-xdist>=3.8",
+    "ruff>=0.17",
+    "setuptools>=77",
+]
 
 setup(
     name="tprl_hf",

@@ -1,0 +1,205 @@
+"""What README, setup.py and dev.py promise, held against what is there."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import dev
+import tprl_hf
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_python(code: str) -> str:
+    """The output of a fresh interpreter."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def requirements(path: str = "setup.py") -> dict[str, Requirement]:
+    if path == "constraints.txt":
+        lines = [line for line in (ROOT / path).read_text().splitlines() if line and not line.startswith("#")]
+    else:
+        lines = re.findall(r'"([\w\-\[\]]+[<>=]=[^"]+)"', (ROOT / path).read_text())
+    return {Requirement(line).name.lower(): Requirement(line) for line in lines}
+
+
+class TestImport:
+    def test_it_imports_neither_torch_nor_transformers(self):
+        code = "import sys, tprl_hf; print(sorted({'torch', 'transformers', 'datasets', 'PIL'} & set(sys.modules)))"
+        assert run_python(code) == "[]"
+
+    @pytest.mark.parametrize("name", tprl_hf.__all__)
+    def test_every_public_name_is_there(self, name):
+        assert getattr(tprl_hf, name) is not None
+        assert name in dir(tprl_hf)
+
+    def test_an_unknown_name_is_an_attribute_error(self):
+        with pytest.raises(AttributeError, match="no attribute 'TPRLConfik'"):
+            tprl_hf.TPRLConfik  # noqa: B018
+
+    @pytest.mark.parametrize(
+        "imports",
+        [
+            "import tprl_hf; from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText",
+            "from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText; import tprl_hf",
+            "from transformers import AutoConfig; import tprl_hf; from transformers import AutoModel, "
+            "AutoModelForImageTextToText",
+            "import tprl_hf.modeling.modeling_tprl; from transformers import AutoConfig, AutoModel, "
+            "AutoModelForImageTextToText",
+            "from tprl_hf import TPRLConfig; from transformers import AutoConfig, AutoModel, "
+            "AutoModelForImageTextToText",
+        ],
+        ids=["ours-first", "theirs-first", "between", "model-module-first", "config-class-first"],
+    )
+    def test_the_auto_classes_know_us_in_any_order_of_imports(self, imports):
+        code = f"""{imports}
+import tprl_hf
+config = AutoConfig.for_model("tprl")
+assert type(config) is tprl_hf.TPRLConfig, type(config)
+for auto_class in (AutoModel, AutoModelForImageTextToText):
+    assert auto_class._model_mapping[tprl_hf.TPRLConfig] is tprl_hf.TPRLForConditionalGeneration
+print("known")"""
+        assert run_python(code) == "known"
+
+
+class TestMetadata:
+    def test_one_version_everywhere(self):
+        assert f"## {tprl_hf.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+        assert f'version: "{tprl_hf.__version__}"' in (ROOT / "CITATION.cff").read_text()
+
+    def test_the_tested_pins_lie_within_the_ranges_of_setup_py(self):
+        wanted, pinned = requirements(), requirements("constraints.txt")
+        assert {"torch", "transformers", "datasets", "trl", "pytest", "ruff"} <= wanted.keys() & pinned.keys()
+        for name in wanted.keys() & pinned.keys():
+            (pin,) = pinned[name].specifier
+            assert pin.operator == "==" and wanted[name].specifier.contains(pin.version), name
+
+    def test_the_extras_are_those_the_docs_name(self):
+        extras = re.findall(r'^    "(\w+)": \[|^EXTRAS\["(\w+)"\]', (ROOT / "setup.py").read_text(), re.M)
+        assert {a or b for a, b in extras} == {"train", "eval", "lmms", "serve", "demo", "dev"}
+
+    def test_the_oldest_python_is_the_same_everywhere(self):
+        oldest = ".".join(map(str, dev.OLDEST_PYTHON))
+        assert f'python_requires=">={oldest}"' in (ROOT / "setup.py").read_text()
+        assert f'python_version = "{oldest}"' in (ROOT / "pyproject.toml").read_text()
+
+    def test_the_wheel_holds_the_type_marker_and_the_embedded_checkpoint(self, tmp_path):
+        source = tmp_path / "source"
+        source.mkdir()
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "tprl_hf"):
+            subprocess.run(["cp", "-r", ROOT / name, source / name], check=True)
+        build = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
+        done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        with zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]) as wheel:
+            packed = set(wheel.namelist())
+        data = [path for path in (ROOT / "tprl_hf").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        assert {path.relative_to(ROOT).as_posix() for path in data} <= packed
+
+
+class TestCheckout:
+    @pytest.mark.parametrize("name", ["modeling", "training"])
+    def test_the_links_at_the_top_are_relative(self, name):
+        link = ROOT / name
+        assert link.is_symlink() and link.readlink() == Path("tprl_hf") / name and link.is_dir()
+
+    def test_no_file_names_a_place_of_one_machine_or_a_token(self):
+        # written in pieces, so that this file does not find itself
+        private = re.compile("|".join(["/ho" + r"me/\w", "/ro" + "ot/", "/wo" + "rk/", "hf" + r"_[A-Za-z]{30,}"]))
+        tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+        if tracked.returncode:
+            pytest.skip("not a git checkout")
+        for name in filter(None, tracked.stdout.split("\0")):
+            path = ROOT / name
+            if not path.is_file() or path.suffix in {".png", ".safetensors"}:
+                continue
+            assert not private.search(path.read_text(encoding="utf-8")), name
+
+    def test_makefile_and_readme_call_commands_that_dev_py_has(self):
+        targets = re.search(r"^([\w ]+):\n\tpython3 dev.py \$@$", (ROOT / "Makefile").read_text(), re.M)
+        assert targets is not None and set(targets[1].split()) <= dev.COMMANDS.keys()
+        called = re.findall(r"python3 dev\.py (\w+)", (ROOT / "README.md").read_text())
+        assert {"demo", "test"} <= set(called) <= dev.COMMANDS.keys()
+
+
+class TestDevPy:
+    @pytest.fixture
+    def checkout(self, tmp_path, monkeypatch):
+        """A checkout of three files whose pip commands are recorded instead of run; its result is settable."""
+        for name in ("setup.py", "constraints.txt"):
+            (tmp_path / name).write_text("v1")
+        for name, value in {"ROOT": tmp_path, "VENV": tmp_path / ".venv", "BIN": tmp_path / ".venv" / "bin"}.items():
+            monkeypatch.setattr(dev, name, value)
+        monkeypatch.setattr(dev, "PYTHON", dev.BIN / "python")
+        monkeypatch.setattr(dev, "UNFINISHED", dev.VENV / "install-unfinished")
+        self.installed, self.made, self.code = [], 0, 0
+
+        class FastBuilder:
+            def __init__(builder, clear, with_pip):
+                assert clear and with_pip
+
+            def create(builder, path):
+                self.made += 1
+                subprocess.run(["rm", "-rf", path], check=True)
+                dev.BIN.mkdir(parents=True)
+                dev.PYTHON.symlink_to(sys.executable)
+
+        monkeypatch.setattr(dev.venv, "EnvBuilder", FastBuilder)
+        monkeypatch.setattr(dev, "python_works", lambda: dev.PYTHON.exists())
+        monkeypatch.setattr(dev, "run", lambda *command, **_: self.installed.append(command) or self.code)
+        return tmp_path
+
+    def test_it_installs_once_and_again_when_the_pins_change(self, checkout):
+        dev.set_up("dev")
+        dev.set_up("dev")
+        dev.set_up("")  # dev holds all that the base holds
+        assert (self.made, len(self.installed)) == (1, 1) and ".[dev]" in self.installed[0]
+        (checkout / "constraints.txt").write_text("v2")
+        dev.set_up("")
+        assert (self.made, len(self.installed)) == (1, 2) and "." in self.installed[1]
+        assert not dev.is_installed("dev") and dev.is_installed("")
+
+    def test_an_install_that_was_cut_off_starts_over(self, checkout):
+        self.code = 1
+        with pytest.raises(SystemExit, match="pip failed with exit code 1"):
+            dev.set_up("")
+        self.code = 0
+        dev.set_up("")
+        assert (self.made, len(self.installed)) == (2, 2) and dev.is_installed("")
+
+    def test_an_environment_without_a_working_python_is_made_anew(self, checkout):
+        dev.BIN.mkdir(parents=True)
+        dev.set_up("")
+        assert self.made == 1 and dev.is_installed("")
+
+    def test_pytests_exit_code_is_kept_and_every_check_is_run(self, monkeypatch):
+        codes = {"ruff": 1, "mypy": 0, "pytest": 3}
+        called = []
+
+        def run(*command, **_):
+            called.append(command[2])
+            return codes[command[2]]
+
+        monkeypatch.setattr(dev, "set_up", lambda extra: None)
+        monkeypatch.setattr(dev, "run", run)
+        assert dev.test([]) == 3 and called == ["ruff", "ruff", "mypy", "pytest"]
+        codes["pytest"] = 0
+        assert dev.test([]) == 1  # ruff's
+        codes["ruff"] = 0
+        assert dev.test([]) == 0
+
+
+def test_the_running_versions_are_within_the_ranges():
+    from importlib.metadata import version
+
+    for name, requirement in requirements().items():
+        if name in {"torch", "transformers", "huggingface_hub", "datasets", "pillow"}:
+            assert requirement.specifier.contains(Version(version(name)).base_version), name
