@@ -101,9 +101,10 @@ def test(arguments: list[str]) -> int:
         run(PYTHON, "-m", "mypy"),
     ]
     workers = min(os.cpu_count() or 1, 4)
-    command = [PYTHON, "-m", "pytest", "-q", *(["-n", str(workers)] if workers > 1 else []), *arguments]
+    parallel = ["-n", str(workers)] if workers > 1 else []
     # One thread for each worker; and whoever needs a download should fail here rather than at a user's.
-    codes.append(run(*command, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"))
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    codes.append(run(PYTHON, "-m", "pytest", "-q", *parallel, *arguments, **environment))
     if any(codes[:-1]):
         print("ruff or mypy found something: see above, before pytest's output", file=sys.stderr)
     return next((code for code in reversed(codes) if code), 0)
