@@ -1,0 +1,125 @@
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tprl_hf.visualization import (
+    Figure,
+    Panel,
+    draw_figures,
+    draw_kept_tokens,
+    figures_to_html,
+    image_from_pixel_values,
+)
+
+PATCH = 12
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    """48 × 36 pixels of dark noise: four columns and three rows of patches."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 120, (3 * PATCH, 4 * PATCH, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def layout() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.arange(12) // 4, torch.arange(12) % 4
+
+
+def interior(picture: Image.Image, row: int, column: int) -> np.ndarray:
+    """A patch without its rim, where lines may be."""
+    return np.asarray(picture)[row * PATCH + 2 : (row + 1) * PATCH - 2, column * PATCH + 2 : (column + 1) * PATCH - 2]
+
+
+class TestDrawKeptTokens:
+    def test_kept_patches_are_untouched_and_pruned_ones_fade(self, image, layout):
+        keep_mask = torch.tensor([True, False, False, True] * 3)
+        picture = draw_kept_tokens(image, keep_mask, *layout, width=image.width)
+        assert picture.size == image.size
+        for row, column, kept in zip(*layout, keep_mask, strict=True):
+            if kept:
+                assert np.array_equal(interior(picture, row, column), interior(image, row, column))
+            else:
+                assert interior(picture, row, column).min() > 200
+
+    def test_the_layout_says_where_a_token_lies_whatever_the_order(self, image, layout):
+        keep_mask = torch.rand(12, generator=torch.manual_seed(0)) > 0.5
+        order = torch.randperm(12, generator=torch.manual_seed(1))
+        there = draw_kept_tokens(image, keep_mask, *layout)
+        shuffled = draw_kept_tokens(image, keep_mask[order], *(part[order] for part in layout))
+        assert there.tobytes() == shuffled.tobytes()
+
+    def test_lists_and_arrays_do_as_tensors_do(self, image, layout):
+        keep_mask = torch.arange(12) % 5 == 0
+        as_lists = draw_kept_tokens(image, keep_mask.tolist(), *(part.tolist() for part in layout))
+        assert as_lists.tobytes() == draw_kept_tokens(image, keep_mask, *layout).tobytes()
+
+    def test_the_image_keeps_its_proportions_and_is_not_written_to(self, image, layout):
+        before = image.tobytes()
+        assert draw_kept_tokens(image, [True] * 12, *layout, width=100, boxes=[[0, 0, 9, 9]]).size == (100, 75)
+        assert image.tobytes() == before
+
+    @pytest.mark.parametrize("keep_mask", [[True] * 11, [], [[True] * 12]])
+    def test_a_mask_of_another_shape_is_refused_with_the_shapes(self, image, layout, keep_mask):
+        with pytest.raises(ValueError, match=r"of one length .*\(12,\)"):
+            draw_kept_tokens(image, keep_mask, *layout)
+
+
+class TestImageFromPixelValues:
+    def test_it_undoes_the_normalisation(self, image):
+        mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+        pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
+        normalised = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        assert image_from_pixel_values(normalised, mean, std).tobytes() == image.tobytes()
+
+    def test_flattened_patches_are_refused(self):
+        with pytest.raises(ValueError, match=r"got \[16, 1176\]"):
+            image_from_pixel_values(torch.zeros(16, 1176), [0.5] * 3, [0.5] * 3)
+
+
+class TestFigures:
+    @pytest.fixture
+    def figure(self, image, layout) -> Figure:
+        panels = [
+            Panel("all 12 tokens", "red", is_right=True),
+            Panel("<random>", "a & b", torch.arange(12) < 4, torch.linspace(0, 1, 12), False),
+        ]
+        return Figure(image, *layout, panels, title='Is "x" < y?', boxes=[[1, 1, 5, 5]])
+
+    def test_a_page_is_as_wide_as_its_longest_row_and_as_high_as_its_figures(self, figure):
+        one = draw_figures([figure])
+        assert draw_figures([figure, figure]).width == one.width == 2 * 18 + 2 * 176 + 14
+        assert one.height < draw_figures([figure, figure]).height < 2 * one.height
+        assert draw_figures([figure], scale=2).width == 2 * one.width
+
+    def test_long_texts_stay_on_the_page(self, figure):
+        plain = draw_figures([figure])
+        figure.panels[1].text = "word" * 100
+        assert draw_figures([figure]).size == plain.size
+        figure.title = "many words " * 20
+        assert draw_figures([figure]).width == plain.width and draw_figures([figure]).height > plain.height
+
+    def test_no_figure_is_refused(self):
+        with pytest.raises(ValueError, match="no figure"):
+            draw_figures([])
+
+    def test_the_html_page_needs_nothing_from_elsewhere(self, figure):
+        page = figures_to_html([figure], "Kept", ["seed 7"])
+        assert not re.search(r"https?:|<script|<link|src=|@import", page)
+        (data,) = re.findall(r"data:image/png;base64,([\w+/=]+)", page)
+        assert Image.open(io.BytesIO(base64.b64decode(data))).size == (352, 264)
+
+    def test_the_html_page_tells_each_patchs_fate_and_score(self, figure):
+        page = figures_to_html([figure], "Kept")
+        assert (page.count('class="patch kept"'), page.count('class="patch pruned"')) == (4, 8)
+        assert 'data-tip="row 0, column 0: kept, score 0"' in page
+        assert 'data-tip="row 2, column 3: pruned, score 1"' in page
+
+    def test_texts_are_escaped(self, figure):
+        page = figures_to_html([figure], "<Kept>", ["a < b"])
+        assert "<title>&lt;Kept&gt;</title>" in page and "a &lt; b" in page
+        assert "&lt;random&gt;" in page and "a &amp; b" in page and "Is &quot;x&quot; &lt; y?" in page
