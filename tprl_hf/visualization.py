@@ -223,7 +223,7 @@ def figures_to_html(figures: Sequence[Figure], title: str, notes: Sequence[str] 
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
     for number, figure in enumerate(figures):
-        image = _framed(_scaled(figure.image, 2 * PANEL_WIDTH), figure.image, figure.boxes)
+        image = _scaled(figure.image, 2 * PANEL_WIDTH)
         # each image stands in the page once, as a style that its panels share
         parts.append(f"<style>.image{number} {{ background-image: url({_data_uri(image)}); }}</style>")
         panels = "".join(_panel_to_html(figure, panel, number, image) for panel in figure.panels)
@@ -241,6 +241,8 @@ section {{ background: #fff; border: 1px solid #dfe4e8; border-radius: 8px; padd
 figcaption b {{ display: block; margin-top: .3rem; }} figcaption {{ color: {GREY}; overflow-wrap: anywhere; }}
 figcaption b {{ color: {INK}; }} .right {{ color: {RIGHT}; }} .wrong {{ color: {WRONG}; }}
 .picture {{ position: relative; background-size: 100% 100%; display: grid; }}
+.box {{ position: absolute; border: 2px solid {BOX}; border-radius: 4px; box-sizing: border-box; }}
+.box {{ pointer-events: none; }}
 .pruned {{ background: rgba(255, 255, 255, {DIMMING}); }} .patch:hover {{ outline: 2px solid {BOX}; z-index: 1; }}
 .patch:hover::after {{ content: attr(data-tip); position: absolute; left: 0; top: 100%; z-index: 2;
   padding: .2rem .5rem; background: {INK}; color: #fff; border-radius: 4px; font-size: 12px;
@@ -261,6 +263,11 @@ def _panel_to_html(figure: Figure, panel: Panel, number: int, image: Image.Image
             state = "kept" if is_kept else "pruned"
             tip = f"row {row}, column {column}: {state}{scores.get((row, column), '')}"
             patches += f'<div class="patch {state}" data-tip="{tip}"></div>'
+    for x0, y0, x1, y1 in figure.boxes:
+        left, width = 100 * (x0 - 1) / figure.image.width, 100 * (x1 - x0 + 2) / figure.image.width
+        top, height = 100 * (y0 - 1) / figure.image.height, 100 * (y1 - y0 + 2) / figure.image.height
+        place = f"left: {left:.2f}%; top: {top:.2f}%; width: {width:.2f}%; height: {height:.2f}%"
+        patches += f'<div class="box" style="{place}"></div>'
     mark = {None: "", True: "right", False: "wrong"}[panel.is_right]
     caption = f'<b>{html.escape(panel.title)}</b><span class="{mark}">{html.escape(panel.text)}</span>'
     return (

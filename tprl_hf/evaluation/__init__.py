@@ -1,0 +1,1 @@
+"""Accuracy and time of pruned models, always beside the unpruned one."""

@@ -1,0 +1,74 @@
+"""Questions in, answers out: one road for every model that has a processor with a chat template."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.device | str = "cpu"):
+    """
+    Renders samples by the processor's chat template and turns them into one left-padded batch.
+
+    Args:
+        processor ([`ProcessorMixin`]):
+            The model's processor.
+        samples (`Sequence[dict]`):
+            Each with `images` (list of `PIL.Image.Image`, may be empty) and `prompt` (the question as a string, or
+            chat messages).
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+            Where the tensors go.
+
+    Returns:
+        `BatchFeature`: `input_ids` int64 [B, L], `attention_mask`, and `pixel_values` where there is an image.
+
+    Raises:
+        `ValueError`: If the processor has no chat template.
+    """
+    if not processor.chat_template:
+        raise ValueError(
+            f"{type(processor).__name__} has no chat template, so the question cannot be put as the model was trained "
+            "to read it. Save one beside the model (processor.chat_template = ...; processor.save_pretrained(...))."
+        )
+    texts = []
+    for sample in samples:
+        messages = sample["prompt"]
+        if isinstance(messages, str):
+            content = [{"type": "image"} for _ in sample["images"]] + [{"type": "text", "text": messages}]
+            messages = [{"role": "user", "content": content}]
+        texts.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    images = [sample["images"] for sample in samples]
+    inputs = processor(
+        images=images if any(images) else None, text=texts, padding=True, padding_side="left", return_tensors="pt"
+    )
+    return inputs.to(device)
+
+
+def generate_answers(
+    model, processor, samples: Sequence[dict[str, Any]], batch_size: int = 32, **generate_kwargs: Any
+) -> list[str]:
+    """
+    Answers each sample's question greedily.
+
+    Args:
+        model ([`TPRLForConditionalGeneration`]):
+            The model, with whatever pruner it uses at the moment.
+        processor ([`ProcessorMixin`]):
+            Its processor.
+        samples (`Sequence[dict]`):
+            See [`chat_inputs`].
+        batch_size (`int`, *optional*, defaults to 32):
+            Samples that are answered at once. Answers do not depend on it beyond rounding.
+        generate_kwargs:
+            Handed to `model.generate`: `max_new_tokens`, `keep_ratio`, `prune`, ...
+
+    Returns:
+        `list[str]`: One answer a sample, without special tokens and surrounding blanks.
+    """
+    answers: list[str] = []
+    for start in range(0, len(samples), batch_size):
+        inputs = chat_inputs(processor, samples[start : start + batch_size], model.device)
+        sequences = model.generate(**inputs, do_sample=False, **generate_kwargs)
+        new_tokens = sequences[:, inputs["input_ids"].shape[1] :]
+        answers += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+    return answers
