@@ -1,0 +1,75 @@
+"""What a key-value cache holds: the pruned prompt that filled it.
+
+A conversation that goes on from a cache passes its full prompt again. Which of its visual tokens are in the cache, at
+which positions, only this record knows; it lies on the cache object, so that a copy of the cache has it too.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+_ATTRIBUTE = "tprl_cached_prompt"
+
+
+@dataclass
+class CachedPrompt:
+    """
+    Args:
+        input_ids (`int64 [B, C]`): ids of the cached columns.
+        attention_mask (`int64 [B, C]`): 0 in their padding.
+        keep_masks: for each sample, which of its visual tokens so far were kept, `bool [N]`.
+        next_position (`int64 [B]`): position of the token after the last cached one.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    keep_masks: list[Tensor]
+    next_position: Tensor
+
+    def attach(self, cache: Cache) -> None:
+        setattr(cache, _ATTRIBUTE, self)
+
+    @staticmethod
+    def of(cache: Cache | None) -> "CachedPrompt | None":
+        """The record of `cache`; `None` for an empty cache.
+
+        Raises:
+            `ValueError`: for a filled cache without a record, whose columns cannot be told.
+        """
+        if cache is None or int(cache.get_seq_length()) == 0:
+            return None
+        record = getattr(cache, _ATTRIBUTE, None)
+        if record is None:
+            raise ValueError(
+                f"`past_key_values` holds {int(cache.get_seq_length())} columns that this model did not prune, so "
+                "that their positions are unknown. Pass a cache returned by this model, or prune=False."
+            )
+        return record
+
+    def extend(self, input_ids: Tensor, attention_mask: Tensor, next_position: Tensor) -> "CachedPrompt":
+        """The record after columns of text were added behind it."""
+        return CachedPrompt(
+            torch.cat([self.input_ids, input_ids], 1),
+            torch.cat([self.attention_mask, attention_mask], 1),
+            self.keep_masks,
+            next_position,
+        )
+
+    def check_prefix(self, sample: int, tokens: Tensor) -> None:
+        """Raises `ValueError` unless the pruned prompt `tokens [n]` begins with the sample's cached tokens."""
+        cached = self.input_ids[sample][self.attention_mask[sample].bool()]
+        if len(tokens) <= len(cached):
+            raise ValueError(
+                f"Sample {sample} has {len(tokens)} tokens after pruning and the cache already {len(cached)}: with "
+                "`past_key_values`, pass the whole conversation and at least one new token."
+            )
+        differs = (tokens[: len(cached)] != cached).nonzero()
+        if len(differs):
+            column = int(differs[0])
+            raise ValueError(
+                f"The prompt of sample {sample} differs from the cached conversation at pruned token {column}: "
+                f"{int(tokens[column])} instead of {int(cached[column])}. Begin the prompt with the sequences that "
+                "`generate` returned."
+            )

@@ -1,0 +1,105 @@
+"""Configuration of a TPRL model: which LVLM it wraps, how much it keeps by default, and how wide its policy is."""
+
+from typing import Any, ClassVar, Literal
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+class TPRLConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`TPRLForConditionalGeneration`].
+
+    A checkpoint prunes by default with the budget that its config names. Without one (no `keep_ratio`, `num_keep` or
+    `threshold`, as long as no policy has been trained) the model answers unpruned unless a call names a budget.
+
+    Args:
+        base_config (`PreTrainedConfig` or `dict`, *optional*):
+            Config of the wrapped LVLM.
+        base_model_name_or_path (`str`, *optional*):
+            Where the wrapped LVLM comes from; a policy-only checkpoint loads it from there.
+        base_model_revision (`str`, *optional*):
+            Its revision on the Hub.
+        includes_base_model (`bool`, defaults to `True`):
+            Whether the checkpoint holds the LVLM's weights too. Set by `save_pretrained`.
+        keep_ratio (`float`, *optional*):
+            Default budget: the fraction of each sample's visual tokens that is kept.
+        num_keep (`int`, *optional*):
+            Default budget: the number of visual tokens kept of each sample.
+        threshold (`float`, *optional*):
+            Default budget: tokens with a larger keep probability are kept (eq. 16; the paper uses 0.55 to 0.74).
+        min_keep (`int`, defaults to 1):
+            At least so many tokens stay of a sample that has any.
+        max_keep (`int`, *optional*):
+            At most so many tokens stay.
+        position_ids (`"original"` or `"contiguous"`, defaults to `"original"`):
+            Whether kept tokens keep the positions they had in the full prompt or are numbered anew without gaps.
+        query_agnostic (`bool`, defaults to `False`):
+            Hide the question from the policy.
+        token_dim (`int`, *optional*):
+            Width D of the visual tokens as the LLM sees them. Taken from `base_config`.
+        autoencoder_dim (`int`, *optional*):
+            Width between the two layers of the autoencoder. Defaults to `token_dim // 4`.
+        latent_dim (`int`, *optional*):
+            Width Z of the codes. Defaults to `token_dim // 16`, rounded up to a multiple of `policy_num_heads`.
+        policy_dim (`int`, defaults to 512):
+            Width inside the MLPs of the policy's heads.
+        policy_num_heads (`int`, defaults to 8):
+            Attention heads of the policy.
+        policy_num_layers (`int`, defaults to 1):
+            Attention layers of the policy; the paper has one.
+        policy_positions (`bool`, defaults to `False`):
+            Tell the policy where in its image each token lies. Not in the paper.
+        policy_steps (`int`, *optional*):
+            Tell the policy which of so many steps it is at. Not in the paper.
+        num_steps (`int`, defaults to 1):
+            Steps in which the learned pruner reaches its budget at inference. The paper prunes in one shot (eq. 16).
+        lambda_disc (`float`, defaults to 0.5):
+            Discount of the keep probability per step while sampling rollouts (eq. 14). Inference has none.
+    """
+
+    model_type = "tprl"
+    sub_configs: ClassVar[dict[str, Any]] = {"base_config": AutoConfig}
+
+    base_config: dict | PreTrainedConfig | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    includes_base_model: bool = True
+    keep_ratio: float | int | None = None
+    num_keep: int | None = None
+    threshold: float | int | None = None
+    min_keep: int = 1
+    max_keep: int | None = None
+    position_ids: Literal["original", "contiguous"] = "original"
+    query_agnostic: bool = False
+    token_dim: int | None = None
+    autoencoder_dim: int | None = None
+    latent_dim: int | None = None
+    policy_dim: int = 512
+    policy_num_heads: int = 8
+    policy_num_layers: int = 1
+    policy_positions: bool = False
+    policy_steps: int | None = None
+    num_steps: int = 1
+    lambda_disc: float = 0.5
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.base_config, dict):
+            base = dict(self.base_config)
+            self.base_config = AutoConfig.for_model(base.pop("model_type"), **base)
+        if self.token_dim is None and self.base_config is not None:
+            self.token_dim = self.base_config.get_text_config().hidden_size
+        if self.token_dim is not None:
+            if self.autoencoder_dim is None:
+                self.autoencoder_dim = max(self.token_dim // 4, 1)
+            if self.latent_dim is None:
+                heads = self.policy_num_heads
+                self.latent_dim = -(-(self.token_dim // 16) // heads) * heads or heads
+        if self.base_config is not None and kwargs.get("tie_word_embeddings") is None:
+            kwargs["tie_word_embeddings"] = getattr(self.base_config, "tie_word_embeddings", False)
+        super().__post_init__(**kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The wrapped LVLM's text config."""
+        if isinstance(self.base_config, PreTrainedConfig):
+            return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+        return self

@@ -1,0 +1,112 @@
+"""Making pruned generation look like that of the full prompt: lengths, processors, criteria, streamers."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from .pruned_inputs import restore_prompt
+
+
+class _SeesOriginalPrompt(LogitsProcessor):
+    """Shows a user's logits processor the original prompt in place of the pruned one."""
+
+    def __init__(self, processor: LogitsProcessor, prompt: Tensor, pruned_length: int):
+        self.processor, self.prompt, self.pruned_length = processor, prompt, pruned_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.processor(restore_prompt(input_ids, self.prompt, self.pruned_length), scores)
+
+
+class _StopsOnOriginalPrompt(StoppingCriteria):
+    """Shows a user's stopping criterion the original prompt in place of the pruned one."""
+
+    def __init__(self, criterion: StoppingCriteria, prompt: Tensor, pruned_length: int):
+        self.criterion, self.prompt, self.pruned_length = criterion, prompt, pruned_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        return self.criterion(restore_prompt(input_ids, self.prompt, self.pruned_length), scores, **kwargs)
+
+
+class _StreamsOriginalPrompt(BaseStreamer):
+    """Puts the original prompt into a user's streamer first."""
+
+    def __init__(self, streamer: BaseStreamer, prompt: Tensor):
+        self.streamer, self.prompt = streamer, prompt
+        self.is_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        self.streamer.put(self.prompt.cpu() if self.is_prompt else value)
+        self.is_prompt = False
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+def wrap_for_original_prompt(kwargs: dict[str, Any], prompt: Tensor, pruned_length: int) -> None:
+    """Wraps, in place, what the user passed to `generate` and what looks at the prompt."""
+    if kwargs.get("logits_processor") is not None:
+        processors = [_SeesOriginalPrompt(p, prompt, pruned_length) for p in kwargs["logits_processor"]]
+        kwargs["logits_processor"] = LogitsProcessorList(processors)
+    if kwargs.get("stopping_criteria") is not None:
+        given = kwargs["stopping_criteria"]
+        criteria = [given] if isinstance(given, StoppingCriteria) else given
+        kwargs["stopping_criteria"] = StoppingCriteriaList(
+            [_StopsOnOriginalPrompt(c, prompt, pruned_length) for c in criteria]
+        )
+    if kwargs.get("prefix_allowed_tokens_fn") is not None:
+        allowed: Callable[[int, Tensor], list[int]] = kwargs["prefix_allowed_tokens_fn"]
+
+        def allowed_after_original(batch_id: int, ids: Tensor) -> list[int]:
+            return allowed(batch_id, restore_prompt(ids[None], prompt[batch_id : batch_id + 1], pruned_length)[0])
+
+        kwargs["prefix_allowed_tokens_fn"] = allowed_after_original
+    if kwargs.get("streamer") is not None:
+        kwargs["streamer"] = _StreamsOriginalPrompt(kwargs["streamer"], prompt)
+
+
+def setting(name: str, kwargs: dict[str, Any], *configs: GenerationConfig | None) -> Any:
+    """A generation setting by `generate`'s precedence: the call, its config, the model's config."""
+    for value in (kwargs.get(name), *(getattr(config, name, None) for config in configs if config is not None)):
+        if value is not None:
+            return value
+    return None
+
+
+def convert_lengths(
+    kwargs: dict[str, Any],
+    generation_config: GenerationConfig | None,
+    model_config: GenerationConfig,
+    length: int,
+    pruned_length: int,
+) -> GenerationConfig | None:
+    """Makes `max_length` and `min_length`, which count the original prompt, count the pruned one.
+
+    Changes `kwargs` in place where the setting is there; returns the config to pass on.
+
+    Raises:
+        `ValueError`: when the original prompt is already as long as `max_length`.
+    """
+    converted: dict[str, int] = {}
+    max_length = setting("max_length", kwargs, generation_config, model_config)
+    if max_length is not None and setting("max_new_tokens", kwargs, generation_config, model_config) is None:
+        if max_length <= length:
+            raise ValueError(
+                f"The prompt has {length} tokens, but max_length={max_length}: it counts the prompt with all its "
+                "visual tokens. Raise it or pass max_new_tokens."
+            )
+        converted["max_length"] = max_length - length + pruned_length
+    min_length = setting("min_length", kwargs, generation_config, model_config)
+    if min_length and setting("min_new_tokens", kwargs, generation_config, model_config) is None:
+        converted["min_length"] = max(min_length - length + pruned_length, 0)
+    if generation_config is not None and converted:
+        generation_config = copy.deepcopy(generation_config)
+        for name, value in converted.items():
+            kwargs.pop(name, None)
+            setattr(generation_config, name, value)
+    else:
+        kwargs.update(converted)
+    return generation_config

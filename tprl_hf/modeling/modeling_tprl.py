@@ -1,0 +1,674 @@
+"""TPRL around any LVLM: between projector and LLM a policy decides which visual tokens the LLM gets to see."""
+
+import copy
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from .cached_prompt import CachedPrompt
+from .checkpoint_tprl import load_policy, move_into, policy_state, read_policy, scratch_directory
+from .configuration_tprl import TPRLConfig
+from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
+from .keep_mask import Budget
+from .lvlm_adapters import TokenLayout, VisualFeatures, adapter_for
+from .pruned_batch import PromptBatch, PrunedBatch, merge_rows, prune_batch
+from .pruned_inputs import find_visual, gather_columns, left_padded_index, pad_rows, restore_prompt
+from .pruning_policy import PruningPolicy
+from .text_query import config_special_ids, default_query_mask
+from .token_autoencoder import TokenAutoencoder
+from .token_pruner import LearnedPruner, PruningInputs, TokenPruner
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class PrunePlan:
+    """Which visual tokens stay. V counts all visual tokens of the batch in placeholder order, sample by sample.
+
+    Args:
+        keep_mask (`bool [V]`): True where the token is kept.
+        scores (`float [V]`): what the choice followed, higher is kept; its scale is the pruner's own.
+        num_kept (`int64 [B]`): kept tokens of each sample.
+        num_visual (`int64 [B]`): visual tokens of each sample.
+        layout ([`TokenLayout`]): where each token lies in its image.
+    """
+
+    keep_mask: Tensor
+    scores: Tensor
+    num_kept: Tensor
+    num_visual: Tensor
+    layout: TokenLayout
+
+
+@dataclass
+class TPRLOutput(ModelOutput):
+    """
+    Output of [`TPRLForConditionalGeneration`]. P columns of the pruned, left-padded batch.
+
+    Args:
+        loss (`[]`, *optional*): language-modelling loss over the labels, when these were passed.
+        logits (`[B, P, vocab]`): `logits[:, -k:]` are those of the last k tokens of every sample.
+        past_key_values (`Cache`, *optional*): filled with the kept tokens only.
+        hidden_states, attentions (tuples, *optional*): of the base model, over P columns.
+        keep_mask (`bool [V]`): which visual tokens were kept, in placeholder order.
+        num_kept (`int64 [B]`): how many of each sample.
+        columns (`int64 [B, P]`): column of the original prompt that each pruned column comes from, -1 for padding.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    keep_mask: Tensor | None = None
+    num_kept: Tensor | None = None
+    columns: Tensor | None = None
+
+
+class TPRLPreTrainedModel(PreTrainedModel):
+    """Base class for loading and saving."""
+
+    config_class = TPRLConfig
+    base_model_prefix = "lvlm"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ("autoencoder", "policy")
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, base_model=None, **kwargs):
+        r"""
+        Loads a TPRL checkpoint. Of a policy-only one, the base model is loaded first, from the place that its config
+        names; `dtype`, `device_map`, `attn_implementation` and the like then apply to the base.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a directory or a name on the Hub.
+            config ([`TPRLConfig`], *optional*): replaces the checkpoint's own.
+            base_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*): where to take the base model from
+                instead, or the live base model itself. Only for policy-only checkpoints.
+            kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Raises:
+            `OSError`: when config or weights are missing.
+            `ValueError`: when weights are truncated, of another shape, or the base model is unknown.
+        """
+        hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
+        source = str(pretrained_model_name_or_path)
+        if not isinstance(config, TPRLConfig):
+            config = TPRLConfig.from_pretrained(config or source, **hub_kwargs)
+        if config.includes_base_model:
+            return super().from_pretrained(source, *model_args, config=config, **kwargs)
+
+        config = copy.deepcopy(config)
+        state = read_policy(source, hub_kwargs)
+        base_model = base_model if base_model is not None else config.base_model_name_or_path
+        if base_model is None:
+            raise ValueError(
+                f"{source} holds a policy only and does not say for which base model: pass base_model=NAME_OR_PATH."
+            )
+        if not isinstance(base_model, PreTrainedModel):
+            base_kwargs = {k: v for k, v in kwargs.items() if k not in ("revision", "subfolder", "force_download")}
+            revision = config.base_model_revision
+            # Auto classes put this argument into the config before they call us.
+            attention = kwargs.get("attn_implementation", config._attn_implementation)
+            if attention is not None:
+                base_kwargs["attn_implementation"] = attention
+            if revision is not None and base_model == config.base_model_name_or_path:
+                base_kwargs["revision"] = revision
+            base_kwargs.pop("output_loading_info", None)
+            base_model = AutoModelForImageTextToText.from_pretrained(str(base_model), **base_kwargs)
+        width = base_model.config.get_text_config().hidden_size
+        if width != config.token_dim:
+            raise ValueError(
+                f"The policy in {source} was made for visual tokens of width {config.token_dim}, but the base model "
+                f"({base_model.config.model_type}) has width {width}. Use the base model it was trained with: "
+                f"{config.base_model_name_or_path}."
+            )
+        model = cls._around(base_model, config)
+        load_policy(model, state, source)
+        model.name_or_path = source
+        model.eval()
+        return (model, {}) if kwargs.get("output_loading_info") else model
+
+    def save_pretrained(self, save_directory, save_base_model: bool = False, **kwargs):
+        r"""
+        Saves the policy with the base model's name and revision, or everything.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): where to; made when missing.
+            save_base_model (`bool`, defaults to `False`): save the base model's weights too.
+            kwargs: as in [`~transformers.PreTrainedModel.save_pretrained`].
+        """
+        directory = Path(save_directory)
+        if not save_base_model:
+            if self.config.base_model_name_or_path is None:
+                logger.warning(
+                    "The base model has no name or path, so the saved policy cannot find it again: load it with "
+                    "from_pretrained(..., base_model=MODEL), or save with save_base_model=True."
+                )
+            kwargs["state_dict"] = policy_state(self)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", directory.name)
+        before = self.config.includes_base_model
+        self.config.includes_base_model = save_base_model
+        try:
+            with scratch_directory(directory) as scratch:
+                super().save_pretrained(scratch, **kwargs)
+                move_into(Path(scratch), directory)
+        finally:
+            self.config.includes_base_model = before
+
+    @classmethod
+    def _around(cls, base: PreTrainedModel, config: TPRLConfig) -> Any:
+        # Making a model around a config resets the attention implementation of that config and of its parts, so it
+        # gets a copy; afterwards the live config takes its place, so that there is one truth.
+        config.base_config = copy.deepcopy(base.config)
+        config.dtype = base.dtype
+        config._attn_implementation_internal = base.config._attn_implementation
+        # The live model is not to be initialised a second time, whatever was done to it since it was made.
+        for module in base.modules():
+            module._is_hf_initialized = True  # type: ignore[assignment]
+        model = cls(config, lvlm=base)
+        model.config.base_config = base.config
+        model.generation_config = base.generation_config
+        return model
+
+
+class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
+    r"""
+    An LVLM whose visual tokens are pruned before its LLM.
+
+    Per call one of `keep_ratio`, `num_keep`, `threshold`, `keep_mask` or `prune=False` overrides the default budget of
+    the config; without a default nothing is pruned.
+
+    Args:
+        config ([`TPRLConfig`]): which base model, which default budget, which widths.
+        lvlm (`PreTrainedModel`, *optional*): a live base model. Made from `config.base_config` when absent.
+
+    Example:
+
+    ```python
+    >>> from tprl_hf import TPRLForConditionalGeneration
+
+    >>> model = TPRLForConditionalGeneration.from_base_model("llava-hf/llava-1.5-7b-hf", keep_ratio=1 / 3)
+    >>> output = model.generate(**inputs, max_new_tokens=16)
+    ```
+    """
+
+    def __init__(self, config: TPRLConfig, lvlm: PreTrainedModel | None = None):
+        if config.base_config is None:
+            raise ValueError("TPRLConfig.base_config is missing: use from_base_model(name, path or live model).")
+        super().__init__(config)
+        self.lvlm = AutoModelForImageTextToText.from_config(config.base_config) if lvlm is None else lvlm
+        assert config.token_dim and config.autoencoder_dim and config.latent_dim
+        self.autoencoder = TokenAutoencoder(config.token_dim, config.autoencoder_dim, config.latent_dim)
+        self.policy = PruningPolicy(
+            config.latent_dim,
+            config.token_dim,
+            config.policy_dim,
+            config.policy_num_heads,
+            config.policy_num_layers,
+            config.policy_positions,
+            config.policy_steps,
+        )
+        self.autoencoder.float()
+        self.policy.float()
+        self.adapter = adapter_for(self.lvlm)
+        self._pruner: TokenPruner | None = None
+        self.post_init()
+
+    @classmethod
+    def from_base_model(cls, base_model: str | os.PathLike | PreTrainedModel, **settings) -> Any:
+        r"""
+        Wraps a base model with a new, untrained policy.
+
+        Args:
+            base_model (`str`, `os.PathLike` or `PreTrainedModel`): a name on the Hub, a path, or a live model, which
+                is used as it is.
+            settings: fields of [`TPRLConfig`]; for a name or a path, everything else goes to the base model's
+                `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
+
+        Raises:
+            `ValueError`: for a base model of an unsupported kind.
+        """
+        known = set(TPRLConfig().to_dict()) | {"base_model_revision"}
+        fields = {name: settings.pop(name) for name in list(settings) if name in known and name != "dtype"}
+        if isinstance(base_model, PreTrainedModel):
+            if settings:
+                raise TypeError(f"Unknown settings {sorted(settings)}; TPRLConfig has {sorted(known)}.")
+            base = base_model
+            fields.setdefault("base_model_name_or_path", base.config.name_or_path or None)
+        else:
+            base = AutoModelForImageTextToText.from_pretrained(base_model, **settings)
+            fields.setdefault("base_model_name_or_path", str(base_model))
+            fields.setdefault("base_model_revision", settings.get("revision"))
+        config = TPRLConfig(base_config=copy.deepcopy(base.config), **fields)
+        return cls._around(base, config)
+
+    # ---- which pruner, which budget ----
+
+    @property
+    def pruner(self) -> TokenPruner:
+        """The pruner in use: that of `using`, else the policy."""
+        if self._pruner is not None:
+            return self._pruner
+        return LearnedPruner(self.policy, self.autoencoder, self.config.num_steps)
+
+    @contextmanager
+    def using(self, pruner: TokenPruner) -> Iterator["TPRLForConditionalGeneration"]:
+        """Inside the `with`, `pruner` chooses the tokens; afterwards all is as before."""
+        before, self._pruner = self._pruner, pruner
+        try:
+            yield self
+        finally:
+            self._pruner = before
+
+    def _budget(self, call: dict[str, Any]) -> Budget | None:
+        """The budget of this call, the pruner's, or the config's; `None` where nothing is to be pruned."""
+        given = {name: value for name, value in call.items() if value is not None}
+        if len(given) > 1:
+            listed = ", ".join(f"{name}={'...' if torch.is_tensor(v) else v}" for name, v in given.items())
+            raise ValueError(f"Pass only one of keep_ratio, num_keep, threshold, prune and keep_mask; got {listed}.")
+        if given.get("prune") is False:
+            return None
+        config, pruner = self.config, self.pruner
+        bounds = {"min_keep": config.min_keep, "max_keep": config.max_keep}
+        if given.keys() & {"keep_ratio", "num_keep", "threshold"}:
+            return Budget(**given, **bounds)
+        if pruner.budget is not None:
+            return pruner.budget
+        if (config.keep_ratio, config.num_keep, config.threshold) != (None, None, None):
+            return Budget(config.keep_ratio, config.num_keep, config.threshold, **bounds)
+        if given.get("prune") or self._pruner is not None:
+            raise ValueError(
+                "No budget: pass keep_ratio, num_keep or threshold in the call, to the pruner, or in the config."
+            )
+        return None
+
+    # ---- encoding and planning ----
+
+    def encode_images(self, input_ids: Tensor, **inputs) -> VisualFeatures:
+        r"""
+        Runs vision tower and projector once. Pass the result as `visual_features` to `prune`, `forward` and
+        `generate`, with any question about the same images.
+
+        Args:
+            input_ids (`int64 [B, L]`): prompts with all their placeholders.
+            inputs: what the processor returned besides (`pixel_values`, `image_sizes`, `image_grid_thw`, ...).
+        """
+        return self.adapter.encode(input_ids, inputs)
+
+    def _batch(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        visual_features: VisualFeatures | None,
+        inputs: dict[str, Any],
+        record: CachedPrompt | None = None,
+    ) -> PromptBatch:
+        if input_ids is None:
+            raise ValueError("`input_ids` are needed: they say where the visual tokens are. `inputs_embeds` do not.")
+        if attention_mask is None:
+            attention_mask = self._infer_attention_mask(input_ids)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must be two-dimensional as input_ids, {tuple(input_ids.shape)}; got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        visual = find_visual(input_ids, list(self.adapter.token_ids.values()))
+        batch = PromptBatch(input_ids, attention_mask, visual, visual_features, inputs, record)
+        if not batch.cached_visual().all():
+            if batch.features is None:
+                batch.features = self.adapter.encode(input_ids, inputs)
+            else:
+                self.adapter.check(input_ids, batch.features)
+        else:
+            batch.features = None
+        return batch
+
+    def _infer_attention_mask(self, input_ids: Tensor) -> Tensor:
+        # as the base model's generate does: only a pad token that is no end token can be told from text
+        pad, eos = self.generation_config.pad_token_id, self.generation_config.eos_token_id
+        ends = eos if isinstance(eos, list) else [eos]
+        return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
+
+    @torch.no_grad()
+    def _plan(self, batch: PromptBatch, call: dict[str, Any], budget: Budget | None, query_mask: Tensor | None):
+        num_visual = batch.num_visual
+        total = int(num_visual.sum())
+        device = batch.input_ids.device
+        keep_mask = torch.ones(total, dtype=torch.bool, device=device)
+        scores = torch.ones(total, device=device)
+        new = ~batch.cached_visual()
+        layout = self._layout(batch)
+        if call.get("keep_mask") is not None:
+            given = call["keep_mask"]
+            if given.dtype != torch.bool or given.shape != (total,):
+                raise ValueError(
+                    f"keep_mask must be bool of shape ({total},), one entry for each visual token of the batch in "
+                    f"placeholder order; got {given.dtype} of shape {tuple(given.shape)}."
+                )
+            keep_mask = given.to(device).clone()
+            scores = keep_mask.float()
+        elif budget is not None and batch.features is not None:
+            counts = torch.bincount(batch.visual.nonzero()[new][:, 0], minlength=len(num_visual))
+            inputs = self._pruning_inputs(batch, counts, new, layout, query_mask)
+            chosen, chosen_scores = self.pruner.choose(inputs, budget)
+            keep_mask[new] = chosen[inputs.valid].to(device)
+            scores[new] = chosen_scores[inputs.valid].to(device, scores.dtype)
+        if batch.record is not None:
+            keep_mask[~new] = torch.cat(batch.record.keep_masks).to(device)
+        sample_of = batch.visual.nonzero()[:, 0]
+        num_kept = torch.bincount(sample_of[keep_mask], minlength=len(num_visual))
+        return PrunePlan(keep_mask, scores, num_kept, num_visual, layout)
+
+    def _layout(self, batch: PromptBatch) -> TokenLayout:
+        ids = batch.input_ids[batch.visual]
+        merged = torch.zeros(7, len(ids), dtype=torch.long)
+        merged[4:6] = 1
+        first_image = 0
+        for modality, encoded in (batch.features.modalities if batch.features else {}).items():
+            layout = TokenLayout.from_blocks(encoded.blocks)
+            stacked = torch.stack([value.long() for value in vars(layout).values()])
+            stacked[0] += first_image
+            merged[:, (ids == self.adapter.token_ids[modality]).cpu()] = stacked
+            first_image += len(encoded.blocks)
+        merged = merged.to(ids.device)
+        return TokenLayout(*merged[:6], protected=merged[6].bool())
+
+    def _pruning_inputs(
+        self, batch: PromptBatch, counts: Tensor, new: Tensor, layout: TokenLayout, query_mask: Tensor | None
+    ) -> PruningInputs:
+        assert batch.features is not None
+        rows = merge_rows(batch.features, batch.input_ids, self.adapter.token_ids)[new]
+        tokens, valid = pad_rows(rows, counts)
+        padded = {name: pad_rows(value[new].to(rows.device), counts)[0] for name, value in vars(layout).items()}
+        padded["height"], padded["width"] = padded["height"].clamp(min=1), padded["width"].clamp(min=1)
+        if query_mask is None:
+            special = config_special_ids(self.adapter.config, self.generation_config)
+            query_mask = default_query_mask(batch.input_ids, batch.attention_mask, batch.visual, special)
+        elif query_mask.shape != batch.input_ids.shape:
+            raise ValueError(
+                f"query_mask must have the shape of input_ids, {tuple(batch.input_ids.shape)}; got "
+                f"{tuple(query_mask.shape)}."
+            )
+        if self.config.query_agnostic:
+            query_mask = torch.zeros_like(query_mask)
+        index, query_valid = left_padded_index(query_mask.bool())
+        query = self.lvlm.get_input_embeddings()(gather_columns(batch.input_ids, index, query_valid))
+        keys = [
+            zlib.crc32(repr((ids[mask.bool()].tolist(), int(n))).encode())
+            for ids, mask, n in zip(batch.input_ids.cpu(), batch.attention_mask.cpu(), counts, strict=True)
+        ]
+        return PruningInputs(
+            tokens=tokens,
+            valid=valid,
+            layout=TokenLayout(**padded),
+            query=query.to(tokens.device),
+            query_mask=query_valid.to(tokens.device),
+            sample_keys=keys,
+        )
+
+    @torch.no_grad()
+    def prune(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        keep_ratio: float | None = None,
+        num_keep: int | None = None,
+        threshold: float | None = None,
+        prune: bool | None = None,
+        keep_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        visual_features: VisualFeatures | None = None,
+        **inputs,
+    ) -> PrunePlan:
+        r"""
+        Says which visual tokens `forward` and `generate` would keep, without running the LLM.
+
+        Args:
+            input_ids, attention_mask (`int64 [B, L]`), inputs: as the processor returned them.
+            keep_ratio, num_keep, threshold, prune, keep_mask: one of them, see [`TPRLForConditionalGeneration`].
+            query_mask (`bool [B, L]`, *optional*): which tokens are the question.
+            visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
+
+        Returns:
+            [`PrunePlan`]
+        """
+        call = _call(keep_ratio, num_keep, threshold, prune, keep_mask)
+        budget = self._budget(call)
+        batch = self._batch(input_ids, attention_mask, visual_features, inputs)
+        return self._plan(batch, call, budget, query_mask)
+
+    # ---- running the base model ----
+
+    def _pruned(self, batch: PromptBatch, plan: PrunePlan, **options) -> PrunedBatch:
+        pad = self.generation_config.pad_token_id
+        return prune_batch(
+            batch,
+            plan.keep_mask,
+            self.adapter,
+            contiguous=self.config.position_ids == "contiguous",
+            pad_token_id=0 if pad is None else pad,
+            **options,
+        )
+
+    def _leaves_alone(self, input_ids: Tensor | None, call: dict[str, Any], budget, features, record) -> bool:
+        """Whether the base model can have the inputs as they are."""
+        if features is not None or record is not None:
+            return False
+        if input_ids is None or (budget is None and call["keep_mask"] is None):
+            return True
+        return not find_visual(input_ids, list(self.adapter.token_ids.values())).any()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        keep_ratio: float | None = None,
+        num_keep: int | None = None,
+        threshold: float | None = None,
+        prune: bool | None = None,
+        keep_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        visual_features: VisualFeatures | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> TPRLOutput | tuple:
+        r"""
+        Args:
+            input_ids, attention_mask, position_ids, labels (`int64 [B, L]`): of the full prompt; the rows of pruned
+                tokens are removed from all of them.
+            pixel_values: as the processor returned them, like all other `kwargs`.
+            past_key_values (`Cache`, *optional*): a filled one must come from this model; `input_ids` are then the new
+                tokens only, without images.
+            keep_ratio, num_keep, threshold, prune, keep_mask: one of them, see [`TPRLForConditionalGeneration`].
+            query_mask (`bool [B, L]`, *optional*): which tokens are the question.
+            visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
+
+        Returns:
+            [`TPRLOutput`], whose logits are those of the pruned, left-padded sequence. Where nothing is to be pruned,
+            the base model gets the inputs as they are.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        given = {"pixel_values": pixel_values, "position_ids": position_ids, "labels": labels}
+        inputs = kwargs | {name: value for name, value in given.items() if value is not None}
+        call = _call(keep_ratio, num_keep, threshold, prune, keep_mask)
+        budget = self._budget(call)
+        filled = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
+        if filled and (prune is not False or hasattr(past_key_values, "tprl_cached_prompt")):
+            assert input_ids is not None
+            return self._forward_cached(input_ids, attention_mask, past_key_values, inputs, return_dict)
+        if self._leaves_alone(input_ids, call, budget, visual_features, None):
+            if past_key_values is not None:
+                inputs["past_key_values"] = past_key_values
+            output = self.lvlm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **inputs)
+            output = self._output(output)
+            return output if return_dict else output.to_tuple()
+
+        batch = self._batch(input_ids, attention_mask, visual_features, inputs)
+        plan = self._plan(batch, call, budget, query_mask)
+        pruned = self._pruned(batch, plan)
+        if past_key_values is not None:
+            pruned.inputs["past_key_values"] = past_key_values
+        pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
+        output = self._output(self.lvlm(**pruned.inputs, return_dict=True), plan, pruned)
+        attended = pruned.inputs["attention_mask"]
+        self.adapter.remember_positions(pruned.next_position, attended.sum(1))
+        if output.past_key_values is not None:
+            record = CachedPrompt(pruned.inputs["input_ids"], attended, pruned.keep_masks, pruned.next_position)
+            record.attach(output.past_key_values)
+        return output if return_dict else output.to_tuple()
+
+    def _forward_cached(self, input_ids, attention_mask, past_key_values, inputs, return_dict):
+        """New tokens behind a cache: positions and mask go on from what the cache holds."""
+        record = CachedPrompt.of(past_key_values)
+        if find_visual(input_ids, list(self.adapter.token_ids.values())).any():
+            raise ValueError(
+                "New images behind a filled cache are for `generate`: pass it the whole conversation with "
+                "`past_key_values`. `forward` takes new text tokens only."
+            )
+        new = torch.ones_like(input_ids)
+        if attention_mask is not None:
+            new = attention_mask[:, -input_ids.shape[1] :].long()
+        positions = record.next_position[:, None] + new.cumsum(1) - 1
+        attended = torch.cat([record.attention_mask, new], 1)
+        inputs.setdefault("position_ids", self.adapter.spread_positions(positions, new))
+        inputs["position_ids"] = inputs["position_ids"] + self.adapter.forward_position_offset
+        for name in self.adapter.consumed_names():
+            inputs.pop(name, None)
+        output = self.lvlm(
+            input_ids=input_ids,
+            attention_mask=attended,
+            past_key_values=past_key_values,
+            return_dict=True,
+            **inputs,
+        )
+        record = record.extend(input_ids, new, positions[:, -1] + 1)
+        record.attach(output.past_key_values)
+        self.adapter.remember_positions(record.next_position, attended.sum(1))
+        output = self._output(output)
+        return output if return_dict else output.to_tuple()
+
+    def _output(self, output: ModelOutput, plan: PrunePlan | None = None, pruned: PrunedBatch | None = None):
+        return TPRLOutput(
+            loss=output.get("loss"),
+            logits=output["logits"],
+            past_key_values=output.get("past_key_values"),
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+            keep_mask=None if plan is None else plan.keep_mask,
+            num_kept=None if plan is None else plan.num_kept,
+            columns=None if pruned is None else pruned.columns,
+        )
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        keep_ratio: float | None = None,
+        num_keep: int | None = None,
+        threshold: float | None = None,
+        prune: bool | None = None,
+        keep_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        visual_features: VisualFeatures | None = None,
+        **kwargs,
+    ) -> Any:
+        r"""
+        The base model's own `generate` on the pruned prompt. Whatever is returned or shown to the user's processors,
+        criteria and streamers begins with the ORIGINAL prompt, and `max_length` and `min_length` count it.
+
+        Args:
+            inputs (`int64 [B, L]`, *optional*): the prompts, also as `input_ids`.
+            keep_ratio, num_keep, threshold, prune, keep_mask: one of them, see [`TPRLForConditionalGeneration`].
+            query_mask (`bool [B, L]`, *optional*): which tokens are the question.
+            visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
+            generation_config, kwargs: as in [`~transformers.GenerationMixin.generate`]. With `past_key_values` of an
+                earlier call pass the whole conversation; tokens already in the cache stay as they were chosen.
+        """
+        self.lvlm.generation_config = self.generation_config
+        input_ids = kwargs.pop("input_ids", inputs)
+        call = _call(keep_ratio, num_keep, threshold, prune, keep_mask)
+        budget = self._budget(call)
+        cache = kwargs.get("past_key_values")
+        record = None
+        if cache is not None and (prune is not False or hasattr(cache, "tprl_cached_prompt")):
+            record = CachedPrompt.of(cache)
+        if self._leaves_alone(input_ids, call, budget, visual_features, record):
+            return self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
+
+        batch = self._batch(input_ids, kwargs.pop("attention_mask", None), visual_features, kwargs, record)
+        plan = self._plan(batch, call, budget, query_mask)
+        configs = (generation_config, self.generation_config)
+        copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
+        no_cache = setting("use_cache", kwargs, *configs) is False
+        pruned = self._pruned(batch, plan, same_length=copies > 1, min_padding=int(no_cache))
+        prompt, length = batch.input_ids, pruned.inputs["input_ids"].shape[1]
+        arguments = pruned.inputs
+        generation_config = convert_lengths(
+            arguments, generation_config, self.generation_config, prompt.shape[1], length
+        )
+        wrap_for_original_prompt(arguments, prompt, length)
+        output = self.lvlm.generate(generation_config=generation_config, **arguments)
+
+        sequences = output if torch.is_tensor(output) else output.sequences
+        cache = arguments.get("past_key_values") if torch.is_tensor(output) else output.get("past_key_values")
+        if cache is not None and len(sequences) == len(prompt):
+            self._remember(cache, sequences, pruned, length)
+        restored = restore_prompt(sequences, prompt, length)
+        if torch.is_tensor(output):
+            return restored
+        output.sequences = restored
+        return output
+
+    def _remember(self, cache: Any, sequences: Tensor, pruned: PrunedBatch, length: int) -> None:
+        """Notes on the cache what it holds after `generate`."""
+        held = int(cache.get_seq_length())
+        attended = pruned.inputs["attention_mask"]
+        attended = torch.cat([attended, attended.new_ones(len(attended), max(held - length, 0))], 1)[:, :held]
+        next_position = pruned.next_position + held - length
+        CachedPrompt(sequences[:, :held], attended, pruned.keep_masks, next_position).attach(cache)
+        self.adapter.remember_positions(next_position, attended.sum(1))
+
+    # ---- the base model's embeddings are ours ----
+
+    def get_input_embeddings(self):
+        return self.lvlm.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.lvlm.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.lvlm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lvlm.set_output_embeddings(new_embeddings)
+
+
+def _call(keep_ratio, num_keep, threshold, prune, keep_mask) -> dict[str, Any]:
+    return {
+        "keep_ratio": keep_ratio,
+        "num_keep": num_keep,
+        "threshold": threshold,
+        "prune": prune,
+        "keep_mask": keep_mask,
+    }

@@ -1,0 +1,175 @@
+"""One batch of prompts with its visual tokens pruned: everything the base model needs, and the way back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cached_prompt import CachedPrompt
+from .lvlm_adapters import LVLMAdapter, VisualFeatures
+from .pruned_inputs import count_positions, find_visual, gather_columns, kept_columns, left_padded_index
+
+
+@dataclass
+class PromptBatch:
+    """The prompts as the user passed them, with their visual tokens.
+
+    Args:
+        input_ids, attention_mask (`int64 [B, L]`): the full prompts.
+        visual (`bool [B, L]`): placeholders.
+        features: tokens of the images and videos, or `None` where they are not needed.
+        inputs: all other inputs of the call.
+        record: what the cache already holds.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    visual: Tensor
+    features: VisualFeatures | None
+    inputs: dict[str, Any]
+    record: CachedPrompt | None = None
+
+    @property
+    def num_visual(self) -> Tensor:
+        return self.visual.sum(1)
+
+    def cached_visual(self) -> Tensor:
+        """Which of the V visual tokens the cache already decided, `bool [V]`."""
+        cached = torch.zeros(int(self.visual.sum()), dtype=torch.bool, device=self.visual.device)
+        if self.record is not None:
+            starts = self.num_visual.cumsum(0) - self.num_visual
+            for start, mask in zip(starts.tolist(), self.record.keep_masks, strict=True):
+                cached[start : start + len(mask)] = True
+        return cached
+
+
+@dataclass
+class PrunedBatch:
+    """What goes to the base model.
+
+    Args:
+        inputs: keyword arguments of the base model's `forward` or `generate`.
+        columns (`int64 [B, P]`): column of the original prompt that each pruned column comes from, -1 for padding.
+        next_position (`int64 [B]`): position of the first token after the prompt.
+        keep_masks: for each sample, its bits of the keep mask.
+    """
+
+    inputs: dict[str, Any]
+    columns: Tensor
+    next_position: Tensor
+    keep_masks: list[Tensor]
+
+
+def merge_rows(features: VisualFeatures, input_ids: Tensor, token_ids: dict[str, int]) -> Tensor:
+    """Rows of all modalities in placeholder order, `[V, D]`."""
+    ids = input_ids[find_visual(input_ids, list(token_ids.values()))]
+    first = next(iter(features.modalities.values())).rows
+    rows = first.new_empty(len(ids), first.shape[-1])
+    for modality, encoded in features.modalities.items():
+        rows[ids == token_ids[modality]] = encoded.rows.to(rows)
+    return rows
+
+
+def prune_batch(
+    batch: PromptBatch,
+    keep_mask: Tensor,
+    adapter: LVLMAdapter,
+    contiguous: bool,
+    pad_token_id: int,
+    same_length: bool = False,
+    min_padding: int = 0,
+) -> PrunedBatch:
+    """Removes the visual tokens that `keep_mask [V]` drops from everything that runs along the sequence.
+
+    Args:
+        contiguous: number positions anew instead of keeping the original ones.
+        same_length: give all samples the same number of placeholders, the missing ones in the padding, where nothing
+            attends to them. Needed to repeat a tensor of features for beams.
+        min_padding: at least so many padding columns. One is enough to keep `generate` from dropping the mask, without
+            which gapped positions would be read as several packed prompts.
+    """
+    ids, visual = batch.input_ids, batch.visual
+    ids_v = ids[visual]
+    keep_masks = list(keep_mask.split(batch.num_visual.tolist()))
+    keep, counts, extra = {}, {}, {}
+    sample_of = visual.nonzero()[:, 0]
+    new = ~batch.cached_visual()
+    if batch.features is not None:
+        for modality, encoded in batch.features.modalities.items():
+            of_modality = ids_v == adapter.token_ids[modality]
+            keep[modality] = (keep_mask & new)[of_modality]
+            counts[modality] = torch.bincount(sample_of[of_modality & keep_mask & new], minlength=len(ids))
+            if same_length and encoded.container == "tensor":
+                extra[modality] = counts[modality].max() - counts[modality]
+    padding = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+    padding = (padding + sum(extra.values())).clamp(min=min_padding)
+
+    kept = kept_columns(batch.attention_mask, visual, keep_mask)
+    index, valid = left_padded_index(kept, padding)
+    if batch.record is not None:
+        index, valid, past = align_with_cache(batch, kept)
+    else:
+        past = 0
+
+    inputs = dict(batch.inputs)
+    full_positions = inputs.pop("position_ids", None)
+    if batch.record is not None and not new.any() and full_positions is None:
+        steps = valid[:, past:].long().cumsum(1) - 1
+        positions = torch.cat([torch.zeros_like(index[:, :past]), batch.record.next_position[:, None] + steps], 1)
+        positions = adapter.spread_positions(positions, valid)
+    elif contiguous:
+        positions = adapter.spread_positions(count_positions(valid), valid)
+    else:
+        if full_positions is None:
+            geometry = {} if batch.features is None else batch.features.geometry
+            full_positions = adapter.position_ids(ids, batch.attention_mask, {**geometry, **batch.inputs})
+        positions = adapter.renumber_text_axis(gather_columns(full_positions, index, valid), valid)
+
+    for name in adapter.consumed_names():
+        inputs.pop(name, None)
+    for name, value in inputs.items():
+        if torch.is_tensor(value) and value.shape == ids.shape:
+            inputs[name] = gather_columns(value, index, valid, -100 if name == "labels" else 0)
+    pruned_ids = gather_columns(ids, index, valid, pad_token_id)
+    column = torch.arange(index.shape[1], device=ids.device)
+    start = 0
+    for modality, missing in extra.items():
+        pruned_ids[(column >= start) & (column < (start + missing)[:, None])] = adapter.token_ids[modality]
+        start = start + missing
+    if past:
+        # in the cached columns nothing is looked up; a placeholder there would only be counted
+        cached = pruned_ids[:, :past]
+        cached[find_visual(cached, list(adapter.token_ids.values()))] = pad_token_id
+
+    inputs["input_ids"] = pruned_ids
+    inputs["attention_mask"] = valid.long()
+    inputs["position_ids"] = positions
+    if batch.features is not None and any(mask.any() for mask in keep.values()):
+        inputs["mm_encoder_outputs"] = adapter.mm_encoder_outputs(batch.features, keep, counts, same_length)
+    next_position = adapter.last_position(positions) + 1
+    return PrunedBatch(inputs, index.masked_fill(~valid, -1), next_position, keep_masks)
+
+
+def align_with_cache(batch: PromptBatch, kept: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Index of a pruned batch whose first columns are those of the cache.
+
+    The cached tokens of each sample stay in their columns; what is new is left-padded behind them, so that samples may
+    go on with texts of different length.
+
+    Returns:
+        `index [B, C + S]`, `valid [B, C + S]` and the number C of cached columns.
+    """
+    assert batch.record is not None
+    cached_valid = batch.record.attention_mask.bool()
+    num_cached = cached_valid.sum(1)
+    cached_index = torch.zeros_like(batch.record.attention_mask)
+    new = kept.clone()
+    for sample, columns in enumerate(kept):
+        where = columns.nonzero()[:, 0]
+        batch.record.check_prefix(sample, batch.input_ids[sample, where])
+        cached_columns = where[: int(num_cached[sample])]
+        cached_index[sample, cached_valid[sample]] = cached_columns
+        new[sample, cached_columns] = False
+    index, valid = left_padded_index(new)
+    return torch.cat([cached_index, index], 1), torch.cat([cached_valid, valid], 1), cached_valid.shape[1]

@@ -1,0 +1,108 @@
+"""Deleting visual tokens from a batch of prompts: pure functions of tensors, no model.
+
+Pruning removes columns: the kept columns of each sample are gathered in their order and left-padded, and everything
+that runs along the sequence (ids, masks, types, labels, positions) is gathered with the same index.
+
+Letters: B samples, L columns of the original prompt, P columns of the pruned prompt, V visual tokens of the whole
+batch in placeholder order (sample by sample, left to right).
+"""
+
+import torch
+from torch import Tensor
+
+
+def find_visual(input_ids: Tensor, token_ids: list[int]) -> Tensor:
+    """Which columns hold placeholders of visual tokens: `bool [B, L]`."""
+    visual = torch.zeros_like(input_ids, dtype=torch.bool)
+    for token_id in token_ids:
+        visual |= input_ids == token_id
+    return visual
+
+
+def kept_columns(attention_mask: Tensor, visual: Tensor, keep_mask: Tensor) -> Tensor:
+    """Columns that stay, `bool [B, L]`: attended text, and the visual tokens of `keep_mask [V]`."""
+    kept = attention_mask.bool() & ~visual
+    kept[visual] = keep_mask.to(kept.device)
+    return kept
+
+
+def left_padded_index(kept: Tensor, padding: Tensor | int = 0) -> tuple[Tensor, Tensor]:
+    """Where each column of the pruned batch comes from.
+
+    Args:
+        kept (`bool [B, L]`): columns that stay.
+        padding (`int` or `int64 [B]`): at least so many padding columns on the left of each sample.
+
+    Returns:
+        `index [B, P]` into the L columns (0 for padding) and `valid [B, P]`, False for padding.
+    """
+    counts = kept.sum(1)
+    width = int((counts + padding).max())
+    order = kept.long().argsort(dim=1, stable=True)  # dropped columns first, kept ones last and in their order
+    missing = width - order.shape[1]
+    if missing > 0:
+        order = torch.cat([order.new_zeros(order.shape[0], missing), order], dim=1)
+    index = order[:, order.shape[1] - width :]
+    valid = torch.arange(width, device=kept.device) >= width - counts[:, None]
+    return index.masked_fill(~valid, 0), valid
+
+
+def gather_columns(values: Tensor, index: Tensor, valid: Tensor, padding: float | int = 0) -> Tensor:
+    """`values [..., B, L]` at `index [B, P]`, with `padding` in the padding columns: `[..., B, P]`."""
+    index, valid = index.expand(*values.shape[:-1], -1), valid.expand(*values.shape[:-1], -1)
+    return values.gather(-1, index.to(values.device)).masked_fill(~valid.to(values.device), padding)
+
+
+def count_positions(attention_mask: Tensor) -> Tensor:
+    """Position ids that count attended tokens from 0, 0 in padding: `int64 [B, L]`."""
+    positions = attention_mask.long().cumsum(-1) - 1
+    return positions.masked_fill(attention_mask == 0, 0)
+
+
+def pad_rows(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a whole batch as one padded tensor.
+
+    Args:
+        rows (`[V, ...]`): sample by sample.
+        counts (`int64 [B]`): rows of each sample.
+
+    Returns:
+        `[B, N, ...]` with zeros for padding on the right, and `valid bool [B, N]`.
+    """
+    longest = int(counts.max()) if len(counts) else 0
+    valid = torch.arange(longest, device=rows.device) < counts.to(rows.device)[:, None]
+    padded = rows.new_zeros(len(counts), longest, *rows.shape[1:])
+    padded[valid] = rows
+    return padded, valid
+
+
+def pad_rows_left(rows: Tensor, counts: Tensor, longest: int) -> Tensor:
+    """As `pad_rows`, with the zeros before each sample's rows: `[B, longest, ...]`."""
+    valid = torch.arange(longest, device=rows.device) >= longest - counts.to(rows.device)[:, None]
+    padded = rows.new_zeros(len(counts), longest, *rows.shape[1:])
+    padded[valid] = rows
+    return padded
+
+
+def restore_prompt(sequences: Tensor, prompt: Tensor, pruned_length: int) -> Tensor:
+    """`sequences [R, pruned_length + G]` with the pruned prompt replaced by the original one: `[R, L + G]`.
+
+    R is a multiple of B: beams or return sequences of one sample lie beside each other.
+    """
+    repeats = sequences.shape[0] // prompt.shape[0]
+    prompt = prompt.to(sequences.device).repeat_interleave(repeats, dim=0)
+    return torch.cat([prompt, sequences[:, pruned_length:]], dim=1)
+
+
+def restore_columns(values: Tensor, index: Tensor, valid: Tensor, length: int) -> Tensor:
+    """Spreads `values [B, P, ...]` of the pruned sequence over the original `length` columns: `[B, L, ...]`.
+
+    A dropped column takes the value of the last kept column before it; before the first kept one, zeros.
+    """
+    slot = torch.full((index.shape[0], length), -1, dtype=torch.long, device=values.device)
+    columns = torch.arange(index.shape[1], device=values.device).expand_as(index)
+    rows = torch.arange(index.shape[0], device=values.device)[:, None].expand_as(index)
+    slot[rows[valid], index[valid]] = columns[valid]
+    slot = slot.cummax(dim=1).values
+    spread = values[rows[:, :1], slot.clamp(min=0)]
+    return spread * (slot >= 0).reshape(*slot.shape, *[1] * (spread.ndim - 2))

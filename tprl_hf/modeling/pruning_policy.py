@@ -1,0 +1,158 @@
+"""The pruning policy: shared attention, policy head and value head (eq. 9-13, 17-18 of the TPRL paper)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .token_autoencoder import Float32Module
+
+
+@dataclass
+class PolicyOutput:
+    """What the policy says about one step.
+
+    Args:
+        logits (float32 `[B, N]`): log-odds of keeping each token; `p_i = sigmoid(logits)` (eq. 13). Meaningless where
+            the token is no longer kept.
+        values (float32 `[B]`): estimated return from here on (eq. 18).
+    """
+
+    logits: Tensor
+    values: Tensor
+
+
+class ResidualMLP(nn.Module):
+    """`LayerNorm(x + W2 GELU(W1 x))`: the body of both heads (eq. 11 and 17)."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.linear_in = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.linear_out = nn.Linear(hidden_dim, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.linear_out(self.act(self.linear_in(x))))
+
+
+class AttentionBlock(nn.Module):
+    """`LayerNorm(x + Attention(x))` (eq. 9-10); with `hidden_dim` an MLP follows, for stacks of several layers."""
+
+    def __init__(self, dim: int, num_heads: int, hidden_dim: int | None = None):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv_proj = nn.Linear(dim, 3 * dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.mlp = ResidualMLP(dim, hidden_dim) if hidden_dim is not None else nn.Identity()
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        batch, length, dim = x.shape
+        qkv = self.qkv_proj(x).view(batch, length, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, S, head_dim)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen[:, None, None])
+        attended = self.out_proj(attended.transpose(1, 2).reshape(batch, length, dim))
+        return self.mlp(self.norm(x + attended))
+
+
+class PruningPolicy(Float32Module):
+    """Says for each visual token that is still kept how likely it should stay, given the question.
+
+    With the defaults it is the paper's network: one attention layer over `[Z_t ; Linear(q)]`, without positions.
+
+    Args:
+        latent_dim (`int`): width Z of the codes, also the width of the attention.
+        token_dim (`int`): width D of the query's word embeddings.
+        hidden_dim (`int`, defaults to 512): width inside the heads' MLPs.
+        num_heads (`int`, defaults to 8): attention heads.
+        num_layers (`int`, defaults to 1): attention layers; the paper has one.
+        use_positions (`bool`, defaults to `False`): add a projection of each token's place in its image. Not in the
+            paper, whose policy tells tokens apart by their codes alone.
+        num_steps (`int`, *optional*): add an embedding of the step, for so many steps. Not in the paper.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        token_dim: int,
+        hidden_dim: int = 512,
+        num_heads: int = 8,
+        num_layers: int = 1,
+        use_positions: bool = False,
+        num_steps: int | None = None,
+    ):
+        super().__init__()
+        if latent_dim % num_heads != 0:
+            raise ValueError(
+                f"latent_dim={latent_dim} is not a multiple of policy_num_heads={num_heads}: change one of them."
+            )
+        self.query_proj = nn.Linear(token_dim, latent_dim)
+        self.position_proj = nn.Linear(4 * NUM_FREQUENCIES, latent_dim) if use_positions else None
+        self.step_embedding = nn.Embedding(num_steps, latent_dim) if num_steps is not None else None
+        last = num_layers - 1
+        self.layers = nn.ModuleList(
+            AttentionBlock(latent_dim, num_heads, hidden_dim if i < last else None) for i in range(num_layers)
+        )
+        self.policy_mlp = ResidualMLP(latent_dim, hidden_dim)
+        self.policy_head = nn.Linear(latent_dim, 1)
+        self.value_mlp = ResidualMLP(latent_dim, hidden_dim)
+        self.value_head = nn.Linear(latent_dim, 1)
+
+    def forward(
+        self,
+        codes: Tensor,
+        keep_mask: Tensor,
+        query: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        step: int = 0,
+        positions: Tensor | None = None,
+    ) -> PolicyOutput:
+        """
+        Args:
+            codes (`[B, N, Z]`): codes of all tokens; original indices never move.
+            keep_mask (`bool [B, N]`): tokens still kept at this step; False also for padding. Only these are seen.
+            query (`[B, L, D]`, *optional*): word embeddings of the question.
+            query_mask (`bool [B, L]`, *optional*): False for padding of the query.
+            step (`int`, defaults to 0): index t of this step.
+            positions (`[B, N, 2]`, *optional*): row and column of each token in its image, both in [0, 1].
+
+        Returns:
+            [`PolicyOutput`] with `logits [B, N]` and `values [B]`.
+        """
+        x = codes.float()
+        num_tokens = x.shape[1]
+        if self.position_proj is not None:
+            if positions is None:
+                raise ValueError("This policy was built with use_positions=True and needs `positions` [B, N, 2].")
+            x = x + self.position_proj(position_features(positions.float()))
+        if self.step_embedding is not None:
+            last = self.step_embedding.num_embeddings - 1
+            x = x + self.step_embedding.weight[min(step, last)]
+        seen = keep_mask
+        if query is not None and query.shape[1] > 0:
+            x = torch.cat([x, self.query_proj(query.float())], dim=1)  # (B, N + L, Z)
+            attended = query.new_ones(query.shape[:2]) if query_mask is None else query_mask
+            seen = torch.cat([seen, attended.bool()], dim=1)
+        # a sample with nothing to see (a text-only one without a query) would give NaN
+        seen = seen | ~seen.any(dim=1, keepdim=True)
+        for layer in self.layers:
+            x = layer(x, seen)
+        features = x[:, :num_tokens]  # f_i of eq. 10
+
+        logits = self.policy_head(self.policy_mlp(features)).squeeze(-1)
+        kept = keep_mask[..., None].to(features.dtype)
+        pooled = (features * kept).sum(1) / kept.sum(1).clamp(min=1)
+        values = self.value_head(self.value_mlp(pooled)).squeeze(-1)
+        return PolicyOutput(logits, values)
+
+
+NUM_FREQUENCIES = 4
+
+
+def position_features(positions: Tensor) -> Tensor:
+    """Sine and cosine of row and column in [0, 1] at octaves: `[B, N, 2]` to `[B, N, 4 * NUM_FREQUENCIES]`."""
+    octaves = 2.0 ** torch.arange(NUM_FREQUENCIES, device=positions.device)
+    angles = (positions[..., None] * octaves * torch.pi).flatten(-2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -1,0 +1,138 @@
+"""The base of all pruners: it decides when, where and how many; a method only says what matters.
+
+A method is one small subclass: [`TokenPruner`] with `score`, when tokens can be judged one by one, or [`SetPruner`]
+with `select`, when they have to be chosen together.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .keep_mask import Budget, keep_above_threshold, keep_counts, keep_top_k
+from .lvlm_adapters import TokenLayout
+from .pruning_policy import PruningPolicy
+from .token_autoencoder import TokenAutoencoder
+
+
+@dataclass
+class PruningInputs:
+    """What a pruner may look at. B samples, N visual tokens (padded on the right), L query tokens, D LLM width.
+
+    Args:
+        tokens (`[B, N, D]`): visual tokens as the LLM would see them.
+        valid (`bool [B, N]`): False for padding.
+        layout ([`TokenLayout`] with fields `[B, N]`): where each token lies; `layout.protected` are separators.
+        query (`[B, L, D]`): word embeddings of the question; L is 0 in query-agnostic use.
+        query_mask (`bool [B, L]`): False for padding.
+        sample_keys (`list[int]`): a number for each sample that depends on its prompt and nothing else.
+        attention (`float [B, N]`, *optional*): attention each token received in the vision tower; only there for
+            pruners with `needs_attention`.
+    """
+
+    tokens: Tensor
+    valid: Tensor
+    layout: TokenLayout
+    query: Tensor
+    query_mask: Tensor
+    sample_keys: list[int]
+    attention: Tensor | None = None
+
+
+class TokenPruner:
+    """Chooses which visual tokens stay. A method that judges tokens one by one overrides [`score`].
+
+    Args:
+        keep_ratio, num_keep, threshold: the pruner's own budget, at most one of them; see [`Budget`]. A budget in the
+            call goes before it, the model's config after it.
+        min_keep, max_keep: bounds of the budget.
+    """
+
+    # Set by methods that read `PruningInputs.attention`, which costs one more pass through a layer of the tower.
+    needs_attention = False
+
+    def __init__(
+        self,
+        keep_ratio: float | None = None,
+        num_keep: int | None = None,
+        threshold: float | None = None,
+        min_keep: int = 1,
+        max_keep: int | None = None,
+    ):
+        has_budget = keep_ratio is not None or num_keep is not None or threshold is not None
+        self.budget = Budget(keep_ratio, num_keep, threshold, min_keep, max_keep) if has_budget else None
+
+    def score(self, inputs: PruningInputs) -> Tensor:
+        """How much each token matters, float `[B, N]`; higher is kept, padding is ignored."""
+        raise NotImplementedError(f"{type(self).__name__} must define `score`.")
+
+    def choose(self, inputs: PruningInputs, budget: Budget) -> tuple[Tensor, Tensor]:
+        """Keep mask `bool [B, N]` within `budget`, and the scores `[B, N]` it follows."""
+        scores = self.score(inputs)
+        protected = inputs.layout.protected
+        if budget.threshold is not None:
+            return keep_above_threshold(scores, inputs.valid, budget, protected), scores
+        counts = keep_counts(inputs.valid.sum(1), budget)
+        return keep_top_k(scores, inputs.valid, counts, protected), scores
+
+
+class SetPruner(TokenPruner):
+    """Base of methods that choose their tokens together, such as for diversity; they override [`select`]."""
+
+    def select(self, inputs: PruningInputs, counts: Tensor) -> Tensor:
+        """`bool [B, N]` with `counts [B]` tokens of each sample. Separators are not among `inputs.valid`."""
+        raise NotImplementedError(f"{type(self).__name__} must define `select`.")
+
+    def choose(self, inputs: PruningInputs, budget: Budget) -> tuple[Tensor, Tensor]:
+        if budget.threshold is not None:
+            raise ValueError(
+                f"{type(self).__name__} chooses tokens together and has no scores to compare with "
+                f"threshold={budget.threshold}: pass keep_ratio or num_keep."
+            )
+        protected = inputs.layout.protected & inputs.valid
+        free = inputs.valid & ~protected
+        counts = keep_counts(inputs.valid.sum(1), budget) - protected.sum(1)
+        counts = torch.minimum(counts.clamp(min=1), free.sum(1))
+        keep_mask = self.select(replace(inputs, valid=free), counts) | protected
+        return keep_mask, keep_mask.float()
+
+
+class LearnedPruner(TokenPruner):
+    """The TPRL policy as a pruner (eq. 16): one shot by default, or several steps down to the budget.
+
+    Args:
+        policy ([`PruningPolicy`]), autoencoder ([`TokenAutoencoder`]): the trained networks.
+        num_steps (`int`, defaults to 1): steps T; after step t of a budget rho, `rho ** ((t + 1) / T)` remain.
+        **budget: see [`TokenPruner`].
+    """
+
+    def __init__(self, policy: PruningPolicy, autoencoder: TokenAutoencoder, num_steps: int = 1, **budget):
+        super().__init__(**budget)
+        self.policy = policy
+        self.autoencoder = autoencoder
+        self.num_steps = num_steps
+
+    def logits(self, inputs: PruningInputs, codes: Tensor, keep_mask: Tensor, step: int) -> Tensor:
+        """Log-odds of keeping each token at `step`, given what is still kept: float32 `[B, N]`."""
+        positions = inputs.layout.positions()
+        return self.policy(codes, keep_mask, inputs.query, inputs.query_mask, step, positions).logits
+
+    def score(self, inputs: PruningInputs) -> Tensor:
+        """Log-odds of the first step."""
+        return self.logits(inputs, self.autoencoder.encode(inputs.tokens), inputs.valid, step=0)
+
+    def choose(self, inputs: PruningInputs, budget: Budget) -> tuple[Tensor, Tensor]:
+        """As the base does; the scores are the keep probability, plus 1 for each step that the token survived."""
+        codes = self.autoencoder.encode(inputs.tokens)
+        num_visual, protected = inputs.valid.sum(1), inputs.layout.protected
+        keep_mask, scores = inputs.valid, torch.zeros(inputs.valid.shape, device=codes.device)
+        for step in range(self.num_steps):
+            logits = self.logits(inputs, codes, keep_mask, step)
+            scores = torch.where(keep_mask, step + logits.sigmoid(), scores)
+            if budget.threshold is not None:
+                above = replace(budget, threshold=float(torch.tensor(budget.threshold).logit()))
+                keep_mask = keep_above_threshold(logits, keep_mask, above, protected)
+            else:
+                share = (keep_counts(num_visual, budget) / num_visual.clamp(min=1)) ** ((step + 1) / self.num_steps)
+                keep_mask = keep_top_k(logits, keep_mask, (num_visual * share).round().long(), protected)
+        return keep_mask, scores

@@ -1,0 +1,29 @@
+"""Random keeping: the humble baseline, and a strong one."""
+
+import torch
+from torch import Tensor
+
+from tprl_hf.modeling.token_pruner import PruningInputs, TokenPruner
+
+
+class RandomPruner(TokenPruner):
+    """Keeps a uniformly random set of tokens.
+
+    The set depends on `seed` and on the sample's own prompt and number of tokens: on no batch mate, no batch position,
+    and no global random state.
+
+    Args:
+        seed (`int`, defaults to 0): another seed gives another set.
+        **budget: see [`TokenPruner`].
+    """
+
+    def __init__(self, seed: int = 0, **budget):
+        super().__init__(**budget)
+        self.seed = seed
+
+    def score(self, inputs: PruningInputs) -> Tensor:
+        scores = torch.zeros(inputs.valid.shape)
+        for row, (key, count) in enumerate(zip(inputs.sample_keys, inputs.valid.sum(1).tolist(), strict=True)):
+            generator = torch.Generator().manual_seed(self.seed * 2**32 + key)
+            scores[row, inputs.valid[row].cpu()] = torch.rand(count, generator=generator)
+        return scores.to(inputs.tokens.device)
