@@ -82,5 +82,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if (Path(__file__).parent / "modeling" / "modeling_tprl.py").is_file():
-    register_auto_classes()
+register_auto_classes()

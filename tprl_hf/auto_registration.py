@@ -1,11 +1,12 @@
 """Registers our classes with transformers' Auto classes, without importing transformers' models before the user does.
 
-Registering needs the module of the Auto class, and that imports torch (two seconds). So, where it is not loaded yet, a
-hook of Python's import system waits for it; transformers itself is left as it is.
+Registering needs the modules of the Auto classes, and these import torch (two seconds). So, where they are not loaded
+yet, a hook of Python's import system waits for them; transformers itself is left as it is.
 """
 
 import importlib.util
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -13,61 +14,66 @@ from types import ModuleType
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 AUTO_MODEL = "transformers.models.auto.modeling_auto"
-OUR_CONFIG = "tprl_hf.modeling.configuration_tprl"
-OUR_MODEL = "tprl_hf.modeling.modeling_tprl"
+WATCHED = ("transformers.", "tprl_hf.modeling")
+
+
+class _ThisThread(threading.local):
+    depth = 0  # modules that are being executed, one inside the other
+    is_looking = False
 
 
 class _AfterImport(MetaPathFinder):
-    """Calls `_register` each time one of the four modules has been executed."""
+    """
+    Registers when the outermost module of transformers, or of our modeling, has been executed. Not before: nothing can
+    be imported from a module that is only half executed, and transformers' modules import each other deeply.
+    """
 
     def __init__(self) -> None:
-        self.looking_for: set[str] = set()
-        self.executing: set[str] = set()
+        self.this_thread = _ThisThread()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in (AUTO_CONFIG, AUTO_MODEL, OUR_CONFIG, OUR_MODEL) or fullname in self.looking_for:
+        if not fullname.startswith(WATCHED) or self.this_thread.is_looking:
             return None
-        self.looking_for.add(fullname)  # lets the search below pass us by
+        self.this_thread.is_looking = True  # lets the search below pass us by
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
-            self.looking_for.discard(fullname)
+            self.this_thread.is_looking = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_then_register(module: ModuleType) -> None:
-            self.executing.add(fullname)
+            self.this_thread.depth += 1
             try:
                 execute(module)
+                if self.this_thread.depth == 1:
+                    self.register()
             finally:
-                self.executing.discard(fullname)
-            self.register()
+                self.this_thread.depth -= 1
 
         spec.loader.exec_module = execute_then_register  # type: ignore[method-assign]
         return spec
 
-    def is_ready(self, *modules: str) -> bool:
-        return all(name in sys.modules and name not in self.executing for name in modules)
-
     def register(self) -> None:
-        # A module of ours that is still being executed has no class to offer yet: its own end calls this again.
-        if self.is_ready(AUTO_CONFIG) and OUR_CONFIG not in self.executing:
+        """Registers what can be: the config once transformers' configs are loaded, the model once its models are."""
+        if AUTO_CONFIG in sys.modules:
             from transformers import AutoConfig
 
             from tprl_hf.modeling.configuration_tprl import TPRLConfig
 
             AutoConfig.register(TPRLConfig.model_type, TPRLConfig, exist_ok=True)
-        if self.is_ready(AUTO_CONFIG, AUTO_MODEL) and not self.executing & {OUR_CONFIG, OUR_MODEL}:
+        if AUTO_MODEL in sys.modules:
             from transformers import AutoModel, AutoModelForImageTextToText
 
-            from tprl_hf.modeling.configuration_tprl import TPRLConfig
             from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
             for auto_class in (AutoModel, AutoModelForImageTextToText):
                 auto_class.register(TPRLConfig, TPRLForConditionalGeneration, exist_ok=True)
+            if self in sys.meta_path:  # two threads may come here
+                sys.meta_path.remove(self)
 
 
 def register_auto_classes() -> None:
