@@ -1,0 +1,55 @@
+"""Options that several commands share, and the checks argparse makes of them. Imports no torch."""
+
+import argparse
+
+PRUNERS = ("none", "random", "uniform", "vispruner", "learned")
+DEFAULT_KEEP_RATIO = 1 / 3
+
+
+def keep_ratio(text: str) -> float:
+    """A fraction in (0, 1]; "1/3" is one too."""
+    numerator, _, denominator = text.partition("/")
+    try:
+        value = float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction; write it as 0.333 or 1/3") from None
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]: it is the fraction of visual tokens that is KEPT")
+    return value
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="PATH",
+        help="a TPRL checkpoint or any LVLM, as a directory or a name on the Hub (default: the embedded one)",
+    )
+
+
+def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
+    """At most one of the budgets of `generate`."""
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--keep-ratio",
+        type=keep_ratio,
+        metavar="FRACTION",
+        help="fraction of visual tokens to keep, in (0, 1] (default: the checkpoint's own budget, else 1/3)",
+    )
+    budget.add_argument("--num-keep", type=positive_int, metavar="K", help="number of visual tokens to keep")
+    budget.add_argument(
+        "--threshold", type=float, metavar="P", help="keep the tokens whose keep probability is larger (learned only)"
+    )
+    budget.add_argument("--no-prune", action="store_true", help="keep all visual tokens")
+
+
+def budget_of(arguments: argparse.Namespace) -> dict[str, float]:
+    """The budget the user named, as keyword arguments of a pruner or of `generate`; empty if none was."""
+    named = {name: getattr(arguments, name) for name in ("keep_ratio", "num_keep", "threshold")}
+    return {name: value for name, value in named.items() if value is not None}

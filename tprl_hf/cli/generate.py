@@ -1,0 +1,86 @@
+"""Answer a question about an image with part of its visual tokens, and show which ones were kept."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .arguments import DEFAULT_KEEP_RATIO, PRUNERS, add_budget_arguments, add_model_argument, budget_of, positive_int
+
+NAME = "generate"
+HELP = "ask your own question about your own image"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image", required=True, metavar="FILE", help="the image")
+    parser.add_argument("--question", required=True, metavar="TEXT", help="the question")
+    add_model_argument(parser)
+    add_budget_arguments(parser)
+    parser.add_argument("--pruner", choices=PRUNERS, help="default: learned if the policy is trained, else vispruner")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random pruner (default: 0)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive_int, default=64, metavar="N", help="longest answer (default: 64)"
+    )
+    parser.add_argument("--output-dir", metavar="DIR", help="also write kept_tokens.png and kept_tokens.html there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    image = open_image(arguments.image)
+
+    from tprl_hf.evaluation.answers import chat_inputs
+    from tprl_hf.evaluation.latency import measure_prefill
+    from tprl_hf.visualization import Panel
+
+    from .loading import has_trained_policy, load_model, using_pruner
+    from .pictures import make_figure, write_pictures
+
+    model, processor = load_model(arguments.model)
+    pruner = arguments.pruner or ("learned" if has_trained_policy(model) else "vispruner")
+    budget: dict[str, Any] = budget_of(arguments)
+    if arguments.no_prune or pruner == "none":
+        if budget:
+            (name,) = budget
+            raise ValueError(f"--pruner none keeps all tokens: leave out --{name.replace('_', '-')}.")
+        pruner, budget = "none", {"prune": False}
+    elif not budget and not has_trained_policy(model):
+        budget = {"keep_ratio": DEFAULT_KEEP_RATIO}
+
+    inputs = chat_inputs(processor, [{"images": [image], "prompt": arguments.question}], model.device)
+    with using_pruner(model, pruner, arguments.seed):
+        plan = model.prune(**inputs, **budget)
+        sequences = model.generate(**inputs, **budget, do_sample=False, max_new_tokens=arguments.max_new_tokens)
+        calls = {
+            "unpruned": lambda: model(**inputs, prune=False, logits_to_keep=1),
+            "pruned": lambda: model(**inputs, **budget, logits_to_keep=1),
+        }
+        times = measure_prefill(model.lvlm.get_decoder(), calls, repetitions=3, warmup=1)
+    answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    print(answer, flush=True)
+    print(
+        f"{pruner}: {int(plan.num_kept)} of {int(plan.num_visual)} visual tokens kept; LLM prefill "
+        f"{times['pruned'].llm_ms:.1f} ms, unpruned {times['unpruned'].llm_ms:.1f} ms; with vision tower and pruner "
+        f"{times['pruned'].total_ms:.1f} ms, unpruned {times['unpruned'].total_ms:.1f} ms "
+        f"(medians of 3, {model.device.type}, {str(model.dtype).removeprefix('torch.')})",
+        file=sys.stderr,
+    )
+    if arguments.output_dir:
+        kept = f"{pruner}, {int(plan.num_kept)} of {int(plan.num_visual)} kept"
+        panels = [Panel("the image"), Panel(kept, answer, plan.keep_mask, plan.scores)]
+        figure = make_figure(image, processor, inputs["pixel_values"], plan, panels, arguments.question)
+        for path in write_pictures(
+            [figure], arguments.output_dir, "Kept visual tokens", [f"model: {model.name_or_path}"]
+        ):
+            print(path, file=sys.stderr)
+    return 0
+
+
+def open_image(path: str):
+    """The image as RGB `PIL.Image.Image`. Raises `FileNotFoundError` or `ValueError` with the path."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no image file {path}.")
+    try:
+        return Image.open(path).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image that Pillow can read.") from None

@@ -1,0 +1,72 @@
+"""Models and pruners by the names that users write. The functions import torch, this module does not."""
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import tprl_hf
+
+if TYPE_CHECKING:
+    from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+
+
+def load_model(path: str | None = None) -> tuple["TPRLForConditionalGeneration", Any]:
+    """
+    A model, ready to answer, and its processor.
+
+    Args:
+        path (`str`, *optional*):
+            A TPRL checkpoint, or any LVLM, which is wrapped; a directory or a name on the Hub. Defaults to the
+            embedded checkpoint.
+
+    Returns:
+        `tuple`: The model in evaluation mode, in float32 on the CPU or in the checkpoint's own dtype on an
+        accelerator, and its processor.
+
+    Raises:
+        `OSError`, `ValueError`: If there is no such checkpoint, or its family is not supported.
+    """
+    import torch
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    path = path or tprl_hf.embedded_checkpoint()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    model_class = tprl_hf.TPRLForConditionalGeneration
+    is_ours = AutoConfig.from_pretrained(path).model_type == tprl_hf.TPRLConfig.model_type
+    load = model_class.from_pretrained if is_ours else model_class.from_base_model
+    return load(path, dtype=dtype).to(device).eval(), AutoProcessor.from_pretrained(path)
+
+
+def has_trained_policy(model: "TPRLForConditionalGeneration") -> bool:
+    """A checkpoint whose policy is trained names a budget in its config; a fresh policy comes without one."""
+    config = model.config
+    return any(budget is not None for budget in (config.keep_ratio, config.num_keep, config.threshold))
+
+
+def using_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0) -> contextlib.AbstractContextManager:
+    """
+    Args:
+        model ([`TPRLForConditionalGeneration`]):
+            The model.
+        name (`str`):
+            One of the pruners of `--pruner`. "none" and "learned" leave the model as it is.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the random pruner.
+
+    Returns:
+        A context inside which the model prunes with that method.
+
+    Raises:
+        `ValueError`: If the learned pruner is asked of a model whose policy is not trained.
+    """
+    from tprl_hf.pruners import RandomPruner, UniformPruner, VisPruner
+
+    if name == "learned" and not has_trained_policy(model):
+        raise ValueError("This checkpoint has no trained policy: pass --pruner vispruner, uniform or random.")
+    if name in ("none", "learned"):
+        return contextlib.nullcontext()
+    pruners = {"random": lambda: RandomPruner(seed=seed), "uniform": UniformPruner, "vispruner": VisPruner}
+    return model.using(pruners[name]())

@@ -1,0 +1,63 @@
+"""`tprl`: finds the command, and turns a user's mistake into one line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import tprl_hf
+
+from . import generate
+
+# Each has NAME, HELP, add_arguments(parser) and run(arguments) -> exit code, and imports torch only in `run`.
+COMMANDS = (generate,)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, without the whole usage in front of each error."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `tprl` and all its commands. Imports neither torch nor transformers."""
+    parser = OneLineParser(
+        prog="tprl", description="Prune the visual tokens of any vision-language model with a learned policy."
+    )
+    parser.add_argument("--version", action="version", version=f"tprl_hf {tprl_hf.__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = commands.add_parser(command.NAME, help=command.HELP, description=command.__doc__)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Runs one command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            The words after `tprl`. Defaults to those of this process.
+
+    Returns:
+        `int`: 0, or 2 where the user has to change something: a file, a value, an option.
+    """
+    arguments = make_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except BrokenPipeError:  # as in `tprl demo | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if arguments.traceback:
+            raise
+        print(f"tprl {arguments.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
