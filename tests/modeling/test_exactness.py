@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from tests.reference import delete_by_hand
 from tests.tiny_models import FAMILIES, build, collate, sample
-
 from tprl_hf.modeling import TPRLForConditionalGeneration
 
 TOLERANCE = 2e-5

@@ -2,11 +2,14 @@
 
 from .configuration_tprl import TPRLConfig
 from .keep_mask import Budget
-from .lvlm_adapters import Block, LVLMAdapter, TokenLayout, VisualFeatures, adapter_for
-from .modeling_tprl import PrunePlan, TPRLForConditionalGeneration, TPRLOutput, TPRLPreTrainedModel
+from .lvlm_adapters import LVLMAdapter, adapter_for
+from .modeling_tprl import TPRLForConditionalGeneration, TPRLOutput, TPRLPreTrainedModel
+from .prune_plan import PrunePlan
 from .pruning_policy import PolicyOutput, PruningPolicy
 from .token_autoencoder import TokenAutoencoder
+from .token_layout import Block, TokenLayout
 from .token_pruner import LearnedPruner, PruningInputs, SetPruner, TokenPruner
+from .visual_features import VisualFeatures
 
 __all__ = [
     "Block",

@@ -1,5 +1,6 @@
 """Reading and writing of checkpoints: the policy alone with the name of its base, or everything in one place."""
 
+import copy
 import os
 import tempfile
 from pathlib import Path
@@ -8,7 +9,12 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+
+from .configuration_tprl import TPRLConfig
+
+logger = logging.get_logger(__name__)
 
 POLICY_PREFIXES = ("autoencoder.", "policy.")
 
@@ -70,3 +76,116 @@ def load_policy(model: nn.Module, state: dict[str, Tensor], source: str) -> None
                 "this policy was made for a base model of another width, or its config.json was changed."
             )
     model.load_state_dict(state, strict=False)
+
+
+class TPRLPreTrainedModel(PreTrainedModel):
+    """Base class for loading and saving."""
+
+    config_class = TPRLConfig
+    base_model_prefix = "lvlm"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ("autoencoder", "policy")
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, base_model=None, **kwargs):
+        r"""
+        Loads a TPRL checkpoint. Of a policy-only one, the base model is loaded first, from the place that its config
+        names; `dtype`, `device_map`, `attn_implementation` and the like then apply to the base.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a directory or a name on the Hub.
+            config ([`TPRLConfig`], *optional*): replaces the checkpoint's own.
+            base_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*): where to take the base model from
+                instead, or the live base model itself. Only for policy-only checkpoints.
+            kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Raises:
+            `OSError`: when config or weights are missing.
+            `ValueError`: when weights are truncated, of another shape, or the base model is unknown.
+        """
+        hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
+        source = str(pretrained_model_name_or_path)
+        if not isinstance(config, TPRLConfig):
+            config = TPRLConfig.from_pretrained(config or source, **hub_kwargs)
+        if config.includes_base_model:
+            return super().from_pretrained(source, *model_args, config=config, **kwargs)
+
+        config = copy.deepcopy(config)
+        state = read_policy(source, hub_kwargs)
+        base_model = base_model if base_model is not None else config.base_model_name_or_path
+        if base_model is None:
+            raise ValueError(
+                f"{source} holds a policy only and does not say for which base model: pass base_model=NAME_OR_PATH."
+            )
+        if not isinstance(base_model, PreTrainedModel):
+            base_kwargs = {k: v for k, v in kwargs.items() if k not in ("revision", "subfolder", "force_download")}
+            revision = config.base_model_revision
+            # Auto classes put this argument into the config before they call us.
+            attention = kwargs.get("attn_implementation", config._attn_implementation)
+            if attention is not None:
+                base_kwargs["attn_implementation"] = attention
+            if revision is not None and base_model == config.base_model_name_or_path:
+                base_kwargs["revision"] = revision
+            base_kwargs.pop("output_loading_info", None)
+            base_model = AutoModelForImageTextToText.from_pretrained(str(base_model), **base_kwargs)
+        width = base_model.config.get_text_config().hidden_size
+        if width != config.token_dim:
+            raise ValueError(
+                f"The policy in {source} was made for visual tokens of width {config.token_dim}, but the base model "
+                f"({base_model.config.model_type}) has width {width}. Use the base model it was trained with: "
+                f"{config.base_model_name_or_path}."
+            )
+        model = cls._around(base_model, config)
+        load_policy(model, state, source)
+        model.name_or_path = source
+        model.eval()
+        return (model, {}) if kwargs.get("output_loading_info") else model
+
+    def save_pretrained(self, save_directory, save_base_model: bool = False, **kwargs):
+        r"""
+        Saves the policy with the base model's name and revision, or everything.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): where to; made when missing.
+            save_base_model (`bool`, defaults to `False`): save the base model's weights too.
+            kwargs: as in [`~transformers.PreTrainedModel.save_pretrained`].
+        """
+        directory = Path(save_directory)
+        if not save_base_model:
+            if self.config.base_model_name_or_path is None:
+                logger.warning(
+                    "The base model has no name or path, so the saved policy cannot find it again: load it with "
+                    "from_pretrained(..., base_model=MODEL), or save with save_base_model=True."
+                )
+            kwargs["state_dict"] = policy_state(self)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", directory.name)
+        before = self.config.includes_base_model
+        self.config.includes_base_model = save_base_model
+        try:
+            with scratch_directory(directory) as scratch:
+                super().save_pretrained(scratch, **kwargs)
+                move_into(Path(scratch), directory)
+        finally:
+            self.config.includes_base_model = before
+
+    @classmethod
+    def _around(cls, base: PreTrainedModel, config: TPRLConfig) -> Any:
+        # Making a model around a config resets the attention implementation of that config and of its parts, so it
+        # gets a copy; afterwards the live config takes its place, so that there is one truth.
+        config.base_config = copy.deepcopy(base.config)
+        config.dtype = base.dtype
+        config._attn_implementation_internal = base.config._attn_implementation
+        # The live model is not to be initialised a second time, whatever was done to it since it was made.
+        for module in base.modules():
+            module._is_hf_initialized = True
+        model = cls(config, lvlm=base)
+        model.config.base_config = base.config
+        model.generation_config = base.generation_config
+        return model

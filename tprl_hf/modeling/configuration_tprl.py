@@ -86,7 +86,7 @@ class TPRLConfig(PreTrainedConfig):
         if isinstance(self.base_config, dict):
             base = dict(self.base_config)
             self.base_config = AutoConfig.for_model(base.pop("model_type"), **base)
-        if self.token_dim is None and self.base_config is not None:
+        if self.token_dim is None and isinstance(self.base_config, PreTrainedConfig):
             self.token_dim = self.base_config.get_text_config().hidden_size
         if self.token_dim is not None:
             if self.autoencoder_dim is None:

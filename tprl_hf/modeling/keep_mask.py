@@ -108,6 +108,7 @@ def keep_top_k(scores: Tensor, valid: Tensor, counts: Tensor, protected: Tensor 
 
 def keep_above_threshold(scores: Tensor, valid: Tensor, budget: Budget, protected: Tensor | None = None) -> Tensor:
     """Keeps tokens with `scores [B, N]` above `budget.threshold` (eq. 16), within min_keep and max_keep."""
+    assert budget.threshold is not None
     counts = ((scores > budget.threshold) & valid).sum(1)
     if protected is not None:
         counts = counts + (protected & valid & ~(scores > budget.threshold)).sum(1)

@@ -6,8 +6,6 @@ lies in its image, and how pruned features are handed back. It decides nothing.
 """
 
 import inspect
-import math
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,151 +14,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .pruned_inputs import count_positions, pad_rows_left
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive visual tokens that form a grid, row by row.
-
-    Args:
-        height, width (`int`): tokens of content.
-        row_newline (`bool`): each row ends in one separator token more.
-        separator (`bool`): the block itself is a separator.
-    """
-
-    height: int
-    width: int
-    row_newline: bool = False
-    separator: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        return self.height * (self.width + self.row_newline)
-
-
-@dataclass
-class TokenLayout:
-    """Where each visual token lies. All fields are tensors `[V]`, V tokens in placeholder order.
-
-    Args:
-        image (`int64`): index of the image or video in the batch.
-        block (`int64`): index of the crop, tile or frame in that image.
-        row, column (`int64`): place in the block's grid.
-        height, width (`int64`): size of the block's grid.
-        protected (`bool`): separator tokens (row ends), which pruning keeps.
-    """
-
-    image: Tensor
-    block: Tensor
-    row: Tensor
-    column: Tensor
-    height: Tensor
-    width: Tensor
-    protected: Tensor
-
-    def __getitem__(self, index: Tensor) -> "TokenLayout":
-        return TokenLayout(**{name: value[index] for name, value in vars(self).items()})
-
-    def positions(self) -> Tensor:
-        """Row and column in [0, 1], float `[V, 2]`."""
-        row = (self.row + 0.5) / self.height
-        column = (self.column + 0.5) / self.width
-        return torch.stack([row, column.clamp(max=1.0)], dim=-1)
-
-    @classmethod
-    def from_blocks(cls, entries: list[list[Block]]) -> "TokenLayout":
-        """Layout of all tokens from the blocks of each image."""
-        columns: list[Tensor] = []
-        for image, blocks in enumerate(entries):
-            for index, block in enumerate(blocks):
-                width = block.width + block.row_newline
-                row = torch.arange(block.height).repeat_interleave(width)
-                column = torch.arange(width).repeat(block.height)
-                protected = torch.full_like(row, block.separator) | (column == block.width)
-                sizes = [torch.full_like(row, value) for value in (image, index, block.height, block.width)]
-                columns.append(torch.stack([sizes[0], sizes[1], row, column, sizes[2], sizes[3], protected.long()]))
-        merged = torch.cat(columns, dim=1) if columns else torch.zeros(7, 0, dtype=torch.long)
-        return cls(*merged[:6], protected=merged[6].bool())
-
-
-@dataclass
-class EncodedModality:
-    """The tokens of all images (or all videos) of a batch, as the LLM would get them.
-
-    Args:
-        rows (`[V, D]`): feature row i fills the i-th placeholder of its modality.
-        blocks: the grids of each image, in the order of the rows.
-        counts (`int64 [B]`): rows of each sample.
-        deepstack (`[V, D]` each): rows that go into deeper LLM layers at the same places.
-        attention (`float [V]`, *optional*): attention that each token received in the vision tower.
-        container: how the base model wants the rows: "list" of `[L, D]`, "list3d" of `[1, L, D]`, or "tensor".
-        output_class: the base model's output class.
-    """
-
-    rows: Tensor
-    blocks: list[list[Block]]
-    counts: Tensor
-    output_class: type[ModelOutput]
-    container: str
-    deepstack: list[Tensor] = field(default_factory=list)
-    attention: Tensor | None = None
-
-    def entries_of_samples(self) -> list[list[int]]:
-        """Indices into `blocks` of the images of each sample."""
-        ends = self.counts.cumsum(0).tolist()
-        entries: list[list[int]] = [[] for _ in ends]
-        position = sample = 0
-        for index, blocks in enumerate(self.blocks):
-            num_tokens = sum(block.num_tokens for block in blocks)
-            while num_tokens and position >= ends[sample]:
-                sample += 1
-            entries[sample].append(index)
-            position += num_tokens
-        return entries
-
-    def take(self, samples: list[int]) -> "EncodedModality":
-        """The tokens of `samples`, which may repeat."""
-        starts = (self.counts.cumsum(0) - self.counts).tolist()
-        sizes = self.counts.tolist()
-        index = torch.cat([torch.arange(starts[s], starts[s] + sizes[s]) for s in samples] or [torch.arange(0)]).to(
-            self.rows.device
-        )
-        entries = self.entries_of_samples()
-        return replace(
-            self,
-            rows=self.rows[index],
-            blocks=[self.blocks[i] for s in samples for i in entries[s]],
-            counts=self.counts[samples],
-            deepstack=[rows[index] for rows in self.deepstack],
-            attention=None if self.attention is None else self.attention[index],
-        )
-
-
-@dataclass
-class VisualFeatures:
-    """What the vision tower and the projector made of a batch: encode once, prune and answer many times.
-
-    Made by [`TPRLForConditionalGeneration.encode_images`]; passed as `visual_features` to `prune`, `forward` and
-    `generate` in place of the pixels.
-
-    Args:
-        modalities: "image" and "video" to their tokens; a modality that does not occur is absent.
-        geometry: inputs that tell sizes of images (such as `image_grid_thw`), needed for positions.
-    """
-
-    modalities: dict[str, EncodedModality]
-    geometry: dict[str, Tensor] = field(default_factory=dict)
-
-    def take(self, samples: list[int]) -> "VisualFeatures":
-        """Features of `samples` of the batch, which may repeat, e.g. `[0] * 8` to score eight masks of one image."""
-        geometry = {}
-        for name, values in self.geometry.items():
-            modality = self.modalities["video" if "video" in name else "image"]
-            entries = modality.entries_of_samples()
-            if len(values) != len(modality.blocks):
-                raise ValueError(f"{name} has {len(values)} rows for {len(modality.blocks)} encoded entries.")
-            geometry[name] = values[[i for s in samples for i in entries[s]]]
-        return VisualFeatures({name: m.take(samples) for name, m in self.modalities.items()}, geometry)
+from .token_layout import Block, grid_blocks, square_block
+from .vision_attention import attention_maps, eager_tower, lay_over_tokens
+from .visual_features import EncodedModality, VisualFeatures
 
 
 class LVLMAdapter:
@@ -182,6 +38,7 @@ class LVLMAdapter:
     )  # fmt: skip
 
     def __init__(self, base: PreTrainedModel):
+        self.base = base
         self.core = base.base_model
         self.config = base.config
         if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
@@ -219,8 +76,14 @@ class LVLMAdapter:
             names.update(inspect.signature(encoder).parameters)
         return names - {"kwargs"}
 
-    def encode(self, input_ids: Tensor, inputs: dict[str, Any]) -> VisualFeatures:
+    def encode(self, input_ids: Tensor, inputs: dict[str, Any], with_attention: bool = False) -> VisualFeatures:
         """Runs the vision tower and the projector on what `inputs` holds.
+
+        Args:
+            input_ids (`int64 [B, L]`): prompts, whose placeholders are counted.
+            inputs: what the processor returned.
+            with_attention (`bool`): also note how much attention each token received in the tower, which then runs
+                with eager attention.
 
         Raises:
             `ValueError`: for pixels that are not finite, and when features and placeholders differ in number.
@@ -240,7 +103,15 @@ class LVLMAdapter:
                 if torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all():
                     bad = value[~value.isfinite()][0].item()
                     raise ValueError(f"{name} holds {bad}: check how the image was read and normalised.")
-            modalities[modality] = self.unpack(modality, encoder(**taken, return_dict=True), counts, inputs)
+            if with_attention:
+                with eager_tower(self.base):
+                    output = encoder(**taken, return_dict=True, output_attentions=True)
+            else:
+                output = encoder(**taken, return_dict=True)
+            encoded = self.unpack(modality, output, counts, inputs)
+            if with_attention:
+                encoded.attention = self.received_attention(modality, output, encoded)
+            modalities[modality] = encoded
         geometry = {name: inputs[name] for name in self.geometry_names if torch.is_tensor(inputs.get(name))}
         features = VisualFeatures(modalities, geometry)
         self.check(input_ids, features)
@@ -265,6 +136,12 @@ class LVLMAdapter:
             container=container,
             deepstack=deepstack,
         )
+
+    def received_attention(self, modality: str, output: ModelOutput, encoded: EncodedModality) -> Tensor:
+        """Attention that each token received in the tower layer whose features the LLM gets, float `[V]`."""
+        layer = getattr(self.config, "vision_feature_layer", None)
+        maps = attention_maps(output, layer if isinstance(layer, int) else -1, self.config.model_type)
+        return lay_over_tokens(maps, len(encoded.rows), self.config.model_type)
 
     def check(self, input_ids: Tensor, features: VisualFeatures) -> None:
         """Raises `ValueError` where the placeholders of a prompt and the features differ in number."""
@@ -378,21 +255,6 @@ def pack_rows(rows: Tensor, counts: Tensor, encoded: EncodedModality, same_lengt
         return pad_rows_left(rows, counts, int(counts.max())) if same_length else rows[None]
     entries = list(rows.split(counts.tolist()))
     return [entry[None] for entry in entries] if encoded.container == "list3d" else entries
-
-
-def square_block(length: int) -> Block:
-    side = math.isqrt(length)
-    return Block(side, side) if side * side == length else Block(1, length)
-
-
-def grid_blocks(grid: list[int], length: int) -> list[Block]:
-    """Blocks of an image or video of `grid` = (frames, height, width) patches that became `length` tokens."""
-    frames, height, width = grid
-    merge = math.isqrt(max(frames * height * width // max(length, 1), 1))
-    block = Block(height // merge, width // merge)
-    if frames * block.num_tokens != length:
-        return [Block(1, length)]
-    return [block] * frames
 
 
 class PaliGemmaAdapter(LVLMAdapter):

@@ -2,51 +2,30 @@
 
 import copy
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from .cached_prompt import CachedPrompt
-from .checkpoint_tprl import load_policy, move_into, policy_state, read_policy, scratch_directory
+from .checkpoint_tprl import TPRLPreTrainedModel
 from .configuration_tprl import TPRLConfig
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .keep_mask import Budget
-from .lvlm_adapters import TokenLayout, VisualFeatures, adapter_for
-from .pruned_batch import PromptBatch, PrunedBatch, merge_rows, prune_batch
-from .pruned_inputs import find_visual, gather_columns, left_padded_index, pad_rows, restore_prompt
+from .lvlm_adapters import adapter_for
+from .prune_plan import PrunePlan, budget_of_call, call_settings, layout_of, pruning_inputs
+from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
+from .pruned_inputs import find_visual, restore_prompt
 from .pruning_policy import PruningPolicy
 from .text_query import config_special_ids, default_query_mask
 from .token_autoencoder import TokenAutoencoder
-from .token_pruner import LearnedPruner, PruningInputs, TokenPruner
-
-logger = logging.get_logger(__name__)
-
-
-@dataclass
-class PrunePlan:
-    """Which visual tokens stay. V counts all visual tokens of the batch in placeholder order, sample by sample.
-
-    Args:
-        keep_mask (`bool [V]`): True where the token is kept.
-        scores (`float [V]`): what the choice followed, higher is kept; its scale is the pruner's own.
-        num_kept (`int64 [B]`): kept tokens of each sample.
-        num_visual (`int64 [B]`): visual tokens of each sample.
-        layout ([`TokenLayout`]): where each token lies in its image.
-    """
-
-    keep_mask: Tensor
-    scores: Tensor
-    num_kept: Tensor
-    num_visual: Tensor
-    layout: TokenLayout
+from .token_pruner import LearnedPruner, TokenPruner
+from .visual_features import VisualFeatures
 
 
 @dataclass
@@ -72,119 +51,6 @@ class TPRLOutput(ModelOutput):
     keep_mask: Tensor | None = None
     num_kept: Tensor | None = None
     columns: Tensor | None = None
-
-
-class TPRLPreTrainedModel(PreTrainedModel):
-    """Base class for loading and saving."""
-
-    config_class = TPRLConfig
-    base_model_prefix = "lvlm"
-    input_modalities = ("image", "video", "text")
-    supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ("autoencoder", "policy")
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, base_model=None, **kwargs):
-        r"""
-        Loads a TPRL checkpoint. Of a policy-only one, the base model is loaded first, from the place that its config
-        names; `dtype`, `device_map`, `attn_implementation` and the like then apply to the base.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): a directory or a name on the Hub.
-            config ([`TPRLConfig`], *optional*): replaces the checkpoint's own.
-            base_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*): where to take the base model from
-                instead, or the live base model itself. Only for policy-only checkpoints.
-            kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`].
-
-        Raises:
-            `OSError`: when config or weights are missing.
-            `ValueError`: when weights are truncated, of another shape, or the base model is unknown.
-        """
-        hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        hub_kwargs = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
-        source = str(pretrained_model_name_or_path)
-        if not isinstance(config, TPRLConfig):
-            config = TPRLConfig.from_pretrained(config or source, **hub_kwargs)
-        if config.includes_base_model:
-            return super().from_pretrained(source, *model_args, config=config, **kwargs)
-
-        config = copy.deepcopy(config)
-        state = read_policy(source, hub_kwargs)
-        base_model = base_model if base_model is not None else config.base_model_name_or_path
-        if base_model is None:
-            raise ValueError(
-                f"{source} holds a policy only and does not say for which base model: pass base_model=NAME_OR_PATH."
-            )
-        if not isinstance(base_model, PreTrainedModel):
-            base_kwargs = {k: v for k, v in kwargs.items() if k not in ("revision", "subfolder", "force_download")}
-            revision = config.base_model_revision
-            # Auto classes put this argument into the config before they call us.
-            attention = kwargs.get("attn_implementation", config._attn_implementation)
-            if attention is not None:
-                base_kwargs["attn_implementation"] = attention
-            if revision is not None and base_model == config.base_model_name_or_path:
-                base_kwargs["revision"] = revision
-            base_kwargs.pop("output_loading_info", None)
-            base_model = AutoModelForImageTextToText.from_pretrained(str(base_model), **base_kwargs)
-        width = base_model.config.get_text_config().hidden_size
-        if width != config.token_dim:
-            raise ValueError(
-                f"The policy in {source} was made for visual tokens of width {config.token_dim}, but the base model "
-                f"({base_model.config.model_type}) has width {width}. Use the base model it was trained with: "
-                f"{config.base_model_name_or_path}."
-            )
-        model = cls._around(base_model, config)
-        load_policy(model, state, source)
-        model.name_or_path = source
-        model.eval()
-        return (model, {}) if kwargs.get("output_loading_info") else model
-
-    def save_pretrained(self, save_directory, save_base_model: bool = False, **kwargs):
-        r"""
-        Saves the policy with the base model's name and revision, or everything.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): where to; made when missing.
-            save_base_model (`bool`, defaults to `False`): save the base model's weights too.
-            kwargs: as in [`~transformers.PreTrainedModel.save_pretrained`].
-        """
-        directory = Path(save_directory)
-        if not save_base_model:
-            if self.config.base_model_name_or_path is None:
-                logger.warning(
-                    "The base model has no name or path, so the saved policy cannot find it again: load it with "
-                    "from_pretrained(..., base_model=MODEL), or save with save_base_model=True."
-                )
-            kwargs["state_dict"] = policy_state(self)
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", directory.name)
-        before = self.config.includes_base_model
-        self.config.includes_base_model = save_base_model
-        try:
-            with scratch_directory(directory) as scratch:
-                super().save_pretrained(scratch, **kwargs)
-                move_into(Path(scratch), directory)
-        finally:
-            self.config.includes_base_model = before
-
-    @classmethod
-    def _around(cls, base: PreTrainedModel, config: TPRLConfig) -> Any:
-        # Making a model around a config resets the attention implementation of that config and of its parts, so it
-        # gets a copy; afterwards the live config takes its place, so that there is one truth.
-        config.base_config = copy.deepcopy(base.config)
-        config.dtype = base.dtype
-        config._attn_implementation_internal = base.config._attn_implementation
-        # The live model is not to be initialised a second time, whatever was done to it since it was made.
-        for module in base.modules():
-            module._is_hf_initialized = True  # type: ignore[assignment]
-        model = cls(config, lvlm=base)
-        model.config.base_config = base.config
-        model.generation_config = base.generation_config
-        return model
 
 
 class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
@@ -277,26 +143,11 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             self._pruner = before
 
     def _budget(self, call: dict[str, Any]) -> Budget | None:
-        """The budget of this call, the pruner's, or the config's; `None` where nothing is to be pruned."""
-        given = {name: value for name, value in call.items() if value is not None}
-        if len(given) > 1:
-            listed = ", ".join(f"{name}={'...' if torch.is_tensor(v) else v}" for name, v in given.items())
-            raise ValueError(f"Pass only one of keep_ratio, num_keep, threshold, prune and keep_mask; got {listed}.")
-        if given.get("prune") is False:
-            return None
-        config, pruner = self.config, self.pruner
-        bounds = {"min_keep": config.min_keep, "max_keep": config.max_keep}
-        if given.keys() & {"keep_ratio", "num_keep", "threshold"}:
-            return Budget(**given, **bounds)
-        if pruner.budget is not None:
-            return pruner.budget
-        if (config.keep_ratio, config.num_keep, config.threshold) != (None, None, None):
-            return Budget(config.keep_ratio, config.num_keep, config.threshold, **bounds)
-        if given.get("prune") or self._pruner is not None:
-            raise ValueError(
-                "No budget: pass keep_ratio, num_keep or threshold in the call, to the pruner, or in the config."
-            )
-        return None
+        return budget_of_call(call, self.pruner.budget, self._pruner is not None, self.config)
+
+    def _looks(self, call: dict[str, Any], budget: Budget | None) -> bool:
+        """Whether this call's pruner reads the tower's attention."""
+        return budget is not None and call["keep_mask"] is None and self.pruner.needs_attention
 
     # ---- encoding and planning ----
 
@@ -309,7 +160,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             input_ids (`int64 [B, L]`): prompts with all their placeholders.
             inputs: what the processor returned besides (`pixel_values`, `image_sizes`, `image_grid_thw`, ...).
         """
-        return self.adapter.encode(input_ids, inputs)
+        return self.adapter.encode(input_ids, inputs, self.pruner.needs_attention)
 
     def _batch(
         self,
@@ -318,6 +169,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         visual_features: VisualFeatures | None,
         inputs: dict[str, Any],
         record: CachedPrompt | None = None,
+        with_attention: bool = False,
     ) -> PromptBatch:
         if input_ids is None:
             raise ValueError("`input_ids` are needed: they say where the visual tokens are. `inputs_embeds` do not.")
@@ -332,7 +184,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         batch = PromptBatch(input_ids, attention_mask, visual, visual_features, inputs, record)
         if not batch.cached_visual().all():
             if batch.features is None:
-                batch.features = self.adapter.encode(input_ids, inputs)
+                batch.features = self.adapter.encode(input_ids, inputs, with_attention)
             else:
                 self.adapter.check(input_ids, batch.features)
         else:
@@ -352,9 +204,8 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         device = batch.input_ids.device
         keep_mask = torch.ones(total, dtype=torch.bool, device=device)
         scores = torch.ones(total, device=device)
-        new = ~batch.cached_visual()
-        layout = self._layout(batch)
-        if call.get("keep_mask") is not None:
+        layout = layout_of(batch, self.adapter)
+        if call["keep_mask"] is not None:
             given = call["keep_mask"]
             if given.dtype != torch.bool or given.shape != (total,):
                 raise ValueError(
@@ -364,63 +215,29 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             keep_mask = given.to(device).clone()
             scores = keep_mask.float()
         elif budget is not None and batch.features is not None:
-            counts = torch.bincount(batch.visual.nonzero()[new][:, 0], minlength=len(num_visual))
-            inputs = self._pruning_inputs(batch, counts, new, layout, query_mask)
+            query_mask = self._query_mask(batch, query_mask)
+            inputs, new = pruning_inputs(batch, self.adapter, layout, query_mask, self.pruner.needs_attention)
             chosen, chosen_scores = self.pruner.choose(inputs, budget)
             keep_mask[new] = chosen[inputs.valid].to(device)
             scores[new] = chosen_scores[inputs.valid].to(device, scores.dtype)
         if batch.record is not None:
-            keep_mask[~new] = torch.cat(batch.record.keep_masks).to(device)
+            keep_mask[batch.cached_visual()] = torch.cat(batch.record.keep_masks).to(device)
         sample_of = batch.visual.nonzero()[:, 0]
         num_kept = torch.bincount(sample_of[keep_mask], minlength=len(num_visual))
         return PrunePlan(keep_mask, scores, num_kept, num_visual, layout)
 
-    def _layout(self, batch: PromptBatch) -> TokenLayout:
-        ids = batch.input_ids[batch.visual]
-        merged = torch.zeros(7, len(ids), dtype=torch.long)
-        merged[4:6] = 1
-        first_image = 0
-        for modality, encoded in (batch.features.modalities if batch.features else {}).items():
-            layout = TokenLayout.from_blocks(encoded.blocks)
-            stacked = torch.stack([value.long() for value in vars(layout).values()])
-            stacked[0] += first_image
-            merged[:, (ids == self.adapter.token_ids[modality]).cpu()] = stacked
-            first_image += len(encoded.blocks)
-        merged = merged.to(ids.device)
-        return TokenLayout(*merged[:6], protected=merged[6].bool())
-
-    def _pruning_inputs(
-        self, batch: PromptBatch, counts: Tensor, new: Tensor, layout: TokenLayout, query_mask: Tensor | None
-    ) -> PruningInputs:
-        assert batch.features is not None
-        rows = merge_rows(batch.features, batch.input_ids, self.adapter.token_ids)[new]
-        tokens, valid = pad_rows(rows, counts)
-        padded = {name: pad_rows(value[new].to(rows.device), counts)[0] for name, value in vars(layout).items()}
-        padded["height"], padded["width"] = padded["height"].clamp(min=1), padded["width"].clamp(min=1)
+    def _query_mask(self, batch: PromptBatch, query_mask: Tensor | None) -> Tensor:
+        if self.config.query_agnostic:
+            return torch.zeros_like(batch.visual)
         if query_mask is None:
             special = config_special_ids(self.adapter.config, self.generation_config)
-            query_mask = default_query_mask(batch.input_ids, batch.attention_mask, batch.visual, special)
-        elif query_mask.shape != batch.input_ids.shape:
+            return default_query_mask(batch.input_ids, batch.attention_mask, batch.visual, special)
+        if query_mask.shape != batch.input_ids.shape:
             raise ValueError(
                 f"query_mask must have the shape of input_ids, {tuple(batch.input_ids.shape)}; got "
                 f"{tuple(query_mask.shape)}."
             )
-        if self.config.query_agnostic:
-            query_mask = torch.zeros_like(query_mask)
-        index, query_valid = left_padded_index(query_mask.bool())
-        query = self.lvlm.get_input_embeddings()(gather_columns(batch.input_ids, index, query_valid))
-        keys = [
-            zlib.crc32(repr((ids[mask.bool()].tolist(), int(n))).encode())
-            for ids, mask, n in zip(batch.input_ids.cpu(), batch.attention_mask.cpu(), counts, strict=True)
-        ]
-        return PruningInputs(
-            tokens=tokens,
-            valid=valid,
-            layout=TokenLayout(**padded),
-            query=query.to(tokens.device),
-            query_mask=query_valid.to(tokens.device),
-            sample_keys=keys,
-        )
+        return query_mask.bool() & ~batch.visual
 
     @torch.no_grad()
     def prune(
@@ -448,9 +265,9 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         Returns:
             [`PrunePlan`]
         """
-        call = _call(keep_ratio, num_keep, threshold, prune, keep_mask)
+        call = call_settings(keep_ratio, num_keep, threshold, prune, keep_mask)
         budget = self._budget(call)
-        batch = self._batch(input_ids, attention_mask, visual_features, inputs)
+        batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(call, budget))
         return self._plan(batch, call, budget, query_mask)
 
     # ---- running the base model ----
@@ -510,7 +327,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         given = {"pixel_values": pixel_values, "position_ids": position_ids, "labels": labels}
         inputs = kwargs | {name: value for name, value in given.items() if value is not None}
-        call = _call(keep_ratio, num_keep, threshold, prune, keep_mask)
+        call = call_settings(keep_ratio, num_keep, threshold, prune, keep_mask)
         budget = self._budget(call)
         filled = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
         if filled and (prune is not False or hasattr(past_key_values, "tprl_cached_prompt")):
@@ -523,7 +340,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             output = self._output(output)
             return output if return_dict else output.to_tuple()
 
-        batch = self._batch(input_ids, attention_mask, visual_features, inputs)
+        batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(call, budget))
         plan = self._plan(batch, call, budget, query_mask)
         pruned = self._pruned(batch, plan)
         if past_key_values is not None:
@@ -540,6 +357,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
     def _forward_cached(self, input_ids, attention_mask, past_key_values, inputs, return_dict):
         """New tokens behind a cache: positions and mask go on from what the cache holds."""
         record = CachedPrompt.of(past_key_values)
+        assert record is not None
         if find_visual(input_ids, list(self.adapter.token_ids.values())).any():
             raise ValueError(
                 "New images behind a filled cache are for `generate`: pass it the whole conversation with "
@@ -580,7 +398,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -607,7 +425,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         """
         self.lvlm.generation_config = self.generation_config
         input_ids = kwargs.pop("input_ids", inputs)
-        call = _call(keep_ratio, num_keep, threshold, prune, keep_mask)
+        call = call_settings(keep_ratio, num_keep, threshold, prune, keep_mask)
         budget = self._budget(call)
         cache = kwargs.get("past_key_values")
         record = None
@@ -616,7 +434,9 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         if self._leaves_alone(input_ids, call, budget, visual_features, record):
             return self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
 
-        batch = self._batch(input_ids, kwargs.pop("attention_mask", None), visual_features, kwargs, record)
+        batch = self._batch(
+            input_ids, kwargs.pop("attention_mask", None), visual_features, kwargs, record, self._looks(call, budget)
+        )
         plan = self._plan(batch, call, budget, query_mask)
         configs = (generation_config, self.generation_config)
         copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
@@ -662,13 +482,3 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings):
         self.lvlm.set_output_embeddings(new_embeddings)
-
-
-def _call(keep_ratio, num_keep, threshold, prune, keep_mask) -> dict[str, Any]:
-    return {
-        "keep_ratio": keep_ratio,
-        "num_keep": num_keep,
-        "threshold": threshold,
-        "prune": prune,
-        "keep_mask": keep_mask,
-    }

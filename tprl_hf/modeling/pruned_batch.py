@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .cached_prompt import CachedPrompt
-from .lvlm_adapters import LVLMAdapter, VisualFeatures
+from .lvlm_adapters import LVLMAdapter
 from .pruned_inputs import count_positions, find_visual, gather_columns, kept_columns, left_padded_index
+from .visual_features import VisualFeatures
 
 
 @dataclass
@@ -103,7 +104,9 @@ def prune_batch(
             if same_length and encoded.container == "tensor":
                 extra[modality] = counts[modality].max() - counts[modality]
     padding = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-    padding = (padding + sum(extra.values())).clamp(min=min_padding)
+    for missing in extra.values():
+        padding = padding + missing
+    padding = padding.clamp(min=min_padding)
 
     kept = kept_columns(batch.attention_mask, visual, keep_mask)
     index, valid = left_padded_index(kept, padding)
@@ -133,10 +136,11 @@ def prune_batch(
             inputs[name] = gather_columns(value, index, valid, -100 if name == "labels" else 0)
     pruned_ids = gather_columns(ids, index, valid, pad_token_id)
     column = torch.arange(index.shape[1], device=ids.device)
-    start = 0
+    start = torch.zeros_like(padding)[:, None]
     for modality, missing in extra.items():
-        pruned_ids[(column >= start) & (column < (start + missing)[:, None])] = adapter.token_ids[modality]
-        start = start + missing
+        end = start + missing[:, None]
+        pruned_ids[(column >= start) & (column < end)] = adapter.token_ids[modality]
+        start = end
     if past:
         # in the cached columns nothing is looked up; a placeholder there would only be counted
         cached = pruned_ids[:, :past]

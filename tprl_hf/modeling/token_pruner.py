@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .keep_mask import Budget, keep_above_threshold, keep_counts, keep_top_k
-from .lvlm_adapters import TokenLayout
 from .pruning_policy import PruningPolicy
 from .token_autoencoder import TokenAutoencoder
+from .token_layout import TokenLayout
 
 
 @dataclass

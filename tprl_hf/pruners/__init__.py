@@ -5,6 +5,7 @@ from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs, SetPrune
 from .none import NoPruner
 from .random import RandomPruner
 from .uniform import UniformPruner
+from .vispruner import VisPruner
 
 __all__ = [
     "LearnedPruner",
@@ -14,4 +15,5 @@ __all__ = [
     "SetPruner",
     "TokenPruner",
     "UniformPruner",
+    "VisPruner",
 ]

@@ -1,0 +1,97 @@
+"""Where visual tokens lie: grids of images, crops and frames, and the separators between their rows."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive visual tokens that form a grid, row by row.
+
+    Args:
+        height, width (`int`): tokens of content.
+        row_newline (`bool`): each row ends in one separator token more.
+        separator (`bool`): the block itself is a separator.
+    """
+
+    height: int
+    width: int
+    row_newline: bool = False
+    separator: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return self.height * (self.width + self.row_newline)
+
+
+@dataclass
+class TokenLayout:
+    """Where each visual token lies. All fields are tensors `[V]`, V tokens in placeholder order.
+
+    Args:
+        image (`int64`): index of the image or video in the batch.
+        block (`int64`): index of the crop, tile or frame in that image.
+        row, column (`int64`): place in the block's grid.
+        height, width (`int64`): size of the block's grid.
+        protected (`bool`): separator tokens (row ends), which pruning keeps.
+    """
+
+    image: Tensor
+    block: Tensor
+    row: Tensor
+    column: Tensor
+    height: Tensor
+    width: Tensor
+    protected: Tensor
+
+    def __getitem__(self, index: Tensor) -> "TokenLayout":
+        return TokenLayout(**{name: value[index] for name, value in vars(self).items()})
+
+    def positions(self) -> Tensor:
+        """Row and column in [0, 1], float `[V, 2]`."""
+        row = (self.row + 0.5) / self.height
+        column = (self.column + 0.5) / self.width
+        return torch.stack([row, column.clamp(max=1.0)], dim=-1)
+
+    @classmethod
+    def from_blocks(cls, entries: list[list[Block]]) -> "TokenLayout":
+        """Layout of all tokens from the blocks of each image."""
+        columns: list[Tensor] = []
+        for image, blocks in enumerate(entries):
+            for index, block in enumerate(blocks):
+                width = block.width + block.row_newline
+                row = torch.arange(block.height).repeat_interleave(width)
+                column = torch.arange(width).repeat(block.height)
+                protected = torch.full_like(row, block.separator) | (column == block.width)
+                sizes = [torch.full_like(row, value) for value in (image, index, block.height, block.width)]
+                columns.append(torch.stack([sizes[0], sizes[1], row, column, sizes[2], sizes[3], protected.long()]))
+        merged = torch.cat(columns, dim=1) if columns else torch.zeros(7, 0, dtype=torch.long)
+        return cls.from_stacked(merged)
+
+    def stacked(self) -> Tensor:
+        """All fields as one tensor, `int64 [7, V]`."""
+        return torch.stack([value.long() for value in vars(self).values()])
+
+    @classmethod
+    def from_stacked(cls, stacked: Tensor) -> "TokenLayout":
+        """The layout of which `stacked [7, ...]` are the fields."""
+        image, block, row, column, height, width, protected = stacked
+        return cls(image, block, row, column, height, width, protected.bool())
+
+
+def square_block(length: int) -> Block:
+    side = math.isqrt(length)
+    return Block(side, side) if side * side == length else Block(1, length)
+
+
+def grid_blocks(grid: list[int], length: int) -> list[Block]:
+    """Blocks of an image or video of `grid` = (frames, height, width) patches that became `length` tokens."""
+    frames, height, width = grid
+    merge = math.isqrt(max(frames * height * width // max(length, 1), 1))
+    block = Block(height // merge, width // merge)
+    if frames * block.num_tokens != length:
+        return [Block(1, length)]
+    return [block] * frames

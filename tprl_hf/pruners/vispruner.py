@@ -1,0 +1,63 @@
+"""VisPruner: visual attention finds the important tokens, removing duplicates the diverse ones (arXiv 2412.01818).
+
+The TPRL paper's teacher. It never looks at the question.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tprl_hf.modeling.token_pruner import PruningInputs, SetPruner
+
+
+class VisPruner(SetPruner):
+    """Splits the budget between important and diverse tokens.
+
+    Important are those to which the vision tower attends most (from its [CLS] token where it has one) in the layer
+    whose features the LLM gets. Of the rest, the tokens most similar to others are removed until the budget is met.
+
+    Args:
+        important_ratio (`float`, defaults to 0.5): share of the budget for important tokens.
+        removed_per_round (`int`, defaults to 8): duplicates removed at a time.
+        **budget: see [`TokenPruner`]; no threshold.
+    """
+
+    needs_attention = True
+
+    def __init__(self, important_ratio: float = 0.5, removed_per_round: int = 8, **budget):
+        super().__init__(**budget)
+        if not 0 <= important_ratio <= 1:
+            raise ValueError(f"important_ratio is a share of the budget in [0, 1]; got {important_ratio}.")
+        self.important_ratio = important_ratio
+        self.removed_per_round = removed_per_round
+
+    def select(self, inputs: PruningInputs, counts: Tensor) -> Tensor:
+        assert inputs.attention is not None
+        keep_mask = torch.zeros_like(inputs.valid)
+        for row, count in enumerate(counts.tolist()):
+            index = inputs.valid[row].nonzero()[:, 0]
+            num_important = int(count * self.important_ratio)
+            order = inputs.attention[row, index].argsort(descending=True, stable=True)
+            rest = index[order[num_important:]].sort().values
+            diverse = remove_duplicates(inputs.tokens[row, rest], count - num_important, self.removed_per_round)
+            keep_mask[row, index[order[:num_important]]] = True
+            keep_mask[row, rest[diverse]] = True
+        return keep_mask
+
+
+def remove_duplicates(tokens: Tensor, count: int, per_round: int) -> Tensor:
+    """Indices of `count` tokens of `[n, D]` that are left when duplicates go.
+
+    In each round every second token is compared with the others by cosine, and those closest to one of them go.
+    """
+    directions = F.normalize(tokens.float(), dim=-1)
+    left = torch.arange(len(tokens), device=tokens.device)
+    while len(left) > count:
+        candidates, others = left[::2], left[1::2]
+        if len(others) == 0:
+            return left[:count]
+        excess = min(per_round, len(left) - count, len(candidates))
+        similarity = (directions[candidates] @ directions[others].T).amax(dim=1)
+        gone = candidates[similarity.argsort(descending=True, stable=True)[:excess]]
+        left = left[~torch.isin(left, gone)]
+    return left
