@@ -6,7 +6,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-from tests.tiny_models import BOS, EOS, IMAGE, PAD, VOCAB, build
+from tests.tiny_models import BOS, EOS, IMAGE, PAD, TEXT, build
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% for part in message.content %}"
@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
 
 def make_processor() -> LlavaProcessor:
     """The processor of the tiny random LLaVA: 24-pixel images, 16 visual tokens, a vocabulary of words."""
-    words = {f"word{number}": number for number in range(VOCAB)}
+    words = {f"word{number}": number for number in range(TEXT["vocab_size"])}
     special = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, "<unk>": 3, "<image>": IMAGE}
     vocabulary = {word: number for word, number in words.items() if number not in special.values()} | special
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

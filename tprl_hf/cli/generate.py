@@ -65,8 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if arguments.output_dir:
         kept = f"{pruner}, {int(plan.num_kept)} of {int(plan.num_visual)} kept"
-        panels = [Panel("the image"), Panel(kept, answer, plan.keep_mask, plan.scores)]
-        figure = make_figure(image, processor, inputs["pixel_values"], plan, panels, arguments.question)
+        panels = [Panel("the image"), Panel(kept, "", plan.keep_mask, plan.scores)]
+        figure = make_figure(image, processor, inputs["pixel_values"], plan, panels, f"{arguments.question}  {answer}")
         for path in write_pictures(
             [figure], arguments.output_dir, "Kept visual tokens", [f"model: {model.name_or_path}"]
         ):

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import tprl_hf
 
-from . import generate
+from . import demo, generate
 
 # Each has NAME, HELP, add_arguments(parser) and run(arguments) -> exit code, and imports torch only in `run`.
-COMMANDS = (generate,)
+COMMANDS = (demo, generate)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -1,0 +1,135 @@
+import pytest
+import torch
+
+from tests.cli.conftest import make_processor
+from tests.tiny_models import build
+from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.cli.main import main
+from tprl_hf.evaluation.answers import chat_inputs, generate_answers
+
+QUESTION = "word7 word8"
+
+
+@pytest.fixture(scope="module")
+def trained_checkpoint(tmp_path_factory):
+    """A TPRL checkpoint that names a budget, as one with a trained policy does."""
+    path = tmp_path_factory.mktemp("trained")
+    model = TPRLForConditionalGeneration.from_base_model(build("llava"), keep_ratio=0.5, policy_num_heads=2)
+    model.save_pretrained(path, save_base_model=True)
+    make_processor().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def generate(capsys, base_checkpoint, image_file):
+    """Runs `tprl generate` and returns exit code, stdout and stderr."""
+
+    def run(*words: str, model=base_checkpoint, image=image_file):
+        required = ["--image", str(image), "--question", QUESTION, "--model", str(model), "--max-new-tokens", "4"]
+        code = main(["generate", *required, *map(str, words)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_answer_is_what_the_model_says(generate, base_checkpoint, image_file):
+    from PIL import Image
+
+    code, out, _ = generate("--pruner", "uniform", "--num-keep", "4")
+    model = TPRLForConditionalGeneration.from_base_model(base_checkpoint)
+    from tprl_hf.pruners import UniformPruner
+
+    sample = {"images": [Image.open(image_file).convert("RGB")], "prompt": QUESTION}
+    with model.using(UniformPruner(num_keep=4)):
+        (answer,) = generate_answers(model, make_processor(), [sample], max_new_tokens=4)
+    assert (code, out) == (0, answer + "\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "vispruner: 5 of 16 visual tokens kept"),
+        (["--keep-ratio", "1/4", "--pruner", "random"], "random: 4 of 16 visual tokens kept"),
+        (["--num-keep", "7", "--pruner", "uniform"], "uniform: 7 of 16 visual tokens kept"),
+        (["--no-prune"], "none: 16 of 16 visual tokens kept"),
+        (["--pruner", "none"], "none: 16 of 16 visual tokens kept"),
+    ],
+)
+def test_it_keeps_what_was_asked_for_and_times_both(generate, words, message):
+    code, out, err = generate(*words)
+    assert code == 0 and out.strip()
+    assert message in err and "LLM prefill" in err and "unpruned" in err and "cpu, float32" in err
+
+
+def test_a_trained_checkpoint_uses_its_policy_and_its_own_budget(generate, trained_checkpoint):
+    assert "learned: 8 of 16 visual tokens kept" in generate(model=trained_checkpoint)[2]
+    assert "learned: 4 of 16 visual tokens kept" in generate("--num-keep", 4, model=trained_checkpoint)[2]
+    assert "learned: 16 of 16" in generate("--threshold", "1e-6", model=trained_checkpoint)[2]
+
+
+def test_unpruned_answers_are_the_base_models(generate, base_checkpoint, image_file):
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText
+
+    processor = make_processor()
+    base = AutoModelForImageTextToText.from_pretrained(base_checkpoint, dtype=torch.float32)
+    inputs = chat_inputs(processor, [{"images": [Image.open(image_file).convert("RGB")], "prompt": QUESTION}])
+    sequence = base.generate(**inputs, do_sample=False, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+    assert generate("--no-prune")[1] == processor.decode(sequence, skip_special_tokens=True).strip() + "\n"
+
+
+def test_pictures_are_written_where_asked(generate, tmp_path):
+    code, _, err = generate("--output-dir", tmp_path / "new" / "folder")
+    written = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
+    assert code == 0 and written == ["kept_tokens.html", "kept_tokens.png"]
+    assert str(tmp_path / "new" / "folder" / "kept_tokens.png") in err
+    assert (tmp_path / "new" / "folder" / "kept_tokens.html").read_text().count('class="patch kept"') == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pruner", "learned"], "has no trained policy: pass --pruner vispruner"),
+        (["--num-keep", "17"], "num_keep=17, but sample 0 has only 16 visual tokens"),
+        (["--pruner", "none", "--keep-ratio", "0.5"], "--pruner none keeps all tokens: leave out --keep-ratio"),
+        (["--threshold", "0.5"], "threshold=0.5"),
+    ],
+)
+def test_what_does_not_fit_together_is_one_line_and_exit_code_2(generate, words, message):
+    code, out, err = generate(*words)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_files_that_are_missing_or_broken_are_one_line_and_exit_code_2(generate, tmp_path):
+    code, _, err = generate(image=tmp_path / "none.png")
+    assert code == 2 and err == f"tprl generate: error: There is no image file {tmp_path / 'none.png'}.\n"
+
+    (tmp_path / "text.png").write_text("no image")
+    code, _, err = generate(image=tmp_path / "text.png")
+    assert code == 2 and "text.png is not an image that Pillow can read" in err and err.count("\n") == 1
+
+    code, _, err = generate(model=tmp_path / "no-model")
+    assert code == 2 and str(tmp_path / "no-model") in err and err.count("\n") == 1
+
+
+def test_a_processor_without_chat_template_is_refused(base_checkpoint, image_file):
+    from PIL import Image
+
+    processor = make_processor()
+    processor.chat_template = None
+    with pytest.raises(ValueError, match="LlavaProcessor has no chat template"):
+        chat_inputs(processor, [{"images": [Image.open(image_file)], "prompt": QUESTION}])
+
+
+def test_answers_do_not_depend_on_the_batch_size(base_checkpoint):
+    import numpy as np
+    from PIL import Image
+
+    model = TPRLForConditionalGeneration.from_base_model(base_checkpoint, keep_ratio=0.5)
+    noise = np.random.default_rng(1).integers(0, 255, (5, 24, 24, 3), dtype=np.uint8)
+    samples = [
+        {"images": [Image.fromarray(pixels)], "prompt": " ".join(f"word{number}" for number in range(7, 9 + length))}
+        for length, pixels in enumerate(noise)
+    ]
+    answers = [generate_answers(model, make_processor(), samples, size, max_new_tokens=3) for size in (1, 2, 5)]
+    assert len(set(answers[0])) > 1 and answers[0] == answers[1] == answers[2]

@@ -1,0 +1,77 @@
+import subprocess
+import sys
+
+import pytest
+
+import tprl_hf
+from tprl_hf.cli import main as cli
+from tprl_hf.cli.arguments import keep_ratio, positive_int
+
+
+def run_expecting_exit(capsys, *words: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    return stop.value.code, *capsys.readouterr()
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    code = (
+        "import sys\n"
+        "from tprl_hf.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'transformers', 'PIL', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for command in cli.COMMANDS:
+        assert f"    {command.NAME}" in done.stdout
+
+
+def test_version(capsys):
+    assert run_expecting_exit(capsys, "--version")[:2] == (0, f"tprl_hf {tprl_hf.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["prune"], "invalid choice: 'prune'"),
+        (["generate", "--question", "q"], "the following arguments are required: --image"),
+        (["generate", "--keep-ratio", "0"], "0 is not in (0, 1]: it is the fraction of visual tokens that is KEPT"),
+        (["generate", "--keep-ratio", "third"], "'third' is not a fraction"),
+        (["generate", "--keep-ratio", "1/0"], "'1/0' is not a fraction"),
+        (["generate", "--num-keep", "0"], "'0' is not a whole number of at least 1"),
+        (["generate", "--keep-ratio", "0.5", "--num-keep", "3"], "--num-keep: not allowed with argument --keep-ratio"),
+        (["generate", "--pruner", "magic"], "invalid choice: 'magic'"),
+        (["demo", "--num-samples", "-3"], "'-3' is not a whole number"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(capsys, words, message):
+    code, out, err = run_expecting_exit(capsys, *words)
+    assert code == 2 and out == ""
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("text", "value"), [("1/3", 1 / 3), ("0.25", 0.25), ("1", 1.0), ("2/4", 0.5)])
+def test_keep_ratio_reads_decimals_and_fractions(text, value):
+    assert keep_ratio(text) == value
+
+
+def test_positive_int():
+    assert positive_int("12") == 12
+
+
+def test_traceback_shows_where_an_error_comes_from(tmp_path):
+    words = ["generate", "--image", str(tmp_path / "none.png"), "--question", "q"]
+    assert cli.main(words) == 2
+    with pytest.raises(FileNotFoundError):
+        cli.main(["--traceback", *words])
+
+
+def test_a_bug_is_not_taken_for_a_users_mistake(monkeypatch):
+    def run(arguments):
+        raise KeyError("bug")
+
+    monkeypatch.setattr(cli.COMMANDS[0], "run", run)
+    with pytest.raises(KeyError):
+        cli.main([cli.COMMANDS[0].NAME])

@@ -1,0 +1,171 @@
+"""Ask a small embedded model questions about test images, with all and with a third of the visual tokens."""
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from .arguments import DEFAULT_KEEP_RATIO, PRUNERS, add_model_argument, keep_ratio, positive_int
+
+NAME = "demo"
+HELP = "see the embedded model answer with a third of its visual tokens"
+TIMED_PROMPTS = 16
+REPETITIONS = 9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num-samples", type=positive_int, default=240, metavar="N", help="questions to answer (default: 240)"
+    )
+    parser.add_argument(
+        "--num-shown",
+        type=positive_int,
+        default=6,
+        metavar="N",
+        help="how many of them to print and draw (default: 6)",
+    )
+    parser.add_argument("--seed", type=int, default=7, help="seed of the images and of the random pruner (default: 7)")
+    parser.add_argument(
+        "--keep-ratio",
+        type=keep_ratio,
+        default=DEFAULT_KEEP_RATIO,
+        metavar="FRACTION",
+        help="fraction of visual tokens to keep, in (0, 1] (default: 1/3)",
+    )
+    add_model_argument(parser)
+    parser.add_argument(
+        "--output-dir", default="tprl_output/demo", metavar="DIR", help="for the pictures (default: %(default)s)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    from tprl_hf.data import mosaic_vqa
+    from tprl_hf.evaluation.accuracy import is_right
+    from tprl_hf.evaluation.answers import generate_answers
+
+    from .loading import has_trained_policy, load_model, using_pruner
+    from .pictures import write_pictures
+
+    model, processor = load_model(arguments.model)
+    pruners = [name for name in PRUNERS if name != "learned" or has_trained_policy(model)]
+    budgets: dict[str, dict[str, Any]] = {name: {"keep_ratio": arguments.keep_ratio} for name in pruners}
+    budgets["none"] = {"prune": False}
+    samples = list(mosaic_vqa(split="test", seed=arguments.seed, num_samples=arguments.num_samples))
+
+    answers = {}
+    for name in pruners:
+        with using_pruner(model, name, arguments.seed):
+            answers[name] = generate_answers(model, processor, samples, max_new_tokens=8, **budgets[name])
+    right = {
+        name: [is_right(answer, sample["answer"]) for answer, sample in zip(answers[name], samples, strict=True)]
+        for name in pruners
+    }
+
+    shown = one_of_each_type(samples, arguments.num_shown)
+    rows = [["type", "question", "reference", *pruners]]
+    for number in shown:
+        marked = [answers[name][number] + ("" if right[name][number] else "  x") for name in pruners]
+        rows.append([samples[number][column] for column in ("question_type", "prompt", "answer")] + marked)
+    print(
+        f"Questions (the first of each type), and the answers at keep ratio {arguments.keep_ratio:.3g}; x is wrong\n"
+    )
+    print(format_table(rows))
+
+    figures, kept = draw(model, processor, samples, shown, pruners, budgets, answers, right, arguments.seed)
+    times = time_prefill(model, processor, samples[:TIMED_PROMPTS], pruners, budgets, arguments.seed)
+    rows = [["pruner", "tokens kept", "right answers", "LLM prefill", "whole prefill"]]
+    for name in pruners:
+        count = sum(right[name])
+        accuracy = f"{count} of {len(samples)} ({100 * count / len(samples):.1f} %)"
+        rows.append([name, kept[name], accuracy, f"{times[name].llm_ms:.1f} ms", f"{times[name].total_ms:.1f} ms"])
+    print(format_table(rows))
+
+    notes = [
+        f"Questions: mosaic_vqa(split='test', seed={arguments.seed}, num_samples={arguments.num_samples}).",
+        f"Prefill: a batch of {min(TIMED_PROMPTS, len(samples))} prompts, median of {REPETITIONS} rounds in which the "
+        "pruners take turns, after 2 to warm up; LLM: its forward alone; whole: vision tower, pruner and LLM; "
+        f"{describe_device(model)}.",
+        "Outlined in orange: what the question is about. The pruners are not told.",
+        f"Command: tprl demo --num-samples {arguments.num_samples} --num-shown {arguments.num_shown} "
+        f"--seed {arguments.seed} --keep-ratio {arguments.keep_ratio:.4g}"
+        + (f" --model {arguments.model}" if arguments.model else ""),
+    ]
+    paths = write_pictures(figures, arguments.output_dir, "Which visual tokens are kept", notes)
+    print("\n".join(notes[:2]))
+    print(f"Pictures: {', '.join(map(str, paths))}")
+    print(f"Took {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def one_of_each_type(samples: Sequence[dict[str, Any]], count: int) -> list[int]:
+    """`count` indices: the first sample of each question type, then the second of each, and so on; none by hand."""
+    turns: dict[str, int] = {}
+    order = []
+    for number, sample in enumerate(samples):
+        turn = turns[sample["question_type"]] = turns.get(sample["question_type"], -1) + 1
+        order.append((turn, number))
+    return [number for _, number in sorted(order)[:count]]
+
+
+def draw(
+    model, processor, samples, shown: Sequence[int], pruners: Sequence[str], budgets, answers, right, seed: int
+) -> tuple[list[Any], dict[str, str]]:
+    """The figures of the samples in `shown`, and by pruner how many tokens of one of them were kept."""
+    from tprl_hf.evaluation.answers import chat_inputs
+    from tprl_hf.visualization import Panel
+
+    from .loading import using_pruner
+    from .pictures import make_figure
+
+    figures, kept = [], {}
+    for number in shown:
+        sample = samples[number]
+        inputs = chat_inputs(processor, [sample], model.device)
+        panels = []
+        for name in pruners:
+            with using_pruner(model, name, seed):
+                plan = model.prune(**inputs, **budgets[name])
+            kept[name] = f"{int(plan.num_kept)} of {int(plan.num_visual)}"
+            mask = None if name == "none" else plan.keep_mask
+            panels.append(
+                Panel(f"{name}: {kept[name]}", answers[name][number], mask, plan.scores, right[name][number])
+            )
+        title = f"{sample['prompt']}  ({sample['answer']})"
+        image = sample["images"][0].convert("RGB")
+        figures.append(make_figure(image, processor, inputs["pixel_values"], plan, panels, title, sample["boxes"]))
+    return figures, kept
+
+
+def time_prefill(model, processor, samples, pruners: Sequence[str], budgets, seed: int):
+    """[`PrefillTime`] by pruner, of one batch of `samples`."""
+    from tprl_hf.evaluation.answers import chat_inputs
+    from tprl_hf.evaluation.latency import measure_prefill
+
+    from .loading import using_pruner
+
+    inputs = chat_inputs(processor, samples, model.device)
+
+    def prefill(name: str):
+        with using_pruner(model, name, seed):
+            return model(**inputs, **budgets[name], logits_to_keep=1)
+
+    calls = {name: lambda name=name: prefill(name) for name in pruners}
+    return measure_prefill(model.lvlm.get_decoder(), calls, REPETITIONS)
+
+
+def describe_device(model) -> str:
+    """Device, dtype and threads, for a line below timings."""
+    import torch
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    if model.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(model.device)}, {dtype}"
+    return f"{model.device.type}, {dtype}, {torch.get_num_threads()} threads"
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of texts as aligned columns under a ruled header."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], ""])
