@@ -73,13 +73,12 @@ def budget_of_call(
         return None
     asked = {name: call[name] for name in ("keep_ratio", "num_keep", "threshold")}
     default = {name: getattr(config, name) for name in asked}
-    bounds = {"min_keep": config.min_keep, "max_keep": config.max_keep}
     if any(value is not None for value in asked.values()):
-        return Budget(**asked, **bounds)
+        return Budget(**asked, min_keep=config.min_keep, max_keep=config.max_keep)
     if own is not None:
         return own
     if any(value is not None for value in default.values()):
-        return Budget(**default, **bounds)
+        return Budget(**default, min_keep=config.min_keep, max_keep=config.max_keep)
     if call["prune"] or pruner_was_chosen:
         raise ValueError(
             "No budget: pass keep_ratio, num_keep or threshold in the call, to the pruner, or in the config."
