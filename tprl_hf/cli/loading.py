@@ -32,7 +32,8 @@ def load_model(path: str | None = None) -> tuple["TPRLForConditionalGeneration",
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     path = path or tprl_hf.embedded_checkpoint()
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    has_accelerator = torch.accelerator.is_available()
+    device = (has_accelerator and torch.accelerator.current_accelerator()) or torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else "auto"
     model_class = tprl_hf.TPRLForConditionalGeneration
     is_ours = AutoConfig.from_pretrained(path).model_type == tprl_hf.TPRLConfig.model_type
@@ -68,5 +69,5 @@ def using_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0
         raise ValueError("This checkpoint has no trained policy: pass --pruner vispruner, uniform or random.")
     if name in ("none", "learned"):
         return contextlib.nullcontext()
-    pruners = {"random": lambda: RandomPruner(seed=seed), "uniform": UniformPruner, "vispruner": VisPruner}
-    return model.using(pruners[name]())
+    pruner = {"random": RandomPruner(seed=seed), "uniform": UniformPruner(), "vispruner": VisPruner()}[name]
+    return model.using(pruner)

@@ -1,6 +1,7 @@
 """From prune plans to pictures. The functions import torch, this module does not."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,8 @@ def make_figure(
     Raises:
         `ValueError`: If the model cuts the image into several tiles, which no one picture can show.
     """
+    import torch
+
     from tprl_hf.visualization import Figure, image_from_pixel_values
 
     layout = plan.layout
@@ -54,11 +57,15 @@ def make_figure(
         seen = image_from_pixel_values(pixel_values[0], image_processor.image_mean, image_processor.image_std)
     # row ends are tokens without a place in the image
     inside = ~layout.protected
-    for panel in panels:
-        if panel.keep_mask is not None:
-            panel.keep_mask = panel.keep_mask[inside]
-            panel.scores = None if panel.scores is None else panel.scores[inside]
-    return Figure(seen, layout.row[inside], layout.column[inside], list(panels), title, boxes)
+    placed = [
+        replace(
+            panel,
+            keep_mask=None if panel.keep_mask is None else torch.as_tensor(panel.keep_mask)[inside],
+            scores=None if panel.scores is None else torch.as_tensor(panel.scores)[inside],
+        )
+        for panel in panels
+    ]
+    return Figure(seen, layout.row[inside], layout.column[inside], placed, title, boxes)
 
 
 def write_pictures(figures: Sequence["Figure"], directory: str | Path, title: str, notes: Sequence[str]) -> list[Path]:
