@@ -1,6 +1,7 @@
 """What README, setup.py and dev.py promise, held against what is there."""
 
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -204,3 +205,25 @@ def test_the_running_versions_are_within_the_ranges():
     for name, requirement in requirements().items():
         if name in {"torch", "transformers", "huggingface_hub", "datasets", "pillow"}:
             assert requirement.specifier.contains(Version(version(name)).base_version), name
+
+
+class TestDocs:
+    @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+    def test_the_python_of_a_page_runs_from_top_to_bottom(self, page, tmp_path, monkeypatch):
+        blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+        assert blocks
+        monkeypatch.chdir(tmp_path)
+        exec(compile("\n".join(blocks), page, "exec"), {})
+
+    def test_every_tprl_command_of_the_pages_is_understood(self):
+        from tprl_hf.cli.main import make_parser
+
+        for page in ("README.md", "docs/quickstart.md"):
+            for line in re.findall(r"^tprl (\w.*?)(?:  +#.*)?$", (ROOT / page).read_text(), re.M):
+                make_parser().parse_args(shlex.split(line))
+
+    @pytest.mark.parametrize("page", sorted(path.name for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]))
+    def test_links_lead_somewhere(self, page):
+        path = ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+            assert (path.parent / target).exists(), target
