@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from tests.tiny_models import BOS, EOS, IMAGE, PAD, TEXT, build
 
@@ -22,7 +22,7 @@ def make_processor() -> LlavaProcessor:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}),
         tokenizer=PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             pad_token="<pad>",
