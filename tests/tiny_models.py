@@ -328,7 +328,9 @@ def build(family: str, seed: int = 0, **changes) -> PreTrainedModel:
     config = AutoConfig.for_model(MODEL_TYPES.get(family, family), **FAMILIES[family].config, **changes)
     model = AutoModelForImageTextToText.from_config(config).eval()
     for parameter in model.parameters():  # the default start is too small for tokens to matter
-        if parameter.ndim > 1:
+        if parameter.ndim > 1 and not parameter.any():  # some projectors start at zero
+            torch.nn.init.normal_(parameter, std=0.1)
+        elif parameter.ndim > 1:
             parameter.data.mul_(3.0)
     model.get_output_embeddings().weight.data[[IMAGE, VIDEO]] = 0.0  # no answer has a placeholder
     model.generation_config.pad_token_id = PAD

@@ -422,6 +422,9 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
             generation_config, kwargs: as in [`~transformers.GenerationMixin.generate`]. With `past_key_values` of an
                 earlier call pass the whole conversation; tokens already in the cache stay as they were chosen.
+
+        Returns:
+            As [`~transformers.GenerationMixin.generate`]; a dict also has `keep_mask`, `num_kept` and `num_visual`.
         """
         self.lvlm.generation_config = self.generation_config
         input_ids = kwargs.pop("input_ids", inputs)
@@ -458,6 +461,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         if torch.is_tensor(output):
             return restored
         output.sequences = restored
+        output["keep_mask"], output["num_kept"], output["num_visual"] = plan.keep_mask, plan.num_kept, plan.num_visual
         return output
 
     def _remember(self, cache: Any, sequences: Tensor, pruned: PrunedBatch, length: int) -> None:

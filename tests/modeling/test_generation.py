@@ -1,0 +1,361 @@
+"""Every way to generate: pruned prompts behave as the base model's own, and the user sees the original prompt."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria, TextStreamer
+
+from tests.tiny_models import BOS, FAMILIES, build, collate, image_token, sample
+from tprl_hf.modeling import TPRLForConditionalGeneration
+from tprl_hf.pruners import RandomPruner, TokenPruner
+
+NEW = 4
+BEAMS = [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}]
+# One for each container of features, and those with masks or positions of their own.
+VARIED = ("llava", "qwen3_vl", "internvl", "idefics3", "paligemma", "gemma3")
+SAME_TOKENS = {
+    "static cache": {"cache_implementation": "static"},
+    "chunked prefill": {"prefill_chunk_size": 5},
+    "prompt lookup": {"prompt_lookup_num_tokens": 2},
+}
+
+
+def wrap(family, **settings):
+    base = build(family)
+    model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, keep_ratio=0.4, **settings)
+    return base, model.eval()
+
+
+def batch_of(family, side="left"):
+    samples = [sample(family, 1, 1), sample(family, 2, 2, text=8), sample(family, 0, 3)]
+    return samples, collate(family, samples, side)
+
+
+@pytest.mark.parametrize("ways", BEAMS, ids=lambda w: "-".join(w))
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_beams_and_return_sequences(family, ways):
+    base, model = wrap(family)
+    samples, batch = batch_of(family)
+
+    def run(model, inputs, **more):
+        torch.manual_seed(0)
+        return model.generate(**inputs, **ways, max_new_tokens=NEW, **more)
+
+    assert torch.equal(run(model, batch, keep_ratio=1.0), run(base, batch))
+    if "do_sample" not in ways:
+        made = run(model, batch).view(len(samples), -1, batch["input_ids"].shape[1] + NEW)
+        for row, one in enumerate(samples):
+            assert torch.equal(run(model, collate(family, [one]))[:, -NEW:], made[row, :, -NEW:])
+
+
+# What the base models themselves cannot.
+NOT_IN_BASE = {("paligemma2", "static cache")}
+
+
+@pytest.mark.parametrize("way", SAME_TOKENS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_ways_that_give_the_greedy_tokens(family, way):
+    if (family, way) in NOT_IN_BASE:
+        pytest.skip("not in the base model")
+    _, model = wrap(family)
+    samples, batch = batch_of(family)
+    if way == "prompt lookup":  # takes one sample
+        batch = collate(family, samples[1:2])
+    expected = model.generate(**batch, max_new_tokens=NEW)
+    assert torch.equal(model.generate(**batch, **SAME_TOKENS[way], max_new_tokens=NEW), expected)
+
+
+@pytest.mark.parametrize("family", VARIED)
+@torch.no_grad()
+def test_assisted_decoding(family):
+    _, model = wrap(family)
+    batch = collate(family, [sample(family, 2, 2)])
+    assistant = build(family, seed=1)
+    expected = model.generate(**batch, max_new_tokens=NEW)
+    assert torch.equal(model.generate(**batch, assistant_model=assistant, max_new_tokens=NEW), expected)
+
+
+@pytest.mark.parametrize("family", VARIED)
+@torch.no_grad()
+def test_returned_scores_follow_the_tokens(family):
+    _, model = wrap(family)
+    _, batch = batch_of(family)
+    output = model.generate(
+        **batch,
+        max_new_tokens=NEW,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        output_hidden_states=True,
+    )
+    length = batch["input_ids"].shape[1]
+    assert torch.equal(output.sequences[:, :length], batch["input_ids"])
+    assert torch.equal(torch.stack(output.scores, 1).argmax(-1), output.sequences[:, length:])
+    longest = int((batch["attention_mask"].sum(1) - output.num_visual + output.num_kept).max())
+    assert output.hidden_states[0][-1].shape[1] == longest
+    assert output.keep_mask.sum() == output.num_kept.sum()
+
+
+@torch.no_grad()
+def test_attentions_are_over_the_pruned_prompt():
+    _, model = wrap("llava")
+    model.set_attn_implementation("eager")
+    _, batch = batch_of("llava")
+    output = model.generate(**batch, max_new_tokens=2, return_dict_in_generate=True, output_attentions=True)
+    longest = int((batch["attention_mask"].sum(1) - output.num_visual + output.num_kept).max())
+    assert output.attentions[0][0].shape[-2:] == (longest, longest)
+
+
+@torch.no_grad()
+def test_lengths_count_the_original_prompt():
+    _, model = wrap("llava")
+    _, batch = batch_of("llava")
+    length = batch["input_ids"].shape[1]
+    assert model.generate(**batch, max_length=length + 3).shape[1] == length + 3
+    config = copy.deepcopy(model.generation_config)
+    config.max_length = length + 2
+    assert model.generate(**batch, generation_config=config).shape[1] == length + 2
+    assert config.max_length == length + 2
+    with pytest.raises(ValueError, match=f"{length} tokens, but max_length={length}"):
+        model.generate(**batch, max_length=length)
+    model.generation_config.eos_token_id = list(range(3, 99))  # nearly all words end the answer
+    for shortest in (1, 5):
+        assert model.generate(**batch, min_length=length + shortest, max_new_tokens=9).shape[1] == length + shortest
+
+
+class Watch(LogitsProcessor):
+    """Remembers what a user's logits processor is shown."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append(input_ids.clone())
+        return scores
+
+
+class StopAfter(StoppingCriteria):
+    """Stops when the prompt it is shown has grown by two tokens."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length + 2)
+
+
+@pytest.mark.parametrize("copies", [{}, {"num_beams": 2}])
+@torch.no_grad()
+def test_processors_and_criteria_see_the_original_prompt(copies):
+    _, model = wrap("llava")
+    _, batch = batch_of("llava")
+    length, watch, allowed = batch["input_ids"].shape[1], Watch(), []
+
+    def allow(batch_id, ids):
+        allowed.append((batch_id, ids[:length]))
+        return list(range(3, 50))
+
+    made = model.generate(
+        **batch,
+        **copies,
+        max_new_tokens=6,
+        logits_processor=[watch],
+        stopping_criteria=[StopAfter(length)],
+        prefix_allowed_tokens_fn=allow,
+    )
+    prompts = batch["input_ids"].repeat_interleave(copies.get("num_beams", 1), 0)
+    assert made.shape[1] == length + 2
+    for step, ids in enumerate(watch.seen):
+        assert ids.shape[1] == length + step
+        assert torch.equal(ids[:, :length], prompts)
+    assert all(torch.equal(ids, batch["input_ids"][row]) for row, ids in allowed)
+
+
+@torch.no_grad()
+def test_streamer_gets_the_original_prompt_first():
+    class Words:
+        def decode(self, ids, **kwargs):
+            return " ".join(map(str, ids.tolist() if torch.is_tensor(ids) else ids)) + "\n"
+
+    class Keep(TextStreamer):
+        pieces = ()
+
+        def on_finalized_text(self, text, stream_end=False):
+            self.pieces = (*self.pieces, text)
+
+    _, model = wrap("llava")
+    batch = collate("llava", [sample("llava", 1, 1)])
+    streamer = Keep(Words())
+    made = model.generate(**batch, max_new_tokens=3, streamer=streamer)
+    assert "".join(streamer.pieces).split() == [str(i) for i in made[0].tolist()]
+
+
+# ---- conversations ----
+
+
+def second_turn(first, words, batch):
+    """The prompt of the second turn: what was returned, and new words."""
+    new = torch.tensor(words)
+    ids = torch.cat([first.sequences, new], 1)
+    mask = torch.cat(
+        [batch["attention_mask"], torch.ones(len(ids), ids.shape[1] - batch["attention_mask"].shape[1])], 1
+    )
+    return {**batch, "input_ids": ids, "attention_mask": mask.long(), **longer_types(batch, ids)}
+
+
+def longer_types(batch, ids):
+    names = [name for name in batch if name.endswith("token_type_ids")]
+    return {name: torch.nn.functional.pad(batch[name], (0, ids.shape[1] - batch[name].shape[1])) for name in names}
+
+
+@pytest.mark.parametrize("position_ids", ["original", "contiguous"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if not FAMILIES[f].uncached_differs])
+@torch.no_grad()
+def test_conversation_goes_on_from_a_returned_cache(family, position_ids):
+    _, model = wrap(family, position_ids=position_ids)
+    batch = collate(family, [sample(family, 1, 1), sample(family, 2, 2)])
+    first = model.generate(**batch, max_new_tokens=3, return_dict_in_generate=True)
+    inputs = second_turn(first, [[7, 8, 9], [9, 8, 7]], batch)
+    afresh = model.generate(**inputs, keep_mask=first.keep_mask, max_new_tokens=NEW)
+    again = copy.deepcopy(first.past_key_values)
+    assert torch.equal(model.generate(**inputs, past_key_values=first.past_key_values, max_new_tokens=NEW), afresh)
+    # the pixels are not needed again
+    bare = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
+    assert torch.equal(model.generate(**bare, past_key_values=again, max_new_tokens=NEW), afresh)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if not FAMILIES[f].uncached_differs])
+@torch.no_grad()
+def test_new_image_in_the_second_turn(family):
+    _, model = wrap(family)
+    both = sample(family, 2, 2)
+    where = [i for i, token in enumerate(both.ids) if token == image_token(family)]
+    gap = next(a for a, b in itertools.pairwise(where) if b != a + 1)
+    one = type(both)(both.ids[: gap + 2], both.images[:1])
+    batch = collate(family, [one])
+    first = model.generate(**batch, max_new_tokens=3, return_dict_in_generate=True)
+    more = type(both)(first.sequences[0].tolist() + both.ids[gap + 2 :], both.images)
+    inputs = collate(family, [more])
+    output = model.generate(
+        **inputs, past_key_values=first.past_key_values, max_new_tokens=NEW, return_dict_in_generate=True
+    )
+    num_first = int(first.num_visual)
+    assert torch.equal(output.keep_mask[:num_first], first.keep_mask)
+    assert output.num_kept == first.num_kept + round(0.4 * (len(output.keep_mask) - num_first))
+    afresh = model.generate(**inputs, keep_mask=output.keep_mask, max_new_tokens=NEW)
+    assert torch.equal(output.sequences, afresh)
+
+
+class NearestToQuestion(TokenPruner):
+    """Keeps what is most similar to the question's words."""
+
+    def score(self, inputs):
+        question = (inputs.query * inputs.query_mask[..., None]).sum(1, keepdim=True)
+        return torch.cosine_similarity(inputs.tokens, question, dim=-1)
+
+
+@pytest.mark.parametrize("family", VARIED)
+@torch.no_grad()
+def test_second_question_gets_other_tokens_from_the_same_features(family):
+    _, model = wrap(family)
+    batch = collate(family, [sample(family, 2, 2)])
+    features = model.encode_images(**batch)
+    pixels = ("pixel_values", "pixel_attention_mask", "image_sizes")
+    bare = {name: value for name, value in batch.items() if name not in pixels}
+    second = {**bare, "input_ids": torch.cat([batch["input_ids"][:, :-5], torch.tensor([[11, 22, 33, 44, 55]])], 1)}
+    assert torch.equal(model(**bare, visual_features=features).logits, model(**batch).logits)
+    for pruner in (model.pruner, NearestToQuestion()):
+        with model.using(pruner):
+            plans = [model.prune(**prompt, visual_features=features, num_keep=3) for prompt in (batch, second)]
+        assert not torch.equal(plans[0].scores, plans[1].scores)
+    assert not torch.equal(plans[0].keep_mask, plans[1].keep_mask)
+    model.config.query_agnostic = True
+    plans = [model.prune(**prompt, visual_features=features) for prompt in (batch, second)]
+    assert torch.equal(plans[0].scores, plans[1].scores)
+
+
+@pytest.mark.parametrize("family", VARIED)
+@torch.no_grad()
+def test_many_masks_of_one_image_in_one_batch(family):
+    _, model = wrap(family)
+    batch = collate(family, [sample(family, 1, 1), sample(family, 2, 2)])
+    features = model.encode_images(**batch).take([1, 0, 1])
+    rows = {k: v[[1, 0, 1]] for k, v in batch.items() if k.endswith("_ids") or k == "attention_mask"}
+    plans = [model.prune(**rows, visual_features=features, keep_ratio=ratio) for ratio in (0.2, 0.5)]
+    logits = model(**rows, visual_features=features, keep_mask=plans[1].keep_mask).logits
+    bits = plans[1].keep_mask.split(plans[1].num_visual.tolist())
+    for row, index in enumerate((1, 0, 1)):
+        alone = collate(family, [[sample(family, 1, 1), sample(family, 2, 2)][index]])
+        expected = model(**alone, keep_mask=bits[row]).logits[0]
+        assert (logits[row, -len(expected) :] - expected).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_all_tokens_of_one_image_dropped(family):
+    _, model = wrap(family)
+    batch = collate(family, [sample(family, 2, 2), sample(family, 1, 1)])
+    plan = model.prune(**batch)
+    keep_mask = plan.layout.image != 0
+    made = model.generate(**batch, keep_mask=keep_mask, max_new_tokens=NEW, return_dict_in_generate=True)
+    assert made.num_kept[0] < made.num_visual[0]
+    none = torch.zeros_like(keep_mask)
+    assert model.generate(**batch, keep_mask=none, max_new_tokens=NEW).shape == made.sequences.shape
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_forward_step_by_step_equals_generate(family):
+    _, model = wrap(family)
+    _, batch = batch_of(family)
+    length = batch["input_ids"].shape[1]
+    expected = model.generate(**batch, max_new_tokens=NEW)[:, length:]
+    output = model(**batch, use_cache=True)
+    tokens = []
+    for _ in range(NEW):
+        tokens.append(output.logits[:, -1].argmax(-1))
+        output = model(input_ids=tokens[-1][:, None], past_key_values=output.past_key_values, use_cache=True)
+    assert torch.equal(torch.stack(tokens, 1), expected)
+
+
+@torch.no_grad()
+def test_own_caches_are_filled():
+    _, model = wrap("llava")
+    batch = collate("llava", [sample("llava", 1, 1)])
+    cache = DynamicCache(config=model.config.get_text_config())
+    expected = model.generate(**batch, max_new_tokens=NEW)
+    assert torch.equal(model.generate(**batch, past_key_values=cache, max_new_tokens=NEW), expected)
+    static = StaticCache(config=model.config.get_text_config(), max_cache_len=80)
+    assert torch.equal(model.generate(**batch, past_key_values=static, max_new_tokens=NEW), expected)
+
+
+@torch.no_grad()
+def test_foreign_and_mismatched_caches_are_refused():
+    base, model = wrap("llava")
+    batch = collate("llava", [sample("llava", 1, 1)])
+    foreign = base.generate(**batch, max_new_tokens=2, return_dict_in_generate=True)
+    longer = torch.cat([foreign.sequences, torch.tensor([[5]])], 1)
+    inputs = {**batch, "input_ids": longer, "attention_mask": torch.ones_like(longer)}
+    with pytest.raises(ValueError, match="did not prune"):
+        model.generate(**inputs, past_key_values=foreign.past_key_values)
+    first = model.generate(**batch, max_new_tokens=2, return_dict_in_generate=True)
+    inputs["input_ids"][0, 1] += 1
+    with pytest.raises(ValueError, match="differs from the cached conversation at pruned token 1"):
+        model.generate(**inputs, past_key_values=first.past_key_values)
+    with pytest.raises(ValueError, match="at least one new token"):
+        model.generate(**batch, past_key_values=first.past_key_values)
+
+
+@torch.no_grad()
+def test_random_state_does_not_matter_to_pruning():
+    _, model = wrap("llava")
+    batch = collate("llava", [sample("llava", 1, 1)])
+    with model.using(RandomPruner(keep_ratio=0.5)):
+        first = model.prune(**batch).keep_mask
+        torch.manual_seed(123)
+        assert torch.equal(model.prune(**batch).keep_mask, first)
+    assert batch["input_ids"][0, 0] == BOS
