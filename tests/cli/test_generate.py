@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -110,6 +112,27 @@ def test_files_that_are_missing_or_broken_are_one_line_and_exit_code_2(generate,
 
     code, _, err = generate(model=tmp_path / "no-model")
     assert code == 2 and str(tmp_path / "no-model") in err and err.count("\n") == 1
+
+
+def test_damaged_checkpoints_are_one_line_and_exit_code_2(generate, base_checkpoint, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(base_checkpoint, broken)
+    config, weights = broken / "config.json", broken / "model.safetensors"
+    config.write_text(config.read_text().replace('"intermediate_size": 48', '"intermediate_size": 50'))
+    code, _, err = generate(model=broken)
+    assert code == 2 and f"The weights in {broken} do not fit its config.json" in err and err.count("\n") == 1
+
+    weights.write_bytes(weights.read_bytes()[:20_000])
+    code, _, err = generate(model=broken)
+    assert code == 2 and f"The weights in {broken} are truncated or damaged" in err and err.count("\n") == 1
+
+    weights.unlink()
+    code, _, err = generate(model=broken)
+    assert code == 2 and "model.safetensors" in err and err.count("\n") == 1
+
+    config.write_text("{")
+    code, _, err = generate(model=broken)
+    assert code == 2 and str(config) in err and err.count("\n") == 1
 
 
 def test_a_processor_without_chat_template_is_refused(base_checkpoint, image_file):

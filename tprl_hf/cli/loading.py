@@ -23,9 +23,10 @@ def load_model(path: str | None = None) -> tuple["TPRLForConditionalGeneration",
         accelerator, and its processor.
 
     Raises:
-        `OSError`, `ValueError`: If there is no such checkpoint, or its family is not supported.
+        `OSError`, `ValueError`: If there is no such checkpoint, it is damaged, or its family is not supported.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoProcessor
     from transformers.utils import logging
 
@@ -38,7 +39,15 @@ def load_model(path: str | None = None) -> tuple["TPRLForConditionalGeneration",
     model_class = tprl_hf.TPRLForConditionalGeneration
     is_ours = AutoConfig.from_pretrained(path).model_type == tprl_hf.TPRLConfig.model_type
     load = model_class.from_pretrained if is_ours else model_class.from_base_model
-    return load(path, dtype=dtype).to(device).eval(), AutoProcessor.from_pretrained(path)
+    try:
+        model = load(path, dtype=dtype)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {path} are truncated or damaged ({error}): download them again.") from error
+    except RuntimeError as error:
+        raise ValueError(
+            f"The weights in {path} do not fit its config.json ({error}): download both again."
+        ) from error
+    return model.to(device).eval(), AutoProcessor.from_pretrained(path)
 
 
 def has_trained_policy(model: "TPRLForConditionalGeneration") -> bool:
