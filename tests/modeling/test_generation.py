@@ -122,9 +122,15 @@ def test_lengths_count_the_original_prompt():
     assert config.max_length == length + 2
     with pytest.raises(ValueError, match=f"{length} tokens, but max_length={length}"):
         model.generate(**batch, max_length=length)
-    model.generation_config.eos_token_id = list(range(3, 99))  # nearly all words end the answer
-    for shortest in (1, 5):
-        assert model.generate(**batch, min_length=length + shortest, max_new_tokens=9).shape[1] == length + shortest
+    made = model.generate(
+        **batch,
+        eos_token_id=7,
+        min_length=length + 2,
+        max_new_tokens=4,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    assert [bool(step[0, 7].isinf()) for step in made.scores] == [True, True, False, False]
 
 
 class Watch(LogitsProcessor):

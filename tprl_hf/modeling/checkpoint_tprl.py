@@ -56,6 +56,22 @@ def read_policy(path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str
         ) from error
 
 
+def refuse_unless_whole(info: dict[str, Any], source: str, tolerant: bool) -> None:
+    """Raises `ValueError` where the loading info of a merged checkpoint tells of a hole."""
+    for name, shape, wanted in sorted(info["mismatched_keys"]) if not tolerant else ():
+        raise ValueError(
+            f"{name} has shape {tuple(shape)} in {source}, but the model needs {tuple(wanted)}: its config.json was "
+            "changed, or belongs to another checkpoint."
+        )
+    foreign = sorted(name for name in info["unexpected_keys"] if name.startswith(POLICY_PREFIXES))
+    missing = sorted(info["missing_keys"])
+    if missing or foreign:
+        raise ValueError(
+            f"{len(missing)} weights are missing in {source} (such as {missing[:3]}) and {len(foreign)} are unknown "
+            f"({foreign[:3]}): copy or download it again, with its own config.json."
+        )
+
+
 def load_policy(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Loads autoencoder and policy into `model`.
 
@@ -113,8 +129,22 @@ class TPRLPreTrainedModel(PreTrainedModel):
         source = str(pretrained_model_name_or_path)
         if not isinstance(config, TPRLConfig):
             config = TPRLConfig.from_pretrained(config or source, **hub_kwargs)
+        if config.base_config is None and config.includes_base_model:
+            raise OSError(f"{source} has no config.json of a TPRL model: it names no base model.")
         if config.includes_base_model:
-            return super().from_pretrained(source, *model_args, config=config, **kwargs)
+            wants_info = kwargs.pop("output_loading_info", False)
+            tolerant = kwargs.pop("ignore_mismatched_sizes", False)
+            try:
+                model, info = super().from_pretrained(
+                    source, *model_args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                )
+            except SafetensorError as error:
+                raise ValueError(
+                    f"model.safetensors in {source} is truncated or no safetensors file ({error}): copy or download it "
+                    "again."
+                ) from error
+            refuse_unless_whole(info, source, tolerant)
+            return (model, info) if wants_info else model
 
         config = copy.deepcopy(config)
         state = read_policy(source, hub_kwargs)

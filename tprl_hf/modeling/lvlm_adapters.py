@@ -69,6 +69,10 @@ class LVLMAdapter:
         pixels = [name for name in taken if name.startswith("pixel_values")]
         return taken if pixels else {}
 
+    def has_pixels(self, inputs: dict[str, Any]) -> bool:
+        """Whether `inputs` hold an image or a video."""
+        return any(self.encoder_inputs(modality, inputs) for modality in self.encoders)
+
     def consumed_names(self) -> set[str]:
         """Names of inputs that encoding or positions use up, so that the base model must not see them again."""
         names = set(self.geometry_names)

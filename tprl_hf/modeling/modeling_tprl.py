@@ -182,7 +182,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             )
         visual = find_visual(input_ids, list(self.adapter.token_ids.values()))
         batch = PromptBatch(input_ids, attention_mask, visual, visual_features, inputs, record)
-        if not batch.cached_visual().all():
+        if not batch.cached_visual().all() or (not visual.any() and self.adapter.has_pixels(inputs)):
             if batch.features is None:
                 batch.features = self.adapter.encode(input_ids, inputs, with_attention)
             else:

@@ -1,0 +1,194 @@
+"""What cannot work is refused with the value and the fix; what can, works."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.tiny_models import build, collate, sample
+from transformers import BlipConfig, BlipForConditionalGeneration, LlamaConfig, LlamaForCausalLM
+
+from tprl_hf.modeling import TPRLConfig, TPRLForConditionalGeneration
+from tprl_hf.pruners import RandomPruner, VisPruner
+
+
+@pytest.fixture(scope="module")
+def model():
+    return TPRLForConditionalGeneration.from_base_model(build("llava"), latent_dim=8).eval()
+
+
+@pytest.fixture
+def batch():
+    return collate("llava", [sample("llava", 1, 1), sample("llava", 2, 2)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_ratio": 0.0}, r"\(0, 1\]; got 0.0"),
+        ({"keep_ratio": 1.5}, r"\(0, 1\]; got 1.5"),
+        ({"keep_ratio": float("nan")}, r"\(0, 1\]; got nan"),
+        ({"num_keep": 0}, "at least 1; got 0"),
+        ({"num_keep": 17}, "num_keep=17, but sample 0 has only 16"),
+        ({"keep_ratio": 0.5, "num_keep": 3}, "keep_ratio=0.5, num_keep=3"),
+        ({"keep_ratio": 0.5, "prune": False}, "keep_ratio=0.5, prune=False"),
+        ({"prune": True}, "No budget"),
+        ({"threshold": float("nan")}, "threshold must be a number"),
+        ({"keep_mask": torch.ones(5, dtype=torch.bool)}, r"shape \(48,\).*got torch.bool of shape \(5,\)"),
+        ({"keep_mask": torch.ones(48)}, "got torch.float32"),
+        ({"query_mask": torch.ones(2, 3), "num_keep": 2}, r"query_mask must have the shape"),
+    ],
+)
+def test_budgets(model, batch, settings, message):
+    for method in (model.prune, model, model.generate):
+        with pytest.raises(ValueError, match=message):
+            method(**batch, **settings)
+
+
+def test_image_tokens_without_an_image(model, batch):
+    with pytest.raises(ValueError, match="48 image tokens, but no image"):
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], num_keep=3)
+
+
+def test_more_and_fewer_images_than_tokens(model, batch):
+    for change in (torch.cat([batch["pixel_values"]] * 2), batch["pixel_values"][:1]):
+        with pytest.raises(ValueError, match=rf"tokens: 48, features: {len(change) * 16}"):
+            model.generate(**{**batch, "pixel_values": change}, num_keep=3)
+
+
+def test_an_image_without_tokens(model):
+    text = collate("llava", [sample("llava", 0, 1)])
+    image = collate("llava", [sample("llava", 1, 1)])["pixel_values"]
+    with pytest.raises(ValueError, match="tokens: 0, features: 16"):
+        model.prune(**text, pixel_values=image, num_keep=3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_that_are_no_numbers(model, batch, value):
+    batch["pixel_values"][1, 0, 3, 3] = value
+    with pytest.raises(ValueError, match=f"pixel_values holds {value}"):
+        model(**batch, num_keep=3)
+
+
+@torch.no_grad()
+def test_text_without_an_image_works(model):
+    batch = collate("llava", [sample("llava", 0, 1), sample("llava", 0, 2, text=9)])
+    for settings in ({}, {"keep_ratio": 0.5}, {"num_keep": 3}, {"threshold": 0.5}):
+        plan = model.prune(**batch, **settings)
+        assert plan.num_visual.tolist() == plan.num_kept.tolist() == [0, 0]
+        assert torch.equal(model(**batch, **settings).logits, model.lvlm(**batch).logits)
+        expected = model.lvlm.generate(**batch, max_new_tokens=3)
+        assert torch.equal(model.generate(**batch, **settings, max_new_tokens=3), expected)
+
+
+def test_embeddings_in_place_of_ids(model):
+    with pytest.raises(ValueError, match="`inputs_embeds` do not"):
+        model.prune(input_ids=None, num_keep=3)
+
+
+def test_masks_of_another_shape(model, batch):
+    with pytest.raises(ValueError, match="two-dimensional"):
+        model.prune(**{**batch, "attention_mask": torch.ones(2, 1, 4, 4)}, num_keep=3)
+
+
+def test_base_models_of_another_kind():
+    tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    blip = BlipForConditionalGeneration(BlipConfig(text_config={**tiny, "vocab_size": 99}, vision_config=tiny))
+    with pytest.raises(ValueError, match="'blip' cannot be pruned.*Supported are.*llava"):
+        TPRLForConditionalGeneration.from_base_model(blip)
+    llama = LlamaForCausalLM(LlamaConfig(**tiny, vocab_size=99))
+    with pytest.raises(ValueError, match="'llama' cannot be pruned.*Supported are.*llava"):
+        TPRLForConditionalGeneration.from_base_model(llama)
+
+
+def test_settings_that_nobody_knows():
+    with pytest.raises(TypeError, match="keep_ration"):
+        TPRLForConditionalGeneration.from_base_model(build("llava"), keep_ration=0.5)
+    with pytest.raises(ValueError, match="latent_dim=7 is not a multiple of policy_num_heads=8"):
+        TPRLForConditionalGeneration.from_base_model(build("llava"), latent_dim=7)
+    with pytest.raises(ValueError, match="from_base_model"):
+        TPRLForConditionalGeneration(TPRLConfig())
+
+
+def test_pruners_without_what_they_need(model, batch):
+    with model.using(RandomPruner()), pytest.raises(ValueError, match="No budget"):
+        model.prune(**batch)
+    with model.using(VisPruner()), pytest.raises(ValueError, match="threshold=0.5"):
+        model.prune(**batch, threshold=0.5)
+    features = model.encode_images(**batch)
+    with model.using(VisPruner(num_keep=2)), pytest.raises(ValueError, match="encode_images inside"):
+        model.prune(**batch, visual_features=features)
+
+
+# ---- checkpoints ----
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_missing_weights(checkpoint, model):
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        TPRLForConditionalGeneration.from_pretrained(checkpoint, base_model=model.lvlm)
+
+
+def test_missing_config(checkpoint, model):
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(OSError, match=r"config\.json"):
+        TPRLForConditionalGeneration.from_pretrained(checkpoint, base_model=model.lvlm)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_truncated_weights(model, tmp_path, merged):
+    model.save_pretrained(tmp_path, save_base_model=merged)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors.*truncated"):
+        TPRLForConditionalGeneration.from_pretrained(tmp_path, base_model=None if merged else model.lvlm)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_weights_of_another_shape(model, tmp_path, merged):
+    model.save_pretrained(tmp_path, save_base_model=merged)
+    state = load_file(tmp_path / "model.safetensors")
+    state["policy.query_proj.weight"] = torch.zeros(8, 31)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"policy.query_proj.weight.*\(8, 31\).*\(8, 32\)"):
+        TPRLForConditionalGeneration.from_pretrained(tmp_path, base_model=None if merged else model.lvlm)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_missing_and_unknown_weights(model, tmp_path, merged):
+    model.save_pretrained(tmp_path, save_base_model=merged)
+    state = load_file(tmp_path / "model.safetensors")
+    state["policy.surprise"] = state.pop("policy.value_head.bias")
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"policy.value_head.bias.*policy.surprise"):
+        TPRLForConditionalGeneration.from_pretrained(tmp_path, base_model=None if merged else model.lvlm)
+
+
+def test_merged_checkpoint_without_its_base(model, tmp_path):
+    model.save_pretrained(tmp_path, save_base_model=True)
+    state = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if not k.startswith("lvlm.")}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="weights are missing"):
+        TPRLForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_policy_for_another_width(checkpoint):
+    config = TPRLConfig.from_pretrained(checkpoint)
+    config.token_dim = 64
+    config.save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="width 64.*width 32"):
+        TPRLForConditionalGeneration.from_pretrained(checkpoint, base_model=build("llava"))
+
+
+def test_a_policy_without_a_known_base(checkpoint):
+    with pytest.raises(ValueError, match="pass base_model="):
+        TPRLForConditionalGeneration.from_pretrained(checkpoint)
+
+
+def test_nothing_half_written_is_left(checkpoint):
+    assert not [path for path in checkpoint.iterdir() if path.name.startswith(".")]
+    assert {path.suffix for path in checkpoint.iterdir()} <= {".json", ".safetensors"}
