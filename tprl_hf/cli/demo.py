@@ -15,7 +15,7 @@ REPETITIONS = 9
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--num-samples", type=positive_int, default=240, metavar="N", help="questions to answer (default: 240)"
+        "--num-samples", type=positive_int, default=120, metavar="N", help="questions to answer (default: 120)"
     )
     parser.add_argument(
         "--num-shown",

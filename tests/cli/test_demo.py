@@ -1,0 +1,91 @@
+import re
+
+import pytest
+
+from tests.cli.conftest import make_processor
+from tests.tiny_models import build
+from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.cli.demo import format_table, one_of_each_type
+from tprl_hf.cli.main import main
+
+
+@pytest.fixture
+def demo(capsys, base_checkpoint, tmp_path):
+    """Runs `tprl demo` on 8 questions and returns exit code, stdout and stderr."""
+
+    def run(*words: str, model=base_checkpoint):
+        options = ["--model", str(model), "--num-samples", "8", "--num-shown", "3", "--output-dir", str(tmp_path)]
+        return main(["demo", *options, *words]), *capsys.readouterr()
+
+    return run
+
+
+def table_under(out: str, first_header: str) -> list[list[str]]:
+    """The rows of the table whose header begins with that word, header included."""
+    lines = out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(first_header))
+    end = lines.index("", start)
+    return [re.split(r"\s{2,}", line) for line in [lines[start], *lines[start + 2 : end]]]
+
+
+def test_it_shows_questions_counts_right_answers_and_times_each_pruner(demo):
+    code, out, _ = demo()
+    assert code == 0
+    questions = table_under(out, "type")
+    assert questions[0] == ["type", "question", "reference", "none", "random", "uniform", "vispruner"]
+    assert len(questions) == 1 + 3
+    header, *rows = table_under(out, "pruner")
+    assert header == ["pruner", "tokens kept", "right answers", "LLM prefill", "whole prefill"]
+    assert [row[0] for row in rows] == ["none", "random", "uniform", "vispruner"]
+    assert [row[1] for row in rows] == ["16 of 16", *["5 of 16"] * 3]
+    for row in rows:
+        assert re.fullmatch(r"\d of 8 \(\d+\.\d %\)", row[2])
+        assert float(row[3].removesuffix(" ms")) < float(row[4].removesuffix(" ms"))
+    assert "seed=7" in out and "median" in out and "cpu, float32" in out
+
+
+def test_right_answers_are_counted_for_each_pruner(demo, monkeypatch):
+    def answer(model, processor, samples, prune=True, **kwargs):
+        return [sample["answer"] if not prune or number < 3 else "?" for number, sample in enumerate(samples)]
+
+    monkeypatch.setattr("tprl_hf.evaluation.answers.generate_answers", answer)
+    _, out, _ = demo()
+    counts = {row[0]: row[2] for row in table_under(out, "pruner")[1:]}
+    assert counts == {
+        "none": "8 of 8 (100.0 %)",
+        **dict.fromkeys(["random", "uniform", "vispruner"], "3 of 8 (37.5 %)"),
+    }
+
+
+def test_the_same_seed_gives_the_same_answers(demo):
+    first, again, other = (demo(*words)[1] for words in ([], [], ["--seed", "8"]))
+    assert table_under(first, "type") == table_under(again, "type") != table_under(other, "type")
+
+
+def test_pictures_show_each_question_with_each_pruner(demo, tmp_path):
+    demo("--keep-ratio", "1/4")
+    page = (tmp_path / "kept_tokens.html").read_text()
+    assert page.count("<section>") == 3 and page.count("<figure>") == 3 * 4
+    assert page.count('class="patch kept"') == 3 * 3 * 4
+    assert "tprl demo --num-samples 8 --num-shown 3 --seed 7 --keep-ratio 0.25" in page
+    assert (tmp_path / "kept_tokens.png").stat().st_size > 0
+
+
+def test_a_trained_policy_has_a_column_of_its_own(demo, tmp_path):
+    model = TPRLForConditionalGeneration.from_base_model(build("llava"), keep_ratio=0.5, policy_num_heads=2)
+    model.save_pretrained(tmp_path / "model", save_base_model=True)
+    make_processor().save_pretrained(tmp_path / "model")
+    _, out, _ = demo(model=tmp_path / "model")
+    assert table_under(out, "type")[0][-1] == "learned"
+    assert table_under(out, "pruner")[-1][:2] == ["learned", "5 of 16"]
+
+
+def test_one_of_each_type():
+    samples = [{"question_type": kind} for kind in "aababcc"]
+    assert one_of_each_type(samples, 3) == [0, 2, 5]
+    assert one_of_each_type(samples, 5) == [0, 2, 5, 1, 4]
+    assert one_of_each_type(samples, 99) == [0, 2, 5, 1, 4, 6, 3]
+
+
+def test_format_table():
+    assert format_table([["a", "bb"], ["long", "c"]]) == "a     bb\n----  --\nlong  c\n"
