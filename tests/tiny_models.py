@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 PAD, BOS, EOS, IMAGE, VIDEO = 0, 1, 2, 90, 91
 TEXT: dict[str, Any] = {
@@ -55,18 +55,20 @@ Pixels = dict[str, Tensor]
 class Family:
     """
     Args:
-        config: keyword arguments of the base model's config.
+        config: keyword arguments of the base model's config, or a function that gives them.
         image: pixels of one image, from a generator and a number that varies its size.
         join: pixels of several samples, each a list of images, as one batch.
         extras: further inputs that follow from the ids.
         uncached_differs: the base model's own generation without a cache is not that with one.
+        numbered_anew: the base model's `generate` counts positions itself, so that there are no gaps in them.
     """
 
-    config: dict[str, Any]
+    config: dict[str, Any] | Callable[[], dict[str, Any]]
     image: Callable[[torch.Generator, int], Pixels]
     join: Callable[[list[list[Pixels]]], Pixels]
     extras: Callable[[Tensor], dict[str, Tensor]] = lambda ids: {}
     uncached_differs: bool = False
+    numbered_anew: bool = False
 
 
 def text(model_type: str, **changes) -> dict[str, Any]:
@@ -322,10 +324,25 @@ FAMILIES: dict[str, Family] = {
 MODEL_TYPES = {"paligemma2": "paligemma"}
 
 
+def entry(family: str) -> Family:
+    """The entry here, or in `more_families`."""
+    if family in FAMILIES:
+        return FAMILIES[family]
+    from tests.more_families import OTHERS
+
+    return OTHERS[family]
+
+
+def config_of(family: str, **changes) -> PreTrainedConfig:
+    given = entry(family).config
+    fields = {**(given() if callable(given) else given), **changes}
+    return AutoConfig.for_model(MODEL_TYPES.get(family, family), **fields)
+
+
 def build(family: str, seed: int = 0, **changes) -> PreTrainedModel:
     """The family's base model with random weights; `changes` go to its config."""
+    config = config_of(family, **changes)
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(MODEL_TYPES.get(family, family), **FAMILIES[family].config, **changes)
     model = AutoModelForImageTextToText.from_config(config).eval()
     for parameter in model.parameters():  # the default start is too small for tokens to matter
         if parameter.ndim > 1 and not parameter.any():  # some projectors start at zero
@@ -347,7 +364,7 @@ def _encoder(family: str) -> PreTrainedModel:
 def num_placeholders(family: str, pixels: Pixels) -> int:
     """How many visual tokens the base model makes of one image."""
     base = _encoder(family)
-    output = base.base_model.get_image_features(**FAMILIES[family].join([[pixels]]), return_dict=True)
+    output = base.base_model.get_image_features(**entry(family).join([[pixels]]), return_dict=True)
     return sum(len(rows.flatten(0, -2)) for rows in output.pooler_output)
 
 
@@ -360,7 +377,7 @@ class Sample:
 
 
 def image_token(family: str) -> int:
-    return AutoConfig.for_model(MODEL_TYPES.get(family, family), **FAMILIES[family].config).image_token_id
+    return _encoder(family).config.image_token_id
 
 
 def sample(family: str, num_images: int = 1, seed: int = 0, text: int = 5) -> Sample:
@@ -372,7 +389,7 @@ def sample(family: str, num_images: int = 1, seed: int = 0, text: int = 5) -> Sa
 
     ids, images = [BOS, *words(2)], []
     for index in range(num_images):
-        pixels = FAMILIES[family].image(generator, seed + index)
+        pixels = entry(family).image(generator, seed + index)
         images.append(pixels)
         ids += [image_token(family)] * num_placeholders(family, pixels) + words(2)
     return Sample(ids + words(text), images)
@@ -387,6 +404,5 @@ def collate(family: str, samples: list[Sample], side: str = "left") -> dict[str,
         where = slice(longest - len(s.ids), None) if side == "left" else slice(0, len(s.ids))
         ids[row, where] = torch.tensor(s.ids)
         mask[row, where] = 1
-    entry = FAMILIES[family]
-    pixels = entry.join([s.images for s in samples]) if any(s.images for s in samples) else {}
-    return {"input_ids": ids, "attention_mask": mask, **pixels, **entry.extras(ids)}
+    pixels = entry(family).join([s.images for s in samples]) if any(s.images for s in samples) else {}
+    return {"input_ids": ids, "attention_mask": mask, **pixels, **entry(family).extras(ids)}

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny_models import build, collate, sample
 from transformers import BlipConfig, BlipForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
+from tests.tiny_models import build, collate, sample
 from tprl_hf.modeling import TPRLConfig, TPRLForConditionalGeneration
 from tprl_hf.pruners import RandomPruner, VisPruner
 

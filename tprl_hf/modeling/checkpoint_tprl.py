@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
@@ -136,7 +136,12 @@ class TPRLPreTrainedModel(PreTrainedModel):
             tolerant = kwargs.pop("ignore_mismatched_sizes", False)
             try:
                 model, info = super().from_pretrained(
-                    source, *model_args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                    source,
+                    *model_args,
+                    config=config,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    **kwargs,
                 )
             except SafetensorError as error:
                 raise ValueError(
@@ -193,17 +198,25 @@ class TPRLPreTrainedModel(PreTrainedModel):
                     "The base model has no name or path, so the saved policy cannot find it again: load it with "
                     "from_pretrained(..., base_model=MODEL), or save with save_base_model=True."
                 )
-            kwargs["state_dict"] = policy_state(self)
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", directory.name)
         before = self.config.includes_base_model
         self.config.includes_base_model = save_base_model
         try:
             with scratch_directory(directory) as scratch:
-                super().save_pretrained(scratch, **kwargs)
+                if save_base_model:
+                    super().save_pretrained(scratch, **kwargs)
+                else:
+                    self._save_policy(Path(scratch))
                 move_into(Path(scratch), directory)
         finally:
             self.config.includes_base_model = before
+
+    def _save_policy(self, directory: Path) -> None:
+        # Not by the library's own saving: it would rename weights as the base model's family wants them renamed.
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(directory)
+        self.generation_config.save_pretrained(directory)
+        state = {name: value.detach().contiguous().cpu() for name, value in policy_state(self).items()}
+        save_file(state, directory / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
     @classmethod
     def _around(cls, base: PreTrainedModel, config: TPRLConfig) -> Any:

@@ -11,12 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .pruned_inputs import count_positions, pad_rows_left
 from .token_layout import Block, grid_blocks, square_block
 from .vision_attention import attention_maps, eager_tower, lay_over_tokens
 from .visual_features import EncodedModality, VisualFeatures
+
+logger = logging.get_logger(__name__)
+
+
+# Types whose invariants the tests hold; docs/families.md is the table.
+SUPPORTED = (
+    "aria", "aya_vision", "cohere2_vision", "cosmos3_omni", "deepseek_vl", "exaone4_5", "gemma3", "glm46v", "glm4v",
+    "glm4v_moe", "glm_ocr", "got_ocr2", "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl", "lighton_ocr",
+    "llava", "llava_next", "llava_next_video", "llava_onevision", "minimax_m3_vl", "mistral3", "ovis2", "paligemma",
+    "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+    "step3p7", "video_llama_3", "video_llava", "vipllava",
+)  # fmt: skip
+# What encoders return besides what belongs to a family alone.
+ENCODER_FIELDS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions", "deepstack_features")
 
 
 class LVLMAdapter:
@@ -29,6 +43,8 @@ class LVLMAdapter:
         `ValueError`: when the base model does not take `mm_encoder_outputs` or has no image encoder of its own.
     """
 
+    # Whether `generate` respects the positions it is passed.
+    keeps_positions = True
     # Added to position ids in a direct forward, where the base model's `generate` adds it itself.
     forward_position_offset = 0
     # Inputs that only serve to compute positions; the gathered positions replace them.
@@ -123,14 +139,19 @@ class LVLMAdapter:
 
     def unpack(self, modality: str, output: ModelOutput, counts: Tensor, inputs: dict[str, Any]) -> EncodedModality:
         """The base model's encoder output as one tensor of rows."""
-        pooled = output["pooler_output"]
+        pooled = output.get("pooler_output")
+        layers = output.get("deepstack_features") or []
+        if pooled is None or any(not isinstance(rows, Tensor) for layer in layers for rows in layer):
+            raise ValueError(
+                f"The {modality} encoder of {self.config.model_type!r} returns features in a form of its own, which no "
+                f"adapter knows yet. Supported are, among others: {', '.join(SUPPORTED)}."
+            )
         entries = list(pooled)
         if isinstance(pooled, Tensor):
             container = "tensor"
         else:
             container = "list3d" if any(entry.ndim == 3 for entry in entries) else "list"
         lengths = [entry.shape[:-1].numel() for entry in entries]
-        layers = output.get("deepstack_features") or []
         deepstack = [torch.cat([rows.flatten(0, -2) for rows in layer]) for layer in layers]
         return EncodedModality(
             rows=torch.cat([entry.flatten(0, -2) for entry in entries]),
@@ -139,6 +160,7 @@ class LVLMAdapter:
             output_class=type(output),
             container=container,
             deepstack=deepstack,
+            extra={name: value for name, value in output.items() if name not in ENCODER_FIELDS},
         )
 
     def received_attention(self, modality: str, output: ModelOutput, encoded: EncodedModality) -> Tensor:
@@ -206,9 +228,12 @@ class LVLMAdapter:
         outputs = {}
         for modality, encoded in features.modalities.items():
             kept, num_kept = keep[modality], counts[modality]
-            if not kept.any():
+            if not kept.any() and not encoded.extra:
                 continue
-            fields: dict[str, Any] = {"pooler_output": pack_rows(encoded.rows[kept], num_kept, encoded, same_length)}
+            fields: dict[str, Any] = {
+                **encoded.extra,
+                "pooler_output": pack_rows(encoded.rows[kept], num_kept, encoded, same_length),
+            }
             if encoded.deepstack:
                 fields["deepstack_features"] = [
                     pack_rows(rows[kept], num_kept, encoded, same_length) for rows in encoded.deepstack
@@ -261,23 +286,36 @@ def pack_rows(rows: Tensor, counts: Tensor, encoded: EncodedModality, same_lengt
     return [entry[None] for entry in entries] if encoded.container == "list3d" else entries
 
 
+class NumberedAnewAdapter(LVLMAdapter):
+    """Families whose `generate` counts positions by itself, whatever is passed."""
+
+    keeps_positions = False
+
+
 class PaliGemmaAdapter(LVLMAdapter):
     """PaliGemma counts positions from 1; its `generate` adds the 1 itself, its forward does not."""
 
     forward_position_offset = 1
 
 
-SUPPORTED = (
-    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm",
-    "paligemma", "gemma3", "mistral3", "aya_vision",
-)  # fmt: skip
-
 # Only families that the default does not serve have an entry.
-ADAPTERS: dict[str, type[LVLMAdapter]] = {"paligemma": PaliGemmaAdapter}
+ADAPTERS: dict[str, type[LVLMAdapter]] = {
+    "paligemma": PaliGemmaAdapter,
+    "exaone4_5": NumberedAnewAdapter,
+    "hyperclovax_vision_v2": NumberedAnewAdapter,
+}
 
 
 def adapter_for(base: PreTrainedModel) -> LVLMAdapter:
-    """The adapter of `base`, by its model type and by what it can do."""
+    """The adapter of `base`, by its model type and by what it can do.
+
+    A type that no test holds is warned about, not refused.
+    """
+    if base.config.model_type not in SUPPORTED:
+        logger.warning(
+            f"No test holds pruning for models of type {base.config.model_type!r}: compare keep_ratio=1.0 with the base "
+            "model before you rely on it."
+        )
     if base.config.model_type in ADAPTERS:
         return ADAPTERS[base.config.model_type](base)
     if hasattr(base.base_model, "get_rope_index"):

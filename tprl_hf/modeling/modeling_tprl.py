@@ -93,6 +93,11 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         self.autoencoder.float()
         self.policy.float()
         self.adapter = adapter_for(self.lvlm)
+        if config.position_ids == "original" and not self.adapter.keeps_positions:
+            raise ValueError(
+                f"Models of type {self.lvlm.config.model_type!r} number positions anew in `generate`, so that kept "
+                "tokens cannot keep theirs: pass position_ids='contiguous'."
+            )
         self._pruner: TokenPruner | None = None
         self.post_init()
 

@@ -1,6 +1,7 @@
 """What the vision tower and the projector made of a batch, ready to be cached and reused."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class EncodedModality:
         attention (`float [V]`, *optional*): attention that each token received in the vision tower.
         container: how the base model wants the rows: "list" of `[L, D]`, "list3d" of `[1, L, D]`, or "tensor".
         output_class: the base model's output class.
+        extra: further fields of the encoder's output that belong to no token, handed back as they are.
     """
 
     rows: Tensor
@@ -29,6 +31,7 @@ class EncodedModality:
     output_class: type[ModelOutput]
     container: str
     deepstack: list[Tensor] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
     attention: Tensor | None = None
 
     def entries_of_samples(self) -> list[list[int]]:
