@@ -8,6 +8,9 @@
 What follows the command is handed on: `python3 dev.py demo --num-samples 3`, `python3 dev.py test tests/cli -x`.
 """
 
+# Annotations stay texts, so that an old Python comes as far as the line that tells it is too old.
+from __future__ import annotations
+
 import hashlib
 import os
 import subprocess

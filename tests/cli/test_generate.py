@@ -114,6 +114,18 @@ def test_files_that_are_missing_or_broken_are_one_line_and_exit_code_2(generate,
     assert code == 2 and str(tmp_path / "no-model") in err and err.count("\n") == 1
 
 
+def test_a_photo_is_turned_upright(tmp_path, image_file):
+    from PIL import Image
+
+    from tprl_hf.cli.generate import open_image
+
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: the camera lay on its side
+    Image.open(image_file).save(tmp_path / "photo.png", exif=turned)
+    assert open_image(str(tmp_path / "photo.png")).size == (30, 40)
+    assert open_image(str(image_file)).size == (40, 30)
+
+
 def test_damaged_checkpoints_are_one_line_and_exit_code_2(generate, base_checkpoint, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(base_checkpoint, broken)

@@ -76,11 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def open_image(path: str):
     """The image as RGB `PIL.Image.Image`. Raises `FileNotFoundError` or `ValueError` with the path."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no image file {path}.")
     try:
-        return Image.open(path).convert("RGB")
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # upright, as the camera was held
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image that Pillow can read.") from None

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             The words after `tprl`. Defaults to those of this process.
 
     Returns:
-        `int`: 0, or 2 where the user has to change something: a file, a value, an option.
+        `int`: 0; 2 where the user has to change something: a file, a value, an option; 130 after Ctrl-C.
     """
     arguments = make_parser().parse_args(argv)
     try:
@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as in `tprl demo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         if arguments.traceback:
             raise

@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.cli.conftest import make_processor
+from tests.tiny_models import IMAGE, build
+from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.evaluation.answers import chat_inputs, generate_answers
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    noise = np.random.default_rng(0).integers(0, 255, (3, 24, 24, 3), dtype=np.uint8)
+    return [Image.fromarray(pixels) for pixels in noise]
+
+
+def test_images_and_prompts_come_together_however_many_there_are(images):
+    samples = [
+        {"images": images[:1], "prompt": "word7 word8"},
+        {"images": [], "prompt": "word7"},
+        {"images": images[1:], "prompt": "word7 word8 word9"},
+    ]
+    inputs = chat_inputs(make_processor(), samples)
+    assert (inputs["input_ids"] == IMAGE).sum(1).tolist() == [16, 0, 32]
+    assert len(inputs["pixel_values"]) == 3
+    assert inputs["attention_mask"].sum(1).tolist() == [18, 1, 35]
+    assert inputs["attention_mask"][:, -1].all()  # padded on the left
+    assert "pixel_values" not in chat_inputs(make_processor(), samples[1:2])
+
+
+def test_chat_messages_are_taken_as_they_are(images):
+    question = [{"role": "user", "content": [{"type": "text", "text": "word7"}, {"type": "image"}]}]
+    inputs = chat_inputs(make_processor(), [{"images": images[:1], "prompt": question}])
+    assert (
+        inputs["input_ids"][0].tolist() == [make_processor().tokenizer.convert_tokens_to_ids("word7")] + [IMAGE] * 16
+    )
+
+
+def test_answers_are_the_new_tokens_only(images):
+    model = TPRLForConditionalGeneration.from_base_model(build("llava"), keep_ratio=0.5)
+    sample = {"images": images[:1], "prompt": "word7 word8"}
+    (answer,) = generate_answers(model, make_processor(), [sample], max_new_tokens=3)
+    assert len(answer.split()) == 3
+    assert generate_answers(model, make_processor(), []) == []
