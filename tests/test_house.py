@@ -182,6 +182,11 @@ class TestDevPy:
         dev.set_up("")
         assert self.made == 1 and dev.is_installed("")
 
+    def test_an_old_python_is_told_what_it_lacks(self, monkeypatch):
+        monkeypatch.setattr(dev, "OLDEST_PYTHON", (9, 9))
+        with pytest.raises(SystemExit, match=r"Python 9\.9 or newer is needed, this is 3\."):
+            dev.set_up()
+
     def test_pytests_exit_code_is_kept_and_every_check_is_run(self, monkeypatch):
         codes = {"ruff": 1, "mypy": 0, "pytest": 3}
         called = []
