@@ -1,0 +1,1 @@
+"""Training: config and trainer in pairs; and the recipe of the embedded LVLM, `mosaic_lvlm`."""
