@@ -123,6 +123,9 @@ OTHERS: dict[str, Family] = {
     "glm_ocr": Family(
         lambda: shrunk("glm_ocr", vision_config=SMALL_PATCHES, text_config=GLM_ROPE), grid, concatenate, modality_types
     ),
+    "glmga": Family(
+        lambda: shrunk("glmga", vision_config=SMALL_PATCHES, text_config=GLM_ROPE), grid, concatenate, modality_types
+    ),
     "got_ocr2": Family(lambda: shrunk("got_ocr2"), square, concatenate),
     "hyperclovax_vision_v2": Family(
         lambda: shrunk("hyperclovax_vision_v2", vision_config=SMALL_PATCHES), grid, concatenate, numbered_anew=True
@@ -134,6 +137,7 @@ OTHERS: dict[str, Family] = {
     ),
     "minimax_m3_vl": Family(lambda: shrunk("minimax_m3_vl", vision_config=SMALL_PATCHES), grid, concatenate),
     "ovis2": Family(lambda: shrunk("ovis2"), square, concatenate),
+    "pp_chart2table": Family(lambda: shrunk("pp_chart2table"), square, concatenate),
     "qianfan_ocr": Family(lambda: shrunk("qianfan_ocr"), square, concatenate),
     "qwen3_5": Family(
         lambda: shrunk("qwen3_5", vision_config=SMALL_PATCHES, text_config=LINEAR), grid, concatenate, modality_types

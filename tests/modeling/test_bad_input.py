@@ -92,10 +92,10 @@ def test_masks_of_another_shape(model, batch):
 def test_base_models_of_another_kind():
     tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     blip = BlipForConditionalGeneration(BlipConfig(text_config={**tiny, "vocab_size": 99}, vision_config=tiny))
-    with pytest.raises(ValueError, match="'blip' cannot be pruned.*Supported are.*llava"):
+    with pytest.raises(ValueError, match=r"'blip' cannot be pruned.*Supported are.*llava"):
         TPRLForConditionalGeneration.from_base_model(blip)
     llama = LlamaForCausalLM(LlamaConfig(**tiny, vocab_size=99))
-    with pytest.raises(ValueError, match="'llama' cannot be pruned.*Supported are.*llava"):
+    with pytest.raises(ValueError, match=r"'llama' cannot be pruned.*Supported are.*llava"):
         TPRLForConditionalGeneration.from_base_model(llama)
 
 
@@ -111,7 +111,7 @@ def test_settings_that_nobody_knows():
 def test_pruners_without_what_they_need(model, batch):
     with model.using(RandomPruner()), pytest.raises(ValueError, match="No budget"):
         model.prune(**batch)
-    with model.using(VisPruner()), pytest.raises(ValueError, match="threshold=0.5"):
+    with model.using(VisPruner()), pytest.raises(ValueError, match=r"threshold=0.5"):
         model.prune(**batch, threshold=0.5)
     features = model.encode_images(**batch)
     with model.using(VisPruner(num_keep=2)), pytest.raises(ValueError, match="encode_images inside"):
@@ -180,7 +180,7 @@ def test_a_policy_for_another_width(checkpoint):
     config = TPRLConfig.from_pretrained(checkpoint)
     config.token_dim = 64
     config.save_pretrained(checkpoint)
-    with pytest.raises(ValueError, match="width 64.*width 32"):
+    with pytest.raises(ValueError, match=r"width 64.*width 32"):
         TPRLForConditionalGeneration.from_pretrained(checkpoint, base_model=build("llava"))
 
 

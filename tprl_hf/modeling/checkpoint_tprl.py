@@ -135,18 +135,12 @@ class TPRLPreTrainedModel(PreTrainedModel):
             wants_info = kwargs.pop("output_loading_info", False)
             tolerant = kwargs.pop("ignore_mismatched_sizes", False)
             try:
-                model, info = super().from_pretrained(
-                    source,
-                    *model_args,
-                    config=config,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                    **kwargs,
-                )
+                kwargs.update(config=config, output_loading_info=True, ignore_mismatched_sizes=True)
+                model, info = super().from_pretrained(source, *model_args, **kwargs)
             except SafetensorError as error:
                 raise ValueError(
-                    f"model.safetensors in {source} is truncated or no safetensors file ({error}): copy or download it "
-                    "again."
+                    f"model.safetensors in {source} is truncated or no safetensors file ({error}): copy or download "
+                    "it again."
                 ) from error
             refuse_unless_whole(info, source, tolerant)
             return (model, info) if wants_info else model

@@ -24,10 +24,10 @@ logger = logging.get_logger(__name__)
 # Types whose invariants the tests hold; docs/families.md is the table.
 SUPPORTED = (
     "aria", "aya_vision", "cohere2_vision", "cosmos3_omni", "deepseek_vl", "exaone4_5", "gemma3", "glm46v", "glm4v",
-    "glm4v_moe", "glm_ocr", "got_ocr2", "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl", "lighton_ocr",
-    "llava", "llava_next", "llava_next_video", "llava_onevision", "minimax_m3_vl", "mistral3", "ovis2", "paligemma",
-    "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
-    "step3p7", "video_llama_3", "video_llava", "vipllava",
+    "glm4v_moe", "glm_ocr", "glmga", "got_ocr2", "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl",
+    "lighton_ocr", "llava", "llava_next", "llava_next_video", "llava_onevision", "minimax_m3_vl", "mistral3", "ovis2",
+    "paligemma", "pp_chart2table", "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl",
+    "qwen3_vl_moe", "smolvlm", "step3p7", "video_llama_3", "video_llava", "vipllava",
 )  # fmt: skip
 # What encoders return besides what belongs to a family alone.
 ENCODER_FIELDS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions", "deepstack_features")
@@ -143,8 +143,8 @@ class LVLMAdapter:
         layers = output.get("deepstack_features") or []
         if pooled is None or any(not isinstance(rows, Tensor) for layer in layers for rows in layer):
             raise ValueError(
-                f"The {modality} encoder of {self.config.model_type!r} returns features in a form of its own, which no "
-                f"adapter knows yet. Supported are, among others: {', '.join(SUPPORTED)}."
+                f"The {modality} encoder of {self.config.model_type!r} returns features in a form of its own, which "
+                f"no adapter knows yet. Supported are, among others: {', '.join(SUPPORTED)}."
             )
         entries = list(pooled)
         if isinstance(pooled, Tensor):
@@ -313,8 +313,8 @@ def adapter_for(base: PreTrainedModel) -> LVLMAdapter:
     """
     if base.config.model_type not in SUPPORTED:
         logger.warning(
-            f"No test holds pruning for models of type {base.config.model_type!r}: compare keep_ratio=1.0 with the base "
-            "model before you rely on it."
+            f"No test holds pruning for models of type {base.config.model_type!r}: compare keep_ratio=1.0 with the "
+            "base model before you rely on it."
         )
     if base.config.model_type in ADAPTERS:
         return ADAPTERS[base.config.model_type](base)

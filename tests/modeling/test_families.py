@@ -1,0 +1,58 @@
+"""All supported types hold the invariants, and docs/families.md says what is true."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tests.families_table import measure, registered
+from tests.more_families import OTHERS
+from tests.tiny_models import FAMILIES, MODEL_TYPES, build, collate, sample
+from tprl_hf.modeling import TPRLForConditionalGeneration
+from tprl_hf.modeling.lvlm_adapters import SUPPORTED
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_invariants(family):
+    for name, deviation in measure(family).items():
+        assert deviation <= 2e-5, name
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@torch.no_grad()
+def test_pruning_and_pixels_matter(family):
+    """Without this, a model that looks at no image would pass everything else."""
+    base = build(family)
+    numbering = "original" if family in FAMILIES or not OTHERS[family].numbered_anew else "contiguous"
+    model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, position_ids=numbering).eval()
+    batch = collate(family, [sample(family, 2, 2)])
+    full = base(**batch).logits[:, -1]
+    assert (model(**batch, keep_ratio=0.3).logits[:, -1] - full).abs().max() > 1e-4
+    none = torch.zeros(int(model.prune(**batch).num_visual), dtype=torch.bool)
+    nothing = model(**batch, keep_mask=none).logits[:, -1]
+    batch["pixel_values"] = batch["pixel_values"] + 1.0
+    assert (base(**batch).logits[:, -1] - full).abs().max() > 1e-4
+    assert torch.equal(model(**batch, keep_mask=none).logits[:, -1], nothing)
+
+
+def test_supported_types_are_those_with_an_entry():
+    assert sorted(SUPPORTED) == sorted({MODEL_TYPES.get(family, family) for family in [*FAMILIES, *OTHERS]})
+
+
+def test_the_page_lists_every_registered_type():
+    page = PAGE.read_text()
+    listed = set(re.findall(r"^\| ([\w\-.]+) \|", page, re.M)) - {"family", "type"}
+    assert listed == set(registered()) | {*FAMILIES, *OTHERS}
+    assert f"**{len(SUPPORTED)} are exact**" in page
+
+
+def test_types_without_the_road_are_refused_on_the_page():
+    page = PAGE.read_text()
+    for model_type, class_name in registered().items():
+        takes = "mm_encoder_outputs" in inspect.signature(getattr(transformers, class_name).forward).parameters
+        assert (f"| {model_type} | refused" in page) == (not takes)
