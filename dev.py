@@ -80,7 +80,7 @@ def set_up(extra: str = "") -> None:
             sys.exit(f"No virtual environment could be made ({error}). On Debian: apt install python3-venv")
     UNFINISHED.touch()
     target = f".[{extra}]" if extra else "."
-    print("Installing; the first time takes some minutes and about 2 GB ...", flush=True)
+    print("Installing; the first time takes some minutes and 2 GB or more ...", flush=True)
     code = run(PYTHON, "-m", "pip", "install", "--quiet", "-e", target, "-c", "constraints.txt")
     if code:
         sys.exit(f"pip failed with exit code {code}; its message is above. The next call starts over.")
