@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,6 +23,17 @@ POLICY_PREFIXES = ("autoencoder.", "policy.")
 def policy_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights that are ours: autoencoder and policy."""
     return {name: value for name, value in model.state_dict().items() if name.startswith(POLICY_PREFIXES)}
+
+
+def cast_base(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All weights, those of the base model in `dtype`; tensors that share memory still do."""
+    cast: dict[int, Tensor] = {}
+    state = {}
+    for name, value in model.state_dict().items():
+        if name.startswith("lvlm.") and value.is_floating_point():
+            value = cast.setdefault(value.data_ptr(), value.to(dtype))
+        state[name] = value
+    return state
 
 
 def move_into(source: Path, target: Path) -> None:
@@ -176,13 +188,15 @@ class TPRLPreTrainedModel(PreTrainedModel):
         model.eval()
         return (model, {}) if kwargs.get("output_loading_info") else model
 
-    def save_pretrained(self, save_directory, save_base_model: bool = False, **kwargs):
+    def save_pretrained(self, save_directory, save_base_model: bool = False, base_dtype=None, **kwargs):
         r"""
         Saves the policy with the base model's name and revision, or everything.
 
         Args:
             save_directory (`str` or `os.PathLike`): where to; made when missing.
             save_base_model (`bool`, defaults to `False`): save the base model's weights too.
+            base_dtype (`torch.dtype`, *optional*): store the base model's weights in this precision, e.g.
+                `torch.float16` for half the size. The config keeps the live model's dtype, in which they are loaded.
             kwargs: as in [`~transformers.PreTrainedModel.save_pretrained`].
         """
         directory = Path(save_directory)
@@ -197,6 +211,8 @@ class TPRLPreTrainedModel(PreTrainedModel):
         try:
             with scratch_directory(directory) as scratch:
                 if save_base_model:
+                    if base_dtype is not None:
+                        kwargs["state_dict"] = cast_base(self, base_dtype)
                     super().save_pretrained(scratch, **kwargs)
                 else:
                     self._save_policy(Path(scratch))

@@ -1,0 +1,263 @@
+"""The model as a Hugging Face model: dtypes, checkpoints, PEFT, offload, compilation, pipelines."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+import tprl_hf  # noqa: F401  registers the Auto classes
+from tests.tiny_models import PAD, build, collate, sample
+from tprl_hf.modeling import TPRLConfig, TPRLForConditionalGeneration
+
+BATCH = [sample("llava", 1, 1), sample("llava", 2, 2), sample("llava", 0, 3)]
+
+
+def wrap(**settings):
+    base = build("llava")
+    return TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, keep_ratio=0.4, **settings).eval()
+
+
+@pytest.fixture
+def model():
+    return wrap()
+
+
+@pytest.fixture
+def batch():
+    return collate("llava", BATCH)
+
+
+# ---- config ----
+
+
+def test_the_papers_widths_are_the_default():
+    text = {"hidden_size": 4096, "num_attention_heads": 32, "model_type": "llama"}
+    config = TPRLConfig(base_config={"model_type": "llava", "text_config": text})
+    assert (config.token_dim, config.autoencoder_dim, config.latent_dim) == (4096, 1024, 256)
+    assert (config.policy_dim, config.policy_num_heads, config.policy_num_layers) == (512, 8, 1)
+    assert TPRLConfig(base_config=config.base_config, token_dim=192).latent_dim == 16
+
+
+def test_config_round_trip(tmp_path, model):
+    model.config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is TPRLConfig
+    assert loaded.keep_ratio == 0.4
+    assert loaded.get_text_config().hidden_size == 32
+    assert type(loaded.base_config) is type(model.config.base_config)
+
+
+def test_config_decides_by_default(batch):
+    assert wrap().prune(**batch).num_kept.tolist() == [6, 13, 0]
+    base = build("llava")
+    quiet = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8).eval()
+    assert torch.equal(quiet(**batch).logits, base(**batch).logits)
+    assert quiet(**batch).keep_mask is None
+    assert torch.equal(quiet.generate(**batch, max_new_tokens=3), base.generate(**batch, max_new_tokens=3))
+
+
+def test_wrapping_leaves_the_live_model_alone(batch):
+    base = build("llava")
+    expected, config = base(**batch).logits, copy.deepcopy(base.config)
+    wrapped = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8)
+    assert base.config._attn_implementation == config._attn_implementation == "sdpa"
+    assert base.config.text_config._attn_implementation == "sdpa"
+    assert torch.equal(base(**batch).logits, expected)
+    assert wrapped.config.base_config is base.config
+
+
+# ---- checkpoints ----
+
+
+@torch.no_grad()
+def test_auto_classes_load_both_kinds(tmp_path, model, batch):
+    model.lvlm.save_pretrained(tmp_path / "base")
+    model.config.base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "policy")
+    model.save_pretrained(tmp_path / "merged", save_base_model=True)
+    expected = model(**batch).logits
+    for auto in (AutoModel, AutoModelForImageTextToText):
+        for kind in ("policy", "merged"):
+            loaded = auto.from_pretrained(tmp_path / kind)
+            assert type(loaded) is TPRLForConditionalGeneration
+            assert not loaded.training
+            assert torch.equal(loaded(**batch).logits, expected)
+    eager = AutoModel.from_pretrained(tmp_path / "policy", attn_implementation="eager")
+    assert eager.lvlm.config.text_config._attn_implementation == "eager"
+    assert (tmp_path / "policy" / "model.safetensors").stat().st_size < 2e5
+
+
+@torch.no_grad()
+def test_loaded_again_is_saved_alike(tmp_path, model, batch):
+    model.lvlm.save_pretrained(tmp_path / "base")
+    first = TPRLForConditionalGeneration.from_base_model(str(tmp_path / "base"), latent_dim=8, keep_ratio=0.4)
+    first.save_pretrained(tmp_path / "one")
+    second = TPRLForConditionalGeneration.from_pretrained(tmp_path / "one")
+    second.save_pretrained(tmp_path / "two")
+    one, two = (tmp_path / name / "config.json" for name in ("one", "two"))
+    assert json.loads(one.read_text()) == json.loads(two.read_text())
+    assert json.loads(one.read_text())["base_model_name_or_path"] == str(tmp_path / "base")
+    assert torch.equal(first(**batch).logits, second(**batch).logits)
+
+
+@torch.no_grad()
+def test_base_stored_in_half_precision(tmp_path, batch):
+    model = wrap()
+    for weight in model.lvlm.parameters():
+        weight.data = weight.data.half().float()  # held exactly by half precision
+    model.save_pretrained(tmp_path / "half", save_base_model=True, base_dtype=torch.float16)
+    model.save_pretrained(tmp_path / "full", save_base_model=True)
+    half, full = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "full"))
+    assert half < 0.75 * full
+    loaded = TPRLForConditionalGeneration.from_pretrained(tmp_path / "half")
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+# ---- precision ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_policy_stays_in_float32(tmp_path, model, batch, dtype):
+    model.lvlm.save_pretrained(tmp_path / "base")
+    model.config.base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "policy")
+    model.save_pretrained(tmp_path / "merged", save_base_model=True)
+    weight = model.policy.query_proj.weight.clone()
+    loaded = [TPRLForConditionalGeneration.from_pretrained(tmp_path / n, dtype=dtype) for n in ("policy", "merged")]
+    for cast in (*loaded, copy.deepcopy(model).to(dtype), wrap().to(dtype)):
+        assert cast.lvlm.dtype == dtype
+        assert {p.dtype for m in (cast.policy, cast.autoencoder) for p in m.parameters()} == {torch.float32}
+        batch["pixel_values"] = batch["pixel_values"].to(dtype)
+        assert cast.generate(**batch, max_new_tokens=2).shape[0] == 3
+        assert cast(**batch).logits.dtype == dtype
+    assert torch.equal(loaded[0].policy.query_proj.weight, weight)
+    assert torch.equal(loaded[1].policy.query_proj.weight, weight)
+
+
+# ---- training a base model through pruning ----
+
+
+def test_labels_and_gradients(model, batch):
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    batch["labels"][:, :-4] = -100
+    output = model(**batch)
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    answers = batch["labels"][:, -4:]
+    expected = torch.nn.functional.cross_entropy(logits[:, -5:-1].transpose(1, 2), answers)
+    assert torch.allclose(output.loss, expected, atol=1e-5)
+    output.loss.backward()
+    assert model.lvlm.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+
+
+def test_gradient_checkpointing(model, batch):
+    batch["labels"] = batch["input_ids"]
+    model.train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(**batch, use_cache=False).loss.backward()
+        gradients.append(model.lvlm.lm_head.weight.grad.clone())
+    assert model.lvlm.is_gradient_checkpointing
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+@torch.no_grad()
+def test_attention_implementation_and_embeddings(model, batch):
+    sdpa = model(**batch).logits[:, -5:]
+    model.set_attn_implementation("eager")
+    assert model.lvlm.config.text_config._attn_implementation == "eager"
+    assert (model(**batch).logits[:, -5:] - sdpa).abs().max() <= 2e-5
+    model.resize_token_embeddings(120)
+    assert model.lvlm.lm_head.weight.shape[0] == model.get_input_embeddings().weight.shape[0] == 120
+    assert model.config.get_text_config().vocab_size == 120
+    assert (model(**batch).logits[:, -5:, :99] - sdpa).abs().max() <= 2e-5
+
+
+@torch.no_grad()
+def test_peft_on_the_base(tmp_path, model, batch):
+    peft = pytest.importorskip("peft")
+    expected = model(**batch).logits
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, modules_to_save=["policy"])
+    tuned = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    assert torch.allclose(tuned(**batch).logits, expected, atol=1e-5)
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    changed = tuned(**batch).logits
+    assert (changed - expected).abs().max() > 1e-3
+    tokens = tuned.generate(**batch, max_new_tokens=3)
+    tuned.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    assert torch.equal(again(**batch).logits, changed)
+    assert torch.equal(again.generate(**batch, max_new_tokens=3), tokens)
+    merged = again.merge_and_unload()
+    assert torch.allclose(merged(**batch).logits, changed, atol=1e-5)
+    loaded = copy.deepcopy(model)
+    loaded.load_adapter(tmp_path)
+    assert torch.allclose(loaded(**batch).logits, changed, atol=1e-5)
+
+
+@torch.no_grad()
+def test_wrapping_a_base_that_peft_changed(model, batch):
+    peft = pytest.importorskip("peft")
+    base = copy.deepcopy(model.lvlm)
+    tuned = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    expected = tuned(**batch).logits
+    wrapped = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8).eval()
+    assert torch.equal(wrapped(**batch).logits, expected)
+
+
+@torch.no_grad()
+def test_offload(tmp_path, model, batch):
+    model.lvlm.save_pretrained(tmp_path / "base")
+    model.config.base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "policy")
+    model.save_pretrained(tmp_path / "merged", save_base_model=True)
+    expected, tokens = model(**batch).logits, model.generate(**batch, max_new_tokens=3)
+    base_map = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
+    base_map["model.language_model"] = "disk"
+    merged_map = {f"lvlm.{name}": place for name, place in base_map.items()} | {"policy": "cpu", "autoencoder": "cpu"}
+    for name, device_map in (("policy", base_map), ("merged", merged_map)):
+        folder = tmp_path / f"offload-{name}"
+        loaded = TPRLForConditionalGeneration.from_pretrained(
+            tmp_path / name, device_map=device_map, offload_folder=str(folder)
+        )
+        assert torch.equal(loaded(**batch).logits, expected)
+        assert torch.equal(loaded.generate(**batch, max_new_tokens=3), tokens)
+
+
+@torch.no_grad()
+def test_a_fixed_budget_compiles_once(model):
+    batches = [collate("llava", [sample("llava", 1, seed)]) for seed in (1, 2, 3)]
+    expected = [model(**batch, num_keep=5).logits for batch in batches]
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    language_model = model.lvlm.model.language_model
+    language_model.forward = torch.compile(language_model.forward, backend=count)
+    torch._dynamo.reset()
+    made = [model(**batch, num_keep=5, use_cache=False).logits for batch in batches[:1]]
+    first = len(compiled)
+    made += [model(**batch, num_keep=5, use_cache=False).logits for batch in batches[1:]]
+    assert 0 < first == len(compiled)
+    for a, b in zip(made, expected, strict=True):
+        assert (a - b).abs().max() <= 2e-5
+
+
+def test_without_an_attention_mask_padding_is_told_from_text(model, batch):
+    masked = model(**batch).logits
+    batch.pop("attention_mask")
+    assert PAD == 0
+    assert torch.equal(model(**batch).logits, masked)
