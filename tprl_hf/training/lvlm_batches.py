@@ -46,8 +46,10 @@ QUESTIONS_PER_IMAGE = (
     "reading",
 )
 MIN_PATCH_PIXELS = 20
-# The LLM layers whose attention the grounding loss looks at, counted from 0.
-RELATION_LAYER, ANSWER_LAYER = 1, 2
+# Where the grounding loss looks: a question's nouns seek their objects in the second LLM layer; what predicts the
+# answer seeks them in the third, but for relations, which compare what the two nouns have found.
+NOUN_LAYER, ANSWER_LAYER = 1, 2
+NOUNS = (*SHAPES, "object", "objects", "sign")
 
 
 @dataclass
@@ -103,7 +105,6 @@ class LabelledImage:
 
     pixels: np.ndarray
     questions: list[MosaicQuestion]
-    object_kinds: list[str]
     object_patches: list[np.ndarray]
     kinds: np.ndarray
     colors: np.ndarray
@@ -140,8 +141,7 @@ def label_scene(scene: MosaicScene, questions: list[MosaicQuestion]) -> Labelled
         centers[_patch_of(*item.center)] = True
         shape, color = SHAPES.index(item.kind), list(COLORS).index(item.color)
         present[[shape, 8 + color, 16 + 8 * shape + color]] = 1
-    names = [item.kind for item in scene.objects]
-    return LabelledImage(scene.pixels, questions, names, object_patches, kinds, colors, digits, centers, present)
+    return LabelledImage(scene.pixels, questions, object_patches, kinds, colors, digits, centers, present)
 
 
 def mosaic_image(split: str, seed: int, index: int) -> LabelledImage:
@@ -172,9 +172,9 @@ def easy_image(image: EasyVQAImage, rng: np.random.Generator | None = None) -> L
     if color is not None:
         colors[shown] = PATCH_COLORS.index(color)
     digits = np.full(NUM_PATCHES, IGNORE, dtype=np.int64)
-    questions = [MosaicQuestion(prompt, answer, "easy", (0,)) for prompt, answer in image.questions]
+    questions = [MosaicQuestion(prompt, answer, "easy", ()) for prompt, answer in image.questions]
     no_center, unknown = np.zeros(NUM_PATCHES, dtype=bool), np.full(CLS_CLASSES, IGNORE, dtype=np.float32)
-    return LabelledImage(pixels, questions, ["shape"], [shown], kinds, colors, digits, no_center, unknown)
+    return LabelledImage(pixels, questions, [shown], kinds, colors, digits, no_center, unknown)
 
 
 @lru_cache(maxsize=100_000)
@@ -184,6 +184,7 @@ def _token_ids(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 def pack(images: list[LabelledImage], tokenizer: PreTrainedTokenizerFast, conversations: list[bool]) -> PackedBatch:
     """Tokenize the questions of each image and lay them out in one sequence an image."""
+    noun_ids = set(tokenizer.convert_tokens_to_ids(list(NOUNS)))
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     rows, grounding, grounding_rows, question_types, answer_rows = [], [], [], [], []
     for i, (image, conversation) in enumerate(zip(images, conversations, strict=True)):
@@ -202,16 +203,17 @@ def pack(images: list[LabelledImage], tokenizer: PreTrainedTokenizerFast, conver
             tokens += prompt + answer
             question_types.append(question.question_type)
             answer_rows.append((i, first, first + len(answer)))
-            if question.question_type == "relation":
-                # Each noun looks for its own object, a layer earlier, so that two layers are left to compare them.
-                nouns = [_token_ids(image.object_kinds[j], tokenizer)[0] for j in question.objects]
+            if question.objects:
                 start_row = first + 1 - len(prompt)
-                grounding_rows.append((i, start_row + prompt.index(nouns[0]), RELATION_LAYER))
-                grounding_rows.append((i, first - prompt[::-1].index(nouns[1]), RELATION_LAYER))
-                grounding += [image.object_patches[j] for j in question.objects]
-            elif question.objects:
-                grounding.append(np.any([image.object_patches[j] for j in question.objects], axis=0))
-                grounding_rows.append((i, first, ANSWER_LAYER))
+                nouns = [start_row + k for k, token in enumerate(prompt) if token in noun_ids]
+                patches = [image.object_patches[j] for j in question.objects]
+                if question.question_type == "relation":
+                    looks = [(nouns[0], NOUN_LAYER, patches[0]), (nouns[1], NOUN_LAYER, patches[1])]
+                else:
+                    union = np.any(patches, axis=0)
+                    looks = [(nouns[-1], NOUN_LAYER, union), (first, ANSWER_LAYER, union)]
+                grounding += [look[2] for look in looks]
+                grounding_rows += [(i, row, layer) for row, layer, _ in looks]
         rows.append((tokens, positions, segments, labels))
 
     length = max(len(row[0]) for row in rows)

@@ -39,10 +39,10 @@ from .lvlm_batches import (
     ANSWER_LAYER,
     CLS_CLASSES,
     IGNORE,
+    NOUN_LAYER,
     PATCH_COLORS,
     PATCH_KINDS,
     PREFIX_LENGTH,
-    RELATION_LAYER,
     PackedBatch,
     easy_image,
     mosaic_image,
@@ -74,13 +74,13 @@ class MosaicLVLMConfig:
     output_dir: str
     seed: int = 0
     tower_minutes: float = 5.0
-    joint_minutes: float = 70.0
+    joint_minutes: float = 66.0
     num_processes: int = 2
     mosaic_images: int = 6
     easy_images: int = 2
     learning_rate: float = 1e-3
     tower_learning_rate: float = 4e-4
-    grounding_weight: float = 0.3
+    grounding_weight: float = 0.5
     grounding_share: float = 0.5
     patch_weight: float = 0.3
     save_every: float = 3.0
@@ -89,6 +89,9 @@ class MosaicLVLMConfig:
 
 GROUNDED_HEADS = 4
 PHASES = ("tower", "joint")
+# The last images of easy-VQA's own training split are never trained on: they validate.
+HELD_OUT_EASY = 200
+VALIDATION_IMAGES = (160, 40)  # of Mosaic-VQA and easy-VQA, during training
 
 
 class PatchHeads(nn.Module):
@@ -174,7 +177,7 @@ def answer_loss(
     embeds = model.get_input_embeddings()(batch.input_ids)
     image = model.model.multi_modal_projector(patches)
     embeds = torch.cat([embeds[:, :2], image, embeds[:, PREFIX_LENGTH:]], dim=1)
-    llm, grounded = model.model.language_model, (RELATION_LAYER, ANSWER_LAYER) if grounding_weight > 0 else ()
+    llm, grounded = model.model.language_model, (NOUN_LAYER, ANSWER_LAYER) if grounding_weight > 0 else ()
     called: dict[int, dict] = {}
 
     def remember(module: LlamaAttention, args: tuple, kwargs: dict) -> None:
@@ -374,15 +377,16 @@ def train(rank: int, config: MosaicLVLMConfig, port: int) -> None:
     tokenizer = processor.tokenizer
     model = build_lvlm(tokenizer, config.seed)
     heads = PatchHeads(model.config.vision_config.hidden_size)
-    # The last 200 images of easy-VQA's own training split are never trained on: they validate.
     easy = easy_vqa_images("train")
     validation = []
     if rank == 0:
-        images = [mosaic_image("validation", 0, i) for i in range(160)]
-        images += [easy_image(image) for image in easy[-200:-160]]
-        validation = [pack(images[i : i + 20], tokenizer, [False] * 20) for i in range(0, 200, 20)]
+        num_mosaic, num_easy = VALIDATION_IMAGES
+        images = [mosaic_image("validation", 0, i) for i in range(num_mosaic)]
+        images += [easy_image(image) for image in easy[-HELD_OUT_EASY:][:num_easy]]
+        parts = [images[i : i + 20] for i in range(0, len(images), 20)]
+        validation = [pack(part, tokenizer, [False] * len(part)) for part in parts]
     for phase in PHASES:
-        train_phase(phase, config, model, heads, tokenizer, easy[:-200], validation, rank)
+        train_phase(phase, config, model, heads, tokenizer, easy[:-HELD_OUT_EASY], validation, rank)
     if rank == 0:
         scores = evaluate(model, heads, validation)
         print("validation", json.dumps(scores))

@@ -1,0 +1,182 @@
+"""The recipe of the embedded LVLM: packed questions mean what single ones mean, and training resumes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from tprl_hf.data.easy import EASY_VQA_COLORS, EASY_VQA_SHAPES
+from tprl_hf.data.mosaic import COLORS, SHAPES, draw_scene, mosaic_scenes, scene_rng
+from tprl_hf.training.lvlm_batches import ANSWER_LAYER, IGNORE, NOUN_LAYER, PREFIX_LENGTH, mosaic_image, pack
+from tprl_hf.training.lvlm_model import PATCHES_PER_SIDE, build_lvlm, build_processor
+from tprl_hf.training.mosaic_lvlm import (
+    GROUNDED_HEADS,
+    MosaicLVLMConfig,
+    PatchHeads,
+    answer_loss,
+    load_state,
+    run_tower,
+    save_state,
+    train,
+)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor()
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    return build_lvlm(processor.tokenizer).eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [mosaic_image("train", 11, i) for i in range(2)]
+
+
+def test_tokenizer_knows_every_word_of_the_data_and_gives_it_back(processor):
+    tokenizer = processor.tokenizer
+    stream = mosaic_scenes("validation", 0)
+    texts = [text for _ in range(30) for q in next(stream)[2] for text in (q.prompt, q.answer)]
+    texts += [*SHAPES, *COLORS, *EASY_VQA_SHAPES, *EASY_VQA_COLORS, "yes", "no", *map(str, range(100))]
+    texts += ["does the image not contain a teal shape?", "what is the color of the rectangle?"]
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.unk_token_id not in ids, text
+        assert tokenizer.decode(ids).replace(" ", "") == text.lower().replace(" ", "")
+    assert tokenizer.decode(tokenizer("47").input_ids) == "47"
+
+
+@torch.no_grad()
+def test_packed_questions_equal_single_prompts(processor, model, images):
+    batch = pack(images, processor.tokenizer, [False, False])
+    patches, _ = run_tower(model, batch.pixel_values)
+    _, _, logits = answer_loss(model, patches, batch, 0.0)
+    rows = iter(batch.answer_rows)
+    for image in images:
+        for question in image.questions:
+            i, first, _ = next(rows)
+            content = [{"type": "image"}, {"type": "text", "text": question.prompt}]
+            prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            single = processor(images=Image.fromarray(image.pixels), text=prompt, return_tensors="pt")
+            expected = model(**single).logits[0, -1]
+            assert torch.allclose(logits[i, first], expected, atol=2e-5)
+
+
+@torch.no_grad()
+def test_packed_conversation_equals_the_chat_template(processor, model, images):
+    batch = pack(images[:1], processor.tokenizer, [True])
+    patches, _ = run_tower(model, batch.pixel_values)
+    _, _, logits = answer_loss(model, patches, batch, 0.0)
+    messages = []
+    for k, question in enumerate(images[0].questions[:3]):
+        content = [{"type": "image"}] if k == 0 else []
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": question.prompt}]})
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        single = processor(images=Image.fromarray(images[0].pixels), text=prompt, return_tensors="pt")
+        _, first, _ = batch.answer_rows[k]
+        assert torch.allclose(logits[0, first], model(**single).logits[0, -1], atol=2e-5)
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": question.answer}]})
+
+
+def test_labels_are_the_answers(processor, images):
+    batch = pack(images, processor.tokenizer, [False, True])
+    answers = [question.answer for image in images for question in image.questions]
+    for answer, (i, first, stop) in zip(answers, batch.answer_rows, strict=True):
+        labels = batch.labels[i, first:stop]
+        assert processor.tokenizer.decode(labels[:-1]) == answer and labels[-1] == processor.tokenizer.eos_token_id
+    asked = sum(stop - first for _, first, stop in batch.answer_rows)
+    assert (batch.labels != IGNORE).sum() == asked
+
+
+def test_patch_labels_say_what_lies_there():
+    scene = draw_scene(scene_rng("train", 3, 0))
+    labelled = mosaic_image("train", 3, 0)
+    assert labelled.centers.sum() == sum(item.kind != "sign" for item in scene.objects)
+    for item, shown in zip(scene.objects, labelled.object_patches, strict=True):
+        rows, columns = np.divmod(np.flatnonzero(shown), PATCHES_PER_SIDE)
+        x0, y0, x1, y1 = (side / 12 for side in item.box)
+        assert shown.any() and rows.min() >= int(y0) and rows.max() < math.ceil(y1)
+        assert columns.min() >= int(x0) and columns.max() < math.ceil(x1)
+        if item.number is not None:
+            assert {item.number // 10, item.number % 10} <= set(labelled.digits.tolist())
+
+
+def test_grounding_loss_reads_the_models_own_attention(processor, images):
+    model = build_lvlm(processor.tokenizer)
+    batch = pack(images, processor.tokenizer, [False, True])
+    patches, _ = run_tower(model, batch.pixel_values)
+    _, grounding, _ = answer_loss(model, patches, batch, 1.0)
+
+    llm = model.model.language_model
+    llm.set_attn_implementation("eager")
+    embeds = model.get_input_embeddings()(batch.input_ids)
+    projected = model.model.multi_modal_projector(patches)
+    embeds = torch.cat([embeds[:, :2], projected, embeds[:, PREFIX_LENGTH:]], dim=1)
+    attentions = llm(
+        inputs_embeds=embeds,
+        attention_mask=batch.attention_mask(),
+        position_ids=batch.position_ids,
+        output_attentions=True,
+    ).attentions
+    expected = torch.zeros(())
+    for layer in (NOUN_LAYER, ANSWER_LAYER):
+        asked = batch.grounding_rows[:, 2] == layer
+        i, row = batch.grounding_rows[asked, 0], batch.grounding_rows[asked, 1]
+        mass = attentions[layer][i, :GROUNDED_HEADS, row, 2:PREFIX_LENGTH] * batch.grounding[asked, None]
+        expected = expected - (mass.sum(-1) + 1e-6).log().mean() / 2
+    assert torch.allclose(grounding, expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tower_starts_as_a_convolution(model):
+    tower = build_lvlm(build_processor().tokenizer).model.vision_tower
+    tower.set_attn_implementation("eager")
+    attentions = tower(torch.rand(1, 3, 144, 144) * 2 - 1, output_attentions=True).attentions
+    middle = 1 + 5 * PATCHES_PER_SIDE + 5
+    for layer in attentions:
+        looked_at = [divmod(int(layer[0, head, middle].argmax()) - 1, PATCHES_PER_SIDE) for head in range(5)]
+        assert looked_at == [(5, 5), (5, 4), (5, 6), (4, 5), (6, 5)]
+
+
+def test_state_is_saved_and_loaded_whole(processor, tmp_path):
+    model = build_lvlm(processor.tokenizer, seed=1)
+    modules = nn.ModuleDict({"lvlm": model, "heads": PatchHeads(192)})
+    optimizer = torch.optim.AdamW(modules.parameters(), fused=True)
+    for parameter in modules.parameters():
+        parameter.grad = torch.full_like(parameter, 0.1)
+    optimizer.step()
+    save_state(tmp_path / "state.safetensors", modules, optimizer, {"step": 3, "minutes": 0.5})
+
+    other = nn.ModuleDict({"lvlm": build_lvlm(processor.tokenizer, seed=2), "heads": PatchHeads(192)})
+    progress, moments = load_state(tmp_path / "state.safetensors", other)
+    assert progress == {"step": 3, "minutes": 0.5}
+    assert all(torch.equal(a, b) for a, b in zip(modules.parameters(), other.parameters(), strict=True))
+    for i, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, moments[i][name]) for name, value in state.items())
+
+
+def test_recipe_runs_resumes_and_answers(processor, tmp_path, monkeypatch):
+    pytest.importorskip("easy_vqa")
+    threads = torch.get_num_threads()
+    config = MosaicLVLMConfig(
+        str(tmp_path), tower_minutes=0.01, joint_minutes=0.02, num_processes=1, mosaic_images=1, easy_images=1
+    )
+    monkeypatch.setattr("tprl_hf.training.mosaic_lvlm.VALIDATION_IMAGES", (2, 1))
+    train(0, config, port=0)
+    first = json.loads((tmp_path / "training.json").read_text())
+    assert set(first["validation"]) >= {"easy", "existence", "patch_kind"}
+    assert {json.loads(line)["phase"] for line in (tmp_path / "log.jsonl").open()} == {"tower", "joint"}
+
+    (tmp_path / "training.json").unlink()
+    lines = (tmp_path / "log.jsonl").read_text()
+    train(0, config, port=0)  # both phases are done: nothing is trained again
+    assert json.loads((tmp_path / "training.json").read_text()) == first
+    assert (tmp_path / "log.jsonl").read_text() == lines
+    torch.set_num_threads(threads)
