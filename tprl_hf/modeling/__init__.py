@@ -4,8 +4,10 @@ from .configuration_tprl import TPRLConfig
 from .keep_mask import Budget
 from .lvlm_adapters import LVLMAdapter, adapter_for
 from .modeling_tprl import TPRLForConditionalGeneration, TPRLOutput, TPRLPreTrainedModel
+from .processing_tprl import TPRLProcessor
 from .prune_plan import PrunePlan
 from .pruning_policy import PolicyOutput, PruningPolicy
+from .text_query import question_mask
 from .token_autoencoder import TokenAutoencoder
 from .token_layout import Block, TokenLayout
 from .token_pruner import LearnedPruner, PruningInputs, SetPruner, TokenPruner
@@ -25,9 +27,11 @@ __all__ = [
     "TPRLForConditionalGeneration",
     "TPRLOutput",
     "TPRLPreTrainedModel",
+    "TPRLProcessor",
     "TokenAutoencoder",
     "TokenLayout",
     "TokenPruner",
     "VisualFeatures",
     "adapter_for",
+    "question_mask",
 ]

@@ -4,6 +4,7 @@ Letters: B samples, N visual tokens (padded to the longest sample of the batch),
 `scores` are always "higher is kept"; a keep mask is boolean and True where a token is kept.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -129,16 +130,20 @@ def keep_logprobs(logits: Tensor, keep_mask: Tensor, valid: Tensor, discount: fl
 
     The PPO ratio needs the same `discount` as the sampling had.
     """
-    if discount == 1.0:
-        logprob_prune = F.logsigmoid(-logits)
-    else:
-        logprob_prune = torch.log1p(-discount * logits.sigmoid())
-    logprob_keep = F.logsigmoid(logits) + torch.tensor(discount, dtype=logits.dtype, device=logits.device).log()
+    logprob_keep, logprob_prune = _log_odds_parts(logits, discount)
     return torch.where(keep_mask, logprob_keep, logprob_prune).masked_fill(~valid, 0.0)
 
 
 def keep_entropy(logits: Tensor, valid: Tensor, discount: float = 1.0) -> Tensor:
     """Entropy in nats of each keep bit under eq. 14, float `[B, N]`, 0 where not `valid`."""
     probs = discount * logits.sigmoid()
-    entropy = -torch.special.xlogy(probs, probs) - torch.special.xlogy(1 - probs, 1 - probs)
-    return entropy.masked_fill(~valid, 0.0)
+    logprob_keep, logprob_prune = _log_odds_parts(logits, discount)
+    return -(probs * logprob_keep + (1 - probs) * logprob_prune).masked_fill(~valid, 0.0)
+
+
+def _log_odds_parts(logits: Tensor, discount: float) -> tuple[Tensor, Tensor]:
+    """`log p` and `log(1 - p)` for p = discount * sigmoid(logits), finite with finite gradients at any logits."""
+    logprob_keep = F.logsigmoid(logits) + math.log(discount)
+    if discount == 1.0:
+        return logprob_keep, F.logsigmoid(-logits)
+    return logprob_keep, torch.log1p(-discount * logits.sigmoid())

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .pruned_inputs import count_positions, pad_rows_left
-from .token_layout import Block, grid_blocks, square_block
+from .pruned_inputs import count_positions, pad_rows_left, run_lengths
+from .token_layout import Block, grid_blocks, join_tiles, sized_block, square_block
 from .vision_attention import attention_maps, eager_tower, lay_over_tokens
 from .visual_features import EncodedModality, VisualFeatures
 
@@ -131,6 +131,8 @@ class LVLMAdapter:
             encoded = self.unpack(modality, output, counts, inputs)
             if with_attention:
                 encoded.attention = self.received_attention(modality, output, encoded)
+            if encoded.container == "tensor":  # of tiles, whose images only the prompt tells apart
+                encoded.blocks = join_tiles(encoded.blocks, run_lengths(input_ids == self.token_ids[modality]))
             modalities[modality] = encoded
         geometry = {name: inputs[name] for name in self.geometry_names if torch.is_tensor(inputs.get(name))}
         features = VisualFeatures(modalities, geometry)
@@ -151,11 +153,10 @@ class LVLMAdapter:
             container = "tensor"
         else:
             container = "list3d" if any(entry.ndim == 3 for entry in entries) else "list"
-        lengths = [entry.shape[:-1].numel() for entry in entries]
         deepstack = [torch.cat([rows.flatten(0, -2) for rows in layer]) for layer in layers]
         return EncodedModality(
             rows=torch.cat([entry.flatten(0, -2) for entry in entries]),
-            blocks=self.blocks(modality, lengths, inputs),
+            blocks=self.blocks(modality, entries, inputs),
             counts=counts,
             output_class=type(output),
             container=container,
@@ -183,12 +184,17 @@ class LVLMAdapter:
 
     # ---- layout ----
 
-    def blocks(self, modality: str, lengths: list[int], inputs: dict[str, Any]) -> list[list[Block]]:
-        """The grids of each entry of the encoder's output, from what the inputs tell; by default one square."""
-        grids = inputs.get(f"{modality}_grid_thw")
-        if grids is not None and len(grids) == len(lengths):
-            return [grid_blocks(grid, length) for grid, length in zip(grids.tolist(), lengths, strict=True)]
-        return [[square_block(length)] for length in lengths]
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        """The grids of each entry, `[L, D]` or `[frames, L, D]`, of the encoder's output, as the inputs tell sizes.
+
+        Without any size, an entry is a square where that is possible.
+        """
+        grids, sizes = inputs.get(f"{modality}_grid_thw"), inputs.get(f"{modality}_sizes")
+        if grids is not None and len(grids) == len(entries):
+            return [grid_blocks(g, e.shape[:-1].numel()) for g, e in zip(grids.tolist(), entries, strict=True)]
+        if sizes is not None and len(sizes) == len(entries):
+            return [[sized_block(s, e.shape[:-1].numel())] for s, e in zip(sizes.tolist(), entries, strict=True)]
+        return [[square_block(e.shape[-2])] * e.shape[:-2].numel() for e in entries]
 
     # ---- positions ----
 
@@ -286,6 +292,35 @@ def pack_rows(rows: Tensor, counts: Tensor, encoded: EncodedModality, same_lengt
     return [entry[None] for entry in entries] if encoded.container == "list3d" else entries
 
 
+class NewlineAdapter(LVLMAdapter):
+    """Families that show an overview, then crops as one grid whose rows end in a learned newline (LLaVA-NeXT)."""
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        if modality == "video" and all(entry.ndim == 2 for entry in entries):
+            frames = inputs["pixel_values_videos"].shape[1]
+            frame = [square_block((len(entry) - 1) // frames) for entry in entries]
+            return [[block] * frames + [Block(1, 1, separator=True)] for block in frame]
+        if modality == "video":
+            return super().blocks(modality, entries, {})
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        found = []
+        for entry in entries:
+            newlines = (entry == self.core.image_newline.to(entry)).all(-1).nonzero()[:, 0].tolist()
+            width = newlines[0] - side * side
+            rest = Block(len(newlines), width, row_newline=True) if width else Block(1, 1, separator=True)
+            found.append([Block(side, side), rest])
+        return found
+
+
+class Idefics3Adapter(LVLMAdapter):
+    """Families whose encoder returns all tiles of a sample in one piece."""
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size // self.config.scale_factor
+        return [[Block(side, side)] * (len(entry) // side**2) for entry in entries]
+
+
 class NumberedAnewAdapter(LVLMAdapter):
     """Families whose `generate` counts positions by itself, whatever is passed."""
 
@@ -300,6 +335,11 @@ class PaliGemmaAdapter(LVLMAdapter):
 
 # Only families that the default does not serve have an entry.
 ADAPTERS: dict[str, type[LVLMAdapter]] = {
+    "llava_next": NewlineAdapter,
+    "llava_next_video": NewlineAdapter,
+    "llava_onevision": NewlineAdapter,
+    "idefics3": Idefics3Adapter,
+    "smolvlm": Idefics3Adapter,
     "paligemma": PaliGemmaAdapter,
     "exaone4_5": NumberedAnewAdapter,
     "hyperclovax_vision_v2": NumberedAnewAdapter,

@@ -19,6 +19,14 @@ def find_visual(input_ids: Tensor, token_ids: list[int]) -> Tensor:
     return visual
 
 
+def run_lengths(mask: Tensor) -> list[int]:
+    """Lengths of the unbroken runs of True in the rows of `mask [B, L]`, in order."""
+    starts = mask.clone()
+    starts[:, 1:] &= ~mask[:, :-1]
+    run = starts.flatten().cumsum(0)[mask.flatten()] - 1
+    return torch.bincount(run).tolist()
+
+
 def kept_columns(attention_mask: Tensor, visual: Tensor, keep_mask: Tensor) -> Tensor:
     """Columns that stay, `bool [B, L]`: attended text, and the visual tokens of `keep_mask [V]`."""
     kept = attention_mask.bool() & ~visual

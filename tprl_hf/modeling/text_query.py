@@ -31,3 +31,68 @@ def default_query_mask(input_ids: Tensor, attention_mask: Tensor, visual: Tensor
     """The fallback: attended tokens that are neither visual nor special, `bool [B, L]`."""
     special = torch.isin(input_ids, torch.tensor(special_ids, device=input_ids.device, dtype=input_ids.dtype))
     return attention_mask.bool() & ~visual & ~special
+
+
+def question_mask(
+    processor: Any, conversations: list[list[dict[str, Any]]], input_ids: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
+    """Exactly the tokens of each conversation's last question.
+
+    The chat is rendered with and without the question; what lies between their common beginning and end is the
+    question. Its tokens are then found in the prompt, where placeholders of images may have become many.
+
+    Args:
+        processor: the base model's processor, or its tokenizer, with a chat template.
+        conversations: chat messages of each sample, as given to `apply_chat_template`.
+        input_ids (`int64 [B, L]`): what the processor made of them, with `add_generation_prompt=True`.
+        attention_mask (`int64 [B, L]`, *optional*): 0 for padding.
+
+    Returns:
+        `bool [B, L]`, to be passed as `query_mask`.
+
+    Raises:
+        `ValueError`: where a conversation has no question, or its tokens are not in the prompt.
+    """
+    mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, messages in enumerate(conversations):
+        question, after = _question_tokens(processor, messages)
+        ids = input_ids[row].tolist()
+        last = len(ids) if attention_mask is None else int(attention_mask[row].nonzero().max()) + 1
+        # where nothing between question and end was expanded this is the place, otherwise it is the last occurrence
+        places = [last - after - len(question), *range(last - len(question), -1, -1)]
+        start = next((p for p in places if p >= 0 and ids[p : p + len(question)] == question), None)
+        if start is None:
+            raise ValueError(
+                f"The question of sample {row}, {len(question)} tokens, is not in its prompt: build input_ids from "
+                "the same conversation, with the same processor and add_generation_prompt=True."
+            )
+        mask[row, start : start + len(question)] = True
+    return mask
+
+
+def _question_tokens(processor: Any, messages: list[dict[str, Any]]) -> tuple[list[int], int]:
+    """Token ids of the last question, and how many tokens come after it."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        raise ValueError("The conversation has no message with role 'user', so there is no question.")
+    without = [dict(message) for message in messages]
+    content = without[last]["content"]
+    if isinstance(content, str):
+        without[last]["content"] = ""
+    else:
+        without[last]["content"] = [{**part, "text": ""} if part["type"] == "text" else part for part in content]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    rendered = [
+        tokenizer(
+            processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True), add_special_tokens=False
+        )["input_ids"]
+        for chat in (messages, without)
+    ]
+    full, bare = rendered
+    before = next((i for i, (a, b) in enumerate(zip(full, bare, strict=False)) if a != b), len(bare))
+    most = len(bare) - before
+    after = next((i for i in range(most) if full[-1 - i] != bare[-1 - i]), most)
+    question = full[before : len(full) - after]
+    if not question:
+        raise ValueError("The last message with role 'user' has no text, so there is no question.")
+    return question, after

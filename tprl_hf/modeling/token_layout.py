@@ -95,3 +95,24 @@ def grid_blocks(grid: list[int], length: int) -> list[Block]:
     if frames * block.num_tokens != length:
         return [Block(1, length)]
     return [block] * frames
+
+
+def sized_block(size: list[int], length: int) -> Block:
+    """Block of an image of `size` = (height, width) pixels that became `length` tokens of its own shape."""
+    pixels_per_token = math.sqrt(size[0] * size[1] / max(length, 1))
+    block = Block(round(size[0] / pixels_per_token), round(size[1] / pixels_per_token))
+    return block if block.num_tokens == length else square_block(length)
+
+
+def join_tiles(tiles: list[list[Block]], runs: list[int]) -> list[list[Block]]:
+    """Tiles that fill one run of placeholders belong to one image; left as they are where tiles and runs disagree."""
+    images: list[list[Block]] = []
+    rest = iter(tiles)
+    for run in runs:
+        image: list[Block] = []
+        while sum(block.num_tokens for block in image) < run:
+            image += next(rest, [Block(1, run + 1)])
+        if sum(block.num_tokens for block in image) != run:
+            return tiles
+        images.append(image)
+    return images

@@ -1,5 +1,7 @@
 """Random keeping: the humble baseline, and a strong one."""
 
+import zlib
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ class RandomPruner(TokenPruner):
     def score(self, inputs: PruningInputs) -> Tensor:
         scores = torch.zeros(inputs.valid.shape)
         for row, (key, count) in enumerate(zip(inputs.sample_keys, inputs.valid.sum(1).tolist(), strict=True)):
-            generator = torch.Generator().manual_seed(self.seed * 2**32 + key)
+            # torch takes 32 bits of a seed, so both numbers are mixed down to these
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {key}".encode()))
             scores[row, inputs.valid[row].cpu()] = torch.rand(count, generator=generator)
         return scores.to(inputs.tokens.device)

@@ -56,7 +56,8 @@ def remove_duplicates(tokens: Tensor, count: int, per_round: int) -> Tensor:
         candidates, others = left[::2], left[1::2]
         if len(others) == 0:
             return left[:count]
-        excess = min(per_round, len(left) - count, len(candidates))
+        # of few tokens fewer go at a time, else the last round would take what is no duplicate
+        excess = min(per_round, len(left) - count, max(len(candidates) // 4, 1))
         similarity = (directions[candidates] @ directions[others].T).amax(dim=1)
         gone = candidates[similarity.argsort(descending=True, stable=True)[:excess]]
         left = left[~torch.isin(left, gone)]

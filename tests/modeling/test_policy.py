@@ -1,0 +1,99 @@
+"""The networks, against the paper's equations written out by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tprl_hf.modeling import PruningPolicy, TokenAutoencoder
+
+
+def mlp_norm(module, x):
+    hidden = F.gelu(x @ module.linear_in.weight.T + module.linear_in.bias)
+    return F.layer_norm(
+        x + hidden @ module.linear_out.weight.T + module.linear_out.bias,
+        x.shape[-1:],
+        module.norm.weight,
+        module.norm.bias,
+    )
+
+
+@torch.no_grad()
+def test_policy_follows_the_equations():
+    torch.manual_seed(0)
+    policy = PruningPolicy(latent_dim=16, token_dim=12, hidden_dim=24, num_heads=2)
+    codes, query = torch.randn(1, 5, 16), torch.randn(1, 3, 12)
+    kept = torch.ones(1, 5, dtype=torch.bool)
+    output = policy(codes, kept, query)
+
+    block = policy.layers[0]
+    x = torch.cat([codes, query @ policy.query_proj.weight.T + policy.query_proj.bias], 1)[0]  # [Z_t ; Linear(q)]
+    heads = []
+    q, k, v = (x @ block.qkv_proj.weight.T + block.qkv_proj.bias).chunk(3, -1)
+    for h in range(2):
+        part = slice(8 * h, 8 * h + 8)
+        heads.append((q[:, part] @ k[:, part].T / math.sqrt(8)).softmax(-1) @ v[:, part])
+    attended = torch.cat(heads, -1) @ block.out_proj.weight.T + block.out_proj.bias
+    f = F.layer_norm(x + attended, (16,), block.norm.weight, block.norm.bias)[:5]  # eq. 9-10
+    g = mlp_norm(policy.policy_mlp, f)  # eq. 11-12
+    logits = g @ policy.policy_head.weight[0] + policy.policy_head.bias  # eq. 13
+    value = mlp_norm(policy.value_mlp, f.mean(0)) @ policy.value_head.weight[0] + policy.value_head.bias  # eq. 17-18
+    assert torch.allclose(output.logits[0], logits, atol=1e-5)
+    assert torch.allclose(output.values, value, atol=1e-5)
+
+
+@torch.no_grad()
+def test_autoencoder_follows_the_equations():
+    torch.manual_seed(0)
+    autoencoder = TokenAutoencoder(token_dim=32, hidden_dim=8, latent_dim=2)
+    tokens = torch.randn(2, 3, 32)
+    first, norm, _, last = autoencoder.encoder
+    hidden = F.gelu(F.layer_norm(first(tokens), (8,), norm.weight, norm.bias))
+    codes, loss = autoencoder(tokens)
+    assert torch.allclose(codes, last(hidden), atol=1e-6)
+    assert torch.allclose(loss, ((autoencoder.decode(codes) - tokens) ** 2).mean(), atol=1e-6)
+    valid = torch.tensor([[True, True, False], [True, False, False]])
+    _, masked = autoencoder(tokens.masked_fill(~valid[..., None], 1e4), valid)
+    errors = ((autoencoder.decode(codes) - tokens) ** 2).mean(-1)
+    assert torch.allclose(masked, errors[valid].mean(), atol=1e-6)
+    assert autoencoder.encode(tokens.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("extended", [False, True])
+@torch.no_grad()
+def test_only_what_is_kept_is_seen(extended):
+    torch.manual_seed(0)
+    more = {"num_layers": 2, "use_positions": True, "num_steps": 3} if extended else {}
+    policy = PruningPolicy(latent_dim=16, token_dim=12, hidden_dim=24, num_heads=2, **more)
+    codes, query, places = torch.randn(2, 6, 16), torch.randn(2, 4, 12), torch.rand(2, 6, 2)
+    kept = torch.tensor([[1, 1, 0, 1, 0, 1], [1, 1, 1, 0, 0, 0]]).bool()
+    asked = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]]).bool()
+    output = policy(codes, kept, query, asked, 1, places)
+    other = policy(
+        codes.masked_fill(~kept[..., None], 7.0), kept, query.masked_fill(~asked[..., None], 7.0), asked, 1, places
+    )
+    assert torch.allclose(output.logits[kept], other.logits[kept], atol=1e-6)
+    assert torch.allclose(output.values, other.values, atol=1e-6)
+    alone = policy(codes[:1, kept[0]], kept[:1, kept[0]], query[:1, asked[0]], None, 1, places[:1, kept[0]])
+    assert torch.allclose(alone.logits[0], output.logits[0, kept[0]], atol=1e-5)
+    assert torch.allclose(alone.values, output.values[:1], atol=1e-5)
+    step = policy(codes, kept, query, asked, 2, places)
+    assert torch.equal(step.logits, output.logits) != extended
+    # order of the tokens is nothing to the paper's policy
+    turned = policy(codes.flip(1), kept.flip(1), query, asked, 1, places.flip(1))
+    assert torch.allclose(turned.logits.flip(1)[kept], output.logits[kept], atol=1e-5)
+
+
+@torch.no_grad()
+def test_nothing_to_see_is_no_nan():
+    policy = PruningPolicy(latent_dim=16, token_dim=12, num_heads=2)
+    output = policy(torch.randn(1, 3, 16), torch.zeros(1, 3, dtype=torch.bool), torch.randn(1, 0, 12))
+    assert output.logits.isfinite().all()
+    assert output.values.isfinite().all()
+
+
+def test_positions_are_asked_for():
+    policy = PruningPolicy(latent_dim=16, token_dim=12, num_heads=2, use_positions=True)
+    with pytest.raises(ValueError, match="needs `positions`"):
+        policy(torch.randn(1, 3, 16), torch.ones(1, 3, dtype=torch.bool))

@@ -1,0 +1,98 @@
+"""Processor, pipeline, and which tokens are the question."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, pipeline
+
+from tests.tiny_models import IMAGE, build
+from tests.tiny_processor import processor
+from tprl_hf.modeling import TPRLConfig, TPRLForConditionalGeneration, TPRLProcessor, question_mask
+
+PICTURES = [Image.new("RGB", (30, 24), colour) for colour in ("red", "green")]
+
+
+def chat(question, image=True, before=()):
+    parts = [{"type": "image"}] if image else []
+    return [*before, {"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def tokens(chats, pictures):
+    reader = processor()
+    prompts = [reader.apply_chat_template(c, add_generation_prompt=True) for c in chats]
+    return reader, reader(images=pictures, text=prompts, padding=True, return_tensors="pt")
+
+
+@pytest.fixture
+def model():
+    return TPRLForConditionalGeneration.from_base_model(build("llava"), latent_dim=8, keep_ratio=0.4).eval()
+
+
+def words(reader, inputs, mask):
+    rows = zip(inputs["input_ids"], mask, strict=True)
+    return [" ".join(reader.tokenizer.convert_ids_to_tokens(ids[bits])) for ids, bits in rows]
+
+
+def test_question_is_found_exactly():
+    earlier = [*chat("where is the dog ?"), {"role": "assistant", "content": "left"}]
+    chats = [chat("what colour is the cat ?"), chat("where is the dog ?", image=False, before=earlier)]
+    reader, inputs = tokens(chats, PICTURES)
+    mask = question_mask(reader, chats, inputs["input_ids"], inputs["attention_mask"])
+    assert words(reader, inputs, mask) == ["what colour is the cat ?", "where is the dog ?"]
+    assert mask[1].nonzero().min() > (inputs["input_ids"][1] == IMAGE).nonzero().max()
+    # of the two equal questions it is the last
+    assert mask[1].nonzero().max() == len(mask[1]) - 3
+
+
+def test_question_before_its_image():
+    asked = [{"role": "user", "content": [{"type": "text", "text": "where is the cat "}, {"type": "image"}]}]
+    reader, inputs = tokens([asked], PICTURES[:1])
+    mask = question_mask(reader, [asked], inputs["input_ids"])
+    assert words(reader, inputs, mask) == ["where is the cat"]
+
+
+def test_questions_that_are_not_there():
+    reader, inputs = tokens([chat("what is the cat ?")], PICTURES[:1])
+    with pytest.raises(ValueError, match="is not in its prompt"):
+        question_mask(reader, [chat("what is the dog ?")], inputs["input_ids"])
+    with pytest.raises(ValueError, match="has no text"):
+        question_mask(reader, [chat("")], inputs["input_ids"])
+    with pytest.raises(ValueError, match="no message with role 'user'"):
+        question_mask(reader, [[{"role": "assistant", "content": "left"}]], inputs["input_ids"])
+
+
+@torch.no_grad()
+def test_only_the_question_is_read(model):
+    chats = [chat("what colour is the cat ?")]
+    reader, inputs = tokens(chats, PICTURES[:1])
+    mask = question_mask(reader, chats, inputs["input_ids"])
+    scores = model.prune(**inputs, query_mask=mask).scores
+    assert not torch.equal(model.prune(**inputs).scores, scores)  # the fallback also reads USER, ASSISTANT and :
+    inputs["input_ids"][0, -1] = 5  # the template's last word
+    assert torch.equal(model.prune(**inputs, query_mask=mask).scores, scores)
+
+
+@torch.no_grad()
+def test_pipeline(model):
+    reader = processor()
+    ask = pipeline("image-text-to-text", model=model, processor=reader)
+    messages = chat("what colour is the cat ?")
+    messages[0]["content"][0]["image"] = PICTURES[0]
+    answer = ask(text=messages, max_new_tokens=4, return_full_text=False)[0]["generated_text"]
+    _, inputs = tokens([chat("what colour is the cat ?")], PICTURES[:1])
+    made = model.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+    assert answer == reader.decode(made, skip_special_tokens=True)
+
+
+def test_processor_of_a_checkpoint_is_its_bases(tmp_path, model):
+    processor().save_pretrained(tmp_path / "base")
+    model.lvlm.save_pretrained(tmp_path / "base")
+    model.config.base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "policy")
+    AutoProcessor.register(TPRLConfig, TPRLProcessor, exist_ok=True)
+    for path in ("base", "policy"):
+        assert type(AutoProcessor.from_pretrained(tmp_path / path)) is type(processor())
+    model.config.base_model_name_or_path = None
+    model.save_pretrained(tmp_path / "policy")
+    with pytest.raises(ValueError, match="no processor and names no base model"):
+        AutoProcessor.from_pretrained(tmp_path / "policy")

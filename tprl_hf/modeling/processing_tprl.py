@@ -1,0 +1,31 @@
+"""The processor of a TPRL checkpoint is that of its base model."""
+
+import os
+from typing import Any
+
+from transformers import AutoProcessor, ProcessorMixin
+
+from .configuration_tprl import TPRLConfig
+
+
+class TPRLProcessor(ProcessorMixin):
+    """Stands for the base model's processor where a policy-only checkpoint has none of its own."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """The processor of the base model that the checkpoint's config names, an instance of its own class.
+
+        Raises:
+            `ValueError`: when the config names no base model.
+        """
+        config = TPRLConfig.from_pretrained(pretrained_model_name_or_path)
+        if config.base_model_name_or_path is None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no processor and names no base model to take one from: save a "
+                "processor beside it, or load that of the base model."
+            )
+        for name in ("trust_remote_code", "revision", "subfolder"):  # of this checkpoint, not of the base model
+            kwargs.pop(name, None)
+        if config.base_model_revision is not None:
+            kwargs["revision"] = config.base_model_revision
+        return AutoProcessor.from_pretrained(config.base_model_name_or_path, **kwargs)
