@@ -3,6 +3,7 @@
 import argparse
 
 PRUNERS = ("none", "random", "uniform", "vispruner", "learned")
+ALL_PRUNERS = PRUNERS
 DEFAULT_KEEP_RATIO = 1 / 3
 
 
@@ -25,9 +26,10 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def add_model_argument(parser: argparse.ArgumentParser) -> None:
+def add_model_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     parser.add_argument(
         "--model",
+        default=default,
         metavar="PATH",
         help="a TPRL checkpoint or any LVLM, as a directory or a name on the Hub (default: the embedded one)",
     )

@@ -7,6 +7,7 @@ import tprl_hf
 
 if TYPE_CHECKING:
     from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+    from tprl_hf.modeling.token_pruner import TokenPruner
 
 
 def load_model(path: str | None = None) -> tuple["TPRLForConditionalGeneration", Any]:
@@ -72,11 +73,16 @@ def using_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0
     Raises:
         `ValueError`: If the learned pruner is asked of a model whose policy is not trained.
     """
+    pruner = make_pruner(model, name, seed)
+    return contextlib.nullcontext() if pruner is None else model.using(pruner)
+
+
+def make_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0) -> "TokenPruner | None":
+    """As [`using_pruner`], but the pruner itself, without a budget; `None` where the model stays as it is."""
     from tprl_hf.pruners import RandomPruner, UniformPruner, VisPruner
 
     if name == "learned" and not has_trained_policy(model):
         raise ValueError("This checkpoint has no trained policy: pass --pruner vispruner, uniform or random.")
     if name in ("none", "learned"):
-        return contextlib.nullcontext()
-    pruner = {"random": RandomPruner(seed=seed), "uniform": UniformPruner(), "vispruner": VisPruner()}[name]
-    return model.using(pruner)
+        return None
+    return {"random": RandomPruner(seed=seed), "uniform": UniformPruner(), "vispruner": VisPruner()}[name]

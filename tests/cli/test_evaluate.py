@@ -1,0 +1,167 @@
+import csv
+import json
+import re
+
+import pytest
+
+from tests.cli.conftest import make_processor
+from tests.cli.test_demo import table_under
+from tests.tiny_models import build
+from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.cli.main import main
+
+# The tiny random model cannot read; the data decide what is asked.
+WORDS = ["--num-samples", "8", "--keep-ratios", "1/2,1/4", "--pruners", "uniform", "--max-new-tokens", "2"]
+
+
+@pytest.fixture
+def evaluate(capsys, base_checkpoint, tmp_path):
+    """Runs `tprl evaluate` on 8 questions and returns exit code, stdout and stderr."""
+
+    def run(*words: str, model=base_checkpoint):
+        return main(
+            ["evaluate", str(model), *WORDS, "--output-dir", str(tmp_path / "out"), *words]
+        ), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def own_data(tmp_path, image_file):
+    """Four questions about two images; the answers differ in form."""
+    (tmp_path / "noise.png").write_bytes(image_file.read_bytes())
+    lines = [
+        {"image": "noise.png", "prompt": "word7", "answer": "word3"},
+        {"images": ["noise.png"], "prompt": "word8 word9", "answer": 12, "question_type": "counting"},
+        {"images": [str(image_file)], "prompt": "word8", "answer": "word3", "question_type": "counting"},
+        {"images": [], "prompt": "word8", "answer": "word3"},
+    ]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    return path
+
+
+def test_each_setting_has_a_row_with_the_baselines_first(evaluate, tmp_path):
+    code, out, err = evaluate()
+    assert code == 0
+    header, *rows = table_under(out, "pruner")
+    assert header == ["pruner", "keep", "tokens kept (min-max)", "accuracy %", "less unpruned", "of unpruned %"]
+    kept = {"1": "16.0 of 16.0 (16-16)", "1/2": "8.0 of 16.0 (8-8)", "1/4": "4.0 of 16.0 (4-4)"}
+    expected = [("none", "1"), *((name, keep) for name in ("random", "uniform") for keep in ("1/2", "1/4"))]
+    assert [(row[0], row[1], row[2]) for row in rows] == [(*key, kept[key[1]]) for key in expected]
+    assert "seed 7" in out and "bootstrap" in out and "cpu, float32" in out and "Command: tprl evaluate" in out
+    assert "existence (2)" in out and "40/40" in err  # progress
+
+    folder = tmp_path / "out"
+    results = json.loads((folder / "results.json").read_text())
+    assert [(row["pruner"], row["budget"]) for row in results["rows"]] == expected
+    lines = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+    assert len(lines) == 5 * (1 + len(results["rows"][0]["by_type"]))
+    assert (folder / "results.md").read_text().count("| uniform | 1/4 |") == 2
+    assert (folder / "results.png").stat().st_size > 10_000
+    assert len((folder / "answers.jsonl").read_text().splitlines()) == 40
+
+
+def test_the_command_it_prints_gives_the_same_rows(evaluate, tmp_path):
+    out = evaluate()[1]
+    command = re.search(r"^Command: tprl (.*)$", out, re.M)[1].split()
+    first = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert main([*command, "--output-dir", str(tmp_path / "again"), "--batch-size", "3"]) == 0
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert first["rows"] == again["rows"] and first["command"] == again["command"]
+
+
+def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(evaluate, tmp_path):
+    evaluate()
+    path = tmp_path / "out" / "answers.jsonl"
+    whole, rows = path.read_text(), json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    path.write_text(whole[: len(whole) // 2])  # in the middle of a line
+    code, _, err = evaluate()
+    assert code == 0 and json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == rows
+    assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
+    assert re.search(r"(19|2\d)/40", err)  # began where it stopped
+
+
+def test_a_folder_with_answers_of_another_run_is_refused(evaluate, tmp_path):
+    evaluate()
+    code, out, err = evaluate("--seed", "8")
+    assert code == 2 and out == "" and "seed 7 instead of 8" in err and "--output-dir" in err
+    (tmp_path / "out" / "answers.jsonl").write_text("{}\n")
+    code, _, err = evaluate()
+    assert code == 2 and "Line 1 of" in err
+
+
+def test_scores_are_those_of_the_answers(evaluate, tmp_path, monkeypatch):
+    from tprl_hf.data import mosaic_vqa
+    from tprl_hf.evaluation import compare_pruners
+
+    monkeypatch.setattr(compare_pruners, "is_right", lambda answer, reference: reference == "yes")
+    evaluate()
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    right = [sample["answer"] == "yes" for sample in mosaic_vqa(split="test", seed=7, num_samples=8)]
+    assert all(row["accuracy"]["value"] == sum(right) / 8 for row in rows)
+    assert all(row["difference"]["value"] == 0 for row in rows)
+
+
+def test_it_reads_the_users_own_questions(evaluate, own_data):
+    code, out, _ = evaluate("--data", str(own_data), "--num-samples", "4")
+    assert code == 0 and "all (2)" in out and "counting (2)" in out
+    assert table_under(out, "pruner")[2][2] == "6.0 of 12.0 (0-8)"  # one question has no image
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "has no samples"),
+        ("{", "line 1: not JSON"),
+        ("[]", "line 1: expected an object"),
+        ('{"prompt": "q"}', "line 1: `answer` is missing; there are: prompt"),
+        ('{"prompt": ["q"], "answer": "a"}', "`prompt` is the question as a string; got list"),
+        ('{"prompt": "q", "answer": "a", "image": "none.png"}', "there is no image file"),
+    ],
+)
+def test_broken_data_is_one_line_and_exit_code_2(evaluate, tmp_path, line, message):
+    path = tmp_path / "broken.jsonl"
+    path.write_text(line + "\n")
+    code, _, err = evaluate("--data", str(path))
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_trained_policy_has_rows_of_its_own(evaluate, tmp_path):
+    model = TPRLForConditionalGeneration.from_base_model(build("llava"), keep_ratio=0.5, policy_num_heads=2)
+    model.save_pretrained(tmp_path / "model", save_base_model=True)
+    make_processor().save_pretrained(tmp_path / "model")
+    command = [
+        "evaluate",
+        "--model",
+        str(tmp_path / "model"),
+        "--num-samples",
+        "2",
+        "--output-dir",
+        str(tmp_path / "o"),
+    ]
+    assert main(command) == 0
+    rows = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
+    thirds = [row["pruner"] for row in rows if row["budget"] == "1/3"]
+    assert thirds == ["random", "uniform", "vispruner", "learned"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pruners", "magic"], "there is no pruner 'magic'; choose from none, random"),
+        (["--keep-ratios", "1/3,2"], "2 is not in (0, 1]"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", *words])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1
+
+
+def test_unknown_data_and_an_untrained_policy_are_refused(evaluate):
+    code, _, err = evaluate("--data", "gqa")
+    assert code == 2 and "There is no data 'gqa': pass mosaic, easy-vqa, or a file" in err
+    code, _, err = evaluate("--pruners", "learned")
+    assert code == 2 and "no trained policy" in err

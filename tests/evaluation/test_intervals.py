@@ -1,0 +1,35 @@
+import numpy as np
+import pytest
+
+from tprl_hf.evaluation.intervals import bootstrap_mean
+
+
+def test_the_interval_of_independent_scores_is_that_of_the_normal_approximation():
+    scores = (np.random.default_rng(0).random(1000) < 0.7).astype(float)
+    found = bootstrap_mean(scores)
+    error = 1.96 * scores.std() / np.sqrt(len(scores))
+    assert found.value == scores.mean() and found.count == 1000
+    assert found.low == pytest.approx(found.value - error, abs=0.004)
+    assert found.high == pytest.approx(found.value + error, abs=0.004)
+
+
+def test_scores_of_one_unit_are_drawn_together():
+    scores = (np.random.default_rng(1).random(200) < 0.5).astype(float)
+    single = bootstrap_mean(scores)
+    copied = bootstrap_mean(np.repeat(scores, 5), units=np.repeat(np.arange(200), 5).tolist())
+    alone = bootstrap_mean(np.repeat(scores, 5))
+    assert (copied.low, copied.high) == pytest.approx((single.low, single.high))
+    assert alone.high - alone.low < 0.6 * (single.high - single.low)
+
+
+def test_equal_scores_have_no_width_and_the_same_seed_gives_the_same_interval():
+    assert bootstrap_mean([1.0, 1.0, 1.0]).low == 1.0
+    scores = [0.0, 1.0, 1.0, 0.0, 1.0]
+    assert bootstrap_mean(scores) == bootstrap_mean(scores)
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="no scores"):
+        bootstrap_mean([])
+    with pytest.raises(ValueError, match="2 scores and 1 units"):
+        bootstrap_mean([0.0, 1.0], units=["a"])

@@ -1,0 +1,236 @@
+"""Accuracy of a model by question type under several pruners and budgets, always beside the unpruned model and random
+keeping."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .arguments import ALL_PRUNERS, add_model_argument, keep_ratio, positive_int
+
+NAME = "evaluate"
+HELP = "measure a model's accuracy under several pruners and budgets"
+BASELINES = ("none", "random")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(model=None)
+    add_model_argument(parser, default=argparse.SUPPRESS)
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="the same as --model")
+    parser.add_argument(
+        "--data",
+        default="mosaic",
+        metavar="NAME|FILE",
+        help="mosaic, easy-vqa, or a .jsonl file with image, prompt, answer a line (default: mosaic)",
+    )
+    parser.add_argument(
+        "--pruners",
+        type=pruner_names,
+        metavar="NAME,...",
+        help=f"of {', '.join(ALL_PRUNERS)}; none and random are always there (default: uniform, vispruner, and "
+        "learned if the policy is trained)",
+    )
+    parser.add_argument(
+        "--keep-ratios",
+        type=keep_ratios,
+        default=[("1/3", 1 / 3), ("1/9", 1 / 9)],
+        metavar="FRACTION,...",
+        help="fractions of visual tokens to keep (default: 1/3,1/9)",
+    )
+    parser.add_argument("--num-samples", type=positive_int, metavar="N", help="questions (default: 2000, or the file)")
+    parser.add_argument("--seed", type=int, default=7, help="seed of mosaic's images and of random (default: 7)")
+    parser.add_argument("--split", default="test", help="split of mosaic or easy-vqa (default: test)")
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=48, metavar="N", help="questions at once (default: 48)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive_int, default=16, metavar="N", help="longest answer (default: 16)"
+    )
+    parser.add_argument(
+        "--output-dir",
+        default="tprl_output/evaluate",
+        metavar="DIR",
+        help="for results.json, .csv, .md, .png and answers.jsonl; a run that was cut off goes on from the answers "
+        "there (default: %(default)s)",
+    )
+
+
+def pruner_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in ALL_PRUNERS:
+            raise argparse.ArgumentTypeError(f"there is no pruner {name!r}; choose from {', '.join(ALL_PRUNERS)}")
+    return names
+
+
+def keep_ratios(text: str) -> list[tuple[str, float]]:
+    """Each fraction as the user wrote it, and its value."""
+    return [(part.strip(), keep_ratio(part.strip())) for part in text.split(",")]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("The plot needs matplotlib: pip install 'tprl_hf[eval]'.") from None
+    from tqdm import tqdm
+
+    from tprl_hf.evaluation.compare_pruners import Setting, append_records, compare_pruners, read_records
+    from tprl_hf.evaluation.tables import accuracy_table, summarize, type_table
+
+    from .demo import format_table
+    from .loading import has_trained_policy, load_model, make_pruner
+
+    samples = load_samples(arguments)
+    model, processor = load_model(arguments.model)
+    names = arguments.pruners or ["uniform", "vispruner", *(["learned"] if has_trained_policy(model) else [])]
+    settings = [Setting("none", "1", None, {"prune": False})]
+    for name in dict.fromkeys([*BASELINES, *names]):
+        if name != "none":
+            method = make_pruner(model, name, arguments.seed)
+            settings += [Setting(name, text, method, {"keep_ratio": ratio}) for text, ratio in arguments.keep_ratios]
+
+    folder = Path(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    answers = folder / "answers.jsonl"
+    described = describe_run(arguments, model, len(samples))
+    claim_folder(folder, described)
+    keys = {setting.key for setting in settings}
+    known = [record for record in read_records(answers) if (record.pruner, record.budget) in keys]
+    total = len(settings) * len(samples)
+    print(f"{len(samples)} questions, {len(settings)} settings; {described['device']}", file=sys.stderr)
+    with tqdm(total=total, initial=len(known), unit="answer", file=sys.stderr) as bar:
+        for records in compare_pruners(
+            model,
+            processor,
+            samples,
+            settings,
+            batch_size=arguments.batch_size,
+            known=known,
+            max_new_tokens=arguments.max_new_tokens,
+        ):
+            append_records(answers, records)
+            known += records
+            bar.update(len(records))
+
+    # questions about one image are drawn together; a question without image stands alone
+    units = [image_id or number for number, image_id in enumerate(samples["image_id"])]
+    rows = summarize(known, settings, samples["question_type"], units)
+    write_results(folder, rows, described)
+    print(format_table(accuracy_table(rows)))
+    print(format_table(type_table(rows)))
+    print("\n".join(notes_of(described)))
+    print(f"Written: {folder}/results.json, .csv, .md, .png and answers.jsonl")
+    print(f"Took {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def load_samples(arguments: argparse.Namespace):
+    """The `datasets.Dataset` that `--data`, `--split`, `--seed` and `--num-samples` name."""
+    from tprl_hf.data import easy_vqa, mosaic_vqa
+    from tprl_hf.evaluation.jsonl_samples import jsonl_samples
+
+    if arguments.data == "mosaic":
+        return mosaic_vqa(split=arguments.split, seed=arguments.seed, num_samples=arguments.num_samples or 2000)
+    if arguments.data == "easy-vqa":
+        return easy_vqa(split=arguments.split, num_samples=arguments.num_samples or 2000)
+    if not arguments.data.endswith(".jsonl"):
+        raise ValueError(f"There is no data {arguments.data!r}: pass mosaic, easy-vqa, or a file that ends in .jsonl.")
+    return jsonl_samples(arguments.data, arguments.num_samples)
+
+
+def describe_run(arguments: argparse.Namespace, model, num_samples: int) -> dict[str, Any]:
+    """What the numbers depend on, besides the settings."""
+    import torch
+    import transformers
+
+    import tprl_hf
+
+    from .demo import describe_device
+    from .loading import has_trained_policy
+
+    ratios = ",".join(text for text, _ in arguments.keep_ratios)
+    command = f"tprl evaluate{f' {arguments.model}' if arguments.model else ''} --data {arguments.data}"
+    command += f" --pruners {','.join(arguments.pruners)}" if arguments.pruners else ""
+    command += f" --keep-ratios {ratios} --num-samples {num_samples} --seed {arguments.seed}"
+    command += f" --split {arguments.split} --max-new-tokens {arguments.max_new_tokens}"
+    return {
+        "command": command,
+        "device": describe_device(model),
+        "versions": {name.__name__: name.__version__ for name in (tprl_hf, transformers, torch)},
+        "data": arguments.data,
+        "split": arguments.split,
+        "seed": arguments.seed,
+        "num_samples": num_samples,
+        "max_new_tokens": arguments.max_new_tokens,
+        # an untrained policy is drawn anew each time, and no setting asks it
+        "weights": fingerprint(model if has_trained_policy(model) else model.lvlm),
+    }
+
+
+def fingerprint(model) -> str:
+    """A digest of some entries of every weight: another model, or the same one trained on, has another."""
+    import hashlib
+
+    import torch
+
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float64)
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def claim_folder(folder: Path, described: dict[str, Any]) -> None:
+    """
+    Notes in the folder what its answers depend on.
+
+    Raises:
+        `ValueError`: If it holds answers that depend on something else.
+    """
+    path = folder / "run.json"
+    own = {name: described[name] for name in ("data", "split", "seed", "num_samples", "max_new_tokens", "weights")}
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        other = [
+            f"{name} {before.get(name)} instead of {value}" for name, value in own.items() if before.get(name) != value
+        ]
+        if other:
+            raise ValueError(
+                f"{folder} holds the answers of another run ({', '.join(other)}): pass another --output-dir, or "
+                "delete it."
+            )
+    path.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+
+
+def notes_of(described: dict[str, Any]) -> list[str]:
+    """The lines below every table."""
+    versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
+    return [
+        f"{described['num_samples']} questions of {described['data']}, split {described['split']}, seed "
+        f"{described['seed']}. Accuracy: share of answers that equal the reference, letter case and a closing full "
+        "stop aside; in brackets 95 % bootstrap intervals over images (2000 resamples).",
+        "less unpruned: mean of the paired differences to the unpruned model on the same questions, in percentage "
+        "points.",
+        f"Device: {described['device']}; {versions}; weights {described['weights']}.",
+        f"Command: {described['command']}",
+    ]
+
+
+def write_results(folder: Path, rows, described: dict[str, Any]) -> None:
+    """Writes results.json, results.csv, results.md and results.png."""
+    from dataclasses import asdict
+
+    from tprl_hf.evaluation.tables import accuracy_table, as_csv, as_markdown, plot_accuracy, type_table
+
+    content = {**described, "rows": [asdict(row) for row in rows]}
+    (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.csv").write_text(as_csv(rows), encoding="utf-8")
+    page = [as_markdown(accuracy_table(rows)), as_markdown(type_table(rows)), *notes_of(described)]
+    (folder / "results.md").write_text("\n".join(page) + "\n", encoding="utf-8")
+    title = f"{described['data']} {described['split']}, {described['num_samples']} questions, seed {described['seed']}"
+    plot_accuracy(rows, folder / "results.png", title)

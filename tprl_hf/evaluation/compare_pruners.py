@@ -1,0 +1,193 @@
+"""Answers of one model under many pruners and budgets, to the same questions."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tprl_hf.modeling.token_pruner import TokenPruner
+
+from .accuracy import is_right
+from .answers import chat_inputs
+
+Score = Callable[[str, Any], float]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    One row of a comparison: a pruner and how much it keeps.
+
+    Args:
+        pruner (`str`): Its name in tables.
+        budget (`str`): The budget's name in tables, such as `"1/3"`.
+        method ([`TokenPruner`], *optional*): The pruner; `None` for the model's own policy.
+        arguments (`dict`): The budget as `generate` takes it, such as `{"keep_ratio": 1 / 3}`.
+    """
+
+    pruner: str
+    budget: str
+    method: TokenPruner | None
+    arguments: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.pruner, self.budget
+
+
+@dataclass(frozen=True)
+class Record:
+    """
+    One answer.
+
+    Args:
+        pruner, budget (`str`): Those of the [`Setting`].
+        sample (`int`): Index of the sample.
+        answer (`str`): What the model said.
+        score (`float`): How right it is, in [0, 1].
+        num_kept, num_visual (`int`): Visual tokens that the LLM saw, and that there were.
+    """
+
+    pruner: str
+    budget: str
+    sample: int
+    answer: str
+    score: float
+    num_kept: int
+    num_visual: int
+
+
+def compare_pruners(
+    model,
+    processor,
+    samples: Sequence[dict[str, Any]],
+    settings: Sequence[Setting],
+    batch_size: int = 48,
+    score: Score | None = None,
+    known: Sequence[Record] = (),
+    **generate_kwargs: Any,
+) -> Iterator[list[Record]]:
+    """
+    Answers every sample under every setting, greedily. Each image of a batch is encoded once, for all its questions
+    and all settings.
+
+    Args:
+        model ([`TPRLForConditionalGeneration`]):
+            The model.
+        processor ([`ProcessorMixin`]):
+            Its processor.
+        samples (`Sequence[dict]`):
+            Each with `images`, `prompt` and `answer`. Samples with the same `image_id` share their images.
+        settings (`Sequence[Setting]`):
+            The rows of the comparison.
+        batch_size (`int`, *optional*, defaults to 48):
+            Samples that are answered at once. Answers do not depend on it beyond rounding.
+        score (`Callable`, *optional*):
+            From the answer and the sample's reference to a number in [0, 1]. Defaults to [`is_right`].
+        known (`Sequence[Record]`, *optional*):
+            What an earlier, interrupted comparison found; it is not computed again.
+        generate_kwargs:
+            Handed to `model.generate`, such as `max_new_tokens`.
+
+    Yields:
+        `list[Record]`: The new records of one batch and one setting.
+    """
+    score = score or is_right
+    done = {(record.pruner, record.budget, record.sample) for record in known}
+    observer = next((s.method for s in settings if s.method is not None and s.method.needs_attention), None)
+    for start in range(0, len(samples), batch_size):
+        numbers = range(start, min(start + batch_size, len(samples)))
+        missing = {s.key: [n for n in numbers if (*s.key, n) not in done] for s in settings}
+        if not any(missing.values()):
+            continue
+        batch = [samples[number] for number in numbers]
+        inputs = chat_inputs(processor, batch, model.device)
+        features = encode_once(model, processor, batch, observer)
+        for setting in settings:
+            if not missing[setting.key]:
+                continue
+            with _using(model, setting.method):
+                output = model.generate(
+                    **inputs,
+                    **setting.arguments,
+                    visual_features=features,
+                    do_sample=False,
+                    return_dict_in_generate=True,
+                    **generate_kwargs,
+                )
+            new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
+            answers = [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+            kept, visual = (output.get(name, torch.zeros(len(batch))).tolist() for name in ("num_kept", "num_visual"))
+            yield [
+                Record(
+                    *setting.key,
+                    sample=number,
+                    answer=answers[number - start],
+                    score=float(score(answers[number - start], batch[number - start]["answer"])),
+                    num_kept=int(kept[number - start]),
+                    num_visual=int(visual[number - start]),
+                )
+                for number in missing[setting.key]
+            ]
+
+
+def encode_once(model, processor, samples: Sequence[dict[str, Any]], observer: TokenPruner | None):
+    """
+    Visual features of a batch, for which each image ran through the vision tower once.
+
+    Args:
+        model ([`TPRLForConditionalGeneration`]), processor ([`ProcessorMixin`]):
+            The model and its processor.
+        samples (`Sequence[dict]`):
+            The batch; samples of equal `image_id` share their features.
+        observer ([`TokenPruner`], *optional*):
+            A pruner that reads the tower's attention, if any of those to come does.
+
+    Returns:
+        [`VisualFeatures`] of the whole batch, or `None` where it has no image.
+    """
+    first: dict[Any, int] = {}
+    rows = [first.setdefault(sample.get("image_id") or index, len(first)) for index, sample in enumerate(samples)]
+    unique = [samples[rows.index(row)] for row in range(len(first))]
+    inputs = chat_inputs(processor, unique, model.device)
+    if not any(sample["images"] for sample in unique):
+        return None
+    with torch.no_grad(), _using(model, observer):
+        return model.encode_images(**inputs).take(rows)
+
+
+def _using(model, pruner: TokenPruner | None):
+    return torch.no_grad() if pruner is None else model.using(pruner)
+
+
+def append_records(path: Path, records: Sequence[Record]) -> None:
+    """Adds records to a JSON Lines file, one a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records))
+
+
+def read_records(path: Path) -> list[Record]:
+    """
+    The records of a file that [`append_records`] wrote; none if there is no such file.
+
+    A last line that was cut off, as when the machine stopped, is removed from the file.
+
+    Raises:
+        `ValueError`: If a line is not a record.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    records = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            records.append(Record(**json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Line {number} of {path} is not a record ({error}): move the file away.") from error
+    return records
