@@ -63,8 +63,8 @@ class MosaicLVLMConfig:
         tower_minutes, joint_minutes (`float`): Length of the two phases.
         num_processes (`int`): Processes of one thread each.
         mosaic_images, easy_images (`int`): Images of each kind in a process's batch.
-        learning_rate (`float`): Peak for projector and LLM; also for the tower in the first phase.
-        tower_learning_rate (`float`): Peak for the tower in the joint phase.
+        tower_learning_rate (`float`): Peak in the tower phase.
+        learning_rate, joint_tower_learning_rate (`float`): Peaks in the joint phase: of projector and LLM, of the tower.
         grounding_weight (`float`), grounding_share (`float`): Start of the attention loss's weight, and the share of
             the joint phase after which it is zero.
         patch_weight (`float`): Weight of the tower's own losses in the joint phase.
@@ -74,12 +74,13 @@ class MosaicLVLMConfig:
     output_dir: str
     seed: int = 0
     tower_minutes: float = 5.0
-    joint_minutes: float = 66.0
+    joint_minutes: float = 57.0
     num_processes: int = 2
     mosaic_images: int = 6
     easy_images: int = 2
-    learning_rate: float = 1e-3
-    tower_learning_rate: float = 4e-4
+    tower_learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
+    joint_tower_learning_rate: float = 4e-4
     grounding_weight: float = 0.5
     grounding_share: float = 0.5
     patch_weight: float = 0.3
@@ -288,7 +289,8 @@ def train_phase(
     joint = phase == "joint"
     minutes = config.joint_minutes if joint else config.tower_minutes
     modules = nn.ModuleDict({"lvlm": model, "heads": heads})
-    tower_scale = config.tower_learning_rate / config.learning_rate if joint else 1.0
+    peak = config.learning_rate if joint else config.tower_learning_rate
+    tower_scale = config.joint_tower_learning_rate / peak if joint else 1.0
     optimizer = torch.optim.AdamW(parameter_groups(model, heads, tower_scale), lr=0.0, betas=(0.9, 0.98), fused=True)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -314,7 +316,7 @@ def train_phase(
     while spent < minutes:
         batch = next(batches)
         done = spent / minutes
-        rate = config.learning_rate * min(1.0, (step + 1) / 100) * max(0.5 * (1 + math.cos(math.pi * done)), 0.005)
+        rate = peak * min(1.0, (step + 1) / 100) * max(0.5 * (1 + math.cos(math.pi * done)), 0.005)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         grounding_weight = 0.0
@@ -335,7 +337,7 @@ def train_phase(
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"The gradient's norm is {norm.item()} at step {step} of phase {phase!r}; the last good state is in "
-                f"{state_path}. Lower learning_rate={config.learning_rate} and run the same command again."
+                f"{state_path}. Lower the learning rate, {peak}, and run the same command again."
             )
         optimizer.step()
         step += 1
