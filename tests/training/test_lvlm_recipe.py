@@ -12,7 +12,7 @@ from torch import nn
 from tprl_hf.data.easy import EASY_VQA_COLORS, EASY_VQA_SHAPES
 from tprl_hf.data.mosaic import COLORS, SHAPES, draw_scene, mosaic_scenes, scene_rng
 from tprl_hf.training.lvlm_batches import ANSWER_LAYER, IGNORE, NOUN_LAYER, PREFIX_LENGTH, mosaic_image, pack
-from tprl_hf.training.lvlm_model import PATCHES_PER_SIDE, build_lvlm, build_processor
+from tprl_hf.training.lvlm_model import PATCHES_PER_SIDE, TEXT_HEADS, build_lvlm, build_processor
 from tprl_hf.training.mosaic_lvlm import (
     GROUNDED_HEADS,
     MosaicLVLMConfig,
@@ -143,6 +143,25 @@ def test_tower_starts_as_a_convolution(model):
     for layer in attentions:
         looked_at = [divmod(int(layer[0, head, middle].argmax()) - 1, PATCHES_PER_SIDE) for head in range(5)]
         assert looked_at == [(5, 5), (5, 4), (5, 6), (4, 5), (6, 5)]
+
+
+@torch.no_grad()
+def test_llm_starts_with_heads_for_the_text(processor, images):
+    model = build_lvlm(processor.tokenizer)
+    model.set_attn_implementation("eager")
+    question = images[0].questions[0].prompt
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+        add_generation_prompt=True,
+    )
+    inputs = processor(images=Image.fromarray(images[0].pixels), text=prompt, return_tensors="pt")
+    attentions = model(**inputs, output_attentions=True).attentions
+    for layer, heads in zip(attentions, TEXT_HEADS, strict=True):
+        for head, offset in heads.items():
+            last = layer[0, head, -1]
+            assert last[2:PREFIX_LENGTH].sum() < 0.1
+            if offset is not None:
+                assert int(last.argmax()) == len(last) - 1 - offset
 
 
 def test_state_is_saved_and_loaded_whole(processor, tmp_path):

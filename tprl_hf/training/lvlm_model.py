@@ -3,8 +3,8 @@
 Everything is a stock transformers class; only the start of some weights is our own. A tower of four layers learns what
 lies in a patch far sooner when its attention starts out as a convolution: the position embeddings begin as sines and
 cosines, and each head but the last begins by looking at one fixed neighbour. In the LLM a few heads begin by looking
-at the text alone: with the usual start the ten tokens of a question drown among 144 image tokens, and the model does not
-learn in thousands of steps that "red" belongs to "circle".
+at the text alone: with the usual start the ten tokens of a question drown among 144 image tokens, and after 400 steps
+the model had not found out that "red" belongs to "circle"; with this one it had after 100.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def build_lvlm(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForCon
         num_hidden_layers=4,
         num_attention_heads=6,
         max_position_embeddings=1024,
-        initializer_range=0.07,  # 1 / sqrt(width): with the usual 0.02 attention stays flat for thousands of steps
+        initializer_range=0.07,  # 1 / sqrt(width)
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -64,7 +64,8 @@ class MosaicLVLMConfig:
         num_processes (`int`): Processes of one thread each.
         mosaic_images, easy_images (`int`): Images of each kind in a process's batch.
         tower_learning_rate (`float`): Peak in the tower phase.
-        learning_rate, joint_tower_learning_rate (`float`): Peaks in the joint phase: of projector and LLM, of the tower.
+        learning_rate, joint_tower_learning_rate (`float`): Peaks in the joint phase, of projector and LLM, and of the
+            tower.
         grounding_weight (`float`), grounding_share (`float`): Start of the attention loss's weight, and the share of
             the joint phase after which it is zero.
         patch_weight (`float`): Weight of the tower's own losses in the joint phase.
