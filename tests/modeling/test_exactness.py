@@ -32,11 +32,14 @@ def test_keep_all_equals_base(family):
     assert torch.equal(model.generate(**inputs, max_new_tokens=4, keep_ratio=1.0), tokens)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("position_ids", ["original", "contiguous"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_pruned_equals_deletion_by_hand(family, position_ids):
+def test_pruned_equals_deletion_by_hand(family, position_ids, attention):
     base, model = wrap(family, position_ids=position_ids)
+    if attention == "eager":  # otherwise the base model's own choice, sdpa where it has it
+        model.set_attn_implementation("eager")
     inputs = collate(family, [sample(family, 2, 4)])
     keep_mask = model.prune(**inputs, keep_ratio=0.4).keep_mask
     expected, tokens = delete_by_hand(base, inputs, keep_mask, position_ids, new_tokens=4)

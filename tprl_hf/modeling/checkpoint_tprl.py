@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -197,9 +198,11 @@ class TPRLPreTrainedModel(PreTrainedModel):
             save_base_model (`bool`, defaults to `False`): save the base model's weights too.
             base_dtype (`torch.dtype`, *optional*): store the base model's weights in this precision, e.g.
                 `torch.float16` for half the size. The config keeps the live model's dtype, in which they are loaded.
-            kwargs: as in [`~transformers.PreTrainedModel.save_pretrained`].
+            kwargs: as in [`~transformers.PreTrainedModel.save_pretrained`], `push_to_hub` and `repo_id` among them.
         """
         directory = Path(save_directory)
+        upload = kwargs.pop("push_to_hub", False)
+        hub = {name: kwargs.pop(name, None) for name in ("repo_id", "token", "private", "commit_message")}
         if not save_base_model:
             if self.config.base_model_name_or_path is None:
                 logger.warning(
@@ -219,6 +222,10 @@ class TPRLPreTrainedModel(PreTrainedModel):
                 move_into(Path(scratch), directory)
         finally:
             self.config.includes_base_model = before
+        if upload:
+            api = HfApi(token=hub["token"])
+            repo = api.create_repo(hub["repo_id"] or directory.name, private=hub["private"], exist_ok=True)
+            api.upload_folder(repo_id=repo.repo_id, folder_path=directory, commit_message=hub["commit_message"])
 
     def _save_policy(self, directory: Path) -> None:
         # Not by the library's own saving: it would rename weights as the base model's family wants them renamed.

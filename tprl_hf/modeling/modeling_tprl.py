@@ -223,6 +223,9 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             query_mask = self._query_mask(batch, query_mask)
             inputs, new = pruning_inputs(batch, self.adapter, layout, query_mask, self.pruner.needs_attention)
             chosen, chosen_scores = self.pruner.choose(inputs, budget)
+            merged = self.pruner.merge(inputs, chosen)
+            if merged is not None:
+                batch.replace_rows(merged[inputs.valid], new, self.adapter.token_ids)
             keep_mask[new] = chosen[inputs.valid].to(device)
             scores[new] = chosen_scores[inputs.valid].to(device, scores.dtype)
         if batch.record is not None:

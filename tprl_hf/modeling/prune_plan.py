@@ -97,7 +97,7 @@ def layout_of(batch: PromptBatch, adapter: LVLMAdapter) -> TokenLayout:
         stacked = layout.stacked()
         stacked[0] += num_images
         merged[:, (ids == adapter.token_ids[modality]).cpu()] = stacked
-        num_images += len(encoded.blocks)
+        num_images += sum(bool(blocks) for blocks in encoded.blocks)
     return TokenLayout.from_stacked(merged.to(ids.device))
 
 

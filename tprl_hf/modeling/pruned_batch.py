@@ -1,6 +1,6 @@
 """One batch of prompts with its visual tokens pruned: everything the base model needs, and the way back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,18 @@ class PromptBatch:
             for start, mask in zip(starts.tolist(), self.record.keep_masks, strict=True):
                 cached[start : start + len(mask)] = True
         return cached
+
+    def replace_rows(self, rows: Tensor, where: Tensor, token_ids: dict[str, int]) -> None:
+        """Puts `rows` in the place of the visual tokens `where` (`bool [V]`). Features that were passed stay whole."""
+        assert self.features is not None
+        ids = self.input_ids[self.visual]
+        merged = merge_rows(self.features, self.input_ids, token_ids)
+        merged[where] = rows.to(merged)
+        modalities = {
+            name: replace(encoded, rows=merged[ids == token_ids[name]].to(encoded.rows))
+            for name, encoded in self.features.modalities.items()
+        }
+        self.features = replace(self.features, modalities=modalities)
 
 
 @dataclass

@@ -60,7 +60,7 @@ class TokenLayout:
     def from_blocks(cls, entries: list[list[Block]]) -> "TokenLayout":
         """Layout of all tokens from the blocks of each image."""
         columns: list[Tensor] = []
-        for image, blocks in enumerate(entries):
+        for image, blocks in enumerate(blocks for blocks in entries if blocks):
             for index, block in enumerate(blocks):
                 width = block.width + block.row_newline
                 row = torch.arange(block.height).repeat_interleave(width)

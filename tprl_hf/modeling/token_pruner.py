@@ -75,6 +75,13 @@ class TokenPruner:
         counts = keep_counts(inputs.valid.sum(1), budget)
         return keep_top_k(scores, inputs.valid, counts, protected), scores
 
+    def merge(self, inputs: PruningInputs, keep_mask: Tensor) -> Tensor | None:
+        """What the LLM gets in place of the tokens, `[B, N, D]`, for methods that merge what goes into what stays.
+
+        `None` leaves them as they are. Only rows where `keep_mask` is True are looked at.
+        """
+        return None
+
 
 class SetPruner(TokenPruner):
     """Base of methods that choose their tokens together, such as for diversity; they override [`select`]."""
