@@ -62,11 +62,13 @@ class TestImport:
         code = f"""{imports}
 import sys
 import tprl_hf
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 config = AutoConfig.for_model("tprl")
 assert type(config) is tprl_hf.TPRLConfig, type(config)
 for auto_class in (AutoModel, AutoModelForImageTextToText):
     assert auto_class._model_mapping[tprl_hf.TPRLConfig] is tprl_hf.TPRLForConditionalGeneration
+assert PROCESSOR_MAPPING[tprl_hf.TPRLConfig].__name__ == "TPRLProcessor"
 assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("tprl_hf")]
 print("known")"""
         assert run_python(code) == "known"

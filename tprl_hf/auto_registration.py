@@ -14,6 +14,7 @@ from types import ModuleType
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 AUTO_MODEL = "transformers.models.auto.modeling_auto"
+AUTO_PROCESSOR = "transformers.models.auto.processing_auto"
 WATCHED = ("transformers.", "tprl_hf.modeling")
 
 
@@ -58,7 +59,7 @@ class _AfterImport(MetaPathFinder):
         return spec
 
     def register(self) -> None:
-        """Registers what can be: the config once transformers' configs are loaded, the model once its models are."""
+        """Registers what can be: each class as soon as the module of its Auto class is loaded."""
         if AUTO_CONFIG in sys.modules:
             from transformers import AutoConfig
 
@@ -72,15 +73,21 @@ class _AfterImport(MetaPathFinder):
 
             for auto_class in (AutoModel, AutoModelForImageTextToText):
                 auto_class.register(TPRLConfig, TPRLForConditionalGeneration, exist_ok=True)
-            if self in sys.meta_path:  # two threads may come here
-                sys.meta_path.remove(self)
+        if AUTO_PROCESSOR in sys.modules:
+            from transformers import AutoProcessor
+
+            from tprl_hf.modeling.processing_tprl import TPRLProcessor
+
+            AutoProcessor.register(TPRLConfig, TPRLProcessor, exist_ok=True)
+        everything = {AUTO_CONFIG, AUTO_MODEL, AUTO_PROCESSOR} <= sys.modules.keys()
+        if everything and self in sys.meta_path:  # two threads may come here
+            sys.meta_path.remove(self)
 
 
 def register_auto_classes() -> None:
     """
-    Makes `AutoConfig`, `AutoModel` and `AutoModelForImageTextToText` know checkpoints of model type "tprl": at once
-    where transformers' Auto modules are loaded, otherwise as soon as they are. Processors and tokenizers are those of
-    the base model and need no registering.
+    Makes `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText` and `AutoProcessor` know checkpoints of model type
+    "tprl": at once where transformers' Auto modules are loaded, otherwise as soon as they are.
     """
     finder = _AfterImport()
     sys.meta_path.insert(0, finder)
