@@ -105,7 +105,7 @@ def test_patch_labels_say_what_lies_there():
         assert shown.any() and rows.min() >= int(y0) and rows.max() < math.ceil(y1)
         assert columns.min() >= int(x0) and columns.max() < math.ceil(x1)
         if item.number is not None:
-            assert {item.number // 10, item.number % 10} <= set(labelled.digits.tolist())
+            assert {item.number // 10, 10 + item.number % 10} <= set(labelled.digits.tolist())
 
 
 def test_grounding_loss_reads_the_models_own_attention(processor, images):

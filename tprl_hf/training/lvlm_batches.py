@@ -136,7 +136,7 @@ def label_scene(scene: MosaicScene, questions: list[MosaicQuestion]) -> Labelled
         kinds[shown], colors[shown] = PATCH_KINDS.index(item.kind), PATCH_COLORS.index(item.color)
         if item.number is not None:
             x, y = item.box[0], item.center[1]
-            digits[_patch_of(x + 5, y)], digits[_patch_of(x + 17, y)] = item.number // 10, item.number % 10
+            digits[_patch_of(x + 5, y)], digits[_patch_of(x + 17, y)] = item.number // 10, 10 + item.number % 10
             continue
         centers[_patch_of(*item.center)] = True
         shape, color = SHAPES.index(item.kind), list(COLORS).index(item.color)
@@ -212,6 +212,10 @@ def pack(images: list[LabelledImage], tokenizer: PreTrainedTokenizerFast, conver
                 else:
                     union = np.any(patches, axis=0)
                     looks = [(nouns[-1], NOUN_LAYER, union), (first, ANSWER_LAYER, union)]
+                if question.question_type == "reading":
+                    # One digit after the other; the first one predicts the second.
+                    tens, ones = union & (image.digits < 10), union & (image.digits >= 10)
+                    looks[1:] = [(first, ANSWER_LAYER, tens), (first + 1, ANSWER_LAYER, ones)]
                 grounding += [look[2] for look in looks]
                 grounding_rows += [(i, row, layer) for row, layer, _ in looks]
         rows.append((tokens, positions, segments, labels))

@@ -180,13 +180,14 @@ def start_tower_as_convolution(tower: CLIPVisionModel) -> None:
         layer.mlp.fc2.weight[:POSITION_DIMS] = 0
 
 
-# Head of each LLM layer -> how far back it begins by looking; `None` for all of the text alike. The grounding loss has
-# heads 0 to 3 of the second and third layers.
+# Head of each LLM layer -> how far back it begins by looking; `None` for all of the text alike. "Is the red star left
+# of the blue ring?" has its nouns five tokens apart (four with "above"), the second one two before the answer. The
+# grounding loss has heads 0 and 1 of the second and third layers.
 TEXT_HEADS: tuple[dict[int, int | None], ...] = (
     {0: 1, 1: 2, 2: 3, 3: None},
     {4: 1, 5: None},
-    {4: 1, 5: None},
-    {5: None},
+    {2: 4, 3: 5, 4: 1, 5: None},
+    {4: 2, 5: None},
 )
 TEXT_FLAG = 1.0
 
@@ -197,7 +198,7 @@ def start_llm_with_text_heads(model: LlavaForConditionalGeneration) -> None:
 
     Dimension 0 of the embeddings flags text (image tokens have 0 there). Queries and keys of such a head read the flag
     only, so that their rotary embeddings alone decide: `sum_i cos(theta_i (distance - offset))` is largest at the
-    offset when it runs over the fast rotations; over the slowest one it is the same for every distance.
+    offset when it runs over the three fastest rotations; over the slowest one it is the same for every distance.
     """
     embeddings = model.get_input_embeddings().weight
     embeddings.normal_(std=0.2)
@@ -217,7 +218,7 @@ def start_llm_with_text_heads(model: LlavaForConditionalGeneration) -> None:
             rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
             attention.q_proj.weight[rows].normal_(std=0.01)
             attention.k_proj.weight[rows].normal_(std=0.01)
-            fast = torch.arange(half) < 6 if offset is not None else torch.arange(half) == half - 1
+            fast = torch.arange(half) < 3 if offset is not None else torch.arange(half) == half - 1
             scale = (1.6 + 0.7 * depth) * fast.float()  # the flag fades as the layers write beside it
             turn = (offset or 0) * theta  # turning the query back by the offset
             attention.q_proj.weight[rows, 0] = torch.cat([scale * turn.cos(), -scale * turn.sin()])

@@ -5,7 +5,7 @@ Two phases, each as long as it is told in minutes:
 1. *tower*: the vision tower learns to say what each patch shows (shape, colour, digit, center of an object) and where
    it lies, and its CLS token which objects the image holds.
 2. *joint*: the whole model learns to answer packed questions, the tower's own losses staying on. In the first half an
-   auxiliary loss draws four heads of the second and third LLM layers to the objects asked about; its weight falls to
+   auxiliary loss draws two heads of the second and third LLM layers to the objects asked about; its weight falls to
    zero there.
 
 Processes average their gradients (gloo), one thread each. The state is saved every few minutes, atomically; the same
@@ -74,8 +74,8 @@ class MosaicLVLMConfig:
 
     output_dir: str
     seed: int = 0
-    tower_minutes: float = 5.0
-    joint_minutes: float = 57.0
+    tower_minutes: float = 4.0
+    joint_minutes: float = 45.0
     num_processes: int = 2
     mosaic_images: int = 6
     easy_images: int = 2
@@ -89,7 +89,7 @@ class MosaicLVLMConfig:
     log_every: float = 1.0
 
 
-GROUNDED_HEADS = 4
+GROUNDED_HEADS = 2
 PHASES = ("tower", "joint")
 # The last images of easy-VQA's own training split are never trained on: they validate.
 HELD_OUT_EASY = 200
@@ -104,7 +104,7 @@ class PatchHeads(nn.Module):
         self.norm = nn.LayerNorm(hidden_size)
         self.kind = nn.Linear(hidden_size, len(PATCH_KINDS))
         self.color = nn.Linear(hidden_size, len(PATCH_COLORS))
-        self.digit = nn.Linear(hidden_size, 10)
+        self.digit = nn.Linear(hidden_size, 20)  # tens, then ones
         self.center = nn.Linear(hidden_size, 1)
         self.row = nn.Linear(hidden_size, PATCHES_PER_SIDE)
         self.column = nn.Linear(hidden_size, PATCHES_PER_SIDE)
