@@ -165,3 +165,18 @@ def test_unknown_data_and_an_untrained_policy_are_refused(evaluate):
     assert code == 2 and "There is no data 'gqa': pass mosaic, easy-vqa, or a file" in err
     code, _, err = evaluate("--pruners", "learned")
     assert code == 2 and "no trained policy" in err
+
+
+def test_every_pruner_has_its_rows(evaluate, tmp_path):
+    from tprl_hf.cli.evaluate import NAMES
+
+    names = [name for name in NAMES if name != "learned"]
+    assert evaluate("--pruners", ",".join(names), "--keep-ratios", "1/4", "--num-samples", "2")[0] == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["pruner"] for row in rows] == names
+    assert {row["mean_kept"] for row in rows[1:]} == {4.0}
+
+
+def test_the_oracle_needs_boxes(evaluate, own_data):
+    code, _, err = evaluate("--pruners", "oracle", "--data", str(own_data))
+    assert code == 2 and "needs boxes" in err

@@ -6,7 +6,21 @@ import torch
 from tests.tiny_models import build, collate, sample
 from tprl_hf.modeling import Budget, TPRLForConditionalGeneration
 from tprl_hf.modeling.keep_mask import keep_counts
-from tprl_hf.pruners import LearnedPruner, NoPruner, RandomPruner, SetPruner, UniformPruner, VisPruner
+from tprl_hf.pruners import (
+    CDPruner,
+    DivPrune,
+    FeatureNormPruner,
+    LearnedPruner,
+    NoPruner,
+    PruMerge,
+    QuerySimilarityPruner,
+    RandomPruner,
+    SetPruner,
+    ToMePruner,
+    UniformPruner,
+    VisionZip,
+    VisPruner,
+)
 from tprl_hf.pruners.uniform import dither_order
 from tprl_hf.pruners.vispruner import remove_duplicates
 
@@ -15,6 +29,13 @@ PRUNERS = {
     "random": RandomPruner,
     "uniform": UniformPruner,
     "vispruner": VisPruner,
+    "feature-norm": FeatureNormPruner,
+    "query-similarity": QuerySimilarityPruner,
+    "visionzip": VisionZip,
+    "prumerge": PruMerge,
+    "divprune": DivPrune,
+    "cdpruner": CDPruner,
+    "tome": ToMePruner,
     "learned": None,
     "learned-3-steps": None,
 }

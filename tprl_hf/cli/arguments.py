@@ -2,8 +2,12 @@
 
 import argparse
 
+# What `tprl demo` shows, and what can be asked for; hyphens as in options.
 PRUNERS = ("none", "random", "uniform", "vispruner", "learned")
-ALL_PRUNERS = PRUNERS
+METHODS = (
+    *("none", "random", "uniform", "feature-norm", "query-similarity", "divprune", "cdpruner", "tome"),
+    *("visionzip", "prumerge", "vispruner", "learned"),
+)
 DEFAULT_KEEP_RATIO = 1 / 3
 
 

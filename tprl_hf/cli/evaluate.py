@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .arguments import ALL_PRUNERS, add_model_argument, keep_ratio, positive_int
+from .arguments import METHODS, add_model_argument, keep_ratio, positive_int
 
 NAME = "evaluate"
 HELP = "measure a model's accuracy under several pruners and budgets"
 BASELINES = ("none", "random")
+# The oracle needs data with boxes, so that only this command has it.
+NAMES = (*METHODS, "oracle")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pruners",
         type=pruner_names,
         metavar="NAME,...",
-        help=f"of {', '.join(ALL_PRUNERS)}; none and random are always there (default: uniform, vispruner, and "
+        help=f"of {', '.join(NAMES)}; none and random are always there (default: uniform, vispruner, and "
         "learned if the policy is trained)",
     )
     parser.add_argument(
@@ -60,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def pruner_names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in ALL_PRUNERS:
-            raise argparse.ArgumentTypeError(f"there is no pruner {name!r}; choose from {', '.join(ALL_PRUNERS)}")
+        if name not in NAMES:
+            raise argparse.ArgumentTypeError(f"there is no pruner {name!r}; choose from {', '.join(NAMES)}")
     return names
 
 
@@ -85,12 +87,14 @@ def run(arguments: argparse.Namespace) -> int:
     from .loading import has_trained_policy, load_model, make_pruner
 
     samples = load_samples(arguments)
+    if "oracle" in (arguments.pruners or ()) and not any(samples["boxes"]):
+        raise ValueError(f"The oracle needs boxes, which {arguments.data} has none of.")
     model, processor = load_model(arguments.model)
     names = arguments.pruners or ["uniform", "vispruner", *(["learned"] if has_trained_policy(model) else [])]
     settings = [Setting("none", "1", None, {"prune": False})]
     for name in dict.fromkeys([*BASELINES, *names]):
         if name != "none":
-            method = make_pruner(model, name, arguments.seed)
+            method = oracle_of if name == "oracle" else make_pruner(model, name, arguments.seed)
             settings += [Setting(name, text, method, {"keep_ratio": ratio}) for text, ratio in arguments.keep_ratios]
 
     folder = Path(arguments.output_dir)
@@ -126,6 +130,14 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"Written: {folder}/results.json, .csv, .md, .png and answers.jsonl")
     print(f"Took {time.perf_counter() - started:.0f} s")
     return 0
+
+
+def oracle_of(samples):
+    """The oracle that knows the boxes of these samples."""
+    from tprl_hf.pruners import OraclePruner
+
+    sizes = [sample["images"][0].size if sample["images"] else (1, 1) for sample in samples]
+    return OraclePruner([sample["boxes"] for sample in samples], sizes)
 
 
 def load_samples(arguments: argparse.Namespace):

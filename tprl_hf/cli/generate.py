@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .arguments import DEFAULT_KEEP_RATIO, PRUNERS, add_budget_arguments, add_model_argument, budget_of, positive_int
+from .arguments import DEFAULT_KEEP_RATIO, METHODS, add_budget_arguments, add_model_argument, budget_of, positive_int
 
 NAME = "generate"
 HELP = "ask your own question about your own image"
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--question", required=True, metavar="TEXT", help="the question")
     add_model_argument(parser)
     add_budget_arguments(parser)
-    parser.add_argument("--pruner", choices=PRUNERS, help="default: learned if the policy is trained, else vispruner")
+    parser.add_argument("--pruner", choices=METHODS, help="default: learned if the policy is trained, else vispruner")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random pruner (default: 0)")
     parser.add_argument(
         "--max-new-tokens", type=positive_int, default=64, metavar="N", help="longest answer (default: 64)"

@@ -79,10 +79,23 @@ def using_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0
 
 def make_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0) -> "TokenPruner | None":
     """As [`using_pruner`], but the pruner itself, without a budget; `None` where the model stays as it is."""
-    from tprl_hf.pruners import RandomPruner, UniformPruner, VisPruner
+    from tprl_hf import pruners
 
     if name == "learned" and not has_trained_policy(model):
         raise ValueError("This checkpoint has no trained policy: pass --pruner vispruner, uniform or random.")
     if name in ("none", "learned"):
         return None
-    return {"random": RandomPruner(seed=seed), "uniform": UniformPruner(), "vispruner": VisPruner()}[name]
+    if name == "random":
+        return pruners.RandomPruner(seed=seed)
+    classes: dict[str, type[TokenPruner]] = {
+        "uniform": pruners.UniformPruner,
+        "feature-norm": pruners.FeatureNormPruner,
+        "query-similarity": pruners.QuerySimilarityPruner,
+        "divprune": pruners.DivPrune,
+        "cdpruner": pruners.CDPruner,
+        "tome": pruners.ToMePruner,
+        "visionzip": pruners.VisionZip,
+        "prumerge": pruners.PruMerge,
+        "vispruner": pruners.VisPruner,
+    }
+    return classes[name]()

@@ -1,5 +1,6 @@
 """Answers of one model under many pruners and budgets, to the same questions."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,13 +25,14 @@ class Setting:
     Args:
         pruner (`str`): Its name in tables.
         budget (`str`): The budget's name in tables, such as `"1/3"`.
-        method ([`TokenPruner`], *optional*): The pruner; `None` for the model's own policy.
+        method ([`TokenPruner`], *optional*): The pruner; `None` for the model's own policy; or a function from the
+            samples of a batch to a pruner, for one that knows their boxes.
         arguments (`dict`): The budget as `generate` takes it, such as `{"keep_ratio": 1 / 3}`.
     """
 
     pruner: str
     budget: str
-    method: TokenPruner | None
+    method: TokenPruner | Callable[[Sequence[dict[str, Any]]], TokenPruner] | None
     arguments: dict[str, Any]
 
     @property
@@ -97,7 +99,8 @@ def compare_pruners(
     """
     score = score or is_right
     done = {(record.pruner, record.budget, record.sample) for record in known}
-    observer = next((s.method for s in settings if s.method is not None and s.method.needs_attention), None)
+    pruners = [setting.method for setting in settings if isinstance(setting.method, TokenPruner)]
+    observer = next((pruner for pruner in pruners if pruner.needs_attention), None)
     for start in range(0, len(samples), batch_size):
         numbers = range(start, min(start + batch_size, len(samples)))
         missing = {s.key: [n for n in numbers if (*s.key, n) not in done] for s in settings}
@@ -109,7 +112,8 @@ def compare_pruners(
         for setting in settings:
             if not missing[setting.key]:
                 continue
-            with _using(model, setting.method):
+            method = setting.method
+            with _using(model, method if method is None or isinstance(method, TokenPruner) else method(batch)):
                 output = model.generate(
                     **inputs,
                     **setting.arguments,
@@ -160,7 +164,7 @@ def encode_once(model, processor, samples: Sequence[dict[str, Any]], observer: T
 
 
 def _using(model, pruner: TokenPruner | None):
-    return torch.no_grad() if pruner is None else model.using(pruner)
+    return contextlib.nullcontext() if pruner is None else model.using(pruner)
 
 
 def append_records(path: Path, records: Sequence[Record]) -> None:

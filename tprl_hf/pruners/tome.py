@@ -1,0 +1,66 @@
+"""ToMe: pairs of similar tokens are averaged until few are left.
+
+Bolya et al., "Token Merging: Your ViT But Faster" (arXiv 2210.09461), merge between the blocks of the vision tower.
+Here the same matching runs once, between the projector and the LLM. It never looks at the question and needs no
+attention.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tprl_hf.modeling.token_pruner import PruningInputs, SetPruner
+
+
+class ToMePruner(SetPruner):
+    """Bipartite soft matching, in rounds.
+
+    In a round every second token is matched with the most similar of the others; the best matches are merged into the
+    latter, as means weighted by how many tokens each already stands for. A round removes at most half. A merged token
+    keeps the place of the one it was merged into. Rows for deeper LLM layers (deepstack) are not merged.
+
+    Args:
+        **budget: see [`TokenPruner`]; no threshold.
+    """
+
+    def select(self, inputs: PruningInputs, counts: Tensor) -> Tensor:
+        keep_mask = torch.zeros_like(inputs.valid)
+        for row, count in enumerate(counts.tolist()):
+            index = inputs.valid[row].nonzero()[:, 0]
+            left, _ = merge_pairs(inputs.tokens[row, index], count)
+            keep_mask[row, index[left]] = True
+        return keep_mask
+
+    def merge(self, inputs: PruningInputs, keep_mask: Tensor) -> Tensor | None:
+        tokens = inputs.tokens.clone()
+        for row, kept in enumerate(keep_mask):
+            index = (inputs.valid[row] & ~inputs.layout.protected[row]).nonzero()[:, 0]
+            left, means = merge_pairs(inputs.tokens[row, index], int(kept[index].sum()))
+            tokens[row, index[left]] = means
+        return tokens
+
+
+def merge_pairs(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """
+    Args:
+        tokens (`[n, D]`): of one sample.
+        count (`int`): how many shall be left.
+
+    Returns:
+        `int64 [count]`: indices of those that are left, ascending; and what they have become, `[count, D]`.
+    """
+    left = torch.arange(len(tokens), device=tokens.device)
+    sums, sizes = tokens.float(), torch.ones(len(tokens), device=tokens.device)
+    while len(left) > max(count, 1):
+        directions = F.normalize(sums / sizes[:, None], dim=-1)
+        sources, targets = torch.arange(0, len(left), 2), torch.arange(1, len(left), 2)
+        best = (directions[sources] @ directions[targets].T).max(dim=1)
+        num_merged = min(len(left) - count, len(sources), len(left) - 1)
+        order = best.values.argsort(descending=True, stable=True)[:num_merged]
+        gone, into = sources.to(order.device)[order], targets.to(order.device)[best.indices[order]]
+        sums = sums.index_add(0, into, sums[gone])
+        sizes = sizes.index_add(0, into, sizes[gone])
+        stays = torch.ones(len(left), dtype=torch.bool, device=left.device).index_fill(0, gone, False)
+        left, sums, sizes = left[stays], sums[stays], sizes[stays]
+    left, sums, sizes = left[:count], sums[:count], sizes[:count]
+    return left, (sums / sizes[:, None]).to(tokens.dtype)

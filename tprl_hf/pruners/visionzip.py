@@ -1,0 +1,80 @@
+"""VisionZip: the tokens to which the vision tower attends, and averages of the rest.
+
+Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models" (arXiv 2412.04467). It never
+looks at the question. The authors also offer a version with a fine-tuned projector; this is the training-free one.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tprl_hf.modeling.token_pruner import PruningInputs, SetPruner
+
+
+class VisionZip(SetPruner):
+    """Keeps the dominant tokens (largest attention received) and merges the others into a few contextual ones.
+
+    Of the tokens that are not dominant, targets at equal steps are kept; each other one joins the target it is most
+    similar to, and a target becomes the mean of itself and what joined it. The paper compares attention keys; here
+    it is the cosine of the tokens that the LLM gets. Rows for deeper LLM layers (deepstack) are not merged.
+
+    Args:
+        dominant_ratio (`float`, defaults to 27/32): share of the budget for dominant tokens; the default is the
+            paper's for LLaVA-1.5 (54 and 10 of 64).
+        merge (`bool`, defaults to `True`): whether targets become means; otherwise what is not kept is only removed.
+        **budget: see [`TokenPruner`]; no threshold.
+
+    Raises:
+        `ValueError`: for a `dominant_ratio` outside [0, 1].
+    """
+
+    needs_attention = True
+
+    def __init__(self, dominant_ratio: float = 27 / 32, merge: bool = True, **budget):
+        super().__init__(**budget)
+        if not 0 <= dominant_ratio <= 1:
+            raise ValueError(f"dominant_ratio is a share of the budget in [0, 1]; got {dominant_ratio}.")
+        self.dominant_ratio = dominant_ratio
+        self.merges = merge
+
+    def select(self, inputs: PruningInputs, counts: Tensor) -> Tensor:
+        keep_mask = torch.zeros_like(inputs.valid)
+        for row, count in enumerate(counts.tolist()):
+            dominant, rest = self.split(inputs, row, inputs.valid[row], count)
+            targets = even_steps(len(rest), count - len(dominant))
+            keep_mask[row, dominant] = True
+            keep_mask[row, rest[targets.to(rest.device)]] = True
+        return keep_mask
+
+    def split(self, inputs: PruningInputs, row: int, free: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Indices of a sample's dominant tokens for a budget of `count`, and of its others in their order."""
+        assert inputs.attention is not None
+        index = free.nonzero()[:, 0]
+        order = inputs.attention[row, index].argsort(descending=True, stable=True)
+        num_dominant = round(count * self.dominant_ratio)
+        return index[order[:num_dominant]], index[order[num_dominant:]].sort().values
+
+    def merge(self, inputs: PruningInputs, keep_mask: Tensor) -> Tensor | None:
+        if not self.merges:
+            return None
+        tokens = inputs.tokens.clone()
+        for row, kept in enumerate(keep_mask):
+            free = inputs.valid[row] & ~inputs.layout.protected[row]
+            _, rest = self.split(inputs, row, free, int((kept & free).sum()))
+            targets, others = rest[kept[rest]], rest[~kept[rest]]
+            if len(targets) and len(others):
+                tokens[row, targets] = join_most_similar(inputs.tokens[row, targets], inputs.tokens[row, others])
+        return tokens
+
+
+def even_steps(length: int, count: int) -> Tensor:
+    """`count` of the indices 0 ... length - 1 at equal steps from the first, `int64 [count]`."""
+    return torch.arange(count) * length // max(count, 1)
+
+
+def join_most_similar(targets: Tensor, others: Tensor) -> Tensor:
+    """Means `[m, D]` of each of `targets [m, D]` and those of `others [n, D]` that are closest to it by cosine."""
+    similarity = F.normalize(others.float(), dim=-1) @ F.normalize(targets.float(), dim=-1).T
+    joined = F.one_hot(similarity.argmax(dim=1), len(targets)).float()  # [n, m]
+    sums = targets.float() + joined.T @ others.float()
+    return (sums / (1 + joined.sum(0))[:, None]).to(targets.dtype)
