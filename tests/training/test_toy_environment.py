@@ -1,0 +1,57 @@
+"""Two tokens, a bright one and a dark one, in random order: whoever keeps just the bright one wins."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from tests.cli.conftest import make_processor
+from tests.tiny_models import build, tower
+from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.training import TPRLPPOConfig, TPRLPPOTrainer
+
+
+class BrightTokenTrainer(TPRLPPOTrainer):
+    """Scores +1 for the bright token and -1 for the dark one."""
+
+    def score(self, batch, rollouts):
+        bright_first = torch.tensor([row["answer"] == "word10" for row in batch.rows])[rollouts.of]
+        worth = torch.where(bright_first[:, None], torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0]))
+        scores = (rollouts.keep_masks * worth).sum(-1)
+        return scores, scores > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"ratio": "token"},
+        {"num_rollouts": 4, "per_device_train_batch_size": 4, "advantages": "leave_one_out"},
+        {"num_rollouts": 4, "per_device_train_batch_size": 4, "advantages": "group"},
+    ],
+    ids=["gae-joint", "gae-token", "leave-one-out", "group"],
+)
+def test_the_known_optimum_is_found(settings, tmp_path):
+    base = build("llava", vision_config=tower("clip_vision_model", patch_size=24))  # one token an image
+    processor = make_processor()
+    processor.patch_size = 24
+    bright, dark = (Image.fromarray(np.full((24, 24, 3), value, np.uint8)) for value in (250, 5))
+    rows = [
+        {"images": [bright, dark], "prompt": "word20", "answer": "word10", "image_id": "bright first"},
+        {"images": [dark, bright], "prompt": "word20", "answer": "word11", "image_id": "dark first"},
+    ]
+    torch.manual_seed(0)
+    model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=16, policy_num_heads=2, policy_dim=16)
+    settings = {"per_device_train_batch_size": 16, **settings}
+    config = TPRLPPOConfig(
+        str(tmp_path), max_steps=80, num_steps=1, num_ppo_epochs=2, num_mini_batches=2, learning_rate=1e-2,
+        critic_learning_rate=1e-2, beta=0.0, disable_tqdm=True, use_cpu=True, save_strategy="no", **settings,
+    )  # fmt: skip
+    trainer = BrightTokenTrainer(model, config, processor, Dataset.from_list(rows))
+    trainer.train()
+    inputs = trainer.encoder(rows).inputs
+    with torch.no_grad():
+        probs = model.pruner.score(inputs).sigmoid()
+    assert probs[0, 0] > 0.9 and probs[1, 1] > 0.9
+    assert probs[0, 1] < 0.1 and probs[1, 0] < 0.1

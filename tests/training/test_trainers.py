@@ -1,0 +1,282 @@
+"""Each stage on a tiny LLaVA: from directory to directory, resumed, cut into micro-batches, and stopped by NaN."""
+
+import hashlib
+
+import pytest
+import torch
+from datasets import load_from_disk
+from transformers import AutoModelForImageTextToText
+
+from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.pruners import VisPruner
+from tprl_hf.training import (
+    AutoencoderConfig,
+    AutoencoderTrainer,
+    GradientTeacher,
+    LfDConfig,
+    LfDTrainer,
+    TPRLGRPOConfig,
+    TPRLGRPOTrainer,
+    TPRLPPOConfig,
+    TPRLPPOTrainer,
+    calibrate_threshold,
+    generate_demonstrations,
+)
+from tprl_hf.training.rollouts import replayed_logprobs, take_inputs
+
+QUIET = {"disable_tqdm": True, "use_cpu": True, "per_device_eval_batch_size": 4}
+PPO = {
+    **QUIET,
+    "per_device_train_batch_size": 2,
+    "num_rollouts": 2,
+    "num_ppo_epochs": 2,
+    "num_mini_batches": 2,
+    "learning_rate": 1e-2,
+}
+
+
+def hash_of(module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items() if k.startswith(("policy.", "autoencoder."))}
+
+
+def gradients_of(trainer) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def demonstrated(make_model, processor, dataset):
+    return generate_demonstrations(GradientTeacher(), make_model(), processor, dataset)
+
+
+def stage(name, make_model, processor, dataset, output_dir, **settings):
+    """A trainer of one stage with an untrained policy."""
+    if name == "autoencoder":
+        config = AutoencoderConfig(output_dir, **{**QUIET, "per_device_train_batch_size": 2, **settings})
+        return AutoencoderTrainer(make_model(), config, processor, dataset, dataset)
+    if name == "lfd":
+        config = LfDConfig(
+            output_dir, **{**QUIET, "per_device_train_batch_size": 2, "learning_rate": 1e-2, **settings}
+        )
+        return LfDTrainer(make_model(), config, processor, demonstrated(make_model, processor, dataset), dataset)
+    if name == "grpo":
+        config = TPRLGRPOConfig(
+            output_dir, **{**PPO, "rollout_keep_ratios": [0.5, 0.25], "score": "logprob", **settings}
+        )
+        return TPRLGRPOTrainer(make_model(), config, processor, dataset, dataset)
+    priced = {"target_keep_ratio": 0.1, "score": "logprob", "kl_coef": 0.1}
+    config = TPRLPPOConfig(output_dir, **{**PPO, **priced, **settings})
+    return TPRLPPOTrainer(make_model(), config, processor, dataset, dataset)
+
+
+def test_from_directory_to_directory(base, processor, dataset, make_model, tmp_path):
+    frozen = hash_of(AutoModelForImageTextToText.from_pretrained(base))
+    paths = {name: str(tmp_path / name) for name in ("a", "demonstrations", "b", "c")}
+
+    trainer = AutoencoderTrainer(
+        make_model(), AutoencoderConfig(paths["a"], max_steps=3, **QUIET), processor, dataset, dataset
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_explained_variance"] < 1
+    trainer.save_model()
+
+    model = TPRLForConditionalGeneration.from_pretrained(paths["a"])
+    generate_demonstrations(VisPruner(), model, processor, dataset, output_dir=paths["demonstrations"])
+
+    demonstrations = load_from_disk(paths["demonstrations"])
+    config = LfDConfig(paths["b"], max_steps=3, eval_strategy="steps", eval_steps=1, keep_ratio=0.5, **QUIET)
+    trainer = LfDTrainer(model, config, processor, demonstrations, dataset)
+    trainer.train()
+    trainer.save_model()
+
+    model = TPRLForConditionalGeneration.from_pretrained(paths["b"])
+    assert model.config.keep_ratio == 0.5
+    config = TPRLPPOConfig(paths["c"], max_steps=3, logging_steps=1, eval_strategy="steps", eval_steps=2, **PPO)
+    trainer = TPRLPPOTrainer(model, config, processor, dataset, dataset)
+    trainer.train()
+    trainer.save_model()
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    for name in ("objective/score", "policy/approxkl_avg", "policy/clipfrac_avg", "loss/value_avg", "eval_accuracy"):
+        assert name in logged
+    assert "val/explained_variance" in logged and "objective/keep_ratio" in logged
+
+    final = TPRLForConditionalGeneration.from_pretrained(paths["c"])
+    assert hash_of(final.lvlm) == frozen == hash_of(model.lvlm)
+    assert all(final.state_dict()[name].equal(value) for name, value in weights_of(model).items())
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name, make_model, processor, dataset, tmp_path):
+    # a buffer of PPO lasts 4 steps: step 6 is in the middle of the second
+    settings = {"max_steps": 7, "save_steps": 6, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 2}
+    whole = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
+    start = weights_of(whole.tprl_model)
+    whole.train()
+    resumed = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    after = weights_of(resumed.tprl_model)
+    assert all(value.equal(after[key]) for key, value in weights_of(whole.tprl_model).items())
+    if name == "autoencoder":
+        assert not all(value.equal(start[key]) for key, value in after.items())
+    else:
+        assert whole.best["step"] == resumed.best["step"] and whole.best["score"] == resumed.best["score"]
+    last = [[log for log in t.state.log_history if "loss" in log or "eval_logprob" in log] for t in (whole, resumed)]
+    assert last[0] == last[1]
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+@pytest.mark.parametrize("ratio", ["joint", "token"])
+def test_the_ratio_is_1_after_the_rollout_and_micro_batches_change_nothing(
+    name, ratio, make_model, processor, dataset, tmp_path
+):
+    gradients = []
+    for micro_batch_size in (None, 1):
+        settings = {"num_mini_batches": 1, "per_device_train_batch_size": 4, "micro_batch_size": micro_batch_size}
+        trainer = stage(name, make_model, processor, dataset, str(tmp_path), ratio=ratio, **settings)
+        trainer.training_step(trainer.model, None)
+        assert set(trainer.metrics["policy/clipfrac_avg"]) == {0.0}
+        assert trainer.metrics["val/ratio"] == pytest.approx([1.0] * len(trainer.metrics["val/ratio"]), abs=1e-4)
+        rollouts = trainer.rollouts
+        with torch.no_grad():
+            inputs = take_inputs(trainer.batch.inputs, rollouts.of)
+            logits = trainer.model(inputs, rollouts.keep_masks[:-1]).logits
+        logprobs = replayed_logprobs(rollouts, logits, trainer.args.lambda_disc)
+        torch.testing.assert_close(logprobs, rollouts.logprobs, atol=1e-5, rtol=1e-5)
+        assert not logprobs[~rollouts.asked].any()
+        assert not (rollouts.keep_masks[1:] & ~rollouts.keep_masks[:-1]).any()
+        gradients.append(gradients_of(trainer))
+    assert gradients[0].keys() == gradients[1].keys() and any(g.any() for g in gradients[0].values())
+    for key, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], value, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "lfd"])
+def test_a_batch_of_8_gives_the_gradient_of_8_batches_of_1(name, make_model, processor, dataset, tmp_path):
+    trainer = stage(name, make_model, processor, dataset, str(tmp_path))
+    rows = [trainer.train_dataset[i] for i in range(8)]
+    if name == "lfd":  # of several lengths
+        rows[0]["keep_masks"] = rows[0]["keep_masks"][:1]
+    trainer.compute_loss(trainer.model, rows).backward()
+    whole = gradients_of(trainer)
+    trainer.model.zero_grad()
+    for row in rows:
+        (trainer.compute_loss(trainer.model, [row]) / 8).backward()
+    for key, value in gradients_of(trainer).items():
+        torch.testing.assert_close(value, whole[key], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo"])
+def test_nan_stops_with_the_data_saved(name, make_model, processor, dataset, tmp_path):
+    trainer = (
+        stage(name, make_model, processor, dataset, str(tmp_path), max_steps=4, keep_best=False)
+        if name != "autoencoder"
+        else stage(name, make_model, processor, dataset, str(tmp_path), max_steps=4)
+    )
+    bad = trainer.model.policy.policy_head.bias if name != "autoencoder" else trainer.model.autoencoder.decoder[0].bias
+    bad.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"at step 0\. .*nan-step-0\.pt.*learning_rate"):
+        trainer.train()
+    saved = torch.load(tmp_path / "nan-step-0.pt", weights_only=False)
+    assert saved["step"] == 0 and saved["inputs"] and any(v.isnan().any() for v in saved["weights"].values())
+
+
+def test_only_the_policy_learns(make_model, processor, dataset, tmp_path):
+    for name in ("lfd", "ppo"):
+        trainer = stage(name, make_model, processor, dataset, str(tmp_path / name), max_steps=2, keep_best=False)
+        before, frozen = weights_of(trainer.tprl_model), hash_of(trainer.tprl_model.lvlm)
+        trainer.train()
+        changed = {key for key, value in weights_of(trainer.tprl_model).items() if not value.equal(before[key])}
+        assert changed and all(key.startswith("policy.") for key in changed)
+        assert hash_of(trainer.tprl_model.lvlm) == frozen
+        assert not any(p.requires_grad or p.grad is not None for p in trainer.tprl_model.lvlm.parameters())
+
+
+def test_the_encoder_may_learn_with_the_policy(make_model, processor, dataset, tmp_path):
+    trainer = stage(
+        "lfd", make_model, processor, dataset, str(tmp_path), max_steps=1, train_encoder=True, keep_best=False
+    )
+    before = weights_of(trainer.tprl_model)
+    trainer.train()
+    changed = {key for key, value in weights_of(trainer.tprl_model).items() if not value.equal(before[key])}
+    assert any(key.startswith("autoencoder.encoder") for key in changed)
+    assert not any(key.startswith("autoencoder.decoder") for key in changed)
+
+
+def test_the_best_weights_are_kept_the_start_included(make_model, processor, dataset, tmp_path):
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = stage("ppo", make_model, processor, dataset, str(tmp_path), **settings)
+    start = weights_of(trainer.tprl_model)
+    worse = iter([-1.0, -2.0, -3.0])
+    remember = trainer.remember_if_best
+    trainer.remember_if_best = lambda metrics: remember({**metrics, "eval_logprob": next(worse)})
+    trainer.train()
+    assert trainer.best["step"] == 0
+    assert all(value.equal(start[key]) for key, value in weights_of(trainer.tprl_model).items())
+
+
+def test_reward_functions_see_what_trl_shows_them(make_model, processor, dataset, tmp_path):
+    seen = []
+
+    def length(prompts, completions, answer, **columns):
+        seen.append((prompts, completions, answer, columns))
+        return [float(len(text.split())) for text in completions]
+
+    config = TPRLPPOConfig(str(tmp_path), max_new_tokens=3, **PPO)
+    trainer = TPRLPPOTrainer(make_model(), config, processor, dataset, reward_funcs=length)
+    trainer.collect(0)
+    (prompts, completions, answers, columns) = seen[0]
+    assert len(prompts) == len(completions) == len(answers) == 2 + 3 * 4
+    assert "question_type" in columns and "images" not in columns
+    scores = trainer.metrics["objective/score"][0]
+    assert scores == pytest.approx(sum(len(text.split()) for text in completions[-4:]) / 4)
+
+
+def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_path):
+    rewards = []
+    for every in (True, False):
+        trainer = stage("grpo", make_model, processor, dataset, str(tmp_path), score_every_step=every)
+        trainer.collect(0)
+        rewards.append(trainer.metrics["objective/reward"][0])
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)  # without discount the scores between cancel
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"advantages": "group", "num_rollouts": 1}, "num_rollouts=1 < 2"),
+        ({"gradient_accumulation_steps": 2}, "micro_batch_size"),
+        ({"ratio": "geometric"}, "joint, token; got 'geometric'"),
+        ({"num_mini_batches": 3}, "4 trajectories cannot be cut"),
+        ({"shared_budget": True}, "shared_budget wants one"),
+        ({"best_metric": "f1"}, "accuracy or logprob"),
+        ({"eval_keep_ratios": [0.0]}, "that are KEPT"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        TPRLPPOConfig(str(tmp_path), **{**PPO, **settings})
+
+
+def test_lfd_needs_demonstrations(make_model, processor, dataset, tmp_path):
+    with pytest.raises(ValueError, match="generate_demonstrations"):
+        LfDTrainer(make_model(), LfDConfig(str(tmp_path), **QUIET), processor, dataset)
+
+
+def test_a_calibrated_threshold_keeps_the_asked_share(make_model, processor, dataset):
+    model = make_model(policy_positions=True)
+    model.policy.policy_head.weight.data.mul_(10)
+    threshold = calibrate_threshold(model, processor, dataset, keep_ratio=0.5)
+    assert model.config.threshold == threshold and model.config.keep_ratio is None
+    kept = [model.prune(**row).keep_mask for row in inputs_of(model, processor, dataset)]
+    assert torch.cat(kept).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def inputs_of(model, processor, dataset):
+    from tprl_hf.training.answer_batches import SampleEncoder
+
+    return [SampleEncoder(model, processor).process(row) for row in dataset]

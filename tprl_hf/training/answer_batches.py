@@ -1,0 +1,205 @@
+"""Samples as the frozen LVLM reads them: prompt, reference answer, visual features, and what a policy may look at."""
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, List
+from datasets import Image as ImageFeature
+from PIL import Image
+from torch import Tensor
+
+from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.modeling.prune_plan import layout_of, pruning_inputs
+from tprl_hf.modeling.pruned_batch import PromptBatch
+from tprl_hf.modeling.pruned_inputs import find_visual
+from tprl_hf.modeling.text_query import config_special_ids, default_query_mask
+from tprl_hf.modeling.token_pruner import PruningInputs
+from tprl_hf.modeling.visual_features import VisualFeatures
+
+from .feature_cache import FeatureCache, join_features
+
+# Type of answer tokens in `token_type_ids`: PaliGemma reads what has type 0 in both directions.
+ANSWER_TYPES = {"paligemma": 1}
+MAX_CACHED_TEXTS = 100_000
+
+
+@dataclass
+class EncodedSample:
+    """One sample without batch mates.
+
+    Args:
+        prompt_ids (`int64 [L]`): the prompt with all its placeholders.
+        answer_ids (`int64 [A]`): the reference answer, with the token that ends it.
+        types (`int64 [L]` each): further inputs that run along the prompt.
+        features: of its images.
+    """
+
+    prompt_ids: Tensor
+    answer_ids: Tensor
+    types: dict[str, Tensor]
+    features: VisualFeatures
+
+
+@dataclass
+class AnswerBatch:
+    """B samples.
+
+    Args:
+        rows: as the dataset gave them.
+        samples: each alone.
+        prompts: left-padded prompts with the features of all images.
+        inputs ([`PruningInputs`]): what a pruner or a policy may look at.
+    """
+
+    rows: list[dict[str, Any]]
+    samples: list[EncodedSample]
+    prompts: PromptBatch
+    inputs: PruningInputs
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def left_pad(rows: list[Tensor], value: int = 0) -> Tensor:
+    """`int64 [n]` of several lengths as one `[B, L]`."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+
+
+def undecoded(dataset: Dataset) -> Dataset:
+    """The same dataset, whose images stay bytes until they are needed: most are needed once, for their features."""
+    if dataset.features.get("images") == List(ImageFeature()):
+        return dataset.cast_column("images", List(ImageFeature(decode=False)))
+    return dataset
+
+
+def open_images(images: Sequence[Any]) -> list[Image.Image]:
+    """Decodes images that are still bytes or paths."""
+    return [
+        Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]).convert("RGB")
+        if isinstance(image, Mapping)
+        else image
+        for image in images
+    ]
+
+
+def image_key(row: Mapping[str, Any]) -> str:
+    """Equal for samples with the same images."""
+    if row.get("image_id") is not None:
+        return str(row["image_id"])
+    digest = hashlib.sha256()
+    for image in row["images"]:
+        if isinstance(image, Mapping):
+            digest.update(image["bytes"] or image["path"].encode())
+        else:
+            digest.update(repr(image.size).encode() + image.tobytes())
+    return digest.hexdigest()
+
+
+class SampleEncoder:
+    """Turns rows of a dataset into an [`AnswerBatch`]. Each sample is encoded alone and, while there is room, once.
+
+    Args:
+        model ([`TPRLForConditionalGeneration`]): whose base model encodes.
+        processor: its processor, with a chat template.
+        cache_bytes (`int`, defaults to 1 GiB): room for visual features.
+        with_attention (`bool`, defaults to `False`): also note the tower's attention, for teachers that read it.
+    """
+
+    def __init__(
+        self,
+        model: TPRLForConditionalGeneration,
+        processor: Any,
+        cache_bytes: int = 2**30,
+        with_attention: bool = False,
+    ):
+        if not processor.chat_template:
+            raise ValueError(
+                f"{type(processor).__name__} has no chat template: set processor.chat_template, so that questions are "
+                "put as the model was trained to read them."
+            )
+        self.model = model
+        self.processor = processor
+        self.with_attention = with_attention
+        self.cache = FeatureCache(cache_bytes)
+        self.texts: dict[tuple, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> AnswerBatch:
+        samples = [self.encode(row) for row in rows]
+        input_ids = left_pad([sample.prompt_ids for sample in samples])
+        attention_mask = left_pad([torch.ones_like(sample.prompt_ids) for sample in samples])
+        adapter = self.model.adapter
+        prompts = PromptBatch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            visual=find_visual(input_ids, list(adapter.token_ids.values())) & attention_mask.bool(),
+            features=join_features([sample.features for sample in samples]),
+            inputs={name: left_pad([sample.types[name] for sample in samples]) for name in samples[0].types},
+        )
+        with torch.no_grad():
+            inputs, _ = pruning_inputs(
+                prompts, adapter, layout_of(prompts, adapter), self.query_mask(prompts), self.with_attention
+            )
+        return AnswerBatch(list(rows), samples, prompts, inputs)
+
+    def query_mask(self, prompts: PromptBatch) -> Tensor:
+        """Which tokens are the question, `bool [B, L]`: as at inference."""
+        if self.model.config.query_agnostic:
+            return torch.zeros_like(prompts.visual)
+        special = config_special_ids(self.model.adapter.config, self.model.generation_config)
+        return default_query_mask(prompts.input_ids, prompts.attention_mask, prompts.visual, special)
+
+    def encode(self, row: dict[str, Any]) -> EncodedSample:
+        """One sample; its prompt and its features come from the caches where they can."""
+        images = image_key(row)
+        key = (images, repr(row["prompt"]), row["answer"])
+        processed: dict[str, Any] = {}
+        if key not in self.texts:
+            if len(self.texts) >= MAX_CACHED_TEXTS:
+                self.texts.clear()
+            processed = self.process(row)
+            self.texts[key] = self.encode_text(row, processed)
+        prompt_ids, answer_ids, types = self.texts[key]
+        features = self.cache.get(images, lambda: self.encode_images(processed or self.process(row)))
+        return EncodedSample(prompt_ids, answer_ids, types, features)
+
+    def process(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The processor's output for one prompt, on the model's device."""
+        texts = self.render(row)[:1]
+        images = open_images(row["images"])
+        inputs = self.processor(images=[images] if images else None, text=texts, return_tensors="pt")
+        return dict(inputs.to(self.model.device))
+
+    def render(self, row: dict[str, Any]) -> tuple[str, str]:
+        """The prompt, and the reference answer as the template would go on with it."""
+        messages = row["prompt"]
+        if isinstance(messages, str):
+            content = [{"type": "image"} for _ in row["images"]] + [{"type": "text", "text": messages}]
+            messages = [{"role": "user", "content": content}]
+        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        answer = {"role": "assistant", "content": [{"type": "text", "text": row["answer"]}]}
+        whole = self.processor.apply_chat_template([*messages, answer], tokenize=False)
+        return prompt, whole[len(prompt) :] if whole.startswith(prompt) else " " + row["answer"]
+
+    def encode_text(self, row: dict[str, Any], processed: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Ids of prompt and answer, and what else runs along the prompt."""
+        prompt_ids = processed["input_ids"]
+        rest = {name: value for name, value in processed.items() if name not in ("input_ids", "attention_mask")}
+        types = {n: v[0] for n, v in rest.items() if torch.is_tensor(v) and v.shape == prompt_ids.shape}
+        tokenizer = self.processor.tokenizer
+        answer_ids = tokenizer(self.render(row)[1], add_special_tokens=False).input_ids
+        end = self.model.generation_config.eos_token_id
+        ends = end if isinstance(end, list) else [tokenizer.eos_token_id if end is None else end]
+        if any(token in ends for token in answer_ids):  # what a template puts behind the end of a turn is no answer
+            answer_ids = answer_ids[: next(i for i, token in enumerate(answer_ids) if token in ends) + 1]
+        else:
+            answer_ids = [*answer_ids, ends[0]]
+        return prompt_ids[0], torch.tensor(answer_ids, device=self.model.device), types
+
+    @torch.no_grad()
+    def encode_images(self, processed: dict[str, Any]) -> VisualFeatures:
+        """The visual tokens of one sample."""
+        return self.model.adapter.encode(processed["input_ids"], processed, self.with_attention)

@@ -1,0 +1,83 @@
+"""Stage 1: small codes of visual tokens, for the policy to look at (eq. 1 of the TPRL paper)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+
+from .answer_batches import undecoded
+from .autoencoder_config import AutoencoderConfig
+from .pruner_trainer import PrunerTrainer, TrainedNetworks
+
+
+class AutoencoderNetworks(TrainedNetworks):
+    """The autoencoder's loss of each sample."""
+
+    def forward(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """Mean squared error of each sample, float32 `[B]`, from tokens `[B, N, D]`; `valid [B, N]` are no padding."""
+        error = self.autoencoder.decode(self.autoencoder.encode(tokens)) - tokens.float()
+        error = error.square().mean(-1).masked_fill(~valid, 0.0)  # (B, N)
+        return error.sum(1) / valid.sum(1).clamp(min=1)
+
+
+class AutoencoderTrainer(PrunerTrainer):
+    """
+    Trains the token autoencoder of a model on the visual tokens that its LLM would see.
+
+    Args: see [`PrunerTrainer`]; `args` is an [`AutoencoderConfig`]. Only `images` and `prompt` of the datasets matter.
+
+    Example:
+
+    ```python
+    >>> trainer = AutoencoderTrainer(model, AutoencoderConfig("autoencoder"), processor, train_dataset, eval_dataset)
+    >>> trainer.train()
+    >>> trainer.save_model()
+    ```
+    """
+
+    _name = "TPRL autoencoder"
+    args: AutoencoderConfig
+
+    def networks(self, model: TPRLForConditionalGeneration) -> TrainedNetworks:
+        model.autoencoder.requires_grad_(True)
+        model.policy.requires_grad_(False)
+        return AutoencoderNetworks(model)
+
+    def loss(self, networks: nn.Module, rows: list[dict[str, Any]]) -> Tensor:
+        inputs = self.encoder(rows).inputs
+        return networks(inputs.tokens, inputs.valid).mean()
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        r"""
+        Returns:
+            `dict`: `eval_mse` per element, and `eval_explained_variance`: 1 minus the squared error over the variance
+            of the held-out tokens around their mean.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else undecoded(eval_dataset)
+        if dataset is None:
+            raise ValueError("Nothing to evaluate on: pass eval_dataset.")
+        dim, device = self.tprl_model.config.token_dim, self.args.device
+        count = torch.zeros(1, device=device, dtype=torch.float64)
+        total, squares, errors = (torch.zeros(dim, device=device, dtype=torch.float64) for _ in range(3))
+        mine = range(self.args.process_index, len(dataset), self.args.world_size)
+        batch_size = self.args.per_device_eval_batch_size
+        for start in range(0, len(mine), batch_size):
+            inputs = self.encoder([dataset[i] for i in mine[start : start + batch_size]]).inputs
+            tokens = inputs.tokens[inputs.valid].float()  # (V, D)
+            decoded = self.model.autoencoder.decode(self.model.autoencoder.encode(tokens))
+            count += len(tokens)
+            total += tokens.double().sum(0)
+            squares += tokens.double().square().sum(0)
+            errors += (decoded - tokens).double().square().sum(0)
+        count, total, squares, errors = (self.accelerator.reduce(x, "sum") for x in (count, total, squares, errors))
+        variance = (squares - total.square() / count).sum()
+        metrics = {
+            f"{metric_key_prefix}_mse": (errors.sum() / (count * dim)).item(),
+            f"{metric_key_prefix}_explained_variance": (1 - errors.sum() / variance).item(),
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

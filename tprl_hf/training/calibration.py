@@ -1,0 +1,80 @@
+"""Threshold and budget: which threshold keeps a given fraction of the tokens on average."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from tprl_hf.modeling.keep_mask import Budget
+from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.modeling.token_pruner import LearnedPruner
+
+from .answer_batches import AnswerBatch, SampleEncoder, undecoded
+
+NUM_BISECTIONS = 20
+
+
+@torch.no_grad()
+def calibrate_threshold(
+    model: TPRLForConditionalGeneration,
+    processor: Any,
+    dataset: Dataset,
+    keep_ratio: float,
+    batch_size: int = 64,
+    set_default: bool = True,
+) -> float:
+    r"""
+    Finds the threshold at which the policy keeps `keep_ratio` of the visual tokens on average. With it the policy
+    decides for each sample how much it needs. A threshold found for one budget does not carry over to another.
+
+    Args:
+        model ([`TPRLForConditionalGeneration`]): with a trained policy.
+        processor: its processor.
+        dataset (`datasets.Dataset`): validation samples; not those that the result is measured on.
+        keep_ratio (`float`): fraction of the visual tokens that is KEPT on average.
+        batch_size (`int`, defaults to 64): samples at a time.
+        set_default (`bool`, defaults to `True`): let the model's config name this threshold as its budget.
+
+    Returns:
+        `float`: the threshold, in (0, 1).
+
+    Raises:
+        `ValueError`: when `keep_ratio` is no fraction, or out of reach because `min_keep` or `max_keep` bound it.
+    """
+    if not 0 < keep_ratio < 1:
+        raise ValueError(f"keep_ratio is the fraction of visual tokens that is kept, in (0, 1); got {keep_ratio}.")
+    encoder = SampleEncoder(model, processor)
+    rows = undecoded(dataset)
+    batches = [
+        encoder([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+        for start in range(0, len(rows), batch_size)
+    ]
+    # in log-odds: where a policy is sure, thresholds lie close to 0 or 1
+    low, high = -15.0, 15.0
+    for _ in range(NUM_BISECTIONS):
+        middle = (low + high) / 2
+        kept = mean_keep_ratio(model, batches, torch.tensor(middle).sigmoid().item())
+        low, high = (middle, high) if kept > keep_ratio else (low, middle)
+    threshold = torch.tensor((low + high) / 2).sigmoid().item()
+    reached = mean_keep_ratio(model, batches, threshold)
+    if abs(reached - keep_ratio) > 0.05:
+        raise ValueError(
+            f"No threshold keeps {keep_ratio:.3f} of the tokens: the nearest, {threshold:.4f}, keeps {reached:.3f}. "
+            f"Look at min_keep={model.config.min_keep} and max_keep={model.config.max_keep}, or train longer."
+        )
+    if set_default:
+        model.config.keep_ratio, model.config.num_keep, model.config.threshold = None, None, threshold
+    return threshold
+
+
+def mean_keep_ratio(model: TPRLForConditionalGeneration, batches: list[AnswerBatch], threshold: float) -> float:
+    """Kept tokens over all tokens, with `threshold`."""
+    config = model.config
+    budget = Budget(threshold=threshold, min_keep=config.min_keep, max_keep=config.max_keep)
+    pruner = LearnedPruner(model.policy, model.autoencoder, config.num_steps)
+    kept = total = 0
+    for batch in batches:
+        keep_mask, _ = pruner.choose(batch.inputs, budget)
+        kept += int(keep_mask.sum())
+        total += int(batch.inputs.valid.sum())
+    return kept / max(total, 1)

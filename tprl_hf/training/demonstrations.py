@@ -1,0 +1,130 @@
+"""Stage 2: what a teacher keeps, step by step, as a dataset on disk (eq. 7 of the TPRL paper)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset, List, Value
+from datasets import Image as ImageFeature
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tprl_hf.modeling.keep_mask import Budget, keep_counts, keep_top_k
+from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.modeling.token_pruner import TokenPruner
+
+from .answer_batches import AnswerBatch, SampleEncoder, undecoded
+from .teachers import AnswerTeacher
+
+PAPER_KEEP_RATIOS = (0.75, 0.5)
+
+
+def budget_steps(keep_ratio: float, num_steps: int) -> list[float]:
+    """The keep ratio after each of `num_steps` equal steps down to `keep_ratio`, as [`LearnedPruner`] takes them."""
+    return [keep_ratio ** ((step + 1) / num_steps) for step in range(num_steps)]
+
+
+def demonstrate(
+    teacher: TokenPruner | AnswerTeacher,
+    model: TPRLForConditionalGeneration,
+    batch: AnswerBatch,
+    schedules: Sequence[Sequence[float]],
+) -> list[list[Tensor]]:
+    """
+    Keep masks `bool [B, N]` after each step of each schedule; each is part of the one before.
+
+    Args:
+        schedules: fractions of all visual tokens that are left after each step, descending.
+    """
+    inputs = batch.inputs
+    num_visual, protected = inputs.valid.sum(1), inputs.layout.protected
+    scores = teacher.score(model, batch, inputs.valid) if isinstance(teacher, AnswerTeacher) else None
+    demonstrated = []
+    for schedule in schedules:
+        keep_mask, before, masks = inputs.valid, 1.0, []
+        for keep_ratio in schedule:
+            if isinstance(teacher, TokenPruner):
+                with torch.no_grad():
+                    left = replace(inputs, valid=keep_mask)
+                    keep_mask, _ = teacher.choose(left, Budget(keep_ratio=keep_ratio / before))
+            else:
+                assert scores is not None
+                counts = keep_counts(num_visual, Budget(keep_ratio=keep_ratio))
+                keep_mask = keep_top_k(scores, keep_mask, counts, protected)
+            masks.append(keep_mask)
+            before = keep_ratio
+        demonstrated.append(masks)
+    return demonstrated
+
+
+def generate_demonstrations(
+    teacher: TokenPruner | AnswerTeacher,
+    model: TPRLForConditionalGeneration,
+    processor: Any,
+    dataset: Dataset,
+    keep_ratios: Sequence[float] | Sequence[Sequence[float]] = PAPER_KEEP_RATIOS,
+    output_dir: str | None = None,
+    batch_size: int = 16,
+    feature_cache_mb: int = 1024,
+) -> Dataset:
+    r"""
+    Lets a teacher prune each sample step by step.
+
+    Args:
+        teacher ([`TokenPruner`] or [`AnswerTeacher`]): any pruner, or one that knows the reference answer.
+        model ([`TPRLForConditionalGeneration`]): whose frozen LVLM the samples are encoded with.
+        processor: its processor.
+        dataset (`datasets.Dataset`): rows with `images`, `prompt` and `answer`.
+        keep_ratios (`list[float]`, defaults to 0.75 and 0.5): fraction of the visual tokens that is KEPT after each
+            step, descending: the paper's 25 % and 50 % pruned. Several such lists take turns, sample by sample.
+        output_dir (`str`, *optional*): where the result is saved.
+        batch_size (`int`, defaults to 16): samples at a time.
+        feature_cache_mb (`int`, defaults to 1024): room for visual features, in MiB.
+
+    Returns:
+        `datasets.Dataset`: the rows of `dataset` with `keep_masks`, a list over steps of lists over the sample's
+        visual tokens.
+
+    Raises:
+        `ValueError`: when the ratios are no fractions in descending order.
+
+    Example:
+
+    ```python
+    >>> from tprl_hf.pruners import VisPruner
+    >>> from tprl_hf.training import generate_demonstrations
+
+    >>> demonstrations = generate_demonstrations(VisPruner(), model, processor, dataset, output_dir="demonstrations")
+    ```
+    """
+    schedules = [list(s) if isinstance(s, Sequence) else [s] for s in keep_ratios]
+    if not isinstance(keep_ratios[0], Sequence):
+        schedules = [[ratio for schedule in schedules for ratio in schedule]]
+    for schedule in schedules:
+        if not all(0 < later < earlier <= 1 for earlier, later in zip([1.0, *schedule], schedule, strict=False)):
+            raise ValueError(f"keep_ratios are fractions that are KEPT, below 1 and descending; got {schedule}.")
+    needs_attention = isinstance(teacher, TokenPruner) and teacher.needs_attention
+    encoder = SampleEncoder(model, processor, feature_cache_mb * 2**20, needs_attention)
+    source = undecoded(dataset)
+    model.eval()
+    # the gradient teacher needs gradients of the tokens only
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    keep_masks: list[list[list[bool]]] = []
+    for start in tqdm(range(0, len(source), batch_size), desc="Demonstrations", unit="batch"):
+        rows = [source[index] for index in range(start, min(start + batch_size, len(source)))]
+        batch = encoder(rows)
+        demonstrated = demonstrate(teacher, model, batch, schedules)
+        for offset, valid in enumerate(batch.inputs.valid):
+            masks = demonstrated[(start + offset) % len(schedules)]
+            keep_masks.append([mask[offset, valid].tolist() for mask in masks])
+    for parameter, requires_grad in wanted:
+        parameter.requires_grad_(requires_grad)
+    column = Dataset.from_dict({"keep_masks": keep_masks}).cast_column("keep_masks", List(List(Value("bool"))))
+    demonstrations = source.add_column("keep_masks", column.data.column("keep_masks").combine_chunks())
+    if "images" in dataset.features and demonstrations.features["images"] == List(ImageFeature(decode=False)):
+        demonstrations = demonstrations.cast_column("images", List(ImageFeature()))
+    if output_dir is not None:
+        demonstrations.save_to_disk(output_dir)
+    return demonstrations

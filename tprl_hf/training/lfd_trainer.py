@@ -1,0 +1,103 @@
+"""Stage 3: the policy learns to keep what a teacher kept (eq. 8 of the TPRL paper)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.modeling.token_pruner import PruningInputs
+
+from .lfd_config import LfDConfig
+from .pruner_trainer import PolicyTrainer, TrainedNetworks
+
+
+def demonstrated_steps(keep_masks: list[list[list[bool]]], inputs: PruningInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Demonstrations of several lengths, with several numbers of tokens, as tensors.
+
+    Args:
+        keep_masks: for each sample, for each of its steps, one bit for each of its visual tokens.
+        inputs: of the B samples.
+
+    Returns:
+        Tokens kept `before` each step, tokens `kept` by it, and bits that are `asked` for: all `bool [T, B, N]`. Not
+        asked for are tokens already gone, separators, padding, and the steps that a sample does not have.
+
+    Raises:
+        `ValueError`: when a demonstration has another number of tokens than the sample.
+    """
+    num_steps = max(len(masks) for masks in keep_masks)
+    kept = torch.zeros((num_steps, *inputs.valid.shape), dtype=torch.bool, device=inputs.valid.device)
+    exists = torch.zeros_like(kept)
+    for sample, masks in enumerate(keep_masks):
+        num_visual = int(inputs.valid[sample].sum())
+        for step, mask in enumerate(masks):
+            if len(mask) != num_visual:
+                raise ValueError(
+                    f"A demonstration has {len(mask)} tokens, but its sample has {num_visual} visual tokens: it was "
+                    "made with another model or processor. Generate the demonstrations again."
+                )
+            kept[step, sample, :num_visual] = torch.tensor(mask, device=kept.device)
+            exists[step, sample] = True
+    before = torch.cat([inputs.valid[None], kept[:-1]])
+    return before, kept, before & exists & ~inputs.layout.protected
+
+
+def imitation_loss(logits: Tensor, kept: Tensor, asked: Tensor) -> Tensor:
+    """
+    Binary cross-entropy of eq. 8: the mean over the bits of each step, over the steps of each sample, over samples.
+
+    Args:
+        logits (`[T, B, N]`): log-odds of keeping.
+        kept (`bool [T, B, N]`): what the teacher kept.
+        asked (`bool [T, B, N]`): bits that the teacher decided.
+
+    Returns:
+        float32 `[B]`, the loss of each sample.
+    """
+    loss = F.binary_cross_entropy_with_logits(logits, kept.to(logits.dtype), reduction="none")
+    of_steps = loss.masked_fill(~asked, 0.0).sum(-1) / asked.sum(-1).clamp(min=1)  # (T, B)
+    return of_steps.sum(0) / asked.any(-1).sum(0).clamp(min=1)
+
+
+class LfDTrainer(PolicyTrainer):
+    """
+    Trains the policy on demonstrations.
+
+    Args: see [`PrunerTrainer`]; `args` is an [`LfDConfig`], `train_dataset` comes from [`generate_demonstrations`].
+    `eval_dataset` needs no demonstrations.
+
+    Example:
+
+    ```python
+    >>> trainer = LfDTrainer(model, LfDConfig("lfd"), processor, demonstrations, eval_dataset)
+    >>> trainer.train()
+    >>> trainer.save_model()
+    ```
+    """
+
+    _name = "TPRL learning from demonstrations"
+    args: LfDConfig
+
+    def networks(self, model: TPRLForConditionalGeneration) -> TrainedNetworks:
+        networks = super().networks(model)
+        model.autoencoder.encoder.requires_grad_(self.args_of_networks.train_encoder)
+        return networks
+
+    def __init__(self, model: TPRLForConditionalGeneration, args: LfDConfig, *positional, **named):
+        self.args_of_networks = args
+        super().__init__(model, args, *positional, **named)
+        if self.train_dataset is not None and "keep_masks" not in self.train_dataset.column_names:
+            raise ValueError(
+                "train_dataset has no column `keep_masks`: make demonstrations of it with generate_demonstrations."
+            )
+
+    def loss(self, networks: nn.Module, rows: list[dict[str, Any]]) -> Tensor:
+        inputs = self.encoder(rows).inputs
+        before, kept, asked = demonstrated_steps([row["keep_masks"] for row in rows], inputs)
+        logits = networks(inputs, before).logits
+        agrees = ((logits > 0) == kept)[asked]
+        self.note(policy__agreement=agrees.float().mean(), policy__keep_prob=logits.sigmoid()[asked].mean())
+        return imitation_loss(logits, kept, asked).mean()

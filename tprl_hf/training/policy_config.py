@@ -1,0 +1,65 @@
+"""What all training configs have in common."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class PrunerTrainingConfig(TrainingArguments):
+    r"""
+    Base of all our configs. Only what differs from [`~transformers.TrainingArguments`] is listed.
+
+    Args:
+        output_dir (`str`):
+            Where checkpoints and, at the end, the trained policy go: a directory that `from_pretrained` takes.
+        feature_cache_mb (`int`, defaults to 1024):
+            Room for visual features, which are computed once for each image while they fit.
+        score_batch_size (`int`, defaults to 64):
+            Prompts that run through the frozen LLM together.
+        save_base_model (`bool`, defaults to `False`):
+            Save the frozen LVLM too, at the end of training.
+        logging_steps (`float`, defaults to 10), save_total_limit (`int`, defaults to 2),
+        remove_unused_columns (`bool`, defaults to `False`), report_to (`str`, defaults to `"none"`),
+        dataloader_pin_memory (`bool`, defaults to `False`):
+            Other defaults than in `TrainingArguments`.
+    """
+
+    feature_cache_mb: int = field(default=1024, metadata={"help": "Room for visual features, in MiB."})
+    score_batch_size: int = field(default=64, metadata={"help": "Prompts in one pass of the frozen LLM."})
+    save_base_model: bool = field(default=False, metadata={"help": "Save the frozen LVLM too, at the end."})
+    logging_steps: float = 10
+    save_total_limit: int | None = 2
+    remove_unused_columns: bool = False
+    report_to: str | list[str] = "none"
+    dataloader_pin_memory: bool = False  # batches are rows, not tensors
+
+
+@dataclass
+class PolicyTrainingConfig(PrunerTrainingConfig):
+    r"""
+    Base of the configs that train the policy.
+
+    Args:
+        eval_keep_ratios (`list[float]`, defaults to 1/3, 2/9 and 1/9):
+            Budgets at which the policy is measured on `eval_dataset`, as it prunes at inference.
+        keep_best (`bool`, defaults to `True`):
+            End with the weights that were best on `eval_dataset`, the start included. Needs `eval_strategy`.
+        best_metric (`"accuracy"` or `"logprob"`, defaults to `"logprob"`):
+            What "best" means: accuracy, or the mean log-probability of the reference answer, which is less noisy. Both
+            are averages over `eval_keep_ratios`.
+        keep_ratio (`float`, *optional*):
+            Default budget that the trained model's config names. Left as it is when `None`.
+    """
+
+    eval_keep_ratios: list[float] = field(default_factory=lambda: [1 / 3, 2 / 9, 1 / 9])
+    keep_best: bool = field(default=True, metadata={"help": "End with the weights that were best on validation."})
+    best_metric: str = field(default="logprob", metadata={"help": "accuracy or logprob"})
+    keep_ratio: float | None = field(default=None, metadata={"help": "Default budget of the trained model."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.best_metric not in ("accuracy", "logprob"):
+            raise ValueError(f"best_metric is accuracy or logprob; got {self.best_metric!r}.")
+        if not all(0 < ratio <= 1 for ratio in self.eval_keep_ratios):
+            raise ValueError(f"eval_keep_ratios are fractions that are KEPT, in (0, 1]; got {self.eval_keep_ratios}.")

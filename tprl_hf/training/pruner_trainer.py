@@ -1,0 +1,311 @@
+"""What all our trainers have in common: the frozen LVLM stays outside, directories hold the policy, NaN stops."""
+
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers.trainer_utils import get_last_checkpoint
+
+from tprl_hf.modeling.keep_mask import Budget
+from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.modeling.pruning_policy import PolicyOutput
+from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs
+
+from .answer_batches import SampleEncoder, undecoded
+from .answer_scores import score_answers
+from .policy_config import PolicyTrainingConfig, PrunerTrainingConfig
+
+STATE_FILE = "pruner_trainer_{rank}.pt"
+
+
+class TrainedNetworks(nn.Module):
+    """Autoencoder and policy of a model, without its LVLM: what an optimizer may see.
+
+    Its weights have the names they have in a checkpoint of the whole model.
+    """
+
+    def __init__(self, model: TPRLForConditionalGeneration):
+        super().__init__()
+        self.autoencoder = model.autoencoder
+        self.policy = model.policy
+
+
+class PolicyNetworks(TrainedNetworks):
+    """One pass of the policy over all steps of a batch of trajectories."""
+
+    def forward(self, inputs: PruningInputs, keep_masks: Tensor) -> PolicyOutput:
+        """
+        Args:
+            inputs: of S trajectories.
+            keep_masks (`bool [T, S, N]`): tokens still kept before each step.
+
+        Returns:
+            [`PolicyOutput`] with `logits [T, S, N]` and `values [T, S]`.
+        """
+        codes = self.autoencoder.encode(inputs.tokens)
+        positions = inputs.layout.positions()
+        steps = [
+            self.policy(codes, keep_mask, inputs.query, inputs.query_mask, step, positions)
+            for step, keep_mask in enumerate(keep_masks)
+        ]
+        return PolicyOutput(torch.stack([s.logits for s in steps]), torch.stack([s.values for s in steps]))
+
+
+def as_they_are(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a dataset as a batch: they are encoded where they are used."""
+    return rows
+
+
+class StopAtNaN(TrainerCallback):
+    """Stops before a gradient that is not finite reaches the weights."""
+
+    def __init__(self, trainer: "PrunerTrainer"):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        for name, parameter in self.trainer.model.named_parameters():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                self.trainer.stop_at(f"The gradient of {name} is not finite")
+
+
+class PrunerTrainer(Trainer):
+    """
+    Base of our trainers.
+
+    Args:
+        model ([`TPRLForConditionalGeneration`]): its LVLM is frozen and never handed to the optimizer.
+        args: the config of the subclass.
+        processing_class: the model's processor; needs a chat template.
+        train_dataset (`datasets.Dataset`): rows with `images`, `prompt` and `answer`; with `image_id`, questions about
+            one image share its features.
+        eval_dataset (`datasets.Dataset`, *optional*): rows of the same form.
+        callbacks, optimizers: as in [`~transformers.Trainer`].
+    """
+
+    _tag_names: tuple[str, ...] = ("tprl", "token-pruning")
+    _name = "TPRL"
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "Language-Guided Token Compression with Reinforcement Learning in Large Vision-Language Models",
+        "id": "2603.13394",
+    }
+
+    args: PrunerTrainingConfig
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: TPRLForConditionalGeneration,
+        args: PrunerTrainingConfig,
+        processing_class: Any,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        model.lvlm.requires_grad_(False)
+        model.eval()
+        model.to(args.device)
+        self.tprl_model = model
+        self.encoder = SampleEncoder(model, processing_class, args.feature_cache_mb * 2**20)
+        self.metrics: dict[str, list[float]] = defaultdict(list)
+        self.last_inputs: Any = None
+        super().__init__(
+            model=self.networks(model),
+            args=args,
+            data_collator=as_they_are,
+            processing_class=processing_class,
+            train_dataset=None if train_dataset is None else undecoded(train_dataset),
+            eval_dataset=None if eval_dataset is None else undecoded(eval_dataset),
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.add_callback(StopAtNaN(self))
+
+    def networks(self, model: TPRLForConditionalGeneration) -> TrainedNetworks:
+        """What is trained, with `requires_grad` set accordingly."""
+        raise NotImplementedError
+
+    # ---- training ----
+
+    def loss(self, networks: nn.Module, rows: list[dict[str, Any]]) -> Tensor:
+        """The loss of a batch, in which every sample weighs the same: so batches may be cut into micro-batches."""
+        raise NotImplementedError
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.last_inputs = inputs
+        loss = self.loss(model, inputs)
+        self.refuse_nan(loss)
+        return loss
+
+    def refuse_nan(self, loss: Tensor) -> None:
+        """Stops where `loss` is not finite."""
+        if not loss.isfinite():
+            self.stop_at(f"The loss is {loss.item()}")
+
+    def stop_at(self, what: str) -> None:
+        """Saves what the step had to do with, and raises `FloatingPointError`."""
+        step = self.state.global_step
+        path = Path(self.args.output_dir) / f"nan-step-{step}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"step": step, "inputs": self.last_inputs, "weights": self.model.state_dict()}, path)
+        raise FloatingPointError(
+            f"{what} at step {step}. The step's data and the weights before it are in {path}; checkpoints before it "
+            f"are good. Lower learning_rate={self.args.learning_rate}, or look at the data."
+        )
+
+    def note(self, **values: float | Tensor) -> None:
+        """Collects metrics, which the next log averages; "__" in a name is a "/"."""
+        for name, value in values.items():
+            number = value.item() if isinstance(value, Tensor) else value
+            self.metrics[name.replace("__", "/")].append(number)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not any(name.startswith("eval_") for name in logs):
+            logs = {**logs, **{name: sum(values) / len(values) for name, values in self.metrics.items()}}
+            self.metrics.clear()
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # most of the work is the frozen LVLM's, of which the optimizer's model knows nothing
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+        r"""
+        As [`~transformers.Trainer.train`]. A resumed run does what an uninterrupted one would have done.
+        """
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ValueError(f"There is no checkpoint in {self.args.output_dir} to go on from.")
+        if checkpoint is not None:
+            self.restore(str(checkpoint))
+        else:
+            self.begin()
+        output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        self.finish()
+        return output
+
+    def begin(self) -> None:
+        """Called before the first step, not when resumed."""
+
+    def finish(self) -> None:
+        """Called after the last step."""
+        self.tprl_model.eval()
+
+    # ---- directories ----
+
+    def saved_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides weights, optimizer, scheduler and random state."""
+        return {"metrics": dict(self.metrics)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes what `saved_state` gave."""
+        self.metrics.update(state["metrics"])
+
+    def restore(self, checkpoint: str) -> None:
+        path = Path(checkpoint) / STATE_FILE.format(rank=self.args.process_index)
+        if not path.exists():
+            raise OSError(
+                f"{path} is missing: {checkpoint} was written with fewer processes, or is not ours. Start again, or "
+                "resume with as many processes as before."
+            )
+        self.load_state(torch.load(path, map_location=self.args.device, weights_only=True))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        r"""
+        Saves model and processor where `from_pretrained` finds them.
+        """
+        directory = output_dir or self.args.output_dir
+        if self.args.should_save:
+            whole = self.args.save_base_model and not _internal_call
+            self.tprl_model.save_pretrained(directory, save_base_model=whole)
+            self.processing_class.save_pretrained(directory)
+        if _internal_call:
+            os.makedirs(directory, exist_ok=True)
+            torch.save(self.saved_state(), Path(directory) / STATE_FILE.format(rank=self.args.process_index))
+        elif self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+class PolicyTrainer(PrunerTrainer):
+    """Base of the trainers of the policy: measures it as it prunes at inference, and keeps the best."""
+
+    args: PolicyTrainingConfig
+
+    def __init__(self, model: TPRLForConditionalGeneration, args: PolicyTrainingConfig, *positional, **named):
+        super().__init__(model, args, *positional, **named)
+        if args.keep_ratio is not None:
+            model.config.keep_ratio = args.keep_ratio
+        self.best: dict[str, Any] = {}
+
+    def networks(self, model: TPRLForConditionalGeneration) -> TrainedNetworks:
+        model.autoencoder.requires_grad_(False)
+        model.policy.requires_grad_(True)
+        return PolicyNetworks(model)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        r"""
+        Prunes `eval_dataset` to each of `eval_keep_ratios` as inference does.
+
+        Returns:
+            `dict`: `eval_accuracy@R` and `eval_logprob@R` for each budget R, and their means `eval_accuracy` and
+            `eval_logprob`. An answer is right when greedy decoding gives exactly the reference.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else undecoded(eval_dataset)
+        if dataset is None:
+            raise ValueError("Nothing to evaluate on: pass eval_dataset.")
+        model, ratios = self.tprl_model, self.args.eval_keep_ratios
+        pruner = LearnedPruner(model.policy, model.autoencoder, model.config.num_steps)
+        sums = torch.zeros(2, len(ratios), device=self.args.device)
+        # Each process takes every so many-th sample.
+        mine = range(self.args.process_index, len(dataset), self.args.world_size)
+        batch_size = self.args.per_device_eval_batch_size
+        for start in range(0, len(mine), batch_size):
+            batch = self.encoder([dataset[i] for i in mine[start : start + batch_size]])
+            for column, ratio in enumerate(ratios):
+                budget = Budget(keep_ratio=ratio, min_keep=model.config.min_keep)
+                keep_mask, _ = pruner.choose(batch.inputs, budget)
+                scores = score_answers(model, batch, keep_mask, list(range(len(batch))), self.args.score_batch_size)
+                sums[0, column] += scores.right.sum()
+                sums[1, column] += scores.logprobs.sum()
+        sums = self.accelerator.reduce(sums, "sum") / len(dataset)
+        metrics = {f"{metric_key_prefix}_accuracy": 100 * sums[0].mean().item()}
+        metrics[f"{metric_key_prefix}_logprob"] = sums[1].mean().item()
+        for column, ratio in enumerate(ratios):
+            metrics[f"{metric_key_prefix}_accuracy@{ratio:.3f}"] = 100 * sums[0, column].item()
+            metrics[f"{metric_key_prefix}_logprob@{ratio:.3f}"] = sums[1, column].item()
+        if metric_key_prefix == "eval" and eval_dataset is None:
+            self.remember_if_best(metrics)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def remember_if_best(self, metrics: dict[str, float]) -> None:
+        score = metrics[f"eval_{self.args.best_metric}"]
+        if self.args.keep_best and score > self.best.get("score", -float("inf")):
+            weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            self.best = {"score": score, "step": self.state.global_step, "weights": weights}
+
+    def begin(self) -> None:
+        super().begin()
+        if self.args.keep_best and self.eval_dataset is not None:
+            self.evaluate()
+
+    def finish(self) -> None:
+        if self.best:
+            self.model.load_state_dict(self.best["weights"])
+            self.state.best_metric, self.state.best_global_step = self.best["score"], self.best["step"]
+        super().finish()
+
+    def saved_state(self) -> dict[str, Any]:
+        return {**super().saved_state(), "best": self.best}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.best = state["best"]

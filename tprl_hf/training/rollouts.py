@@ -1,0 +1,166 @@
+"""Rollouts: the policy prunes a batch of samples step by step, by chance (eq. 2, 3 and 14 of the TPRL paper)."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tprl_hf.modeling.keep_mask import keep_logprobs, sample_keep_mask
+from tprl_hf.modeling.pruning_policy import PruningPolicy
+from tprl_hf.modeling.token_autoencoder import TokenAutoencoder
+from tprl_hf.modeling.token_layout import TokenLayout
+from tprl_hf.modeling.token_pruner import PruningInputs
+
+
+def take_inputs(inputs: PruningInputs, index: Tensor) -> PruningInputs:
+    """Inputs of samples `index [S]`, which may repeat."""
+    layout = TokenLayout(**{name: value[index] for name, value in vars(inputs.layout).items()})
+    return replace(
+        inputs,
+        tokens=inputs.tokens[index],
+        valid=inputs.valid[index],
+        layout=layout,
+        query=inputs.query[index],
+        query_mask=inputs.query_mask[index],
+        sample_keys=[inputs.sample_keys[i] for i in index.tolist()],
+        attention=None if inputs.attention is None else inputs.attention[index],
+    )
+
+
+@dataclass
+class Rollouts:
+    """S trajectories of at most T steps over N tokens.
+
+    Args:
+        of (`int64 [S]`): the sample that each trajectory is of.
+        keep_masks (`bool [T + 1, S, N]`): tokens left before the first step and after each.
+        asked (`bool [T, S, N]`): bits that the policy drew; none in steps that a trajectory does not have.
+        shifts (float32 `[T, S]`): added to the logits, to draw at a budget; 0 without one.
+        logprobs (float32 `[T, S, N]`): of the bits that were drawn.
+        values (float32 `[T, S]`): of the states before each step.
+    """
+
+    of: Tensor
+    keep_masks: Tensor
+    asked: Tensor
+    shifts: Tensor
+    logprobs: Tensor
+    values: Tensor
+
+    @property
+    def exists(self) -> Tensor:
+        """Steps that a trajectory has, `bool [T, S]`."""
+        return self.asked.any(-1)
+
+    @property
+    def num_kept(self) -> Tensor:
+        """Tokens left before the first step and after each, `int64 [T + 1, S]`."""
+        return self.keep_masks.sum(-1)
+
+    def take(self, index: Tensor) -> "Rollouts":
+        """Trajectories `index`."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Rollouts(**{name: value[index] if name == "of" else value[:, index] for name, value in own.items()})
+
+    def state(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def shift_to_budget(logits: Tensor, asked: Tensor, targets: Tensor, discount: float = 1.0) -> Tensor:
+    """
+    What to add to the logits of each row so that `targets` of its asked tokens are kept on average.
+
+    Args:
+        logits (`[S, N]`), asked (`bool [S, N]`), targets (`[S]`): numbers of tokens to keep.
+
+    Returns:
+        float32 `[S]`, in [-40, 40].
+    """
+    low = torch.full_like(targets, -40.0)
+    high = torch.full_like(targets, 40.0)
+    for _ in range(40):  # bisection: the expected count rises with the shift
+        middle = (low + high) / 2
+        expected = (discount * (logits + middle[:, None]).sigmoid() * asked).sum(1)
+        low, high = torch.where(expected < targets, middle, low), torch.where(expected < targets, high, middle)
+    return (low + high) / 2
+
+
+@torch.no_grad()
+def collect_rollouts(
+    policy: PruningPolicy,
+    autoencoder: TokenAutoencoder,
+    inputs: PruningInputs,
+    num_rollouts: int,
+    num_steps: int,
+    lambda_disc: float,
+    generator: torch.Generator,
+    keep_ratios: Tensor | None = None,
+    shared_budget: bool = False,
+) -> Rollouts:
+    """
+    Prunes each of B samples `num_rollouts` times; the rollouts of a sample lie beside each other.
+
+    Args:
+        policy ([`PruningPolicy`]), autoencoder ([`TokenAutoencoder`]): the networks.
+        inputs: of B samples.
+        lambda_disc (`float`): step t draws from `lambda_disc ** t * p`, t counted from 0 (eq. 14).
+        generator (`torch.Generator`): the only source of chance.
+        keep_ratios (`[B]`, *optional*): draw at these budgets: after step t of T, `keep_ratio ** ((t + 1) / T)` of the
+            tokens are left on average. Without it the policy's own probabilities decide.
+        shared_budget (`bool`, defaults to `False`): meet the budgets on average over the batch, not in each sample.
+
+    Returns:
+        [`Rollouts`]
+    """
+    of = torch.arange(len(inputs.valid), device=inputs.valid.device).repeat_interleave(num_rollouts)
+    codes = autoencoder.encode(inputs.tokens)[of]
+    rows = take_inputs(inputs, of)
+    positions = rows.layout.positions()
+    num_visual = rows.valid.sum(1)
+    keep_mask = rows.valid
+    keep_masks, all_asked, shifts, logprobs, values = [keep_mask], [], [], [], []
+    for step in range(num_steps):
+        output = policy(codes, keep_mask, rows.query, rows.query_mask, step, positions)
+        asked = keep_mask & ~rows.layout.protected
+        discount = lambda_disc**step
+        shift = torch.zeros(len(of), device=codes.device)
+        if keep_ratios is not None:
+            targets = num_visual * keep_ratios[of] ** ((step + 1) / num_steps)
+            targets = (targets - (keep_mask & ~asked).sum(1)).clamp(min=1.0)
+            if shared_budget:
+                everything = shift_to_budget(output.logits.reshape(1, -1), asked.reshape(1, -1), targets.sum()[None])
+                shift = everything.expand(len(of))
+            else:
+                shift = shift_to_budget(output.logits, asked, targets, discount)
+        logits = output.logits + shift[:, None]
+        drawn = sample_keep_mask(logits, asked, discount, generator) | (keep_mask & ~asked)
+        logprobs.append(keep_logprobs(logits, drawn, asked, discount))
+        keep_mask = drawn
+        keep_masks.append(keep_mask)
+        all_asked.append(asked)
+        shifts.append(shift)
+        values.append(output.values)
+    return Rollouts(
+        of,
+        torch.stack(keep_masks),
+        torch.stack(all_asked),
+        torch.stack(shifts),
+        torch.stack(logprobs),
+        torch.stack(values),
+    )
+
+
+def replayed_logprobs(rollouts: Rollouts, logits: Tensor, lambda_disc: float) -> Tensor:
+    """Log-probabilities of the drawn bits under new `logits [T, S, N]`, with the same discounts: float `[T, S, N]`."""
+    return torch.stack(
+        [
+            keep_logprobs(
+                logits[step] + rollouts.shifts[step][:, None],
+                rollouts.keep_masks[step + 1],
+                rollouts.asked[step],
+                lambda_disc**step,
+            )
+            for step in range(len(logits))
+        ]
+    )

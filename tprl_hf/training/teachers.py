@@ -1,0 +1,56 @@
+"""Teachers that know the reference answer, and so can demonstrate better than any pruner; for training only."""
+
+import torch
+from torch import Tensor
+
+from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+
+from .answer_batches import AnswerBatch
+from .answer_scores import gradient_saliency, score_answers
+
+
+class AnswerTeacher:
+    """Says which tokens the frozen LVLM needs for the reference answer."""
+
+    def score(self, model: TPRLForConditionalGeneration, batch: AnswerBatch, keep_mask: Tensor) -> Tensor:
+        """How much each token of `keep_mask [B, N]` matters, float `[B, N]`; higher is kept."""
+        raise NotImplementedError(f"{type(self).__name__} must define `score`.")
+
+
+class GradientTeacher(AnswerTeacher):
+    """`|d log p(answer) / dv . v|`: one backward pass for each sample."""
+
+    def score(self, model: TPRLForConditionalGeneration, batch: AnswerBatch, keep_mask: Tensor) -> Tensor:
+        return gradient_saliency(model, batch, keep_mask)
+
+
+class LeaveOutTeacher(AnswerTeacher):
+    """How far the answer's log-probability falls when a token and its neighbours are removed.
+
+    One forward pass for each group of tokens: slow, but without the gradient's blindness to what saturates.
+
+    Args:
+        group_size (`int`, defaults to 4): neighbouring tokens, in their order, that are left out together.
+        batch_size (`int`, defaults to 64): masks that run through the LLM together.
+    """
+
+    def __init__(self, group_size: int = 4, batch_size: int = 64):
+        if group_size < 1:
+            raise ValueError(f"group_size is at least 1; got {group_size}.")
+        self.group_size = group_size
+        self.batch_size = batch_size
+
+    def score(self, model: TPRLForConditionalGeneration, batch: AnswerBatch, keep_mask: Tensor) -> Tensor:
+        group = keep_mask.cumsum(1).sub(1).clamp(min=0) // self.group_size  # (B, N)
+        masks, of, groups = [], [], []
+        for sample, kept in enumerate(keep_mask):
+            for index in range(int(group[sample].max()) + 1):
+                masks.append(kept & (group[sample] != index))
+                of.append(sample)
+                groups.append(index)
+        whole = score_answers(model, batch, keep_mask, list(range(len(batch))), self.batch_size).logprobs
+        rest = score_answers(model, batch, torch.stack(masks), of, self.batch_size).logprobs
+        scores = torch.zeros(keep_mask.shape, device=keep_mask.device)
+        for sample, index, logprob in zip(of, groups, rest, strict=True):
+            scores[sample][group[sample] == index] = whole[sample] - logprob
+        return scores
