@@ -5,7 +5,7 @@ import pytest
 from tests.cli.conftest import make_processor
 from tests.tiny_models import build
 from tprl_hf import TPRLForConditionalGeneration
-from tprl_hf.cli.demo import format_table, one_of_each_type
+from tprl_hf.cli.demo import format_table, pick_shown
 from tprl_hf.cli.main import main
 
 
@@ -80,11 +80,12 @@ def test_a_trained_policy_has_a_column_of_its_own(demo, tmp_path):
     assert table_under(out, "pruner")[-1][:2] == ["learned", "5 of 16"]
 
 
-def test_one_of_each_type():
-    samples = [{"question_type": kind} for kind in "aababcc"]
-    assert one_of_each_type(samples, 3) == [0, 2, 5]
-    assert one_of_each_type(samples, 5) == [0, 2, 5, 1, 4]
-    assert one_of_each_type(samples, 99) == [0, 2, 5, 1, 4, 6, 3]
+def test_types_take_turns_and_images_are_new_while_there_are_any():
+    kinds, images = "aabbcab", "1112134"
+    samples = [{"question_type": kind, "image_id": image} for kind, image in zip(kinds, images, strict=True)]
+    assert pick_shown(samples, 2) == [0, 3]
+    assert pick_shown(samples, 5) == [0, 3, 4, 5, 6]
+    assert sorted(pick_shown(samples, 99)) == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_format_table():
