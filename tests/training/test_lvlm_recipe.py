@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from tprl_hf.training.lvlm_model import PATCHES_PER_SIDE, TEXT_HEADS, build_lvlm
 from tprl_hf.training.mosaic_lvlm import (
     GROUNDED_HEADS,
     MosaicLVLMConfig,
-    PatchHeads,
-    answer_loss,
+    ReadingHeads,
+    answer_losses,
     load_state,
     run_tower,
     save_state,
@@ -57,7 +58,7 @@ def test_tokenizer_knows_every_word_of_the_data_and_gives_it_back(processor):
 def test_packed_questions_equal_single_prompts(processor, model, images):
     batch = pack(images, processor.tokenizer, [False, False])
     patches, _ = run_tower(model, batch.pixel_values)
-    _, _, logits = answer_loss(model, patches, batch, 0.0)
+    logits = answer_losses(model, ReadingHeads(192), patches, batch, with_guidance=False).logits
     rows = iter(batch.answer_rows)
     for image in images:
         for question in image.questions:
@@ -73,7 +74,7 @@ def test_packed_questions_equal_single_prompts(processor, model, images):
 def test_packed_conversation_equals_the_chat_template(processor, model, images):
     batch = pack(images[:1], processor.tokenizer, [True])
     patches, _ = run_tower(model, batch.pixel_values)
-    _, _, logits = answer_loss(model, patches, batch, 0.0)
+    logits = answer_losses(model, ReadingHeads(192), patches, batch, with_guidance=False).logits
     messages = []
     for k, question in enumerate(images[0].questions[:3]):
         content = [{"type": "image"}] if k == 0 else []
@@ -112,7 +113,7 @@ def test_grounding_loss_reads_the_models_own_attention(processor, images):
     model = build_lvlm(processor.tokenizer)
     batch = pack(images, processor.tokenizer, [False, True])
     patches, _ = run_tower(model, batch.pixel_values)
-    _, grounding, _ = answer_loss(model, patches, batch, 1.0)
+    grounding = answer_losses(model, ReadingHeads(192), patches, batch, with_guidance=True).grounding
 
     llm = model.model.language_model
     llm.set_attn_implementation("eager")
@@ -132,6 +133,19 @@ def test_grounding_loss_reads_the_models_own_attention(processor, images):
         mass = attentions[layer][i, :GROUNDED_HEADS, row, 2:PREFIX_LENGTH] * batch.grounding[asked, None]
         expected = expected - (mass.sum(-1) + 1e-6).log().mean() / 2
     assert torch.allclose(grounding, expected, atol=1e-5)
+
+
+def test_relation_loss_asks_for_the_places_of_the_nouns(processor, images):
+    batch = pack(images, processor.tokenizer, [False, True])
+    asked = [(i, q) for i, image in enumerate(images) for q in image.questions if q.question_type == "relation"]
+    for (i, question), row, centers in zip(asked, batch.relation_rows, batch.relation_centers, strict=True):
+        names = re.fullmatch(r"Is the \w+ (\w+) .* the \w+ (\w+)\?", question.prompt).groups()
+        words = processor.tokenizer.convert_ids_to_tokens(batch.input_ids[i, row[1:]])
+        assert row[0] == i and tuple(words) == names
+        before = centers[0, 0] < centers[1, 0] if "left" in question.prompt else centers[0, 0] > centers[1, 0]
+        if "above" in question.prompt or "below" in question.prompt:
+            before = (centers[0, 1] < centers[1, 1]) == ("above" in question.prompt)
+        assert question.answer == ("yes" if before else "no")
 
 
 @torch.no_grad()
@@ -166,14 +180,14 @@ def test_llm_starts_with_heads_for_the_text(processor, images):
 
 def test_state_is_saved_and_loaded_whole(processor, tmp_path):
     model = build_lvlm(processor.tokenizer, seed=1)
-    modules = nn.ModuleDict({"lvlm": model, "heads": PatchHeads(192)})
+    modules = nn.ModuleDict({"lvlm": model, "heads": ReadingHeads(192)})
     optimizer = torch.optim.AdamW(modules.parameters(), fused=True)
     for parameter in modules.parameters():
         parameter.grad = torch.full_like(parameter, 0.1)
     optimizer.step()
     save_state(tmp_path / "state.safetensors", modules, optimizer, {"step": 3, "minutes": 0.5})
 
-    other = nn.ModuleDict({"lvlm": build_lvlm(processor.tokenizer, seed=2), "heads": PatchHeads(192)})
+    other = nn.ModuleDict({"lvlm": build_lvlm(processor.tokenizer, seed=2), "heads": ReadingHeads(192)})
     progress, moments = load_state(tmp_path / "state.safetensors", other)
     assert progress == {"step": 3, "minutes": 0.5}
     assert all(torch.equal(a, b) for a, b in zip(modules.parameters(), other.parameters(), strict=True))

@@ -68,6 +68,8 @@ class PackedBatch:
             the CLS token; -100 for images of easy-VQA.
         grounding (`torch.BoolTensor` of shape `[Q, 144]`), grounding_rows (`torch.LongTensor` of shape `[Q, 3]`): For
             what is asked about objects: their patches, and (batch index, position, LLM layer) that should look there.
+        relation_rows (`torch.LongTensor` of shape `[R, 3]`), relation_centers (`torch.FloatTensor` of shape
+            `[R, 2, 2]`): For relations: (batch index, positions of the two nouns), and their objects' x and y in pixels.
         question_types (`list[str]`), answer_rows (`list[tuple[int, int, int]]`): For scoring, by question: the type,
             and (batch index, first, last + 1) of the positions that predict the answer.
     """
@@ -85,6 +87,8 @@ class PackedBatch:
     present: torch.Tensor
     grounding: torch.Tensor
     grounding_rows: torch.Tensor
+    relation_rows: torch.Tensor
+    relation_centers: torch.Tensor
     question_types: list[str]
     answer_rows: list[tuple[int, int, int]]
 
@@ -106,6 +110,7 @@ class LabelledImage:
     pixels: np.ndarray
     questions: list[MosaicQuestion]
     object_patches: list[np.ndarray]
+    object_centers: list[tuple[float, float]]
     kinds: np.ndarray
     colors: np.ndarray
     digits: np.ndarray
@@ -141,7 +146,8 @@ def label_scene(scene: MosaicScene, questions: list[MosaicQuestion]) -> Labelled
         centers[_patch_of(*item.center)] = True
         shape, color = SHAPES.index(item.kind), list(COLORS).index(item.color)
         present[[shape, 8 + color, 16 + 8 * shape + color]] = 1
-    return LabelledImage(scene.pixels, questions, object_patches, kinds, colors, digits, centers, present)
+    places = [item.center for item in scene.objects]
+    return LabelledImage(scene.pixels, questions, object_patches, places, kinds, colors, digits, centers, present)
 
 
 def mosaic_image(split: str, seed: int, index: int) -> LabelledImage:
@@ -174,7 +180,7 @@ def easy_image(image: EasyVQAImage, rng: np.random.Generator | None = None) -> L
     digits = np.full(NUM_PATCHES, IGNORE, dtype=np.int64)
     questions = [MosaicQuestion(prompt, answer, "easy", ()) for prompt, answer in image.questions]
     no_center, unknown = np.zeros(NUM_PATCHES, dtype=bool), np.full(CLS_CLASSES, IGNORE, dtype=np.float32)
-    return LabelledImage(pixels, questions, [shown], kinds, colors, digits, no_center, unknown)
+    return LabelledImage(pixels, questions, [shown], [], kinds, colors, digits, no_center, unknown)
 
 
 @lru_cache(maxsize=100_000)
@@ -187,6 +193,7 @@ def pack(images: list[LabelledImage], tokenizer: PreTrainedTokenizerFast, conver
     noun_ids = set(tokenizer.convert_tokens_to_ids(list(NOUNS)))
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     rows, grounding, grounding_rows, question_types, answer_rows = [], [], [], [], []
+    relation_rows, relation_centers = [], []
     for i, (image, conversation) in enumerate(zip(images, conversations, strict=True)):
         tokens = [ids["<s>"], ids["<user>"]] + [ids["<image>"]] * NUM_PATCHES
         positions, segments, labels = list(range(PREFIX_LENGTH)), [0] * PREFIX_LENGTH, [IGNORE] * PREFIX_LENGTH
@@ -209,6 +216,8 @@ def pack(images: list[LabelledImage], tokenizer: PreTrainedTokenizerFast, conver
                 patches = [image.object_patches[j] for j in question.objects]
                 if question.question_type == "relation":
                     looks = [(nouns[0], NOUN_LAYER, patches[0]), (nouns[1], NOUN_LAYER, patches[1])]
+                    relation_rows.append((i, *nouns))
+                    relation_centers.append([image.object_centers[j] for j in question.objects])
                 else:
                     union = np.any(patches, axis=0)
                     looks = [(nouns[-1], NOUN_LAYER, union), (first, ANSWER_LAYER, union)]
@@ -241,7 +250,9 @@ def pack(images: list[LabelledImage], tokenizer: PreTrainedTokenizerFast, conver
         centers=stack("centers"),
         present=stack("present"),
         grounding=torch.from_numpy(np.array(grounding)),
-        grounding_rows=torch.tensor(grounding_rows),
+        grounding_rows=torch.tensor(grounding_rows).view(-1, 3),
+        relation_rows=torch.tensor(relation_rows, dtype=torch.long).view(-1, 3),
+        relation_centers=torch.tensor(relation_centers).view(-1, 2, 2),
         question_types=question_types,
         answer_rows=answer_rows,
     )

@@ -4,9 +4,9 @@ Two phases, each as long as it is told in minutes:
 
 1. *tower*: the vision tower learns to say what each patch shows (shape, colour, digit, center of an object) and where
    it lies, and its CLS token which objects the image holds.
-2. *joint*: the whole model learns to answer packed questions, the tower's own losses staying on. In the first half an
-   auxiliary loss draws two heads of the second and third LLM layers to the objects asked about; its weight falls to
-   zero there.
+2. *joint*: the whole model learns to answer packed questions, the tower's own losses staying on. In the first half two
+   auxiliary losses guide the LLM, with a weight that falls to zero there: one draws two heads of the second and third
+   layers to the objects asked about, the other reads from a relation's nouns where their objects lie.
 
 Processes average their gradients (gloo), one thread each. The state is saved every few minutes, atomically; the same
 command goes on from it. The learning rate follows the time spent, so that a run ends when it should on any machine.
@@ -49,7 +49,7 @@ from .lvlm_batches import (
     pack,
     training_batches,
 )
-from .lvlm_model import NUM_PATCHES, PATCHES_PER_SIDE, build_lvlm, build_processor
+from .lvlm_model import NUM_PATCHES, PATCH_SIZE, PATCHES_PER_SIDE, build_lvlm, build_processor
 
 
 @dataclass
@@ -66,8 +66,8 @@ class MosaicLVLMConfig:
         tower_learning_rate (`float`): Peak in the tower phase.
         learning_rate, joint_tower_learning_rate (`float`): Peaks in the joint phase, of projector and LLM, and of the
             tower.
-        grounding_weight (`float`), grounding_share (`float`): Start of the attention loss's weight, and the share of
-            the joint phase after which it is zero.
+        guidance_weight (`float`), guidance_share (`float`): First weight of the LLM's auxiliary losses, and the share
+            of the joint phase after which it is zero.
         patch_weight (`float`): Weight of the tower's own losses in the joint phase.
         save_every (`float`), log_every (`float`): Minutes between saved states, and between log lines.
     """
@@ -82,8 +82,8 @@ class MosaicLVLMConfig:
     tower_learning_rate: float = 1e-3
     learning_rate: float = 2e-3
     joint_tower_learning_rate: float = 4e-4
-    grounding_weight: float = 0.5
-    grounding_share: float = 0.5
+    guidance_weight: float = 0.5
+    guidance_share: float = 0.5
     patch_weight: float = 0.3
     save_every: float = 3.0
     log_every: float = 1.0
@@ -96,8 +96,8 @@ HELD_OUT_EASY = 200
 VALIDATION_IMAGES = (160, 40)  # of Mosaic-VQA and easy-VQA, during training
 
 
-class PatchHeads(nn.Module):
-    """Linear readings of the tower, thrown away after training."""
+class ReadingHeads(nn.Module):
+    """Linear readings of tower and LLM that training needs, thrown away afterwards."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -109,6 +109,29 @@ class PatchHeads(nn.Module):
         self.row = nn.Linear(hidden_size, PATCHES_PER_SIDE)
         self.column = nn.Linear(hidden_size, PATCHES_PER_SIDE)
         self.present = nn.Linear(hidden_size, CLS_CLASSES)
+        self.noun_norm = nn.LayerNorm(hidden_size)
+        self.noun_place = nn.Linear(hidden_size, 2 * PATCHES_PER_SIDE)
+        self.order_norm = nn.LayerNorm(hidden_size)
+        self.order = nn.Linear(hidden_size, 2)
+
+    def relation_loss(self, hidden_states: tuple[torch.Tensor, ...], batch: PackedBatch) -> torch.Tensor:
+        """Loss of reading from the LLM where an object lies, at its noun, and which of two lies first, at the second.
+
+        Whether "left of" is right depends on relation and order like an exclusive or, which training finds late or never
+        without being told the order.
+        """
+        rows, centers = batch.relation_rows, batch.relation_centers
+        if len(rows) == 0:
+            return torch.zeros(())
+        found = self.noun_norm(hidden_states[NOUN_LAYER + 1])  # what leaves the layer in which nouns find objects
+        place = (centers / PATCH_SIZE).long().clamp(max=PATCHES_PER_SIDE - 1)
+        loss = torch.zeros(())
+        for noun in range(2):
+            guess = self.noun_place(found[rows[:, 0], rows[:, 1 + noun]]).unflatten(-1, (2, -1))
+            loss = loss + F.cross_entropy(guess.flatten(0, 1), place[:, noun].flatten()) / 4
+        compared = self.order_norm(hidden_states[ANSWER_LAYER + 1])[rows[:, 0], rows[:, 2]]
+        first = (centers[:, 0] < centers[:, 1]).float()
+        return loss + F.binary_cross_entropy_with_logits(self.order(compared), first)
 
     def losses(self, patches: torch.Tensor, cls: torch.Tensor, batch: PackedBatch) -> dict[str, torch.Tensor]:
         """Losses by name from the tower's last layer, `patches` `[B, 144, D]` and normalized `cls` `[B, D]`."""
@@ -172,14 +195,28 @@ def grounding_loss(attention: LlamaAttention, arguments: dict, batch: PackedBatc
     return torch.cat(losses).mean()
 
 
-def answer_loss(
-    model: LlavaForConditionalGeneration, patches: torch.Tensor, batch: PackedBatch, grounding_weight: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the answers, the grounding loss, and the logits `[B, L, V]`."""
+@dataclass
+class AnswerLosses:
+    """Losses of the joint phase that read the LLM, and its logits `[B, L, V]`."""
+
+    answer: torch.Tensor
+    grounding: torch.Tensor
+    relation: torch.Tensor
+    logits: torch.Tensor
+
+
+def answer_losses(
+    model: LlavaForConditionalGeneration,
+    heads: ReadingHeads,
+    patches: torch.Tensor,
+    batch: PackedBatch,
+    with_guidance: bool,
+) -> AnswerLosses:
+    """Cross-entropy of the answers and, `with_guidance`, the two auxiliary losses of the LLM; zeros without."""
     embeds = model.get_input_embeddings()(batch.input_ids)
     image = model.model.multi_modal_projector(patches)
     embeds = torch.cat([embeds[:, :2], image, embeds[:, PREFIX_LENGTH:]], dim=1)
-    llm, grounded = model.model.language_model, (NOUN_LAYER, ANSWER_LAYER) if grounding_weight > 0 else ()
+    llm, grounded = model.model.language_model, (NOUN_LAYER, ANSWER_LAYER) if with_guidance else ()
     called: dict[int, dict] = {}
 
     def remember(module: LlamaAttention, args: tuple, kwargs: dict) -> None:
@@ -187,26 +224,34 @@ def answer_loss(
 
     hooks = [llm.layers[i].self_attn.register_forward_pre_hook(remember, with_kwargs=True) for i in grounded]
     output = llm(
-        inputs_embeds=embeds, attention_mask=batch.attention_mask(), position_ids=batch.position_ids, use_cache=False
+        inputs_embeds=embeds,
+        attention_mask=batch.attention_mask(),
+        position_ids=batch.position_ids,
+        output_hidden_states=with_guidance,
+        use_cache=False,
     )
     for hook in hooks:
         hook.remove()
     logits = model.lm_head(output.last_hidden_state)
-    loss = F.cross_entropy(logits.transpose(1, 2), batch.labels, ignore_index=IGNORE)
-    grounding = torch.zeros(())
-    for i in grounded:
-        grounding = grounding + grounding_loss(llm.layers[i].self_attn, called[i], batch) / len(grounded)
-    return loss, grounding, logits
+    answer = F.cross_entropy(logits.transpose(1, 2), batch.labels, ignore_index=IGNORE)
+    grounding, relation = torch.zeros(()), torch.zeros(())
+    if with_guidance:
+        for i in grounded:
+            grounding = grounding + grounding_loss(llm.layers[i].self_attn, called[i], batch) / len(grounded)
+        relation = heads.relation_loss(output.hidden_states, batch)
+    return AnswerLosses(answer, grounding, relation, logits)
 
 
 @torch.no_grad()
-def evaluate(model: LlavaForConditionalGeneration, heads: PatchHeads, batches: list[PackedBatch]) -> dict[str, float]:
+def evaluate(
+    model: LlavaForConditionalGeneration, heads: ReadingHeads, batches: list[PackedBatch]
+) -> dict[str, float]:
     """Accuracy by question type (all answer tokens right, teacher-forced, which is greedy decoding) and by patch."""
     right: dict[str, list[float]] = defaultdict(list)
     patch_right: dict[str, list[float]] = defaultdict(list)
     for batch in batches:
         patches, _ = run_tower(model, batch.pixel_values)
-        _, _, logits = answer_loss(model, patches, batch, 0.0)
+        logits = answer_losses(model, heads, patches, batch, with_guidance=False).logits
         hits = logits.argmax(-1) == batch.labels
         for question_type, (i, first, stop) in zip(batch.question_types, batch.answer_rows, strict=True):
             right[question_type].append(hits[i, first:stop].all().float().item())
@@ -250,7 +295,7 @@ def load_state(path: Path, modules: nn.Module) -> tuple[dict, dict[int, dict[str
     return progress, dict(moments)
 
 
-def parameter_groups(model: LlavaForConditionalGeneration, heads: PatchHeads, tower_scale: float) -> list[dict]:
+def parameter_groups(model: LlavaForConditionalGeneration, heads: ReadingHeads, tower_scale: float) -> list[dict]:
     """Matrices decay, vectors don't; the tower and its heads learn at `tower_scale` times the rate."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in [*model.named_parameters(), *heads.named_parameters()]:
@@ -280,7 +325,7 @@ def train_phase(
     phase: str,
     config: MosaicLVLMConfig,
     model: LlavaForConditionalGeneration,
-    heads: PatchHeads,
+    heads: ReadingHeads,
     tokenizer,
     easy: list[EasyVQAImage],
     validation: list[PackedBatch],
@@ -320,17 +365,17 @@ def train_phase(
         rate = peak * min(1.0, (step + 1) / 100) * max(0.5 * (1 + math.cos(math.pi * done)), 0.005)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        grounding_weight = 0.0
+        guidance_weight = 0.0
         if joint:
-            grounding_weight = max(0.0, config.grounding_weight * (1 - done / config.grounding_share))
+            guidance_weight = max(0.0, config.guidance_weight * (1 - done / config.guidance_share))
 
         patches, cls = run_tower(model, batch.pixel_values)
         losses = heads.losses(patches, cls, batch)
         loss = torch.stack(list(losses.values())).sum() * (config.patch_weight if joint else 1.0)
         if joint:
-            answers, grounding, _ = answer_loss(model, patches, batch, grounding_weight)
-            loss = loss + answers + grounding_weight * grounding
-            losses |= {"answer": answers, "grounding": grounding}
+            read = answer_losses(model, heads, patches, batch, guidance_weight > 0)
+            loss = loss + read.answer + guidance_weight * (read.grounding + read.relation)
+            losses |= {"answer": read.answer, "grounding": read.grounding, "relation": read.relation}
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         spent = average_gradients(parameters, start + (time.monotonic() - clock) / 60, config.num_processes)
@@ -379,7 +424,7 @@ def train(rank: int, config: MosaicLVLMConfig, port: int) -> None:
     processor = build_processor()
     tokenizer = processor.tokenizer
     model = build_lvlm(tokenizer, config.seed)
-    heads = PatchHeads(model.config.vision_config.hidden_size)
+    heads = ReadingHeads(model.config.vision_config.hidden_size)
     easy = easy_vqa_images("train")
     validation = []
     if rank == 0:
