@@ -9,6 +9,7 @@ import torch
 from tests.tiny_models import (
     IMAGE,
     MROPE,
+    ROPE,
     VIDEO,
     Family,
     Pixels,
@@ -51,7 +52,14 @@ SIZES: dict[str, int] = {
     "eos_token_id": 2,
 }
 # Follow from the sizes, or say where a config came from.
-DERIVED = ("layer_types", "mlp_layer_types", "rope_parameters", "rope_scaling", "transformers_version", "architectures")
+DERIVED = (
+    "layer_types",
+    "mlp_layer_types",
+    "rope_parameters",
+    "rope_scaling",
+    "transformers_version",
+    "architectures",
+)
 DERIVED += ("dtype", "id2label", "label2id", "per_layer_config", "_name_or_path")
 
 
@@ -83,7 +91,31 @@ def shrunk(model_type: str, **changes: Any) -> dict[str, Any]:
 
 def single_frames(generator: torch.Generator, kind: int) -> Pixels:
     pixels = grid(generator, kind)
-    return {**pixels, "pixel_values": pixels["pixel_values"][:, : 3 * 4 * 4], "image_merge_sizes": torch.tensor([2])}
+    return {**pixels, "pixel_values": pixels["pixel_values"][:, : 3 * 4 * 4]}
+
+
+def merged_frames(generator: torch.Generator, kind: int) -> Pixels:
+    return {**single_frames(generator, kind), "image_merge_sizes": torch.tensor([2])}
+
+
+def expert_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {**modality_types(ids), "moe_mm_token_type_ids": (ids == IMAGE).long()}
+
+
+def whole_patches(generator: torch.Generator, kind: int) -> Pixels:
+    pixels = single_frames(generator, kind)
+    return {**pixels, "pixel_values": pixels["pixel_values"].reshape(-1, 3, 4, 4)}
+
+
+def shaped(generator: torch.Generator, kind: int) -> Pixels:
+    """Patches of an image of its own shape, padded to those of the largest."""
+    height, width = [(4, 4), (4, 6), (6, 4)][kind % 3]
+    count = height * width
+    return {
+        "pixel_values": torch.randn(1, 24, 3 * 6 * 6, generator=generator),
+        "pixel_attention_mask": (torch.arange(24) < count)[None].long(),
+        "spatial_shapes": torch.tensor([[height, width]]),
+    }
 
 
 SMALL_PATCHES = {"patch_size": 4}
@@ -107,7 +139,19 @@ OTHERS: dict[str, Family] = {
         modality_types,
     ),
     "deepseek_vl": Family(lambda: shrunk("deepseek_vl"), square, concatenate),
-    "exaone4_5": Family(lambda: shrunk("exaone4_5", vision_config=SMALL_PATCHES), grid, concatenate, numbered_anew=True),
+    "ernie4_5_vl_moe": Family(
+        lambda: shrunk(
+            "ernie4_5_vl_moe",
+            vision_config=SMALL_PATCHES,
+            text_config={"rope_parameters": MROPE, "mlp_layer_types": ["dense", "sparse"]},
+        ),
+        single_frames,
+        concatenate,
+        expert_types,
+    ),
+    "exaone4_5": Family(
+        lambda: shrunk("exaone4_5", vision_config=SMALL_PATCHES), grid, concatenate, numbered_anew=True
+    ),
     "glm46v": Family(
         lambda: shrunk("glm46v", vision_config=SMALL_PATCHES, text_config=GLM_ROPE), grid, concatenate, modality_types
     ),
@@ -131,12 +175,35 @@ OTHERS: dict[str, Family] = {
         lambda: shrunk("hyperclovax_vision_v2", vision_config=SMALL_PATCHES), grid, concatenate, numbered_anew=True
     ),
     "idefics2": Family(lambda: shrunk("idefics2"), masked, per_sample),
+    "lfm2_vl": Family(
+        lambda: shrunk(
+            "lfm2_vl",
+            vision_config={"num_patches": 16},
+            text_config={"layer_types": ["conv", "full_attention"], "rope_parameters": ROPE},
+            downsample_factor=2,
+        ),
+        shaped,
+        concatenate,
+    ),
+    "lfm3_vl": Family(
+        lambda: shrunk(
+            "lfm3_vl", vision_config=SMALL_PATCHES, text_config={"layer_types": ["conv", "full_attention"]}
+        ),
+        grid,
+        concatenate,
+    ),
     "lighton_ocr": Family(lambda: shrunk("lighton_ocr"), sized, concatenate),
     "llava_next_video": Family(
         lambda: shrunk("llava_next_video", image_grid_pinpoints=[[24, 48], [48, 24]]), crops, concatenate
     ),
     "minimax_m3_vl": Family(lambda: shrunk("minimax_m3_vl", vision_config=SMALL_PATCHES), grid, concatenate),
     "ovis2": Family(lambda: shrunk("ovis2"), square, concatenate),
+    "paddleocr_vl": Family(
+        lambda: shrunk("paddleocr_vl", vision_config=SMALL_PATCHES, text_config={"rope_parameters": MROPE}),
+        whole_patches,
+        concatenate,
+        modality_types,
+    ),
     "pp_chart2table": Family(lambda: shrunk("pp_chart2table"), square, concatenate),
     "qianfan_ocr": Family(lambda: shrunk("qianfan_ocr"), square, concatenate),
     "qwen3_5": Family(
@@ -155,9 +222,7 @@ OTHERS: dict[str, Family] = {
         modality_types,
     ),
     "step3p7": Family(lambda: shrunk("step3p7", text_config={"sliding_window": 64}), square, concatenate),
-    "video_llama_3": Family(
-        lambda: shrunk("video_llama_3", vision_config=SMALL_PATCHES), single_frames, concatenate
-    ),
+    "video_llama_3": Family(lambda: shrunk("video_llama_3", vision_config=SMALL_PATCHES), merged_frames, concatenate),
     "video_llava": Family(lambda: shrunk("video_llava"), square, concatenate),
     "vipllava": Family(lambda: shrunk("vipllava", vision_feature_layers=[-1, -2]), square, concatenate),
 }

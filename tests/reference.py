@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-SEQUENCE_INPUTS = ("token_type_ids", "mm_token_type_ids")
+SEQUENCE_INPUTS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
 def full_positions(base: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:

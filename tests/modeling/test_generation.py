@@ -328,6 +328,19 @@ def test_forward_step_by_step_equals_generate(family):
     assert torch.equal(torch.stack(tokens, 1), expected)
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+@torch.no_grad()
+def test_base_models_that_keep_an_offset_can_go_on(family):
+    """M-RoPE models keep an offset between calls; after pruning it has to be that of the pruned prompt."""
+    _, model = wrap(family)
+    batch = collate(family, [sample(family, 2, 2)])
+    outputs = [model(**batch, use_cache=True) for _ in range(2)]
+    word = outputs[0].logits[:, -1:].argmax(-1)
+    expected = model(input_ids=word, past_key_values=outputs[0].past_key_values).logits
+    found = model.lvlm(input_ids=word, past_key_values=outputs[1].past_key_values)
+    assert (found.logits - expected).abs().max() <= 2e-5
+
+
 @torch.no_grad()
 def test_own_caches_are_filled():
     _, model = wrap("llava")
