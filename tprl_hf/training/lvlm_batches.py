@@ -69,7 +69,7 @@ class PackedBatch:
         grounding (`torch.BoolTensor` of shape `[Q, 144]`), grounding_rows (`torch.LongTensor` of shape `[Q, 3]`): For
             what is asked about objects: their patches, and (batch index, position, LLM layer) that should look there.
         relation_rows (`torch.LongTensor` of shape `[R, 3]`), relation_centers (`torch.FloatTensor` of shape
-            `[R, 2, 2]`): For relations: (batch index, positions of the two nouns), and their objects' x and y in pixels.
+            `[R, 2, 2]`): For relations: (batch index, positions of the nouns), and x and y of their objects in pixels.
         question_types (`list[str]`), answer_rows (`list[tuple[int, int, int]]`): For scoring, by question: the type,
             and (batch index, first, last + 1) of the positions that predict the answer.
     """

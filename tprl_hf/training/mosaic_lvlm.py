@@ -117,8 +117,8 @@ class ReadingHeads(nn.Module):
     def relation_loss(self, hidden_states: tuple[torch.Tensor, ...], batch: PackedBatch) -> torch.Tensor:
         """Loss of reading from the LLM where an object lies, at its noun, and which of two lies first, at the second.
 
-        Whether "left of" is right depends on relation and order like an exclusive or, which training finds late or never
-        without being told the order.
+        Whether "left of" is right is an exclusive or of relation and order: without being told the order, the model
+        still guessed after 500 steps.
         """
         rows, centers = batch.relation_rows, batch.relation_centers
         if len(rows) == 0:
