@@ -80,6 +80,13 @@ def test_a_trained_policy_has_a_column_of_its_own(demo, tmp_path):
     assert table_under(out, "pruner")[-1][:2] == ["learned", "5 of 16"]
 
 
+def test_the_embedded_model_answers_with_and_without_its_tokens(capsys, tmp_path):
+    assert main(["demo", "--num-samples", "24", "--num-shown", "2", "--output-dir", str(tmp_path)]) == 0
+    right = {row[0]: int(row[2].split()[0]) for row in table_under(capsys.readouterr().out, "pruner")[1:]}
+    assert right["none"] >= 16 and right["vispruner"] >= 14
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept_tokens.html", "kept_tokens.png"]
+
+
 def test_types_take_turns_and_images_are_new_while_there_are_any():
     kinds, images = "aabbcab", "1112134"
     samples = [{"question_type": kind, "image_id": image} for kind, image in zip(kinds, images, strict=True)]
