@@ -93,9 +93,9 @@ def test_a_folder_with_answers_of_another_run_is_refused(evaluate, tmp_path):
 
 def test_scores_are_those_of_the_answers(evaluate, tmp_path, monkeypatch):
     from tprl_hf.data import mosaic_vqa
-    from tprl_hf.evaluation import compare_pruners
+    from tprl_hf.evaluation import scores
 
-    monkeypatch.setattr(compare_pruners, "is_right", lambda answer, reference: reference == "yes")
+    monkeypatch.setattr(scores, "exact_score", lambda answer, reference: reference == "yes")
     evaluate()
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     right = [sample["answer"] == "yes" for sample in mosaic_vqa(split="test", seed=7, num_samples=8)]

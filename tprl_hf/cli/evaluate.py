@@ -13,6 +13,14 @@ from .arguments import METHODS, add_model_argument, keep_ratio, positive_int
 NAME = "evaluate"
 HELP = "measure a model's accuracy under several pruners and budgets"
 BASELINES = ("none", "random")
+# By name, the functions of `tprl_hf.evaluation.scores` and what the tables say of them.
+METRICS = {
+    "exact": ("exact_score", "share of answers that equal a reference, letter case and a closing full stop aside"),
+    "vqa": ("vqa_score", "VQAv2's accuracy: normalised, min(1, n / 3) for n of nine people"),
+    "relaxed": ("relaxed_score", "ChartQA's relaxed accuracy: numbers within 5 %"),
+    "anls": ("anls_score", "normalised Levenshtein similarity, 0 below 0.5"),
+    "yes-no": ("yes_no_score", "POPE's accuracy: no if the first sentence has no or not, else yes"),
+}
 # The oracle needs data with boxes, so that only this command has it.
 NAMES = (*METHODS, "oracle")
 
@@ -50,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive_int, default=16, metavar="N", help="longest answer (default: 16)"
     )
+    parser.add_argument("--metric", choices=METRICS, default="exact", help="when an answer is right (default: exact)")
     parser.add_argument(
         "--output-dir",
         default="tprl_output/evaluate",
@@ -80,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("The plot needs matplotlib: pip install 'tprl_hf[eval]'.") from None
     from tqdm import tqdm
 
+    from tprl_hf.evaluation import scores
     from tprl_hf.evaluation.compare_pruners import Setting, append_records, compare_pruners, read_records
     from tprl_hf.evaluation.tables import accuracy_table, summarize, type_table
 
@@ -113,6 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
             samples,
             settings,
             batch_size=arguments.batch_size,
+            score=getattr(scores, METRICS[arguments.metric][0]),
             known=known,
             max_new_tokens=arguments.max_new_tokens,
         ):
@@ -168,7 +179,7 @@ def describe_run(arguments: argparse.Namespace, model, num_samples: int) -> dict
     command = f"tprl evaluate{f' {arguments.model}' if arguments.model else ''} --data {arguments.data}"
     command += f" --pruners {','.join(arguments.pruners)}" if arguments.pruners else ""
     command += f" --keep-ratios {ratios} --num-samples {num_samples} --seed {arguments.seed}"
-    command += f" --split {arguments.split} --max-new-tokens {arguments.max_new_tokens}"
+    command += f" --split {arguments.split} --max-new-tokens {arguments.max_new_tokens} --metric {arguments.metric}"
     return {
         "command": command,
         "device": describe_device(model),
@@ -178,6 +189,7 @@ def describe_run(arguments: argparse.Namespace, model, num_samples: int) -> dict
         "seed": arguments.seed,
         "num_samples": num_samples,
         "max_new_tokens": arguments.max_new_tokens,
+        "metric": arguments.metric,
         # an untrained policy is drawn anew each time, and no setting asks it
         "weights": fingerprint(model if has_trained_policy(model) else model.lvlm),
     }
@@ -205,7 +217,10 @@ def claim_folder(folder: Path, described: dict[str, Any]) -> None:
         `ValueError`: If it holds answers that depend on something else.
     """
     path = folder / "run.json"
-    own = {name: described[name] for name in ("data", "split", "seed", "num_samples", "max_new_tokens", "weights")}
+    own = {
+        name: described[name]
+        for name in ("data", "split", "seed", "num_samples", "max_new_tokens", "metric", "weights")
+    }
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         other = [
@@ -224,8 +239,8 @@ def notes_of(described: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
     return [
         f"{described['num_samples']} questions of {described['data']}, split {described['split']}, seed "
-        f"{described['seed']}. Accuracy: share of answers that equal the reference, letter case and a closing full "
-        "stop aside; in brackets 95 % bootstrap intervals over images (2000 resamples).",
+        f"{described['seed']}. Accuracy: {METRICS[described['metric']][1]}; in brackets 95 % bootstrap intervals over "
+        "images (2000 resamples).",
         "less unpruned: mean of the paired differences to the unpruned model on the same questions, in percentage "
         "points.",
         f"Device: {described['device']}; {versions}; weights {described['weights']}.",

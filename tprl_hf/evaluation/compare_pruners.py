@@ -11,8 +11,8 @@ import torch
 
 from tprl_hf.modeling.token_pruner import TokenPruner
 
-from .accuracy import is_right
 from .answers import chat_inputs
+from .scores import exact_score
 
 Score = Callable[[str, Any], float]
 
@@ -68,7 +68,7 @@ def compare_pruners(
     samples: Sequence[dict[str, Any]],
     settings: Sequence[Setting],
     batch_size: int = 48,
-    score: Score | None = None,
+    score: Score = exact_score,
     known: Sequence[Record] = (),
     **generate_kwargs: Any,
 ) -> Iterator[list[Record]]:
@@ -87,8 +87,8 @@ def compare_pruners(
             The rows of the comparison.
         batch_size (`int`, *optional*, defaults to 48):
             Samples that are answered at once. Answers do not depend on it beyond rounding.
-        score (`Callable`, *optional*):
-            From the answer and the sample's reference to a number in [0, 1]. Defaults to [`is_right`].
+        score (`Callable`, *optional*, defaults to [`~tprl_hf.evaluation.scores.exact_score`]):
+            From the answer and the sample's reference, or references, to a number in [0, 1].
         known (`Sequence[Record]`, *optional*):
             What an earlier, interrupted comparison found; it is not computed again.
         generate_kwargs:
@@ -97,7 +97,6 @@ def compare_pruners(
     Yields:
         `list[Record]`: The new records of one batch and one setting.
     """
-    score = score or is_right
     done = {(record.pruner, record.budget, record.sample) for record in known}
     pruners = [setting.method for setting in settings if isinstance(setting.method, TokenPruner)]
     observer = next((pruner for pruner in pruners if pruner.needs_attention), None)

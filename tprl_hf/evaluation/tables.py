@@ -166,7 +166,7 @@ def plot_accuracy(rows: Sequence[Row], path: str | Path, title: str) -> None:
         below = [100 * (row.accuracy.value - row.accuracy.low) for row in points]
         above = [100 * (row.accuracy.high - row.accuracy.value) for row in points]
         # side by side, as many pruners keep the same number of tokens
-        shift = (number - (len(names) - 1) / 2) * 0.004 * base.mean_visual
+        shift = (number / max(len(names) - 1, 1) - 0.5) * 0.02 * base.mean_visual
         axes.errorbar(
             [row.mean_kept + shift for row in points],
             heights,
@@ -180,7 +180,7 @@ def plot_accuracy(rows: Sequence[Row], path: str | Path, title: str) -> None:
             elinewidth=0.8,
             capsize=2,
         )
-    axes.set_xlabel(f"visual tokens kept (of {base.mean_visual:.0f})")
+    axes.set_xlabel(f"visual tokens kept (of {base.mean_visual:.0f}; equal numbers drawn side by side)")
     axes.set_ylabel("accuracy %")
     axes.set_xlim(left=0)
     axes.set_title(title, fontsize=10)
