@@ -1,0 +1,115 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.cli.main import main
+from tprl_hf.cli.recipe_file import as_number, read_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+POLICY_STAGE = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True, "eval_strategy": "steps", "eval_steps": 1}
+STAGE = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True}
+
+
+@pytest.fixture
+def recipe(base, dataset, tmp_path):
+    dataset.save_to_disk(str(tmp_path / "data"))
+    sections = {
+        "base_model": base,
+        "output_dir": str(tmp_path / "run"),
+        "policy": {"latent_dim": 16, "policy_num_heads": 4, "policy_dim": 16},
+        "data": {"train": {"source": str(tmp_path / "data")}, "validation": {"source": str(tmp_path / "data")}},
+        "autoencoder": STAGE,
+        "demonstrations": {"teacher": "gradient", "keep_ratios": [["1/2", "1/4"]], "num_samples": 6},
+        "lfd": {**POLICY_STAGE, "keep_ratio": "1/4", "learning_rate": "1e-3"},
+        "ppo": {**POLICY_STAGE, "per_device_train_batch_size": 2, "num_mini_batches": 2, "save_base_model": True},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def test_all_stages_from_one_recipe(recipe, tmp_path, capsys):
+    assert main(["train", "all", "--config", str(recipe)]) == 0
+    reports = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("run/*/training.json")}
+    assert set(reports) == {"autoencoder", "demonstrations", "lfd", "ppo"}
+    assert "explained_variance" in reports["autoencoder"]["metrics"]
+    assert "accuracy@0.111" in reports["ppo"]["metrics"]
+    assert reports["demonstrations"]["num_samples"] == 6
+    model = TPRLForConditionalGeneration.from_pretrained(tmp_path / "run" / "ppo")
+    assert model.config.keep_ratio == 0.25 and model.config.includes_base_model
+    assert model.config.base_model_name_or_path is None
+
+    # what is finished stays; what was cut off goes on
+    (tmp_path / "run" / "ppo" / "training.json").unlink()
+    capsys.readouterr()
+    assert main(["train", "all", "--config", str(recipe)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("is finished") == 3
+    assert main(["train", "lfd", "--config", str(recipe), "--set", "lfd.max_steps=3"]) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lfd"], "begins with what autoencoder left"),
+        (["grpo"], "has no section grpo"),
+        (["all", "--set", "autoencoder.learning_rat=1"], "no setting 'learning_rat'; did you mean 'learning_rate'?"),
+        (["all", "--set", "lfdd.max_steps=1"], "no setting 'lfdd'; did you mean 'lfd'?"),
+        (["all", "--set", "policy.latent=1"], "policy has no setting 'latent'"),
+        (["all", "--set", "data.train.source=nowhere"], "There are no data 'nowhere'"),
+        (["all", "--set", "seed"], "no override"),
+        (["all", "--set", "base_model.x=1"], "base_model is no section"),
+    ],
+)
+def test_mistakes_are_one_line(recipe, capsys, words, message):
+    assert main(["train", words[0], "--config", str(recipe), *words[1:]]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert message in err
+
+
+def test_a_missing_recipe(capsys):
+    assert main(["train", "all", "--config", "none.yaml"]) == 2
+    assert "There is no recipe none.yaml" in capsys.readouterr().err
+
+
+def test_numbers_that_yaml_leaves_as_text():
+    assert as_number({"a": "1e-4", "b": ["1/3", "x", True, None], "c": "1/2/3", "d": "no"}) == {
+        "a": 1e-4,
+        "b": [1 / 3, "x", True, None],
+        "c": "1/2/3",
+        "d": "no",
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_our_recipes_hold_settings_that_exist(path, tmp_path):
+    from dataclasses import fields
+
+    from tprl_hf import TPRLConfig, training
+    from tprl_hf.cli.train import DATA_SETTINGS, DEMONSTRATION_SETTINGS
+
+    recipe = read_recipe(str(path))
+    configs = {
+        "autoencoder": training.AutoencoderConfig,
+        "lfd": training.LfDConfig,
+        "ppo": training.TPRLPPOConfig,
+        "grpo": training.TPRLGRPOConfig,
+    }
+    for stage in configs.keys() & recipe.keys():
+        config = configs[stage](output_dir=str(tmp_path), use_cpu=True, **recipe[stage])
+        assert {type(getattr(config, f.name)) for f in fields(config) if f.name == "learning_rate"} == {float}
+    assert set(recipe["demonstrations"]) <= set(DEMONSTRATION_SETTINGS)
+    assert set(recipe["policy"]) <= set(TPRLConfig().to_dict())
+    assert all(set(section) <= set(DATA_SETTINGS) for section in recipe["data"].values())
+
+
+def test_the_paper_recipe_is_the_default_of_the_code(tmp_path):
+    from tprl_hf import training
+
+    recipe = read_recipe(str(next(path for path in RECIPES if path.stem == "paper")))
+    for stage, config in (("lfd", training.LfDConfig), ("ppo", training.TPRLPPOConfig)):
+        assert config(str(tmp_path), use_cpu=True, **recipe[stage]) == config(str(tmp_path), use_cpu=True)

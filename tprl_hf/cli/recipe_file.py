@@ -1,0 +1,95 @@
+"""Recipes: YAML files that say how a policy is trained. Imports no torch."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+STAGES = ("autoencoder", "demonstrations", "lfd", "ppo", "grpo")
+SECTIONS = ("base_model", "output_dir", "policy", "data", *STAGES)
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def as_number(value: Any) -> Any:
+    """
+    Numbers that YAML leaves as text, in a value and all that it holds: "1/3" and "1e-4".
+
+    Example:
+
+    ```python
+    >>> as_number({"learning_rate": "1e-4", "keep_ratios": ["1/2", 0.25], "ratio": "joint"})
+    {'learning_rate': 0.0001, 'keep_ratios': [0.5, 0.25], 'ratio': 'joint'}
+    ```
+    """
+    if isinstance(value, Mapping):
+        return {key: as_number(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [as_number(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    parts = value.split("/")
+    if len(parts) > 2 or not all(_NUMBER.fullmatch(part.strip()) for part in parts):
+        return value
+    numbers = [float(part) for part in parts]
+    if len(numbers) == 2 and numbers[1] == 0:
+        raise ValueError(f"{value} is no number.")
+    return numbers[0] / numbers[1] if len(numbers) == 2 else numbers[0]
+
+
+def check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raises `ValueError`, with the name that was probably meant, for a name that is not known."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}."
+            raise ValueError(f"{where} has no setting {name!r}{hint}")
+
+
+def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """
+    Reads a recipe.
+
+    Args:
+        path (`str`): a YAML file with some of the sections of `SECTIONS`.
+        overrides (`Iterable[str]`, *optional*): `"lfd.learning_rate=1e-4"` and the like; values are YAML.
+
+    Returns:
+        `dict`: the sections; numbers are numbers.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: when there is no such file, or it is no recipe.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no recipe {path}.")
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        for override in overrides:
+            name, equals, text = override.partition("=")
+            if not equals:
+                raise ValueError(f"{override!r} is no override: write SECTION.SETTING=VALUE.")
+            *sections, setting = name.split(".")
+            place = recipe
+            for section in sections:
+                if not isinstance(place.setdefault(section, {}), dict):
+                    raise ValueError(f"{override!r}: {section} is no section of {path}.")
+                place = place[section]
+            place[setting] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} or an override is no YAML: {error}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} is no recipe: it holds no sections.")
+    check_names(recipe, SECTIONS, path)
+    if "output_dir" not in recipe:
+        raise ValueError(f"{path} must say `output_dir`: where each stage has its directory.")
+    for section in ("policy", "data", *STAGES):
+        if section in recipe and recipe[section] is None:
+            recipe[section] = {}  # a section of defaults
+        elif section in recipe and not isinstance(recipe[section], dict):
+            raise ValueError(f"{section} in {path} must be a section of settings; got {recipe[section]!r}.")
+    return {
+        name: value if name in ("base_model", "output_dir") else as_number(value) for name, value in recipe.items()
+    }

@@ -1,0 +1,216 @@
+"""Train a pruning policy by a recipe, stage by stage. Each stage is a directory; a finished one is left as it is, and
+one that was cut off goes on from its last checkpoint."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import METHODS
+from .recipe_file import STAGES, check_names, read_recipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+
+NAME = "train"
+HELP = "train a pruning policy by a recipe"
+# Where a stage takes its model from: the first of these stages that the recipe has; else a new policy.
+STARTS = {
+    "autoencoder": (),
+    "demonstrations": ("autoencoder",),
+    "lfd": ("autoencoder",),
+    "ppo": ("lfd", "autoencoder"),
+    "grpo": ("lfd", "autoencoder"),
+}
+DATA_SETTINGS = ("source", "split", "seed", "num_samples")
+DEMONSTRATION_SETTINGS = ("teacher", "seed", "keep_ratios", "num_samples", "batch_size", "feature_cache_mb")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("stage", choices=(*STAGES, "all"), help="all: those that the recipe has, one after the other")
+    parser.add_argument("--config", required=True, metavar="FILE", help="the recipe, a YAML file as in recipes/")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SECTION.SETTING=VALUE",
+        help="settings that replace the recipe's, such as lfd.learning_rate=1e-4 or base_model=PATH",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    recipe = read_recipe(arguments.config, arguments.set)
+    stages = [stage for stage in STAGES if stage in recipe] if arguments.stage == "all" else [arguments.stage]
+    if arguments.stage != "all" and arguments.stage not in recipe:
+        raise ValueError(f"{arguments.config} has no section {arguments.stage}.")
+    for stage in stages:
+        directory = Path(recipe["output_dir"]) / stage
+        settings = settings_of(stage, recipe)
+        if (directory / "training.json").exists():
+            claim(directory, settings)
+            print(f"{stage}: {directory} is finished")
+            continue
+        claim(directory, settings)
+        started = time.perf_counter()
+        model, processor = starting_model(stage, recipe)
+        report = make_demonstrations if stage == "demonstrations" else train_stage
+        result = report(stage, recipe, model, processor, directory)
+        result = {"stage": stage, "seconds": round(time.perf_counter() - started, 1), **result}
+        (directory / "training.json").write_text(json.dumps(result, indent=2) + "\n")
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.get("metrics", {}).items())
+        print(f"{stage}: {directory} in {result['seconds']:.0f} s. {numbers}")
+    return 0
+
+
+def settings_of(stage: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What the result of a stage depends on, besides the stages before it."""
+    names = ("base_model", "policy", "data", stage)
+    return {name: recipe[name] for name in names if name in recipe}
+
+
+def claim(directory: Path, settings: dict[str, Any]) -> None:
+    """Notes the settings in `directory`. Raises `ValueError` when others were used there before."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "settings.json"
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    if path.exists() and path.read_text() != text:
+        raise ValueError(
+            f"{directory} was made with other settings, see {path}: pass --set output_dir=ANOTHER, or delete it."
+        )
+    path.write_text(text)
+
+
+def load_data(recipe: dict[str, Any], name: str, num_samples: int | None = None) -> "Dataset":
+    """The samples of `data.train` or `data.validation`, the first `num_samples` of them."""
+    from tprl_hf.data import easy_vqa, mosaic_vqa
+    from tprl_hf.evaluation.jsonl_samples import jsonl_samples
+
+    section = recipe.get("data", {}).get(name)
+    if not isinstance(section, dict):
+        raise ValueError(f"The recipe must say where its samples come from: data.{name}.source.")
+    check_names(section, DATA_SETTINGS, f"data.{name}")
+    source = section.get("source", "mosaic")
+    count = num_samples or section.get("num_samples")
+    split = section.get("split", name)
+    if source == "mosaic":
+        return mosaic_vqa(split=split, seed=section.get("seed", 0), num_samples=count or 6000)
+    if source == "easy-vqa":
+        return easy_vqa(split=split, num_samples=count)
+    if source.endswith(".jsonl"):
+        return jsonl_samples(source, count)
+    if Path(source).is_dir():
+        from datasets import load_from_disk
+
+        dataset = load_from_disk(source)
+        return dataset if count is None else dataset.select(range(min(count, len(dataset))))
+    raise ValueError(
+        f"There are no data {source!r}: data.{name}.source is mosaic, easy-vqa, a .jsonl file, or the directory of a "
+        "saved dataset."
+    )
+
+
+def starting_model(stage: str, recipe: dict[str, Any]) -> tuple["TPRLForConditionalGeneration", Any]:
+    """The model that a stage begins with, and its processor."""
+    import torch
+    from transformers import AutoProcessor, set_seed
+
+    from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
+
+    for before in STARTS[stage]:
+        if before in recipe:
+            path = Path(recipe["output_dir"]) / before
+            if not (path / "training.json").exists():
+                raise ValueError(f"{stage} begins with what {before} left in {path}: run `tprl train {before}` first.")
+            dtype = torch.float32 if not torch.accelerator.is_available() else "auto"
+            model = TPRLForConditionalGeneration.from_pretrained(path, dtype=dtype)
+            return model, AutoProcessor.from_pretrained(path)
+
+    policy = recipe.get("policy", {})
+    check_names(policy, TPRLConfig().to_dict(), "policy")
+    base = base_directory(recipe)
+    set_seed(recipe.get(stage, {}).get("seed", 42))  # the start of the new policy
+    dtype = torch.float32 if not torch.accelerator.is_available() else "auto"
+    return TPRLForConditionalGeneration.from_base_model(base, dtype=dtype, **policy), AutoProcessor.from_pretrained(
+        base
+    )
+
+
+def base_directory(recipe: dict[str, Any]) -> str:
+    """The frozen LVLM as a directory or name; that of a TPRL checkpoint is taken out of it."""
+    from transformers import AutoConfig, AutoProcessor
+
+    import tprl_hf
+
+    base = recipe.get("base_model") or tprl_hf.embedded_checkpoint()
+    if AutoConfig.from_pretrained(base).model_type != tprl_hf.TPRLConfig.model_type:
+        return str(base)
+    directory = Path(recipe["output_dir"]) / "base"
+    if not (directory / "config.json").exists():
+        model = tprl_hf.TPRLForConditionalGeneration.from_pretrained(base)
+        AutoProcessor.from_pretrained(base).save_pretrained(directory)
+        model.lvlm.save_pretrained(directory)
+    return str(directory)
+
+
+def make_demonstrations(stage, recipe, model, processor, directory: Path) -> dict[str, Any]:
+    from transformers import set_seed
+
+    from tprl_hf.training import GradientTeacher, LeaveOutTeacher, generate_demonstrations
+
+    from .loading import make_pruner
+
+    settings = dict(recipe[stage])
+    check_names(settings, DEMONSTRATION_SETTINGS, stage)
+    name, seed = settings.pop("teacher", "vispruner"), settings.pop("seed", 0)
+    set_seed(seed)
+    teachers = {"gradient": GradientTeacher, "leave-out": LeaveOutTeacher}
+    names = [*teachers, *(method for method in METHODS if method not in ("none", "learned"))]
+    if name not in names:
+        raise ValueError(f"There is no teacher {name!r}; choose from {', '.join(names)}.")
+    teacher = teachers[name]() if name in teachers else make_pruner(model, name, seed)
+    assert teacher is not None
+    dataset = load_data(recipe, "train", settings.pop("num_samples", None))
+    made = generate_demonstrations(
+        teacher, model, processor, dataset, output_dir=str(directory / "dataset"), **settings
+    )
+    return {"teacher": name, "num_samples": len(made)}
+
+
+def train_stage(stage, recipe, model, processor, directory: Path) -> dict[str, Any]:
+    from dataclasses import fields
+
+    from datasets import load_from_disk
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from tprl_hf import training
+
+    config_class, trainer_class = {
+        "autoencoder": (training.AutoencoderConfig, training.AutoencoderTrainer),
+        "lfd": (training.LfDConfig, training.LfDTrainer),
+        "ppo": (training.TPRLPPOConfig, training.TPRLPPOTrainer),
+        "grpo": (training.TPRLGRPOConfig, training.TPRLGRPOTrainer),
+    }[stage]
+    check_names(recipe[stage], [field.name for field in fields(config_class)], stage)
+    config = config_class(output_dir=str(directory), **recipe[stage])
+    if stage == "lfd":
+        path = directory.parent / "demonstrations"
+        if not (path / "training.json").exists():
+            raise ValueError(f"lfd learns from {path}, which is not there: run `tprl train demonstrations` first.")
+        dataset = load_from_disk(str(path / "dataset"))
+    else:
+        dataset = load_data(recipe, "train")
+    validation = load_data(recipe, "validation") if "validation" in recipe.get("data", {}) else None
+    trainer = trainer_class(model, config, processor, dataset, validation)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(directory)) is not None)
+    metrics = {} if validation is None else trainer.evaluate()
+    if config.save_base_model and Path(model.config.base_model_name_or_path or "").is_dir():
+        model.config.base_model_name_or_path = None  # the checkpoint holds it, and the path is of this machine only
+    trainer.save_model()
+    return {
+        "metrics": {k.removeprefix("eval_"): v for k, v in metrics.items()},
+        "log_history": trainer.state.log_history,
+    }
