@@ -11,7 +11,8 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .configuration_tprl import TPRLConfig
@@ -140,7 +141,8 @@ class TPRLPreTrainedModel(PreTrainedModel):
         hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         hub_kwargs = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
         source = str(pretrained_model_name_or_path)
-        if not isinstance(config, TPRLConfig):
+        # As remote code the config is of a class of the same name from another module.
+        if not isinstance(config, PreTrainedConfig):
             config = TPRLConfig.from_pretrained(config or source, **hub_kwargs)
         if config.base_config is None and config.includes_base_model:
             raise OSError(f"{source} has no config.json of a TPRL model: it names no base model.")
@@ -230,6 +232,8 @@ class TPRLPreTrainedModel(PreTrainedModel):
     def _save_policy(self, directory: Path) -> None:
         # Not by the library's own saving: it would rename weights as the base model's family wants them renamed.
         self.config.architectures = [type(self).__name__]
+        if self._auto_class is not None:  # travels as remote code
+            custom_object_save(self, directory, config=self.config)
         self.config.save_pretrained(directory)
         self.generation_config.save_pretrained(directory)
         state = {name: value.detach().contiguous().cpu() for name, value in policy_state(self).items()}

@@ -295,9 +295,9 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         """Whether the base model can have the inputs as they are."""
         if features is not None or record is not None:
             return False
-        if input_ids is None or (budget is None and call["keep_mask"] is None):
+        if budget is None and call["keep_mask"] is None:
             return True
-        return not find_visual(input_ids, list(self.adapter.token_ids.values())).any()
+        return input_ids is not None and not find_visual(input_ids, list(self.adapter.token_ids.values())).any()
 
     def forward(
         self,
