@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "": {"", "modeling"},
 }
 # What modeling may import from outside: it travels with the weights and must run where only these are.
-MODELING_NEEDS = {"torch", "transformers", "safetensors"}  # safetensors comes with transformers
+MODELING_NEEDS = {"torch", "transformers", "huggingface_hub", "safetensors"}  # the last two come with transformers
 
 
 def room_of(module: str) -> str:
