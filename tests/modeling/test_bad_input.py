@@ -80,8 +80,15 @@ def test_text_without_an_image_works(model):
 
 
 def test_embeddings_in_place_of_ids(model):
-    with pytest.raises(ValueError, match="`inputs_embeds` do not"):
-        model.prune(input_ids=None, num_keep=3)
+    embeddings = torch.randn(1, 5, 32)
+    for call in (
+        lambda: model.prune(input_ids=None, num_keep=3),
+        lambda: model(inputs_embeds=embeddings, num_keep=3),
+        lambda: model.generate(inputs_embeds=embeddings, num_keep=3),
+    ):
+        with pytest.raises(ValueError, match="`inputs_embeds` do not"):
+            call()
+    assert model(inputs_embeds=embeddings).logits.shape == (1, 5, 99)  # nothing to prune, nothing to refuse
 
 
 def test_masks_of_another_shape(model, batch):

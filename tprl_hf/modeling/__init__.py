@@ -3,9 +3,9 @@
 from .configuration_tprl import TPRLConfig
 from .keep_mask import Budget
 from .lvlm_adapters import LVLMAdapter, adapter_for
-from .modeling_tprl import TPRLForConditionalGeneration, TPRLOutput, TPRLPreTrainedModel
+from .modeling_tprl import TPRLForConditionalGeneration, TPRLPreTrainedModel
 from .processing_tprl import TPRLProcessor
-from .prune_plan import PrunePlan
+from .prune_plan import PrunePlan, TPRLOutput
 from .pruning_policy import PolicyOutput, PruningPolicy
 from .text_query import question_mask
 from .token_autoencoder import TokenAutoencoder

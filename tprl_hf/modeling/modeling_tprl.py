@@ -4,13 +4,12 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .cached_prompt import CachedPrompt
 from .checkpoint_tprl import TPRLPreTrainedModel
@@ -18,7 +17,7 @@ from .configuration_tprl import TPRLConfig
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .keep_mask import Budget
 from .lvlm_adapters import adapter_for
-from .prune_plan import PrunePlan, budget_of_call, call_settings, layout_of, pruning_inputs
+from .prune_plan import PrunePlan, TPRLOutput, budget_of_call, call_settings, layout_of, pruning_inputs
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
 from .pruned_inputs import find_visual, restore_prompt
 from .pruning_policy import PruningPolicy
@@ -27,30 +26,7 @@ from .token_autoencoder import TokenAutoencoder
 from .token_pruner import LearnedPruner, TokenPruner
 from .visual_features import VisualFeatures
 
-
-@dataclass
-class TPRLOutput(ModelOutput):
-    """
-    Output of [`TPRLForConditionalGeneration`]. P columns of the pruned, left-padded batch.
-
-    Args:
-        loss (`[]`, *optional*): language-modelling loss over the labels, when these were passed.
-        logits (`[B, P, vocab]`): `logits[:, -k:]` are those of the last k tokens of every sample.
-        past_key_values (`Cache`, *optional*): filled with the kept tokens only.
-        hidden_states, attentions (tuples, *optional*): of the base model, over P columns.
-        keep_mask (`bool [V]`): which visual tokens were kept, in placeholder order.
-        num_kept (`int64 [B]`): how many of each sample.
-        columns (`int64 [B, P]`): column of the original prompt that each pruned column comes from, -1 for padding.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    keep_mask: Tensor | None = None
-    num_kept: Tensor | None = None
-    columns: Tensor | None = None
+logger = logging.get_logger(__name__)
 
 
 class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
@@ -127,6 +103,10 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             fields.setdefault("base_model_name_or_path", str(base_model))
             fields.setdefault("base_model_revision", settings.get("revision"))
         config = TPRLConfig(base_config=copy.deepcopy(base.config), **fields)
+        if (config.keep_ratio, config.num_keep, config.threshold) != (None, None, None):
+            logger.warning(
+                "The policy is new and untrained, and the config prunes with it: train it, or use a pruner."
+            )
         return cls._around(base, config)
 
     # ---- which pruner, which budget ----

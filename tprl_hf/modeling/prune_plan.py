@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from .configuration_tprl import TPRLConfig
 from .keep_mask import Budget
@@ -33,6 +34,31 @@ class PrunePlan:
     num_kept: Tensor
     num_visual: Tensor
     layout: TokenLayout
+
+
+@dataclass
+class TPRLOutput(ModelOutput):
+    """
+    Output of [`TPRLForConditionalGeneration`]. P columns of the pruned, left-padded batch.
+
+    Args:
+        loss (`[]`, *optional*): language-modelling loss over the labels, when these were passed.
+        logits (`[B, P, vocab]`): `logits[:, -k:]` are those of the last k tokens of every sample.
+        past_key_values (`Cache`, *optional*): filled with the kept tokens only.
+        hidden_states, attentions (tuples, *optional*): of the base model, over P columns.
+        keep_mask (`bool [V]`): which visual tokens were kept, in placeholder order.
+        num_kept (`int64 [B]`): how many of each sample.
+        columns (`int64 [B, P]`): column of the original prompt that each pruned column comes from, -1 for padding.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    keep_mask: Tensor | None = None
+    num_kept: Tensor | None = None
+    columns: Tensor | None = None
 
 
 def call_settings(
