@@ -59,7 +59,7 @@ def summarize(
             by_setting[record.pruner, record.budget][record.sample] = record
     samples = range(len(question_types))
     unpruned = [by_setting[settings[0].key][sample].score for sample in samples]
-    types = list(dict.fromkeys(question_types))
+    types = sorted(set(question_types))
     rows = []
     for setting in settings:
         found = [by_setting[setting.key][sample] for sample in samples]

@@ -1,0 +1,43 @@
+"""What docs/pruners.md and docs/evaluation.md promise."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tprl_hf import pruners
+from tprl_hf.cli.evaluate import METRICS, NAMES
+from tprl_hf.cli.main import make_parser
+from tprl_hf.evaluation import metrics
+from tprl_hf.evaluation.flops import CONVENTIONS
+
+DOCS = Path(__file__).parents[2] / "docs"
+NO_METHODS = {"PruningInputs", "SetPruner", "TokenPruner"}
+
+
+@pytest.mark.parametrize("page", ["pruners.md", "evaluation.md"])
+def test_every_command_is_understood(page):
+    for line in re.findall(r"^tprl (\w.*?)(?:  +#.*)?$", (DOCS / page).read_text(), re.M):
+        make_parser().parse_args(shlex.split(line))
+
+
+def test_every_pruner_has_its_line():
+    rows = re.findall(r"^\| `([\w-]+)` \| `(\w+)` \|", (DOCS / "pruners.md").read_text(), re.M)
+    assert {name for name, _ in rows} == set(NAMES)
+    assert {cls for _, cls in rows} == set(pruners.__all__) - NO_METHODS
+
+
+def test_every_metric_and_convention_has_its_line():
+    text = (DOCS / "evaluation.md").read_text()
+    modules = {Path(cls.__module__.replace(".", "/")).name for cls in (getattr(metrics, n) for n in metrics.__all__)}
+    assert set(re.findall(r"^\| (?:`[\w-]+`)? ?\| `(\w+)` \|", text, re.M)) == modules
+    assert set(re.findall(r"^\| `([\w-]+)` \| `\w+` \|", text, re.M)) == METRICS.keys()
+    assert set(re.findall(r"^- `([\w-]+)`: ", text, re.M)) == set(CONVENTIONS)
+
+
+def test_your_own_pruner_of_the_page_works():
+    source = re.findall(r"^```python\n(.*?)^```", (DOCS / "pruners.md").read_text(), re.M | re.S)[-1]
+    names: dict = {}
+    exec(compile(source, "pruners.md", "exec"), names)
+    assert issubclass(names["Brightest"], pruners.TokenPruner)
