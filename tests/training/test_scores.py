@@ -10,6 +10,7 @@ from tprl_hf.training.answer_batches import SampleEncoder, undecoded
 from tprl_hf.training.answer_scores import gradient_saliency, score_answers
 from tprl_hf.training.feature_cache import FeatureCache, join_features
 from tprl_hf.training.lfd_trainer import demonstrated_steps, imitation_loss
+from tprl_hf.training.rollouts import policy_on_kept
 
 
 def rows_of(dataset):
@@ -149,3 +150,17 @@ def test_the_policy_sees_in_training_what_it_sees_at_inference(make_model, proce
     for index, row in enumerate(rows_of(dataset)[:3]):
         inputs = encoder.process(row)
         assert model.prune(**inputs, keep_ratio=0.25).keep_mask.equal(keep[index])
+
+
+def test_the_policy_says_the_same_of_kept_tokens_when_it_sees_only_these(make_model, processor, dataset):
+    model = make_model(policy_positions=True, policy_steps=2)
+    inputs = SampleEncoder(model, processor)(rows_of(dataset)[:3]).inputs
+    codes = model.autoencoder.encode(inputs.tokens)
+    keep = torch.rand(3, 16, generator=torch.Generator().manual_seed(0)) < torch.tensor([[0.2], [0.5], [0.0]])
+    keep[2, 9] = True
+    few = policy_on_kept(model.policy, codes, keep, inputs, step=1)
+    every = model.policy(codes, keep, inputs.query, inputs.query_mask, 1, inputs.layout.positions())
+    torch.testing.assert_close(few.logits, every.logits.masked_fill(~keep, 0.0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(few.values, every.values, atol=1e-5, rtol=1e-5)
+    nothing = policy_on_kept(model.policy, codes, torch.zeros_like(keep), inputs, step=1)
+    assert nothing.logits.isfinite().all() and nothing.values.isfinite().all()

@@ -29,7 +29,7 @@ from .answer_scores import score_answers
 from .ppo_config import TPRLPPOConfig
 from .pruner_trainer import PolicyTrainer
 from .rewards import RewardFunction, reward_function_scores, step_rewards
-from .rollouts import Rollouts, collect_rollouts, replayed_logprobs, take_inputs
+from .rollouts import Rollouts, collect_rollouts, policy_on_kept, replayed_logprobs, take_inputs
 
 
 class TPRLPPOTrainer(PolicyTrainer):
@@ -219,12 +219,10 @@ class TPRLPPOTrainer(PolicyTrainer):
     def start_logits(self, batch: AnswerBatch, rollouts: Rollouts) -> Tensor:
         """Logits `[T, S, N]` of the policy that training started with."""
         inputs = take_inputs(batch.inputs, rollouts.of)
-        codes, positions = self.model.autoencoder.encode(inputs.tokens), inputs.layout.positions()
+        codes = self.tprl_model.autoencoder.encode(inputs.tokens)
+        steps = enumerate(rollouts.keep_masks[:-1])
         return torch.stack(
-            [
-                self.start_policy(codes, keep_mask, inputs.query, inputs.query_mask, step, positions).logits
-                for step, keep_mask in enumerate(rollouts.keep_masks[:-1])
-            ]
+            [policy_on_kept(self.start_policy, codes, mask, inputs, step).logits for step, mask in steps]
         )
 
     def ppo_loss(self, networks: nn.Module, index: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs
 from .answer_batches import SampleEncoder, undecoded
 from .answer_scores import score_answers
 from .policy_config import PolicyTrainingConfig, PrunerTrainingConfig
+from .rollouts import policy_on_kept
 
 STATE_FILE = "pruner_trainer_{rank}.pt"
 
@@ -48,11 +49,7 @@ class PolicyNetworks(TrainedNetworks):
             [`PolicyOutput`] with `logits [T, S, N]` and `values [T, S]`.
         """
         codes = self.autoencoder.encode(inputs.tokens)
-        positions = inputs.layout.positions()
-        steps = [
-            self.policy(codes, keep_mask, inputs.query, inputs.query_mask, step, positions)
-            for step, keep_mask in enumerate(keep_masks)
-        ]
+        steps = [policy_on_kept(self.policy, codes, mask, inputs, step) for step, mask in enumerate(keep_masks)]
         return PolicyOutput(torch.stack([s.logits for s in steps]), torch.stack([s.values for s in steps]))
 
 

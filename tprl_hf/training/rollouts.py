@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tprl_hf.modeling.keep_mask import keep_logprobs, sample_keep_mask
-from tprl_hf.modeling.pruning_policy import PruningPolicy
+from tprl_hf.modeling.pruning_policy import PolicyOutput, PruningPolicy
 from tprl_hf.modeling.token_autoencoder import TokenAutoencoder
 from tprl_hf.modeling.token_layout import TokenLayout
 from tprl_hf.modeling.token_pruner import PruningInputs
@@ -26,6 +26,35 @@ def take_inputs(inputs: PruningInputs, index: Tensor) -> PruningInputs:
         sample_keys=[inputs.sample_keys[i] for i in index.tolist()],
         attention=None if inputs.attention is None else inputs.attention[index],
     )
+
+
+def policy_on_kept(
+    policy: PruningPolicy, codes: Tensor, keep_mask: Tensor, inputs: PruningInputs, step: int
+) -> PolicyOutput:
+    """
+    The policy on the tokens that are left: what it says is what it says on all of them, but late steps cost less.
+
+    Args:
+        codes (`[S, N, Z]`), keep_mask (`bool [S, N]`), inputs: of S trajectories at `step`.
+
+    Returns:
+        [`PolicyOutput`] with `logits [S, N]`, 0 where a token is gone.
+    """
+    positions = inputs.layout.positions()
+    counts = keep_mask.sum(1)
+    longest = max(int(counts.max()), 1)
+    index = (~keep_mask).long().argsort(dim=1, stable=True)[:, :longest]  # kept tokens first, in their order
+    seen = torch.arange(longest, device=index.device) < counts[:, None]
+    output = policy(
+        codes.gather(1, index[..., None].expand(-1, -1, codes.shape[2])),
+        seen,
+        inputs.query,
+        inputs.query_mask,
+        step,
+        positions.gather(1, index[..., None].expand(-1, -1, 2)),
+    )
+    logits = torch.zeros_like(keep_mask, dtype=output.logits.dtype)
+    return replace(output, logits=logits.scatter(1, index, output.logits.masked_fill(~seen, 0.0)))
 
 
 @dataclass
@@ -116,12 +145,11 @@ def collect_rollouts(
     of = torch.arange(len(inputs.valid), device=inputs.valid.device).repeat_interleave(num_rollouts)
     codes = autoencoder.encode(inputs.tokens)[of]
     rows = take_inputs(inputs, of)
-    positions = rows.layout.positions()
     num_visual = rows.valid.sum(1)
     keep_mask = rows.valid
     keep_masks, all_asked, shifts, logprobs, values = [keep_mask], [], [], [], []
     for step in range(num_steps):
-        output = policy(codes, keep_mask, rows.query, rows.query_mask, step, positions)
+        output = policy_on_kept(policy, codes, keep_mask, rows, step)
         asked = keep_mask & ~rows.layout.protected
         discount = lambda_disc**step
         shift = torch.zeros(len(of), device=codes.device)
