@@ -12,6 +12,7 @@ from tprl_hf.modeling import TPRLForConditionalGeneration
 from tprl_hf.modeling.token_layout import Block, TokenLayout
 from tprl_hf.pruners import (
     CDPruner,
+    FastVPruner,
     FeatureNormPruner,
     OraclePruner,
     PruMerge,
@@ -208,6 +209,33 @@ def test_the_oracle_refuses_what_it_cannot_know():
         OraclePruner([[], []], [(80, 60)] * 2).score(inputs)
     with pytest.raises(ValueError, match="boxes of 0 samples and the sizes of 1"):
         OraclePruner([], [(80, 60)])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
+@pytest.mark.parametrize("raters", ["last", "question"])
+@torch.no_grad()
+def test_fastv_is_the_llms_own_attention(family, raters):
+    base = build(family)
+    decoder = base.get_decoder()
+    inputs = make_inputs(dim=32)
+    scores = FastVPruner(base, layer=2, raters=raters).score(inputs)
+    assert not decoder.layers[1].self_attn._forward_hooks
+    assert base.config.text_config._attn_implementation == "sdpa"
+    base.set_attn_implementation("eager")
+    for b in range(2):
+        tokens, words = inputs.tokens[b][inputs.valid[b]], inputs.query[b][inputs.query_mask[b]]
+        embeddings = torch.cat([tokens, words])[None]
+        maps = decoder(inputs_embeds=embeddings, output_attentions=True, use_cache=False).attentions[1][0].mean(0)
+        rows = maps[-1:] if raters == "last" else maps[len(tokens) :]
+        assert torch.allclose(scores[b][inputs.valid[b]], rows.mean(0)[: len(tokens)], atol=1e-5)
+
+
+def test_fastv_refuses_what_the_llm_does_not_have():
+    base = build("llava")
+    with pytest.raises(ValueError, match="layer=3, but the LLM has layers 1 to 2"):
+        FastVPruner(base, layer=3)
+    with pytest.raises(ValueError, match="'last' or 'question'; got 'all'"):
+        FastVPruner(base, raters="all")
 
 
 @pytest.mark.parametrize("pruner", [VisionZip(), PruMerge(), ToMePruner()])

@@ -9,6 +9,7 @@ from tprl_hf.modeling.keep_mask import keep_counts
 from tprl_hf.pruners import (
     CDPruner,
     DivPrune,
+    FastVPruner,
     FeatureNormPruner,
     LearnedPruner,
     NoPruner,
@@ -36,6 +37,7 @@ PRUNERS = {
     "divprune": DivPrune,
     "cdpruner": CDPruner,
     "tome": ToMePruner,
+    "fastv": None,
     "learned": None,
     "learned-3-steps": None,
 }
@@ -54,6 +56,8 @@ def model():
 def make(name, model):
     if PRUNERS[name] is not None:
         return PRUNERS[name]()
+    if name == "fastv":
+        return FastVPruner(model.lvlm)
     return LearnedPruner(model.policy, model.autoencoder, num_steps=3 if "3" in name else 1)
 
 

@@ -190,6 +190,7 @@ def describe_run(arguments: argparse.Namespace, model, num_samples: int) -> dict
         "num_samples": num_samples,
         "max_new_tokens": arguments.max_new_tokens,
         "metric": arguments.metric,
+        "pruners": arguments.pruners or [],
         # an untrained policy is drawn anew each time, and no setting asks it
         "weights": fingerprint(model if has_trained_policy(model) else model.lvlm),
     }
@@ -236,6 +237,12 @@ def claim_folder(folder: Path, described: dict[str, Any]) -> None:
 
 def notes_of(described: dict[str, Any]) -> list[str]:
     """The lines below every table."""
+    marks = []
+    if "fastv" in described["pruners"]:
+        marks = [
+            "fastv reads the LLM's attention, on which the embedded model was trained with boxes: on that model no "
+            "fair row."
+        ]
     versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
     return [
         f"{described['num_samples']} questions of {described['data']}, split {described['split']}, seed "
@@ -243,6 +250,7 @@ def notes_of(described: dict[str, Any]) -> list[str]:
         "images (2000 resamples).",
         "less unpruned: mean of the paired differences to the unpruned model on the same questions, in percentage "
         "points.",
+        *marks,
         f"Device: {described['device']}; {versions}; weights {described['weights']}.",
         f"Command: {described['command']}",
     ]

@@ -87,6 +87,8 @@ def make_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0)
         return None
     if name == "random":
         return pruners.RandomPruner(seed=seed)
+    if name == "fastv":
+        return pruners.FastVPruner(model.lvlm)
     classes: dict[str, type[TokenPruner]] = {
         "uniform": pruners.UniformPruner,
         "feature-norm": pruners.FeatureNormPruner,

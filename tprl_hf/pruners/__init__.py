@@ -4,6 +4,7 @@ from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs, SetPrune
 
 from .cdpruner import CDPruner
 from .divprune import DivPrune
+from .fastv import FastVPruner
 from .feature_norm import FeatureNormPruner
 from .none import NoPruner
 from .oracle import OraclePruner
@@ -18,6 +19,7 @@ from .vispruner import VisPruner
 __all__ = [
     "CDPruner",
     "DivPrune",
+    "FastVPruner",
     "FeatureNormPruner",
     "LearnedPruner",
     "NoPruner",
