@@ -132,6 +132,19 @@ LINEAR: dict[str, Any] = {
 OTHERS: dict[str, Family] = {
     "aria": Family(lambda: shrunk("aria", projector_patch_to_query_dict={16: 8}), square, concatenate),
     "cohere2_vision": Family(lambda: shrunk("cohere2_vision"), square, concatenate),
+    "cohere_compass": Family(
+        lambda: shrunk(
+            "cohere_compass",
+            vision_config=DEEPSTACK,
+            text_config={
+                "layer_types": ["sliding_attention", "full_attention"],
+                "rope_parameters": {"sliding_attention": MROPE, "full_attention": MROPE},
+            },
+        ),
+        grid,
+        concatenate,
+        modality_types,
+    ),
     "cosmos3_omni": Family(
         lambda: shrunk("cosmos3_omni", vision_config=DEEPSTACK, text_config={"rope_parameters": MROPE}),
         grid,

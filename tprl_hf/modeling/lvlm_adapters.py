@@ -23,12 +23,12 @@ logger = logging.get_logger(__name__)
 
 # Types whose invariants the tests hold; docs/families.md is the table.
 SUPPORTED = (
-    "aria", "aya_vision", "cohere2_vision", "cosmos3_omni", "deepseek_vl", "ernie4_5_vl_moe", "exaone4_5",
-    "gemma3", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "got_ocr2", "hyperclovax_vision_v2", "idefics2",
-    "idefics3", "internvl", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llava", "llava_next", "llava_next_video",
-    "llava_onevision", "minimax_m3_vl", "mistral3", "ovis2", "paddleocr_vl", "paligemma", "pp_chart2table",
-    "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
-    "step3p7", "video_llama_3", "video_llava", "vipllava",
+    "aria", "aya_vision", "cohere2_vision", "cohere_compass", "cosmos3_omni", "deepseek_vl", "ernie4_5_vl_moe",
+    "exaone4_5", "gemma3", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "got_ocr2", "hyperclovax_vision_v2",
+    "idefics2", "idefics3", "internvl", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llava", "llava_next",
+    "llava_next_video", "llava_onevision", "minimax_m3_vl", "mistral3", "ovis2", "paddleocr_vl", "paligemma",
+    "pp_chart2table", "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl",
+    "qwen3_vl_moe", "smolvlm", "step3p7", "video_llama_3", "video_llava", "vipllava",
 )  # fmt: skip
 # What encoders return besides what belongs to a family alone.
 ENCODER_FIELDS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions", "deepstack_features")
