@@ -1,0 +1,59 @@
+import json
+
+import pytest
+
+from tests.cli.test_demo import table_under
+from tprl_hf.cli.main import main
+from tprl_hf.evaluation.benchmark import random_prompts, time_in_turns
+from tprl_hf.evaluation.presets import preset_config
+
+PARTS = [
+    *("vision", "pruner", "prefill unpruned", "prefill pruned", "prefill floor"),
+    *("answer unpruned", "answer pruned"),
+]
+
+
+@pytest.fixture
+def benchmark(capsys, base_checkpoint):
+    """Runs `tprl benchmark` on the tiny model and returns exit code, stdout and stderr."""
+
+    def run(*words: str):
+        options = ["benchmark", str(base_checkpoint), "--new-tokens", "2", "--rounds", "2", "--keep", "1/4"]
+        return main([*options, *words]), *capsys.readouterr()
+
+    return run
+
+
+def test_every_part_is_timed_and_the_floor_stands_beside(benchmark):
+    code, out, _ = benchmark("--batch", "2")
+    assert code == 0
+    rows = table_under(out, "part")
+    assert [row[0] for row in rows[1:]] == PARTS and all(float(row[1]) > 0 for row in rows[1:])
+    assert "4 of 16 visual tokens kept by learned" in out and "batch 2" in out and "cpu, float32" in out
+    assert "Command: tprl benchmark" in out and "prefill pruned / floor" in out
+
+
+def test_json_and_another_pruner(benchmark):
+    code, out, _ = benchmark("--json", "--pruner", "divprune")
+    found = json.loads(out)
+    assert code == 0 and found["pruner"] == "divprune" and list(found["milliseconds"]) == PARTS
+    assert found["kv_bytes_unpruned"] - found["kv_bytes_pruned"] == 12 * 2 * 2 * 2 * 8 * 4
+    times = found["milliseconds"]
+    ratio = times["prefill pruned"]["median"] / times["prefill floor"]["median"]
+    assert found["ratios"]["prefill pruned / floor"] == pytest.approx(ratio)
+
+
+def test_calls_take_turns():
+    called = []
+    times = time_in_turns({name: lambda name=name: called.append(name) for name in "ab"}, rounds=2, warmup=1)
+    assert called == ["a", "b"] * 3 and list(times) == ["a", "b"]
+    assert all(one.low <= one.median <= one.high for one in times.values())
+    with pytest.raises(ValueError, match="rounds must be at least 2, got 1"):
+        time_in_turns({}, rounds=1)
+
+
+def test_random_prompts_are_those_of_the_preset():
+    prompts = random_prompts(preset_config("llava-0.5b"), batch_size=2, text_tokens=10)
+    assert prompts["input_ids"].shape == (2, 586) and prompts["pixel_values"].shape == (2, 3, 336, 336)
+    with pytest.raises(ValueError, match=r"for 'qwen2_5_vl' pass a model with its processor"):
+        random_prompts(preset_config("qwen2.5-vl-3b"), 1, 10)
