@@ -58,7 +58,7 @@ def test_tokenizer_knows_every_word_of_the_data_and_gives_it_back(processor):
 def test_packed_questions_equal_single_prompts(processor, model, images):
     batch = pack(images, processor.tokenizer, [False, False])
     patches, _ = run_tower(model, batch.pixel_values)
-    logits = answer_losses(model, ReadingHeads(192), patches, batch, with_guidance=False).logits
+    logits = answer_losses(model, ReadingHeads(192), patches, batch).logits
     rows = iter(batch.answer_rows)
     for image in images:
         for question in image.questions:
@@ -74,7 +74,7 @@ def test_packed_questions_equal_single_prompts(processor, model, images):
 def test_packed_conversation_equals_the_chat_template(processor, model, images):
     batch = pack(images[:1], processor.tokenizer, [True])
     patches, _ = run_tower(model, batch.pixel_values)
-    logits = answer_losses(model, ReadingHeads(192), patches, batch, with_guidance=False).logits
+    logits = answer_losses(model, ReadingHeads(192), patches, batch).logits
     messages = []
     for k, question in enumerate(images[0].questions[:3]):
         content = [{"type": "image"}] if k == 0 else []
@@ -113,7 +113,7 @@ def test_grounding_loss_reads_the_models_own_attention(processor, images):
     model = build_lvlm(processor.tokenizer)
     batch = pack(images, processor.tokenizer, [False, True])
     patches, _ = run_tower(model, batch.pixel_values)
-    grounding = answer_losses(model, ReadingHeads(192), patches, batch, with_guidance=True).grounding
+    grounding = answer_losses(model, ReadingHeads(192), patches, batch, with_grounding=True).grounding
 
     llm = model.model.language_model
     llm.set_attn_implementation("eager")

@@ -4,9 +4,9 @@ Two phases, each as long as it is told in minutes:
 
 1. *tower*: the vision tower learns to say what each patch shows (shape, colour, digit, center of an object) and where
    it lies, and its CLS token which objects the image holds.
-2. *joint*: the whole model learns to answer packed questions, the tower's own losses staying on. In the first half two
-   auxiliary losses guide the LLM, with a weight that falls to zero there: one draws two heads of the second and third
-   layers to the objects asked about, the other reads from a relation's nouns where their objects lie.
+2. *joint*: the whole model learns to answer packed questions, the tower's own losses staying on. From the
+   nouns of a relation a linear reading asks where their objects lie. In the first half a loss draws two heads of the
+   second and third LLM layers to the objects asked about; its weight falls to zero there.
 
 Processes average their gradients (gloo), one thread each. The state is saved every few minutes, atomically; the same
 command goes on from it. The learning rate follows the time spent, so that a run ends when it should on any machine.
@@ -66,8 +66,9 @@ class MosaicLVLMConfig:
         tower_learning_rate (`float`): Peak in the tower phase.
         learning_rate, joint_tower_learning_rate (`float`): Peaks in the joint phase, of projector and LLM, and of the
             tower.
-        guidance_weight (`float`), guidance_share (`float`): First weight of the LLM's auxiliary losses, and the share
-            of the joint phase after which it is zero.
+        grounding_weight (`float`), grounding_share (`float`): First weight of the loss on the LLM's attention, and the
+            share of the joint phase after which it is zero.
+        relation_weight (`float`): Weight of reading a relation's objects from the LLM.
         patch_weight (`float`): Weight of the tower's own losses in the joint phase.
         save_every (`float`), log_every (`float`): Minutes between saved states, and between log lines.
     """
@@ -82,8 +83,9 @@ class MosaicLVLMConfig:
     tower_learning_rate: float = 1e-3
     learning_rate: float = 2e-3
     joint_tower_learning_rate: float = 4e-4
-    guidance_weight: float = 0.5
-    guidance_share: float = 0.5
+    grounding_weight: float = 0.5
+    grounding_share: float = 0.5
+    relation_weight: float = 1.0
     patch_weight: float = 0.3
     save_every: float = 3.0
     log_every: float = 1.0
@@ -210,13 +212,13 @@ def answer_losses(
     heads: ReadingHeads,
     patches: torch.Tensor,
     batch: PackedBatch,
-    with_guidance: bool,
+    with_grounding: bool = False,
 ) -> AnswerLosses:
-    """Cross-entropy of the answers and, `with_guidance`, the two auxiliary losses of the LLM; zeros without."""
+    """Cross-entropy of the answers, and the two auxiliary losses of the LLM; `grounding` is zero unless asked for."""
     embeds = model.get_input_embeddings()(batch.input_ids)
     image = model.model.multi_modal_projector(patches)
     embeds = torch.cat([embeds[:, :2], image, embeds[:, PREFIX_LENGTH:]], dim=1)
-    llm, grounded = model.model.language_model, (NOUN_LAYER, ANSWER_LAYER) if with_guidance else ()
+    llm, grounded = model.model.language_model, (NOUN_LAYER, ANSWER_LAYER) if with_grounding else ()
     called: dict[int, dict] = {}
 
     def remember(module: LlamaAttention, args: tuple, kwargs: dict) -> None:
@@ -227,18 +229,17 @@ def answer_losses(
         inputs_embeds=embeds,
         attention_mask=batch.attention_mask(),
         position_ids=batch.position_ids,
-        output_hidden_states=with_guidance,
+        output_hidden_states=True,
         use_cache=False,
     )
     for hook in hooks:
         hook.remove()
     logits = model.lm_head(output.last_hidden_state)
     answer = F.cross_entropy(logits.transpose(1, 2), batch.labels, ignore_index=IGNORE)
-    grounding, relation = torch.zeros(()), torch.zeros(())
-    if with_guidance:
-        for i in grounded:
-            grounding = grounding + grounding_loss(llm.layers[i].self_attn, called[i], batch) / len(grounded)
-        relation = heads.relation_loss(output.hidden_states, batch)
+    grounding = torch.zeros(())
+    for i in grounded:
+        grounding = grounding + grounding_loss(llm.layers[i].self_attn, called[i], batch) / len(grounded)
+    relation = heads.relation_loss(output.hidden_states, batch)
     return AnswerLosses(answer, grounding, relation, logits)
 
 
@@ -251,7 +252,7 @@ def evaluate(
     patch_right: dict[str, list[float]] = defaultdict(list)
     for batch in batches:
         patches, _ = run_tower(model, batch.pixel_values)
-        logits = answer_losses(model, heads, patches, batch, with_guidance=False).logits
+        logits = answer_losses(model, heads, patches, batch).logits
         hits = logits.argmax(-1) == batch.labels
         for question_type, (i, first, stop) in zip(batch.question_types, batch.answer_rows, strict=True):
             right[question_type].append(hits[i, first:stop].all().float().item())
@@ -299,7 +300,8 @@ def parameter_groups(model: LlavaForConditionalGeneration, heads: ReadingHeads, 
     """Matrices decay, vectors don't; the tower and its heads learn at `tower_scale` times the rate."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in [*model.named_parameters(), *heads.named_parameters()]:
-        scale = 1.0 if "language_model" in name or "projector" in name else tower_scale
+        reads_llm = name.startswith(("noun_", "order"))
+        scale = 1.0 if "language_model" in name or "projector" in name or reads_llm else tower_scale
         groups[scale, 0.05 if parameter.ndim == 2 and "embedding" not in name else 0.0].append(parameter)
     return [
         {"params": parameters, "scale": scale, "weight_decay": decay} for (scale, decay), parameters in groups.items()
@@ -365,16 +367,16 @@ def train_phase(
         rate = peak * min(1.0, (step + 1) / 100) * max(0.5 * (1 + math.cos(math.pi * done)), 0.005)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        guidance_weight = 0.0
+        grounding_weight = 0.0
         if joint:
-            guidance_weight = max(0.0, config.guidance_weight * (1 - done / config.guidance_share))
+            grounding_weight = max(0.0, config.grounding_weight * (1 - done / config.grounding_share))
 
         patches, cls = run_tower(model, batch.pixel_values)
         losses = heads.losses(patches, cls, batch)
         loss = torch.stack(list(losses.values())).sum() * (config.patch_weight if joint else 1.0)
         if joint:
-            read = answer_losses(model, heads, patches, batch, guidance_weight > 0)
-            loss = loss + read.answer + guidance_weight * (read.grounding + read.relation)
+            read = answer_losses(model, heads, patches, batch, grounding_weight > 0)
+            loss = loss + read.answer + grounding_weight * read.grounding + config.relation_weight * read.relation
             losses |= {"answer": read.answer, "grounding": read.grounding, "relation": read.relation}
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
