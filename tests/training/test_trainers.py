@@ -280,3 +280,12 @@ def inputs_of(model, processor, dataset):
     from tprl_hf.training.answer_batches import SampleEncoder
 
     return [SampleEncoder(model, processor).process(row) for row in dataset]
+
+
+def test_the_end_is_measured_where_nothing_else_is(make_model, processor, dataset, tmp_path):
+    trainer = stage("ppo", make_model, processor, dataset, str(tmp_path), max_steps=1)
+    better = iter([-2.0, -1.0])
+    remember = trainer.remember_if_best
+    trainer.remember_if_best = lambda metrics: remember({**metrics, "eval_logprob": next(better)})
+    trainer.train()
+    assert trainer.best["step"] == 1

@@ -44,7 +44,8 @@ class PolicyTrainingConfig(PrunerTrainingConfig):
         eval_keep_ratios (`list[float]`, defaults to 1/3, 2/9 and 1/9):
             Budgets at which the policy is measured on `eval_dataset`, as it prunes at inference.
         keep_best (`bool`, defaults to `True`):
-            End with the weights that were best on `eval_dataset`, the start included. Needs `eval_strategy`.
+            End with the weights that were best on `eval_dataset`, start and end included; without it, with the last.
+            `eval_strategy` says how often is measured between.
         best_metric (`"accuracy"` or `"logprob"`, defaults to `"logprob"`):
             What "best" means: accuracy, or the mean log-probability of the reference answer, which is less noisy. Both
             are averages over `eval_keep_ratios`.

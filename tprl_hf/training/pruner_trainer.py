@@ -239,6 +239,7 @@ class PolicyTrainer(PrunerTrainer):
         if args.keep_ratio is not None:
             model.config.keep_ratio = args.keep_ratio
         self.best: dict[str, Any] = {}
+        self.last_measured = -1
 
     def networks(self, model: TPRLForConditionalGeneration) -> TrainedNetworks:
         model.autoencoder.requires_grad_(False)
@@ -284,6 +285,7 @@ class PolicyTrainer(PrunerTrainer):
         return metrics
 
     def remember_if_best(self, metrics: dict[str, float]) -> None:
+        self.last_measured = self.state.global_step
         score = metrics[f"eval_{self.args.best_metric}"]
         if self.args.keep_best and score > self.best.get("score", -float("inf")):
             weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -295,6 +297,8 @@ class PolicyTrainer(PrunerTrainer):
             self.evaluate()
 
     def finish(self) -> None:
+        if self.best and self.last_measured != self.state.global_step:
+            self.evaluate()
         if self.best:
             self.model.load_state_dict(self.best["weights"])
             self.state.best_metric, self.state.best_global_step = self.best["score"], self.best["step"]
