@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from tests.more_families import OTHERS
-from tests.reference import delete_by_hand
-from tests.tiny_models import FAMILIES, build, collate, entry, sample
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from tests.more_families import OTHERS
+from tests.reference import delete_by_hand
+from tests.tiny_models import FAMILIES, build, collate, entry, sample
 from tprl_hf.modeling import TPRLForConditionalGeneration, adapter_for
 
 COLUMNS = {
@@ -79,7 +79,9 @@ def measure(family: str) -> dict[str, float]:
         for name, merged in (("policy", False), ("merged", True)):
             model.save_pretrained(f"{directory}/{name}", save_base_model=merged)
             loaded = TPRLForConditionalGeneration.from_pretrained(f"{directory}/{name}")
-            found["loaded"] = max(found.get("loaded", 0.0), deviation(loaded(**batch, keep_ratio=0.4).logits, expected))
+            found["loaded"] = max(
+                found.get("loaded", 0.0), deviation(loaded(**batch, keep_ratio=0.4).logits, expected)
+            )
     return found
 
 
@@ -115,14 +117,14 @@ def table() -> str:
             "",
             "Written by `python -m tests.families_table --write`.",
             "",
-            f"Of the {len(registered())} image-text-to-text types that transformers {transformers.__version__} registers, "
-            f"**{len(exact)} are exact** on tiny random models, {counts['untested']} are untested and "
+            f"Of the {len(registered())} image-text-to-text types that transformers {transformers.__version__} "
+            f"registers, **{len(exact)} are exact** on tiny random models, {counts['untested']} are untested and "
             f"{counts['refused']} are refused. Largest deviation of all: **{largest:.1e}**.",
             "",
             "## Exact",
-            "Largest absolute difference of float32 logits on the CPU (hidden 32, two layers). Keep-all and deletion by "
-            "hand also compare greedy tokens. The batch holds one image, two images, no image, padded on either side. A "
-            "dash: the family's `generate` counts positions itself, so only renumbered positions are possible.",
+            "Largest absolute difference of float32 logits on the CPU (hidden 32, two layers). Keep-all and deletion "
+            "by hand also compare greedy tokens. The batch holds one image, two images, no image, padded on either "
+            "side. A dash: the family's `generate` counts positions itself, so only renumbered positions are possible.",
             "",
             "| family | adapter | " + " | ".join(COLUMNS.values()) + " |",
             "|---|---|" + "---|" * len(COLUMNS),
@@ -134,9 +136,9 @@ def table() -> str:
             *others,
             "",
             "## Adding one",
-            "A family of the default kind costs one entry with a tiny config in `tests/more_families.py` and its name in "
-            "`SUPPORTED` (`tprl_hf/modeling/lvlm_adapters.py`). Run the command above; where a number is not small, the "
-            "family needs an adapter, which says only what differs.",
+            "A family of the default kind costs one entry with a tiny config in `tests/more_families.py` and its name "
+            "in `SUPPORTED` (`tprl_hf/modeling/lvlm_adapters.py`). Run the command above; where a number is not small, "
+            "the family needs an adapter, which says only what differs.",
             "",
         ]
     )

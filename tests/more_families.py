@@ -6,6 +6,8 @@ Their configs are the library's defaults with every size shrunk by rule, and wha
 from typing import Any
 
 import torch
+from transformers import CONFIG_MAPPING
+
 from tests.tiny_models import (
     IMAGE,
     MROPE,
@@ -22,7 +24,6 @@ from tests.tiny_models import (
     sized,
     square,
 )
-from transformers import CONFIG_MAPPING
 
 SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "embed_dim", "out_hidden_size", "projection_dim", "output_dim", "width"), 32),
