@@ -180,11 +180,13 @@ def test_attention_lies_over_the_tokens_of_other_towers(family):
 def test_separators_are_kept_by_all(family):
     model = TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8).eval()
     batch = collate(family, [sample(family, 1, 1), sample(family, 2, 2)])
-    for pruner in (RandomPruner(), UniformPruner(), model.pruner):
+    methods = (RandomPruner(), UniformPruner(), DivPrune(), CDPruner(), ToMePruner(), FastVPruner(model.lvlm))
+    for pruner in (*methods, model.pruner):
         with model.using(pruner):
             plan = model.prune(**batch, keep_ratio=0.5)
             assert plan.keep_mask[plan.layout.protected].all()
             assert plan.num_kept.tolist() == [round(0.5 * n) for n in plan.num_visual.tolist()]
+            assert model(**batch, keep_ratio=0.5).logits.isfinite().all()
             few = model.prune(**batch, keep_ratio=0.01)
             assert few.keep_mask[few.layout.protected].all()
             assert few.num_kept.sum() == few.layout.protected.sum() + 2  # each sample keeps one token of content

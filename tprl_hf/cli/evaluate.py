@@ -94,13 +94,13 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.evaluation.tables import accuracy_table, summarize, type_table
 
     from .demo import format_table
-    from .loading import has_trained_policy, load_model, make_pruner
+    from .loading import load_model, make_pruner
 
     samples = load_samples(arguments)
     if "oracle" in (arguments.pruners or ()) and not any(samples["boxes"]):
         raise ValueError(f"The oracle needs boxes, which {arguments.data} has none of.")
     model, processor = load_model(arguments.model)
-    names = arguments.pruners or ["uniform", "vispruner", *(["learned"] if has_trained_policy(model) else [])]
+    names = arguments.pruners or default_pruners(model, processor, samples[0])
     settings = [Setting("none", "1", None, {"prune": False})]
     for name in dict.fromkeys([*BASELINES, *names]):
         if name != "none":
@@ -143,6 +143,22 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def default_pruners(model, processor, sample: dict[str, Any]) -> list[str]:
+    """Those that this model can have: its tower may not return attention, its policy may not be trained."""
+    from tprl_hf.evaluation.compare_pruners import encode_once
+    from tprl_hf.pruners import VisPruner
+
+    from .loading import has_trained_policy
+
+    names = ["uniform", "vispruner", *(["learned"] if has_trained_policy(model) else [])]
+    try:
+        encode_once(model, processor, [sample], VisPruner())
+    except ValueError as error:
+        print(f"Without vispruner: {error}", file=sys.stderr)
+        names.remove("vispruner")
+    return names
+
+
 def oracle_of(samples):
     """The oracle that knows the boxes of these samples."""
     from tprl_hf.pruners import OraclePruner
@@ -175,6 +191,7 @@ def describe_run(arguments: argparse.Namespace, model, num_samples: int) -> dict
     from .demo import describe_device
     from .loading import has_trained_policy
 
+    config = model.config.to_dict()
     ratios = ",".join(text for text, _ in arguments.keep_ratios)
     command = f"tprl evaluate{f' {arguments.model}' if arguments.model else ''} --data {arguments.data}"
     command += f" --pruners {','.join(arguments.pruners)}" if arguments.pruners else ""
@@ -191,6 +208,7 @@ def describe_run(arguments: argparse.Namespace, model, num_samples: int) -> dict
         "max_new_tokens": arguments.max_new_tokens,
         "metric": arguments.metric,
         "pruners": arguments.pruners or [],
+        "settings": {name: config[name] for name in ("num_steps", "query_agnostic", "position_ids")},
         # an untrained policy is drawn anew each time, and no setting asks it
         "weights": fingerprint(model if has_trained_policy(model) else model.lvlm),
     }
@@ -220,7 +238,7 @@ def claim_folder(folder: Path, described: dict[str, Any]) -> None:
     path = folder / "run.json"
     own = {
         name: described[name]
-        for name in ("data", "split", "seed", "num_samples", "max_new_tokens", "metric", "weights")
+        for name in ("data", "split", "seed", "num_samples", "max_new_tokens", "metric", "settings", "weights")
     }
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
