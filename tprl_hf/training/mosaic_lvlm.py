@@ -76,7 +76,7 @@ class MosaicLVLMConfig:
     output_dir: str
     seed: int = 0
     tower_minutes: float = 4.0
-    joint_minutes: float = 45.0
+    joint_minutes: float = 53.0
     num_processes: int = 2
     mosaic_images: int = 6
     easy_images: int = 2
