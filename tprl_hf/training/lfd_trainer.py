@@ -84,6 +84,8 @@ class LfDTrainer(PolicyTrainer):
     def networks(self, model: TPRLForConditionalGeneration) -> TrainedNetworks:
         networks = super().networks(model)
         model.autoencoder.encoder.requires_grad_(self.args_of_networks.train_encoder)
+        for part in (model.policy.value_mlp, model.policy.value_head):  # demonstrations have no returns
+            part.requires_grad_(False)
         return networks
 
     def __init__(self, model: TPRLForConditionalGeneration, args: LfDConfig, *positional, **named):

@@ -21,7 +21,8 @@ class PrunerTrainingConfig(TrainingArguments):
             Save the frozen LVLM too, at the end of training.
         logging_steps (`float`, defaults to 10), save_total_limit (`int`, defaults to 2),
         remove_unused_columns (`bool`, defaults to `False`), report_to (`str`, defaults to `"none"`),
-        dataloader_pin_memory (`bool`, defaults to `False`):
+        dataloader_pin_memory (`bool`, defaults to `False`),
+        ddp_find_unused_parameters (`bool`, defaults to `True`):
             Other defaults than in `TrainingArguments`.
     """
 
@@ -33,6 +34,7 @@ class PrunerTrainingConfig(TrainingArguments):
     remove_unused_columns: bool = False
     report_to: str | list[str] = "none"
     dataloader_pin_memory: bool = False  # batches are rows, not tensors
+    ddp_find_unused_parameters: bool | None = True  # a policy without questions leaves query_proj alone
 
 
 @dataclass

@@ -1,0 +1,65 @@
+"""Two processes with gloo: they end with the same weights, and resume."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = """
+import sys
+import torch
+from datasets import load_from_disk
+from transformers import AutoProcessor
+from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.training import GradientTeacher, LfDConfig, LfDTrainer, TPRLPPOConfig, TPRLPPOTrainer
+from tprl_hf.training import generate_demonstrations
+
+stage, base, data, output_dir, resume = sys.argv[1:]
+torch.manual_seed(1)
+model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=16, policy_num_heads=4, policy_dim=16)
+processor, dataset = AutoProcessor.from_pretrained(base), load_from_disk(data)
+common = {
+    "use_cpu": True, "disable_tqdm": True, "max_steps": 4, "save_steps": 3, "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 2,
+}
+if stage == "lfd":
+    demonstrations = generate_demonstrations(GradientTeacher(), model, processor, dataset)
+    trainer = LfDTrainer(model, LfDConfig(output_dir, **common), processor, demonstrations, dataset)
+else:
+    settings = {"num_rollouts": 2, "num_ppo_epochs": 1, "num_mini_batches": 2, "micro_batch_size": 1}
+    config = TPRLPPOConfig(output_dir, **settings, **common)
+    trainer = TPRLPPOTrainer(model, config, processor, dataset, dataset)
+trainer.train(resume_from_checkpoint=resume == "True")
+rank = trainer.args.process_index
+assert trainer.args.world_size == 2
+torch.save({n: p.data for n, p in trainer.model.named_parameters()}, f"{output_dir}/rank-{rank}-{resume}.pt")
+trainer.save_model()
+"""
+
+
+@pytest.mark.parametrize("stage", ["lfd"])
+def test_two_processes(stage, base, dataset, tmp_path):
+    dataset.save_to_disk(str(tmp_path / "data"))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    out = tmp_path / "out"
+
+    def run(resume: bool):
+        words = [stage, base, str(tmp_path / "data"), str(out), str(resume)]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        done = subprocess.run([*launcher, str(tmp_path / "script.py"), *words], capture_output=True, text=True)
+        errors = [line for line in done.stderr.splitlines() if "Error" in line]
+        assert done.returncode == 0, errors
+        ranks = [torch.load(out / f"rank-{rank}-{resume}.pt") for rank in (0, 1)]
+        assert all(value.equal(ranks[1][name]) for name, value in ranks[0].items())
+        return ranks[0]
+
+    whole = run(resume=False)
+    assert load_file(out / "model.safetensors").keys() >= {"policy.policy_head.bias"}
+    for path in out.glob("checkpoint-4"):  # go on from the one before the end
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    resumed = run(resume=True)
+    assert all(value.equal(whole[name]) for name, value in resumed.items())
