@@ -39,7 +39,7 @@ trainer.save_model()
 """
 
 
-@pytest.mark.parametrize("stage", ["lfd"])
+@pytest.mark.parametrize("stage", ["lfd", "ppo"])
 def test_two_processes(stage, base, dataset, tmp_path):
     dataset.save_to_disk(str(tmp_path / "data"))
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -211,7 +211,9 @@ class PrunerTrainer(Trainer):
                 f"{path} is missing: {checkpoint} was written with fewer processes, or is not ours. Start again, or "
                 "resume with as many processes as before."
             )
-        self.load_state(torch.load(path, map_location=self.args.device, weights_only=True))
+        device = self.args.device  # that of a CPU process has an index, which torch.load does not know
+        place = "cpu" if device.type == "cpu" else device
+        self.load_state(torch.load(path, map_location=place, weights_only=True))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         r"""
