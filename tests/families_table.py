@@ -124,7 +124,7 @@ def table() -> str:
             "## Exact",
             "Largest absolute difference of float32 logits on the CPU (hidden 32, two layers). Keep-all and deletion "
             "by hand also compare greedy tokens. The batch holds one image, two images, no image, padded on either "
-            "side. A dash: the family's `generate` counts positions itself, so only renumbered positions are possible.",
+            "side. A dash: the family's `generate` counts positions itself: only renumbered positions are possible.",
             "",
             "| family | adapter | " + " | ".join(COLUMNS.values()) + " |",
             "|---|---|" + "---|" * len(COLUMNS),
@@ -137,8 +137,8 @@ def table() -> str:
             "",
             "## Adding one",
             "A family of the default kind costs one entry with a tiny config in `tests/more_families.py` and its name "
-            "in `SUPPORTED` (`tprl_hf/modeling/lvlm_adapters.py`). Run the command above; where a number is not small, "
-            "the family needs an adapter, which says only what differs.",
+            "in `SUPPORTED` (`tprl_hf/modeling/lvlm_adapters.py`). Run the command above; where a number is not "
+            "small, the family needs an adapter, which says only what differs.",
             "",
         ]
     )

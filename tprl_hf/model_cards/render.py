@@ -1,12 +1,10 @@
-"""Fill a card's template: `python -m tprl_hf.model_cards.render mosaic_llava card.md training.json results.json …`.
+"""Fill a card's template.
 
 Every number of a card comes from the JSON files given, so that the card can be made again, and a test can compare.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +34,3 @@ def render_card(template: str, **values: Any) -> str:
     )
     environment.filters["percent"] = percent
     return environment.get_template(f"{template}.md.jinja").render(**values)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("template")
-    parser.add_argument("card", type=Path)
-    parser.add_argument("values", nargs="+", type=Path, help="JSON files; each becomes a value named as the file is")
-    arguments = parser.parse_args()
-    values = {path.stem.replace("-", "_"): json.loads(path.read_text(encoding="utf-8")) for path in arguments.values}
-    arguments.card.write_text(render_card(arguments.template, **values), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,27 @@
+"""Cards and numbers together: each filled card is what its template makes of the committed results."""
+
+import json
+from pathlib import Path
+
+import pytest
+from jinja2 import UndefinedError
+
+import tprl_hf
+from tprl_hf.model_cards import render_card
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs/results/mosaic_llava"
+
+
+def test_card_of_the_embedded_checkpoint_is_made_of_its_results():
+    values = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
+    card = render_card("mosaic_llava", **values)
+    assert (Path(tprl_hf.embedded_checkpoint()) / "README.md").read_text(encoding="utf-8") == card
+    assert (ROOT / "model_cards/mosaic-llava.md").read_text(encoding="utf-8") == card
+    assert values["mosaic"]["num_samples"] >= 2000 and values["mosaic"]["split"] == "test"
+    assert {"none", "random", "uniform"} <= {row["pruner"] for row in values["mosaic"]["rows"]}
+
+
+def test_a_missing_number_is_an_error():
+    with pytest.raises(UndefinedError, match="mosaic"):
+        render_card("mosaic_llava")
