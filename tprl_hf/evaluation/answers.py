@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from tprl_hf.modeling.text_query import chat_messages
+
 
 def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.device | str = "cpu"):
     """
@@ -32,10 +34,7 @@ def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.devi
         )
     texts = []
     for sample in samples:
-        messages = sample["prompt"]
-        if isinstance(messages, str):
-            content = [{"type": "image"} for _ in sample["images"]] + [{"type": "text", "text": messages}]
-            messages = [{"role": "user", "content": content}]
+        messages = chat_messages(sample["prompt"], len(sample["images"]))
         texts.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     images = [sample["images"] for sample in samples]
     inputs = processor(

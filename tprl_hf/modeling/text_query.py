@@ -33,6 +33,14 @@ def default_query_mask(input_ids: Tensor, attention_mask: Tensor, visual: Tensor
     return attention_mask.bool() & ~visual & ~special
 
 
+def chat_messages(prompt: str | list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
+    """The chat messages of a sample: `prompt` itself where it is messages, else one question behind its images."""
+    if not isinstance(prompt, str):
+        return prompt
+    content: list[dict[str, Any]] = [{"type": "image"} for _ in range(num_images)]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+
+
 def question_mask(
     processor: Any, conversations: list[list[dict[str, Any]]], input_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:

@@ -16,7 +16,7 @@ from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.prune_plan import layout_of, pruning_inputs
 from tprl_hf.modeling.pruned_batch import PromptBatch
 from tprl_hf.modeling.pruned_inputs import find_visual
-from tprl_hf.modeling.text_query import config_special_ids, default_query_mask
+from tprl_hf.modeling.text_query import chat_messages, config_special_ids, default_query_mask
 from tprl_hf.modeling.token_pruner import PruningInputs
 from tprl_hf.modeling.visual_features import VisualFeatures
 
@@ -175,10 +175,7 @@ class SampleEncoder:
 
     def render(self, row: dict[str, Any]) -> tuple[str, str]:
         """The prompt, and the reference answer as the template would go on with it."""
-        messages = row["prompt"]
-        if isinstance(messages, str):
-            content = [{"type": "image"} for _ in row["images"]] + [{"type": "text", "text": messages}]
-            messages = [{"role": "user", "content": content}]
+        messages = chat_messages(row["prompt"], len(row["images"]))
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         answer = {"role": "assistant", "content": [{"type": "text", "text": row["answer"]}]}
         whole = self.processor.apply_chat_template([*messages, answer], tokenize=False)
