@@ -1,8 +1,8 @@
 """ANLS, as an `evaluate.Metric`: `evaluate.load` takes the path of this file, without a network."""
 
-import datasets
 import evaluate
 
+from tprl_hf.evaluation.metric_features import ANSWER_FEATURES
 from tprl_hf.evaluation.scores import anls_score
 
 DESCRIPTION = (
@@ -20,15 +20,11 @@ CITATION = """Biten et al., Scene Text Visual Question Answering, ICCV 2019, arX
 
 class ANLS(evaluate.Metric):
     def _info(self):
-        text = datasets.Value("string")
         return evaluate.MetricInfo(
             description=DESCRIPTION,
             citation=CITATION,
             inputs_description=KWARGS,
-            features=[
-                datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-                datasets.Features({"predictions": text, "references": text}),
-            ],
+            features=ANSWER_FEATURES,
         )
 
     def _compute(self, predictions, references):

@@ -1,8 +1,8 @@
 """Exact match, as an `evaluate.Metric`: `evaluate.load` takes the path of this file, without a network."""
 
-import datasets
 import evaluate
 
+from tprl_hf.evaluation.metric_features import ANSWER_FEATURES
 from tprl_hf.evaluation.scores import exact_score
 
 DESCRIPTION = """Share of answers that equal a reference, letter case and a closing full stop aside."""
@@ -18,15 +18,11 @@ CITATION = """"""
 
 class ExactMatchAnswer(evaluate.Metric):
     def _info(self):
-        text = datasets.Value("string")
         return evaluate.MetricInfo(
             description=DESCRIPTION,
             citation=CITATION,
             inputs_description=KWARGS,
-            features=[
-                datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-                datasets.Features({"predictions": text, "references": text}),
-            ],
+            features=ANSWER_FEATURES,
         )
 
     def _compute(self, predictions, references):

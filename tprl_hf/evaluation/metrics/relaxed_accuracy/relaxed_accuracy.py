@@ -1,8 +1,8 @@
 """Relaxed accuracy, as an `evaluate.Metric`: `evaluate.load` takes the path of this file, without a network."""
 
-import datasets
 import evaluate
 
+from tprl_hf.evaluation.metric_features import ANSWER_FEATURES
 from tprl_hf.evaluation.scores import relaxed_score
 
 DESCRIPTION = """ChartQA's accuracy: numbers within 5 % of the reference are right, other answers must be equal."""
@@ -18,15 +18,11 @@ CITATION = """Masry et al., ChartQA, Findings of ACL 2022, arXiv 2203.10244"""
 
 class RelaxedAccuracy(evaluate.Metric):
     def _info(self):
-        text = datasets.Value("string")
         return evaluate.MetricInfo(
             description=DESCRIPTION,
             citation=CITATION,
             inputs_description=KWARGS,
-            features=[
-                datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-                datasets.Features({"predictions": text, "references": text}),
-            ],
+            features=ANSWER_FEATURES,
         )
 
     def _compute(self, predictions, references):

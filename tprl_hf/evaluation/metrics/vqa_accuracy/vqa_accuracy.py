@@ -1,8 +1,8 @@
 """VQA accuracy, as an `evaluate.Metric`: `evaluate.load` takes the path of this file, without a network."""
 
-import datasets
 import evaluate
 
+from tprl_hf.evaluation.metric_features import ANSWER_FEATURES
 from tprl_hf.evaluation.scores import vqa_score
 
 DESCRIPTION = (
@@ -20,15 +20,11 @@ CITATION = """Antol et al., VQA: Visual Question Answering, ICCV 2015, arXiv 150
 
 class VQAAccuracy(evaluate.Metric):
     def _info(self):
-        text = datasets.Value("string")
         return evaluate.MetricInfo(
             description=DESCRIPTION,
             citation=CITATION,
             inputs_description=KWARGS,
-            features=[
-                datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-                datasets.Features({"predictions": text, "references": text}),
-            ],
+            features=ANSWER_FEATURES,
         )
 
     def _compute(self, predictions, references):
