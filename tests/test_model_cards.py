@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from jinja2 import UndefinedError
+from transformers import AutoTokenizer
 
 import tprl_hf
 from tprl_hf.model_cards import render_card
@@ -18,6 +19,8 @@ def test_card_of_the_embedded_checkpoint_is_made_of_its_results():
     card = render_card("mosaic_llava", **values)
     assert (Path(tprl_hf.embedded_checkpoint()) / "README.md").read_text(encoding="utf-8") == card
     assert (ROOT / "model_cards/mosaic-llava.md").read_text(encoding="utf-8") == card
+    tokenizer = AutoTokenizer.from_pretrained(tprl_hf.embedded_checkpoint())
+    assert f"{len(tokenizer)} entries" in card
     assert values["mosaic"]["num_samples"] >= 2000 and values["mosaic"]["split"] == "test"
     assert {"none", "random", "uniform"} <= {row["pruner"] for row in values["mosaic"]["rows"]}
 

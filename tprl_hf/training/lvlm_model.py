@@ -3,8 +3,8 @@
 Everything is a stock transformers class; only the start of some weights is our own. A tower of four layers learns what
 lies in a patch far sooner when its attention starts out as a convolution: the position embeddings begin as sines and
 cosines, and each head but the last begins by looking at one fixed neighbour. In the LLM a few heads begin by looking
-at the text alone: with the usual start the ten tokens of a question drown among 144 image tokens, and after 400 steps
-the model had not found out that "red" belongs to "circle"; with this one it had after 100.
+at the text alone: with the usual start the ten tokens of a question drown among 144 image tokens, and the
+model is slow to find out that "red" belongs to "circle".
 """
 
 from __future__ import annotations

@@ -119,8 +119,8 @@ class ReadingHeads(nn.Module):
     def relation_loss(self, hidden_states: tuple[torch.Tensor, ...], batch: PackedBatch) -> torch.Tensor:
         """Loss of reading from the LLM where an object lies, at its noun, and which of two lies first, at the second.
 
-        Whether "left of" is right is an exclusive or of relation and order: without being told the order, the model
-        still guessed after 500 steps.
+        Whether "left of" is right is an exclusive or of relation and order: a model that is not told the
+        order goes on guessing.
         """
         rows, centers = batch.relation_rows, batch.relation_centers
         if len(rows) == 0:
