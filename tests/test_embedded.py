@@ -10,7 +10,9 @@ from transformers import AutoProcessor
 import tprl_hf
 from tests.reference import delete_by_hand
 from tprl_hf.data import easy_vqa, mosaic_vqa
-from tprl_hf.pruners import VisPruner
+from tprl_hf.evaluation.answers import chat_inputs
+from tprl_hf.pruners import CDPruner, QuerySimilarityPruner, VisPruner
+from tprl_hf.training.answer_batches import SampleEncoder
 
 TOLERANCE = 2e-5
 NUM_ANSWERED = 240
@@ -164,3 +166,22 @@ def test_it_answers(model, processor, samples):
     assert blind < pruned <= full + 0.05
     pytest.importorskip("easy_vqa")
     assert accuracy(model, processor, easy_vqa("test", num_samples=80)) >= 0.85
+
+
+def test_trainers_commands_and_plain_calls_read_the_same_question(model, processor, samples):
+    rows = [samples[i] for i in range(0, 12, 2)]
+    asked = chat_inputs(processor, rows)
+    for row, ids, mask in zip(rows, asked["input_ids"], asked["query_mask"], strict=True):
+        assert ids[mask].tolist() == processor.tokenizer(row["prompt"], add_special_tokens=False).input_ids
+    trained = SampleEncoder(model, processor)(rows).inputs
+    words = model.get_input_embeddings()(asked["input_ids"][asked["query_mask"]])
+    assert torch.equal(trained.query[trained.query_mask], words)
+    before = model.config.special_token_ids
+    model.config.special_token_ids = sorted(processor.tokenizer.all_special_ids)  # as the trainers set it
+    try:
+        for pruner in (QuerySimilarityPruner(keep_ratio=0.2), CDPruner(keep_ratio=0.2)):
+            with model.using(pruner):
+                plain = model.prune(**encode(processor, rows)).keep_mask
+                assert torch.equal(plain, model.prune(**asked).keep_mask)
+    finally:
+        model.config.special_token_ids = before

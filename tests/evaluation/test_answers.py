@@ -25,6 +25,10 @@ def test_images_and_prompts_come_together_however_many_there_are(images):
     assert len(inputs["pixel_values"]) == 3
     assert inputs["attention_mask"].sum(1).tolist() == [18, 1, 35]
     assert inputs["attention_mask"][:, -1].all()  # padded on the left
+    # the questions, wherever padding and placeholders are
+    assert [inputs["input_ids"][i][mask].tolist() for i, mask in enumerate(inputs["query_mask"])] == [
+        make_processor().tokenizer(sample["prompt"], add_special_tokens=False).input_ids for sample in samples
+    ]
     assert "pixel_values" not in chat_inputs(make_processor(), samples[1:2])
 
 

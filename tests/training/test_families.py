@@ -25,7 +25,8 @@ class ReadyEncoder(SampleEncoder):
         types = {name: value[0] for name, value in inputs.items() if value.shape == ids.shape}
         with torch.no_grad():
             features = self.model.adapter.encode(ids, inputs)
-        return EncodedSample(ids[0], torch.tensor(row["answer"]), types, features)
+        query_mask = torch.isin(ids[0], torch.arange(5, 60))
+        return EncodedSample(ids[0], torch.tensor(row["answer"]), query_mask, types, features)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tprl_hf.modeling.text_query import chat_messages
+from tprl_hf.modeling.text_query import chat_messages, question_mask
 
 
 def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.device | str = "cpu"):
@@ -22,7 +22,8 @@ def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.devi
             Where the tensors go.
 
     Returns:
-        `BatchFeature`: `input_ids` int64 [B, L], `attention_mask`, and `pixel_values` where there is an image.
+        `BatchFeature`: `input_ids` int64 [B, L], `attention_mask`, `query_mask` bool [B, L] (exactly the questions),
+        and `pixel_values` where there is an image.
 
     Raises:
         `ValueError`: If the processor has no chat template.
@@ -32,14 +33,13 @@ def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.devi
             f"{type(processor).__name__} has no chat template, so the question cannot be put as the model was trained "
             "to read it. Save one beside the model (processor.chat_template = ...; processor.save_pretrained(...))."
         )
-    texts = []
-    for sample in samples:
-        messages = chat_messages(sample["prompt"], len(sample["images"]))
-        texts.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    chats = [chat_messages(sample["prompt"], len(sample["images"])) for sample in samples]
+    texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     images = [sample["images"] for sample in samples]
     inputs = processor(
         images=images if any(images) else None, text=texts, padding=True, padding_side="left", return_tensors="pt"
     )
+    inputs["query_mask"] = question_mask(processor, chats, inputs["input_ids"], inputs["attention_mask"])
     return inputs.to(device)
 
 

@@ -35,6 +35,9 @@ class TPRLConfig(PreTrainedConfig):
             Whether kept tokens keep the positions they had in the full prompt or are numbered anew without gaps.
         query_agnostic (`bool`, defaults to `False`):
             Hide the question from the policy.
+        special_token_ids (`list[int]`, *optional*):
+            Token ids that are never part of a question, besides those that the LVLM's own configs name: the markers of
+            its chat template. Our trainers take them from the tokenizer.
         token_dim (`int`, *optional*):
             Width D of the visual tokens as the LLM sees them. Taken from `base_config`.
         autoencoder_dim (`int`, *optional*):
@@ -71,6 +74,7 @@ class TPRLConfig(PreTrainedConfig):
     max_keep: int | None = None
     position_ids: Literal["original", "contiguous"] = "original"
     query_agnostic: bool = False
+    special_token_ids: list[int] | None = None
     token_dim: int | None = None
     autoencoder_dim: int | None = None
     latent_dim: int | None = None

@@ -219,6 +219,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             return torch.zeros_like(batch.visual)
         if query_mask is None:
             special = config_special_ids(self.adapter.config, self.generation_config)
+            special += self.config.special_token_ids or []
             return default_query_mask(batch.input_ids, batch.attention_mask, batch.visual, special)
         if query_mask.shape != batch.input_ids.shape:
             raise ValueError(

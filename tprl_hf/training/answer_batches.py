@@ -16,7 +16,7 @@ from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.prune_plan import layout_of, pruning_inputs
 from tprl_hf.modeling.pruned_batch import PromptBatch
 from tprl_hf.modeling.pruned_inputs import find_visual
-from tprl_hf.modeling.text_query import chat_messages, config_special_ids, default_query_mask
+from tprl_hf.modeling.text_query import chat_messages, question_mask
 from tprl_hf.modeling.token_pruner import PruningInputs
 from tprl_hf.modeling.visual_features import VisualFeatures
 
@@ -34,12 +34,14 @@ class EncodedSample:
     Args:
         prompt_ids (`int64 [L]`): the prompt with all its placeholders.
         answer_ids (`int64 [A]`): the reference answer, with the token that ends it.
+        query_mask (`bool [L]`): the question in the prompt.
         types (`int64 [L]` each): further inputs that run along the prompt.
         features: of its images.
     """
 
     prompt_ids: Tensor
     answer_ids: Tensor
+    query_mask: Tensor
     types: dict[str, Tensor]
     features: VisualFeatures
 
@@ -125,7 +127,7 @@ class SampleEncoder:
         self.processor = processor
         self.with_attention = with_attention
         self.cache = FeatureCache(cache_bytes)
-        self.texts: dict[tuple, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
+        self.texts: dict[tuple, tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]] = {}
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> AnswerBatch:
         samples = [self.encode(row) for row in rows]
@@ -139,18 +141,12 @@ class SampleEncoder:
             features=join_features([sample.features for sample in samples]),
             inputs={name: left_pad([sample.types[name] for sample in samples]) for name in samples[0].types},
         )
-        with torch.no_grad():
-            inputs, _ = pruning_inputs(
-                prompts, adapter, layout_of(prompts, adapter), self.query_mask(prompts), self.with_attention
-            )
-        return AnswerBatch(list(rows), samples, prompts, inputs)
-
-    def query_mask(self, prompts: PromptBatch) -> Tensor:
-        """Which tokens are the question, `bool [B, L]`: as at inference."""
+        query_mask = left_pad([sample.query_mask for sample in samples])
         if self.model.config.query_agnostic:
-            return torch.zeros_like(prompts.visual)
-        special = config_special_ids(self.model.adapter.config, self.model.generation_config)
-        return default_query_mask(prompts.input_ids, prompts.attention_mask, prompts.visual, special)
+            query_mask = torch.zeros_like(query_mask)
+        with torch.no_grad():
+            inputs, _ = pruning_inputs(prompts, adapter, layout_of(prompts, adapter), query_mask, self.with_attention)
+        return AnswerBatch(list(rows), samples, prompts, inputs)
 
     def encode(self, row: dict[str, Any]) -> EncodedSample:
         """One sample; its prompt and its features come from the caches where they can."""
@@ -162,9 +158,9 @@ class SampleEncoder:
                 self.texts.clear()
             processed = self.process(row)
             self.texts[key] = self.encode_text(row, processed)
-        prompt_ids, answer_ids, types = self.texts[key]
+        prompt_ids, answer_ids, query_mask, types = self.texts[key]
         features = self.cache.get(images, lambda: self.encode_images(processed or self.process(row)))
-        return EncodedSample(prompt_ids, answer_ids, types, features)
+        return EncodedSample(prompt_ids, answer_ids, query_mask, types, features)
 
     def process(self, row: dict[str, Any]) -> dict[str, Any]:
         """The processor's output for one prompt, on the model's device."""
@@ -181,8 +177,10 @@ class SampleEncoder:
         whole = self.processor.apply_chat_template([*messages, answer], tokenize=False)
         return prompt, whole[len(prompt) :] if whole.startswith(prompt) else " " + row["answer"]
 
-    def encode_text(self, row: dict[str, Any], processed: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Ids of prompt and answer, and what else runs along the prompt."""
+    def encode_text(
+        self, row: dict[str, Any], processed: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Ids of prompt and answer, which of the prompt's are the question, and what else runs along the prompt."""
         prompt_ids = processed["input_ids"]
         rest = {name: value for name, value in processed.items() if name not in ("input_ids", "attention_mask")}
         types = {n: v[0] for n, v in rest.items() if torch.is_tensor(v) and v.shape == prompt_ids.shape}
@@ -194,7 +192,9 @@ class SampleEncoder:
             answer_ids = answer_ids[: next(i for i, token in enumerate(answer_ids) if token in ends) + 1]
         else:
             answer_ids = [*answer_ids, ends[0]]
-        return prompt_ids[0], torch.tensor(answer_ids, device=self.model.device), types
+        chat = chat_messages(row["prompt"], len(row["images"]))
+        query_mask = question_mask(self.processor, [chat], prompt_ids)
+        return prompt_ids[0], torch.tensor(answer_ids, device=self.model.device), query_mask[0], types
 
     @torch.no_grad()
     def encode_images(self, processed: dict[str, Any]) -> VisualFeatures:

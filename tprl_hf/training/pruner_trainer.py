@@ -107,6 +107,8 @@ class PrunerTrainer(Trainer):
         model.lvlm.requires_grad_(False)
         model.eval()
         model.to(args.device)
+        # so that prompts without a `query_mask` are read at inference as in training
+        model.config.special_token_ids = sorted(processing_class.tokenizer.all_special_ids)
         self.tprl_model = model
         self.encoder = SampleEncoder(model, processing_class, args.feature_cache_mb * 2**20)
         self.metrics: dict[str, list[float]] = defaultdict(list)
