@@ -138,11 +138,11 @@ def is_lfs(path: str, size: int) -> bool:
     return size > 0 and (path.endswith(LFS_ENDINGS) or size > LFS_FROM)
 
 
-def check_card(content: str) -> list[str]:
-    """What is wrong with the metadata of a card."""
+def check_card(content: str) -> tuple[list[str], list[str]]:
+    """What is wrong with the metadata of a card: errors and warnings."""
     header = re.match(r"---\n(.*?)\n---", content, re.S)
     if header is None:
-        return ["no YAML header"]
+        return [], ["empty or missing yaml metadata in repo card"]
     errors = []
     for name, allowed in CARD_VALUES.items():
         for value in re.findall(rf"^{name}: *(.*)$", header[1], re.M):
@@ -151,7 +151,7 @@ def check_card(content: str) -> list[str]:
     for value in re.findall(r"^base_model: *(\S.*)$", header[1], re.M):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
             errors.append('"base_model" must be the name of a model on the Hub')
-    return errors
+    return errors, []
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -224,7 +224,13 @@ class Handler(BaseHTTPRequestHandler):
             auth = {"type": "access_token", "accessToken": access}
             return {"type": "user", "id": user, "name": user, "fullname": user, "orgs": [], "auth": auth}
         if parts[:2] == ["api", "validate-yaml"]:
-            return {"errors": [{"message": e} for e in check_card(json.loads(body)["content"])], "warnings": []}
+            errors, warnings = check_card(json.loads(body)["content"])
+            answer = {
+                name: [{"message": m} for m in found] for name, found in (("errors", errors), ("warnings", warnings))
+            }
+            if errors:
+                raise Refused(400, body=answer)
+            return answer
         if parts == ["api", "repos", "create"]:
             return self.create_repo(json.loads(body), user)
         if parts[0] == "api" and parts[1] in TYPES and len(parts) >= 4:
