@@ -18,12 +18,14 @@ from tprl_hf.pruners import (
     PruMerge,
     PruningInputs,
     QuerySimilarityPruner,
+    SparseVLMPruner,
     ToMePruner,
     UniformPruner,
     VisionZip,
 )
 from tprl_hf.pruners.cdpruner import most_probable_set
 from tprl_hf.pruners.divprune import farthest_points
+from tprl_hf.pruners.sparsevlm import text_raters
 from tprl_hf.pruners.tome import merge_pairs
 
 
@@ -211,31 +213,66 @@ def test_the_oracle_refuses_what_it_cannot_know():
         OraclePruner([], [(80, 60)])
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
-@pytest.mark.parametrize("raters", ["last", "question"])
-@torch.no_grad()
-def test_fastv_is_the_llms_own_attention(family, raters):
-    base = build(family)
-    decoder = base.get_decoder()
-    inputs = make_inputs(dim=32)
-    scores = FastVPruner(base, layer=2, raters=raters).score(inputs)
-    assert not decoder.layers[1].self_attn._forward_hooks
-    assert base.config.text_config._attn_implementation == "sdpa"
+def llm_attention(base, tokens, words, layer) -> torch.Tensor:
+    """Attention of a layer over tokens and words of one sample, mean over heads, as transformers returns it."""
     base.set_attn_implementation("eager")
+    embeddings = torch.cat([tokens, words])[None]
+    maps = base.get_decoder()(inputs_embeds=embeddings, output_attentions=True, use_cache=False).attentions
+    return maps[layer - 1][0].mean(0)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
+@torch.no_grad()
+def test_fastv_is_the_attention_of_the_last_token(family):
+    base, inputs = build(family), make_inputs(dim=32)
+    scores = FastVPruner(base, layer=2).score(inputs)
+    assert not base.get_decoder().layers[1].self_attn._forward_hooks
+    assert base.config.text_config._attn_implementation == "sdpa"
     for b in range(2):
         tokens, words = inputs.tokens[b][inputs.valid[b]], inputs.query[b][inputs.query_mask[b]]
-        embeddings = torch.cat([tokens, words])[None]
-        maps = decoder(inputs_embeds=embeddings, output_attentions=True, use_cache=False).attentions[1][0].mean(0)
-        rows = maps[-1:] if raters == "last" else maps[len(tokens) :]
-        assert torch.allclose(scores[b][inputs.valid[b]], rows.mean(0)[: len(tokens)], atol=1e-5)
+        expected = llm_attention(base, tokens, words, layer=2)[-1, : len(tokens)]
+        assert torch.allclose(scores[b][inputs.valid[b]], expected, atol=1e-5)
 
 
-def test_fastv_refuses_what_the_llm_does_not_have():
-    base = build("llava")
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
+@torch.no_grad()
+def test_sparsevlm_lets_the_relevant_words_rate(family):
+    base, inputs = build(family), make_inputs(dim=32, words=5)
+    scores = SparseVLMPruner(base, layer=1).score(inputs)
+    numbers = []
+    for b in range(2):
+        tokens, words = inputs.tokens[b][inputs.valid[b]], inputs.query[b][inputs.query_mask[b]]
+        relevance = [0.0] * len(words)
+        for v in tokens:
+            exponents = [math.exp(float(v @ q)) for q in words]
+            for j, exponent in enumerate(exponents):
+                relevance[j] += exponent / sum(exponents) / len(tokens)
+        raters = [j for j, one in enumerate(relevance) if one >= sum(relevance) / len(words)]
+        numbers.append(len(raters))
+        maps = llm_attention(base, tokens, words, layer=1)
+        expected = sum(maps[len(tokens) + j, : len(tokens)] for j in raters) / len(raters)
+        assert torch.allclose(scores[b][inputs.valid[b]], expected, atol=1e-5)
+    assert 0 < numbers[0] < 5  # some words rate, some do not
+
+
+@torch.no_grad()
+def test_sparsevlm_without_a_question_is_fastv():
+    base, inputs = build("llava"), make_inputs(dim=32)
+    inputs.query_mask[0] = False
+    assert torch.equal(*(pruner(base).score(inputs)[0] for pruner in (SparseVLMPruner, FastVPruner)))
+    inputs.query, inputs.query_mask = inputs.query[:, :0], inputs.query_mask[:, :0]
+    assert torch.equal(*(pruner(base).score(inputs) for pruner in (SparseVLMPruner, FastVPruner)))
+
+
+def test_equal_words_all_rate():
+    inputs = make_inputs(words=3)
+    inputs.query[:] = 1.0
+    assert torch.equal(text_raters(inputs), inputs.query_mask)
+
+
+def test_a_layer_that_the_llm_does_not_have_is_refused():
     with pytest.raises(ValueError, match="layer=3, but the LLM has layers 1 to 2"):
-        FastVPruner(base, layer=3)
-    with pytest.raises(ValueError, match="'last' or 'question'; got 'all'"):
-        FastVPruner(base, raters="all")
+        SparseVLMPruner(build("llava"), layer=3)
 
 
 @pytest.mark.parametrize("pruner", [VisionZip(), PruMerge(), ToMePruner()])

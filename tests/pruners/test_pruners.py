@@ -17,6 +17,7 @@ from tprl_hf.pruners import (
     QuerySimilarityPruner,
     RandomPruner,
     SetPruner,
+    SparseVLMPruner,
     ToMePruner,
     UniformPruner,
     VisionZip,
@@ -38,6 +39,7 @@ PRUNERS = {
     "cdpruner": CDPruner,
     "tome": ToMePruner,
     "fastv": None,
+    "sparsevlm": None,
     "learned": None,
     "learned-3-steps": None,
 }
@@ -56,8 +58,8 @@ def model():
 def make(name, model):
     if PRUNERS[name] is not None:
         return PRUNERS[name]()
-    if name == "fastv":
-        return FastVPruner(model.lvlm)
+    if name in ("fastv", "sparsevlm"):
+        return (FastVPruner if name == "fastv" else SparseVLMPruner)(model.lvlm)
     return LearnedPruner(model.policy, model.autoencoder, num_steps=3 if "3" in name else 1)
 
 
@@ -180,7 +182,14 @@ def test_attention_lies_over_the_tokens_of_other_towers(family):
 def test_separators_are_kept_by_all(family):
     model = TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8).eval()
     batch = collate(family, [sample(family, 1, 1), sample(family, 2, 2)])
-    methods = (RandomPruner(), UniformPruner(), DivPrune(), CDPruner(), ToMePruner(), FastVPruner(model.lvlm))
+    methods = (
+        RandomPruner(),
+        UniformPruner(),
+        DivPrune(),
+        CDPruner(),
+        ToMePruner(),
+        *(pruner(model.lvlm) for pruner in (FastVPruner, SparseVLMPruner)),
+    )
     for pruner in (*methods, model.pruner):
         with model.using(pruner):
             plan = model.prune(**batch, keep_ratio=0.5)

@@ -6,7 +6,7 @@ import argparse
 PRUNERS = ("none", "random", "uniform", "vispruner", "learned")
 METHODS = (
     *("none", "random", "uniform", "feature-norm", "query-similarity", "divprune", "cdpruner", "tome"),
-    *("visionzip", "prumerge", "vispruner", "fastv", "learned"),
+    *("visionzip", "prumerge", "vispruner", "fastv", "sparsevlm", "learned"),
 )
 DEFAULT_KEEP_RATIO = 1 / 3
 

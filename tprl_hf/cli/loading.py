@@ -1,60 +1,42 @@
-"""Models and pruners by the names that users write. The functions import torch, this module does not."""
+"""Models and pruners by the names that users write, as the commands need them. Imports no torch."""
 
+import argparse
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-import tprl_hf
+from tprl_hf.evaluation.by_name import has_trained_policy, load_model, make_pruner
+
+from .arguments import DEFAULT_KEEP_RATIO, budget_of
 
 if TYPE_CHECKING:
     from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
-    from tprl_hf.modeling.token_pruner import TokenPruner
+
+__all__ = ["has_trained_policy", "load_model", "make_pruner", "pruner_and_budget", "using_pruner"]
 
 
-def load_model(path: str | None = None) -> tuple["TPRLForConditionalGeneration", Any]:
+def pruner_and_budget(
+    model: "TPRLForConditionalGeneration", arguments: argparse.Namespace
+) -> tuple[str, dict[str, Any]]:
     """
-    A model, ready to answer, and its processor.
-
-    Args:
-        path (`str`, *optional*):
-            A TPRL checkpoint, or any LVLM, which is wrapped; a directory or a name on the Hub. Defaults to the
-            embedded checkpoint.
+    What `--pruner` and the options of [`add_budget_arguments`] ask for.
 
     Returns:
-        `tuple`: The model in evaluation mode, in float32 on the CPU or in the checkpoint's own dtype on an
-        accelerator, and its processor.
+        `tuple`: The name of a pruner, by default learned where the policy is trained, else vispruner; and keyword
+        arguments of `generate`, empty where the checkpoint's own budget counts.
 
     Raises:
-        `OSError`, `ValueError`: If there is no such checkpoint, it is damaged, or its family is not supported.
+        `ValueError`: If the pruner that keeps everything is given a budget.
     """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoProcessor
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    path = path or tprl_hf.embedded_checkpoint()
-    has_accelerator = torch.accelerator.is_available()
-    device = (has_accelerator and torch.accelerator.current_accelerator()) or torch.device("cpu")
-    dtype = torch.float32 if device.type == "cpu" else "auto"
-    model_class = tprl_hf.TPRLForConditionalGeneration
-    is_ours = AutoConfig.from_pretrained(path).model_type == tprl_hf.TPRLConfig.model_type
-    load = model_class.from_pretrained if is_ours else model_class.from_base_model
-    try:
-        model = load(path, dtype=dtype)
-    except SafetensorError as error:
-        raise ValueError(f"The weights in {path} are truncated or damaged ({error}): download them again.") from error
-    except RuntimeError as error:
-        raise ValueError(
-            f"The weights in {path} do not fit its config.json ({error}): download both again."
-        ) from error
-    return model.to(device).eval(), AutoProcessor.from_pretrained(path)
-
-
-def has_trained_policy(model: "TPRLForConditionalGeneration") -> bool:
-    """A checkpoint whose policy is trained names a budget in its config; a fresh policy comes without one."""
-    config = model.config
-    return any(budget is not None for budget in (config.keep_ratio, config.num_keep, config.threshold))
+    pruner = arguments.pruner or ("learned" if has_trained_policy(model) else "vispruner")
+    budget: dict[str, Any] = budget_of(arguments)
+    if arguments.no_prune or pruner == "none":
+        if budget:
+            (name,) = budget
+            raise ValueError(f"--pruner none keeps all tokens: leave out --{name.replace('_', '-')}.")
+        return "none", {"prune": False}
+    if not budget and not has_trained_policy(model):
+        budget = {"keep_ratio": DEFAULT_KEEP_RATIO}
+    return pruner, budget
 
 
 def using_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0) -> contextlib.AbstractContextManager:
@@ -75,29 +57,3 @@ def using_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0
     """
     pruner = make_pruner(model, name, seed)
     return contextlib.nullcontext() if pruner is None else model.using(pruner)
-
-
-def make_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0) -> "TokenPruner | None":
-    """As [`using_pruner`], but the pruner itself, without a budget; `None` where the model stays as it is."""
-    from tprl_hf import pruners
-
-    if name == "learned" and not has_trained_policy(model):
-        raise ValueError("This checkpoint has no trained policy: pass --pruner vispruner, uniform or random.")
-    if name in ("none", "learned"):
-        return None
-    if name == "random":
-        return pruners.RandomPruner(seed=seed)
-    if name == "fastv":
-        return pruners.FastVPruner(model.lvlm)
-    classes: dict[str, type[TokenPruner]] = {
-        "uniform": pruners.UniformPruner,
-        "feature-norm": pruners.FeatureNormPruner,
-        "query-similarity": pruners.QuerySimilarityPruner,
-        "divprune": pruners.DivPrune,
-        "cdpruner": pruners.CDPruner,
-        "tome": pruners.ToMePruner,
-        "visionzip": pruners.VisionZip,
-        "prumerge": pruners.PruMerge,
-        "vispruner": pruners.VisPruner,
-    }
-    return classes[name]()

@@ -11,6 +11,7 @@ from .oracle import OraclePruner
 from .prumerge import PruMerge
 from .query_similarity import QuerySimilarityPruner
 from .random import RandomPruner
+from .sparsevlm import SparseVLMPruner
 from .tome import ToMePruner
 from .uniform import UniformPruner
 from .visionzip import VisionZip
@@ -29,6 +30,7 @@ __all__ = [
     "QuerySimilarityPruner",
     "RandomPruner",
     "SetPruner",
+    "SparseVLMPruner",
     "ToMePruner",
     "TokenPruner",
     "UniformPruner",

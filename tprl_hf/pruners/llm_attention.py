@@ -1,0 +1,94 @@
+"""The base of pruners that read the attention of an early layer of the LLM; it runs that part of the LLM first."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tprl_hf.modeling.token_pruner import PruningInputs, TokenPruner
+
+
+class _Attention(Exception):
+    """Carries the attention of the layer out of the decoder, whose later layers need not run."""
+
+    def __init__(self, weights: Tensor):
+        super().__init__()
+        self.weights = weights
+
+
+class LLMAttentionPruner(TokenPruner):
+    """`score_i` = attention that token i gets in a layer of the LLM: mean over heads, then over the raters.
+
+    The LLM's first layers run on all visual tokens and the question, without the template around them. That is a cost
+    of its own, on top of the pruned prefill: `layer - 1` layers, and the attention of one more. A method is a subclass
+    that says whose attention counts, [`raters`].
+
+    Args:
+        lvlm (`PreTrainedModel`): the base model, `model.lvlm`.
+        layer (`int`, defaults to 2): the layer whose attention is read, counted from 1.
+        **budget: see [`TokenPruner`].
+
+    Raises:
+        `ValueError`: for a layer that the LLM does not have.
+    """
+
+    def __init__(self, lvlm: PreTrainedModel, layer: int = 2, **budget):
+        super().__init__(**budget)
+        self.lvlm = lvlm
+        self.decoder: Any = lvlm.get_decoder()
+        if not 1 <= layer <= len(self.decoder.layers):
+            raise ValueError(f"layer={layer}, but the LLM has layers 1 to {len(self.decoder.layers)}.")
+        self.layer = layer
+
+    def raters(self, inputs: PruningInputs) -> Tensor:
+        """Whose attention counts: `bool [B, N + L]`, at least one of each sample's visual tokens and question."""
+        raise NotImplementedError(f"{type(self).__name__} must define `raters`.")
+
+    def score(self, inputs: PruningInputs) -> Tensor:
+        mask = torch.cat([inputs.valid, inputs.query_mask], dim=1)
+        weights = self.attention(torch.cat([inputs.tokens, inputs.query], dim=1), mask)  # (B, N + L, N + L)
+        raters = self.raters(inputs)
+        received = (weights * raters[:, :, None]).sum(1) / raters.sum(1)[:, None]
+        return received[:, : inputs.valid.shape[1]]
+
+    def attention(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Attention of the layer, mean over heads, float32 `[B, S, S]`, for `embeddings [B, S, D]`."""
+
+        def catch(module: nn.Module, arguments: Any, output: Any) -> NoReturn:
+            raise _Attention(output[1])
+
+        hook = self.decoder.layers[self.layer - 1].self_attn.register_forward_hook(catch)
+        try:
+            with eager_decoder(self.lvlm), torch.no_grad():
+                self.decoder(
+                    inputs_embeds=embeddings,
+                    attention_mask=mask.long(),
+                    position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
+                    use_cache=False,
+                )
+        except _Attention as caught:
+            return caught.weights.float().mean(1)
+        finally:
+            hook.remove()
+        raise RuntimeError("The decoder did not run its layer.")
+
+
+def last_token(inputs: PruningInputs) -> Tensor:
+    """Each sample's last token of visual tokens and question, `bool [B, N + L]`."""
+    mask = torch.cat([inputs.valid, inputs.query_mask], dim=1)
+    last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(dim=1)
+    return nn.functional.one_hot(last, mask.shape[1]).bool()
+
+
+@contextmanager
+def eager_decoder(lvlm: PreTrainedModel) -> Iterator[None]:
+    """Inside the `with`, the LLM computes attention in the way that can return it."""
+    before = lvlm.config.text_config._attn_implementation
+    lvlm.set_attn_implementation({"text_config": "eager"})
+    try:
+        yield
+    finally:
+        lvlm.set_attn_implementation({"text_config": before})
