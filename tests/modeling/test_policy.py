@@ -64,7 +64,7 @@ def test_autoencoder_follows_the_equations():
 @torch.no_grad()
 def test_only_what_is_kept_is_seen(extended):
     torch.manual_seed(0)
-    more = {"num_layers": 2, "use_positions": True, "num_steps": 3} if extended else {}
+    more = {"num_layers": 2, "use_positions": True, "num_steps": 3, "use_budget": True} if extended else {}
     policy = PruningPolicy(latent_dim=16, token_dim=12, hidden_dim=24, num_heads=2, **more)
     codes, query, places = torch.randn(2, 6, 16), torch.randn(2, 4, 12), torch.rand(2, 6, 2)
     kept = torch.tensor([[1, 1, 0, 1, 0, 1], [1, 1, 1, 0, 0, 0]]).bool()
@@ -80,6 +80,11 @@ def test_only_what_is_kept_is_seen(extended):
     assert torch.allclose(alone.values, output.values[:1], atol=1e-5)
     step = policy(codes, kept, query, asked, 2, places)
     assert torch.equal(step.logits, output.logits) != extended
+    budget = policy(codes, kept, query, asked, 1, places, torch.tensor([0.1, 1.0]))
+    assert torch.equal(budget.logits[0], output.logits[0]) != extended
+    assert torch.allclose(budget.logits[1], output.logits[1], atol=1e-6)  # to keep everything is no budget
+    other_order = policy(codes, kept, query.flip(1), asked.flip(1), 1, places)
+    assert torch.allclose(other_order.logits[kept], output.logits[kept], atol=1e-5) != extended
     # order of the tokens is nothing to the paper's policy
     turned = policy(codes.flip(1), kept.flip(1), query, asked, 1, places.flip(1))
     assert torch.allclose(turned.logits.flip(1)[kept], output.logits[kept], atol=1e-5)

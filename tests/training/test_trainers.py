@@ -68,7 +68,7 @@ def stage(name, make_model, processor, dataset, output_dir, **settings):
         config = TPRLGRPOConfig(
             output_dir, **{**PPO, "rollout_keep_ratios": [0.5, 0.25], "score": "logprob", **settings}
         )
-        return TPRLGRPOTrainer(make_model(), config, processor, dataset, dataset)
+        return TPRLGRPOTrainer(make_model(policy_budget=True), config, processor, dataset, dataset)
     priced = {"target_keep_ratio": 0.1, "score": "logprob", "kl_coef": 0.1}
     config = TPRLPPOConfig(output_dir, **{**PPO, **priced, **settings})
     return TPRLPPOTrainer(make_model(), config, processor, dataset, dataset)

@@ -51,9 +51,11 @@ class TPRLConfig(PreTrainedConfig):
         policy_num_layers (`int`, defaults to 1):
             Attention layers of the policy; the paper has one.
         policy_positions (`bool`, defaults to `False`):
-            Tell the policy where in its image each token lies. Not in the paper.
+            Tell the policy where in its image each token lies, and where in the question each word. Not in the paper.
         policy_steps (`int`, *optional*):
             Tell the policy which of so many steps it is at. Not in the paper.
+        policy_budget (`bool`, defaults to `False`):
+            Tell the policy which fraction is to be kept. Not in the paper.
         num_steps (`int`, defaults to 1):
             Steps in which the learned pruner reaches its budget at inference. The paper prunes in one shot (eq. 16).
         lambda_disc (`float`, defaults to 0.5):
@@ -83,6 +85,7 @@ class TPRLConfig(PreTrainedConfig):
     policy_num_layers: int = 1
     policy_positions: bool = False
     policy_steps: int | None = None
+    policy_budget: bool = False
     num_steps: int = 1
     lambda_disc: float = 0.5
 

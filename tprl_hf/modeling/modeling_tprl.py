@@ -65,6 +65,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             config.policy_num_layers,
             config.policy_positions,
             config.policy_steps,
+            config.policy_budget,
         )
         self.autoencoder.float()
         self.policy.float()

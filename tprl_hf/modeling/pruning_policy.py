@@ -8,6 +8,10 @@ from torch import Tensor, nn
 
 from .token_autoencoder import Float32Module
 
+NUM_FREQUENCIES = 4  # of the place in an image, whose sides are 1
+NUM_WORD_FREQUENCIES = 6  # of the place in a question
+MAX_WORDS = 64  # words that the slowest of them tells apart
+
 
 @dataclass
 class PolicyOutput:
@@ -68,9 +72,10 @@ class PruningPolicy(Float32Module):
         hidden_dim (`int`, defaults to 512): width inside the heads' MLPs.
         num_heads (`int`, defaults to 8): attention heads.
         num_layers (`int`, defaults to 1): attention layers; the paper has one.
-        use_positions (`bool`, defaults to `False`): add a projection of each token's place in its image. Not in the
-            paper, whose policy tells tokens apart by their codes alone.
+        use_positions (`bool`, defaults to `False`): add a projection of each token's place in its image, and of each
+            word's place in the question. Not in the paper, whose policy tells tokens apart by their codes alone.
         num_steps (`int`, *optional*): add an embedding of the step, for so many steps. Not in the paper.
+        use_budget (`bool`, defaults to `False`): add an embedding of the fraction to be kept. Not in the paper.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class PruningPolicy(Float32Module):
         num_layers: int = 1,
         use_positions: bool = False,
         num_steps: int | None = None,
+        use_budget: bool = False,
     ):
         super().__init__()
         if latent_dim % num_heads != 0:
@@ -90,6 +96,8 @@ class PruningPolicy(Float32Module):
             )
         self.query_proj = nn.Linear(token_dim, latent_dim)
         self.position_proj = nn.Linear(4 * NUM_FREQUENCIES, latent_dim) if use_positions else None
+        self.word_proj = nn.Linear(2 * NUM_WORD_FREQUENCIES, latent_dim) if use_positions else None
+        self.budget_proj = BudgetEmbedding(latent_dim) if use_budget else None
         self.step_embedding = nn.Embedding(num_steps, latent_dim) if num_steps is not None else None
         last = num_layers - 1
         self.layers = nn.ModuleList(
@@ -108,6 +116,7 @@ class PruningPolicy(Float32Module):
         query_mask: Tensor | None = None,
         step: int = 0,
         positions: Tensor | None = None,
+        keep_ratio: Tensor | None = None,
     ) -> PolicyOutput:
         """
         Args:
@@ -117,6 +126,8 @@ class PruningPolicy(Float32Module):
             query_mask (`bool [B, L]`, *optional*): False for padding of the query.
             step (`int`, defaults to 0): index t of this step.
             positions (`[B, N, 2]`, *optional*): row and column of each token in its image, both in [0, 1].
+            keep_ratio (`[B]`, *optional*): fraction of all tokens that is to be left in the end; 1 where there is no
+                such budget.
 
         Returns:
             [`PolicyOutput`] with `logits [B, N]` and `values [B]`.
@@ -126,14 +137,20 @@ class PruningPolicy(Float32Module):
         if self.position_proj is not None:
             if positions is None:
                 raise ValueError("This policy was built with use_positions=True and needs `positions` [B, N, 2].")
-            x = x + self.position_proj(position_features(positions.float()))
+            x = x + self.position_proj(octaves(positions.float(), NUM_FREQUENCIES).flatten(-2))
         if self.step_embedding is not None:
             last = self.step_embedding.num_embeddings - 1
             x = x + self.step_embedding.weight[min(step, last)]
+        if self.budget_proj is not None and keep_ratio is not None:
+            x = x + self.budget_proj(keep_ratio)
         seen = keep_mask
         if query is not None and query.shape[1] > 0:
-            x = torch.cat([x, self.query_proj(query.float())], dim=1)  # (B, N + L, Z)
             attended = query.new_ones(query.shape[:2]) if query_mask is None else query_mask
+            words = self.query_proj(query.float())
+            if self.word_proj is not None:
+                place = (attended.long().cumsum(1) - 1).clamp(min=0)
+                words = words + self.word_proj(octaves(place / MAX_WORDS, NUM_WORD_FREQUENCIES))
+            x = torch.cat([x, words], dim=1)  # (B, N + L, Z)
             seen = torch.cat([seen, attended.bool()], dim=1)
         # a sample with nothing to see (a text-only one without a query) would give NaN
         seen = seen | ~seen.any(dim=1, keepdim=True)
@@ -148,11 +165,19 @@ class PruningPolicy(Float32Module):
         return PolicyOutput(logits, values)
 
 
-NUM_FREQUENCIES = 4
+class BudgetEmbedding(nn.Module):
+    """A vector for each budget, zero where everything is kept: `[B]` to `[B, 1, Z]`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear_in = nn.Linear(1, dim, bias=False)
+        self.linear_out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, keep_ratio: Tensor) -> Tensor:
+        return self.linear_out(self.linear_in(keep_ratio.float().log()[:, None]).tanh())[:, None]
 
 
-def position_features(positions: Tensor) -> Tensor:
-    """Sine and cosine of row and column in [0, 1] at octaves: `[B, N, 2]` to `[B, N, 4 * NUM_FREQUENCIES]`."""
-    octaves = 2.0 ** torch.arange(NUM_FREQUENCIES, device=positions.device)
-    angles = (positions[..., None] * octaves * torch.pi).flatten(-2)
+def octaves(places: Tensor, num_frequencies: int) -> Tensor:
+    """Sine and cosine at `num_frequencies` octaves of places in [0, 1]: `[...]` to `[..., 2 * num_frequencies]`."""
+    angles = places[..., None] * torch.pi * 2.0 ** torch.arange(num_frequencies, device=places.device)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -26,6 +26,7 @@ class PruningInputs:
         query (`[B, L, D]`): word embeddings of the question; L is 0 in query-agnostic use.
         query_mask (`bool [B, L]`): False for padding.
         sample_keys (`list[int]`): a number for each sample that depends on its prompt and nothing else.
+        keep_ratio (`[B]`, *optional*): fraction that is to be kept, for policies that are told; without it no budget.
         attention (`float [B, N]`, *optional*): attention each token received in the vision tower; only there for
             pruners with `needs_attention`.
     """
@@ -36,6 +37,7 @@ class PruningInputs:
     query: Tensor
     query_mask: Tensor
     sample_keys: list[int]
+    keep_ratio: Tensor | None = None
     attention: Tensor | None = None
 
 
@@ -122,7 +124,8 @@ class LearnedPruner(TokenPruner):
     def logits(self, inputs: PruningInputs, codes: Tensor, keep_mask: Tensor, step: int) -> Tensor:
         """Log-odds of keeping each token at `step`, given what is still kept: float32 `[B, N]`."""
         positions = inputs.layout.positions()
-        return self.policy(codes, keep_mask, inputs.query, inputs.query_mask, step, positions).logits
+        query, words = inputs.query, inputs.query_mask
+        return self.policy(codes, keep_mask, query, words, step, positions, inputs.keep_ratio).logits
 
     def score(self, inputs: PruningInputs) -> Tensor:
         """Log-odds of the first step."""
@@ -133,6 +136,10 @@ class LearnedPruner(TokenPruner):
         codes = self.autoencoder.encode(inputs.tokens)
         num_visual, protected = inputs.valid.sum(1), inputs.layout.protected
         keep_mask, scores = inputs.valid, torch.zeros(inputs.valid.shape, device=codes.device)
+        share = num_visual.new_ones(num_visual.shape, dtype=torch.float)
+        if budget.threshold is None:
+            share = keep_counts(num_visual, budget) / num_visual.clamp(min=1)
+            inputs = replace(inputs, keep_ratio=share.masked_fill(num_visual == 0, 1.0))
         for step in range(self.num_steps):
             logits = self.logits(inputs, codes, keep_mask, step)
             scores = torch.where(keep_mask, step + logits.sigmoid(), scores)
@@ -140,6 +147,6 @@ class LearnedPruner(TokenPruner):
                 above = replace(budget, threshold=float(torch.tensor(budget.threshold).logit()))
                 keep_mask = keep_above_threshold(logits, keep_mask, above, protected)
             else:
-                share = (keep_counts(num_visual, budget) / num_visual.clamp(min=1)) ** ((step + 1) / self.num_steps)
-                keep_mask = keep_top_k(logits, keep_mask, (num_visual * share).round().long(), protected)
+                counts = (num_visual * share ** ((step + 1) / self.num_steps)).round().long()
+                keep_mask = keep_top_k(logits, keep_mask, counts, protected)
         return keep_mask, scores

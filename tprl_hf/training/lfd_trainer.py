@@ -1,5 +1,6 @@
 """Stage 3: the policy learns to keep what a teacher kept (eq. 8 of the TPRL paper)."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,6 +100,8 @@ class LfDTrainer(PolicyTrainer):
     def loss(self, networks: nn.Module, rows: list[dict[str, Any]]) -> Tensor:
         inputs = self.encoder(rows).inputs
         before, kept, asked = demonstrated_steps([row["keep_masks"] for row in rows], inputs)
+        left = torch.tensor([sum(row["keep_masks"][-1]) for row in rows], device=kept.device)
+        inputs = replace(inputs, keep_ratio=left.clamp(min=1) / inputs.valid.sum(1).clamp(min=1))
         logits = networks(inputs, before).logits
         agrees = ((logits > 0) == kept)[asked]
         self.note(policy__agreement=agrees.float().mean(), policy__keep_prob=logits.sigmoid()[asked].mean())

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -112,6 +113,21 @@ class TPRLPPOTrainer(PolicyTrainer):
         wanted = [int(order[i % len(order)]) for i in range(start, start + count)]
         return [self.train_dataset[i] for i in wanted]
 
+    def keep_ratios(self, buffer: int) -> Tensor | None:
+        """The budget of each question of a buffer, `[B]`, where there are any."""
+        args = self.args
+        if args.rollout_keep_ratios is None:
+            return None
+        generator = self.generator(3, buffer, args.process_index)
+        chosen = torch.randint(len(args.rollout_keep_ratios), (args.per_device_train_batch_size,), generator=generator)
+        return torch.tensor(args.rollout_keep_ratios)[chosen].to(args.device)
+
+    def encode_questions(self, buffer: int) -> AnswerBatch:
+        """The questions of a buffer; the policy is told budgets that each must meet alone."""
+        batch = self.encoder(self.questions(buffer))
+        told = None if self.args.shared_budget else self.keep_ratios(buffer)
+        return replace(batch, inputs=replace(batch.inputs, keep_ratio=told))
+
     # ---- the algorithm ----
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -142,17 +158,11 @@ class TPRLPPOTrainer(PolicyTrainer):
     def collect(self, buffer: int) -> None:
         """Fills the buffer: rollouts, their scores, rewards and advantages."""
         args, model = self.args, self.tprl_model
-        self.batch = batch = self.encoder(self.questions(buffer))
+        self.batch = batch = self.encode_questions(buffer)
         generator = self.generator(2, buffer, args.process_index, device=args.device)
-        keep_ratios = None
-        if args.rollout_keep_ratios is not None:
-            chosen = torch.randint(
-                len(args.rollout_keep_ratios), (len(batch),), generator=generator, device=args.device
-            )
-            keep_ratios = torch.tensor(args.rollout_keep_ratios, device=args.device)[chosen]
         self.rollouts = rollouts = collect_rollouts(
             model.policy, model.autoencoder, batch.inputs, args.num_rollouts, args.num_steps,
-            args.lambda_disc, generator, keep_ratios, args.shared_budget,
+            args.lambda_disc, generator, self.keep_ratios(buffer), args.shared_budget,
         )  # fmt: skip
         exists, num_kept = rollouts.exists, rollouts.num_kept
 
@@ -298,7 +308,7 @@ class TPRLPPOTrainer(PolicyTrainer):
         super().load_state(state)
         self.price = state["price"]
         if state["step"] % self.updates_per_buffer != 0:
-            self.batch = self.encoder(self.questions(state["step"] // self.updates_per_buffer))
+            self.batch = self.encode_questions(state["step"] // self.updates_per_buffer)
             self.rollouts, self.buffer = Rollouts(**state["rollouts"]), state["buffer"]
 
 

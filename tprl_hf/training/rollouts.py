@@ -24,6 +24,7 @@ def take_inputs(inputs: PruningInputs, index: Tensor) -> PruningInputs:
         query=inputs.query[index],
         query_mask=inputs.query_mask[index],
         sample_keys=[inputs.sample_keys[i] for i in index.tolist()],
+        keep_ratio=None if inputs.keep_ratio is None else inputs.keep_ratio[index],
         attention=None if inputs.attention is None else inputs.attention[index],
     )
 
@@ -52,6 +53,7 @@ def policy_on_kept(
         inputs.query_mask,
         step,
         positions.gather(1, index[..., None].expand(-1, -1, 2)),
+        inputs.keep_ratio,
     )
     logits = torch.zeros_like(keep_mask, dtype=output.logits.dtype)
     return replace(output, logits=logits.scatter(1, index, output.logits.masked_fill(~seen, 0.0)))
