@@ -31,6 +31,7 @@ EXTRAS = {
 EXTRAS["dev"] = [
     *EXTRAS["train"],
     *EXTRAS["eval"],
+    *EXTRAS["serve"],
     "mypy>=2.0",
     "pytest>=9.0",
     "pytest-xdist>=3.8",
@@ -60,6 +61,9 @@ setup(
     package_data={"tprl_hf": ["py.typed", "checkpoints/**", "model_cards/**"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["tprl = tprl_hf.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["tprl = tprl_hf.cli.main:main"],
+        "lmms_eval.models": ["tprl = tprl_hf.evaluation.lmms_eval_plugin:manifest"],
+    },
     zip_safe=False,
 )

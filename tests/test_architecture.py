@@ -18,7 +18,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"", "modeling", "pruners", "data", "model_cards"},
     "evaluation": {"", "modeling", "pruners", "training", "data", "model_cards"},
     "visualization": {"", "modeling", "pruners", "training"},
-    "cli": {"", "modeling", "pruners", "training", "evaluation", "visualization", "data", "model_cards"},
+    "serving": {"", "modeling"},
+    "cli": {"", "modeling", "pruners", "training", "evaluation", "visualization", "data", "model_cards", "serving"},
     # the root: `tprl_hf/__init__.py` and what it needs to offer our classes to transformers
     "": {"", "modeling"},
 }

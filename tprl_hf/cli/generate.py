@@ -3,9 +3,8 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-from .arguments import DEFAULT_KEEP_RATIO, METHODS, add_budget_arguments, add_model_argument, budget_of, positive_int
+from .arguments import METHODS, add_budget_arguments, add_model_argument, positive_int
 
 NAME = "generate"
 HELP = "ask your own question about your own image"
@@ -31,20 +30,11 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.evaluation.latency import measure_prefill
     from tprl_hf.visualization import Panel
 
-    from .loading import has_trained_policy, load_model, using_pruner
+    from .loading import load_model, pruner_and_budget, using_pruner
     from .pictures import make_figure, write_pictures
 
     model, processor = load_model(arguments.model)
-    pruner = arguments.pruner or ("learned" if has_trained_policy(model) else "vispruner")
-    budget: dict[str, Any] = budget_of(arguments)
-    if arguments.no_prune or pruner == "none":
-        if budget:
-            (name,) = budget
-            raise ValueError(f"--pruner none keeps all tokens: leave out --{name.replace('_', '-')}.")
-        pruner, budget = "none", {"prune": False}
-    elif not budget and not has_trained_policy(model):
-        budget = {"keep_ratio": DEFAULT_KEEP_RATIO}
-
+    pruner, budget = pruner_and_budget(model, arguments)
     inputs = chat_inputs(processor, [{"images": [image], "prompt": arguments.question}], model.device)
     with using_pruner(model, pruner, arguments.seed):
         plan = model.prune(**inputs, **budget)

@@ -1,0 +1,230 @@
+"""`tprl serve` as its users have it: a process of its own, and the `openai` client."""
+
+import base64
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import openai
+import pytest
+
+from tprl_hf.cli.loading import load_model
+from tprl_hf.cli.main import main, make_parser
+from tprl_hf.data import mosaic_vqa
+from tprl_hf.evaluation.answers import generate_answers
+
+MAX_TOKENS = 4
+BUDGETS = [{}, {"keep_ratio": 1 / 9}, {"num_keep": 3}, {"threshold": 0.5}, {"prune": False}]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The embedded model with a policy and a budget, all in one place."""
+    path = tmp_path_factory.mktemp("models") / "mosaic-tprl"
+    model, processor = load_model()
+    model.config.keep_ratio = 1 / 3
+    model.save_pretrained(path, save_base_model=True)
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return list(mosaic_vqa(split="test", seed=3, num_samples=6))
+
+
+@contextlib.contextmanager
+def serving(*words: str):
+    """Runs `tprl serve` on a free port; gives its first line and a client. Ends it as a user would."""
+    command = [sys.executable, "-m", "tprl_hf.cli.main", "serve", *words, "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("Serving "), line
+        url = line.split(" at ")[1].split(" ")[0]
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
+            yield line, client
+    finally:
+        process.terminate()
+        assert process.wait(20) == -15
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint):
+    with serving(str(checkpoint), "--max-request-mb", "1") as (line, client):
+        assert line.startswith("Serving mosaic-tprl at http://127.0.0.1:") and "as the checkpoint says" in line
+        yield client
+
+
+def data_url(image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def ask(client, question: str, url: str | None, model="mosaic-tprl", **settings):
+    content = [{"type": "text", "text": question}]
+    if url is not None:
+        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    messages = [{"role": "user", "content": content}]
+    settings = {"max_tokens": MAX_TOKENS, **settings}
+    return client.chat.completions.create(model=model, messages=messages, **settings)
+
+
+def text_of(stream) -> tuple[str, str]:
+    """The text of all chunks, and the reason why it ended."""
+    chunks = [chunk.choices[0] for chunk in stream]
+    return "".join(chunk.delta.content or "" for chunk in chunks), chunks[-1].finish_reason
+
+
+def test_answers_are_those_of_generate_at_every_budget_at_once_and_streamed(client, checkpoint, samples):
+    model, processor = load_model(str(checkpoint))
+    wanted, asked = [], []
+    for budget in BUDGETS:
+        wanted += generate_answers(model, processor, samples, 1, max_new_tokens=MAX_TOKENS, **budget)
+        asked += [(sample["prompt"], data_url(sample["images"][0]), budget) for sample in samples]
+    assert len({tuple(wanted[i :: len(samples)]) for i in range(len(samples))}) > 1  # not one answer to everything
+    per_budget = [wanted[i : i + len(samples)] for i in range(0, len(wanted), len(samples))]
+    assert len({tuple(answers) for answers in per_budget}) > 1  # the budget matters
+
+    def answer(question):
+        prompt, url, budget = question
+        whole = ask(client, prompt, url, extra_body=budget)
+        streamed, reason = text_of(ask(client, prompt, url, extra_body=budget, stream=True))
+        assert reason == whole.choices[0].finish_reason
+        return whole.choices[0].message.content.strip(), streamed.strip(), whole.usage.prompt_tokens
+
+    with ThreadPoolExecutor(6) as clients:  # several at once, with budgets of their own
+        answers = list(clients.map(answer, asked))
+    assert [whole for whole, _, _ in answers] == wanted
+    assert [streamed for _, streamed, _ in answers] == wanted
+    assert min(tokens for _, _, tokens in answers) > 144  # usage counts the prompt as the client would
+
+
+def test_a_question_without_an_image_and_a_conversation(client):
+    assert ask(client, "is there a red circle ?", None).choices[0].message.content is not None
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "b"},
+    ]
+    done = client.chat.completions.create(model="mosaic-tprl", messages=messages, max_tokens=2)
+    assert done.usage.completion_tokens <= 2 and done.id.startswith("chatcmpl-")
+
+
+def test_the_page_runs_as_it_stands(client, samples, tmp_path, monkeypatch, capsys):
+    samples[0]["images"][0].save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    exec(compile(code.replace("http://127.0.0.1:8000/v1", str(client.base_url)), "serving.md", "exec"), {})
+    assert {word.strip(".") for word in capsys.readouterr().out.lower().split()} <= {"yes", "no"}
+    for line in re.findall(r"^tprl (serve.*?)(?:  +#.*)?$", page, re.M):
+        make_parser().parse_args(shlex.split(line))
+
+
+def test_health_and_models(client):
+    (model,) = client.models.list().data
+    assert model.id == "mosaic-tprl" == client.models.retrieve("mosaic-tprl").id
+    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        client.models.retrieve("other")
+    assert client.get("/../health", cast_to=object) == {"status": "ok", "model": "mosaic-tprl"}
+    for path in ("/load_model", "/reset", "/v1/responses"):  # what transformers' own server has besides
+        with pytest.raises(openai.NotFoundError):
+            client.post(f"/..{path}", body={}, cast_to=object)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"extra_body": {"keep_ratio": 2}}, r"lies in \(0, 1\]; got 2"),
+        ({"extra_body": {"keep_ratio": "1/3"}}, "keep_ratio must be float or int; got '1/3'"),
+        ({"extra_body": {"num_keep": True}}, "num_keep must be int; got True"),
+        ({"extra_body": {"num_keep": 500}}, "has only 144 visual tokens"),
+        ({"extra_body": {"num_keep": 5, "threshold": 0.5}}, "Pass only one of"),
+        ({"extra_body": {"keep": 5}}, "Unexpected fields in the request: {'keep'}"),
+        ({"extra_body": {"generation_config": {}}}, "must be a text that holds a JSON object"),
+        ({"extra_body": {"chat_template_kwargs": {"chat_template": "x"}}}, "are not served"),
+        ({"model": "other"}, "pinned to 'mosaic-tprl'; requested 'other'"),
+        ({"url": "file:///etc/hostname"}, "No files are read"),
+        ({"url": "/etc/hostname"}, "No files are read"),
+        ({"url": "http://127.0.0.1:1/image.png"}, "This server fetches no images"),
+        ({"url": "data:image/png;base64,!"}, "no base64"),
+        ({"url": "data:image/svg+xml;base64,PHN2Zy8+"}, "none of PNG, JPEG"),
+    ],
+)
+def test_what_is_refused(client, samples, settings, message):
+    settings = dict(settings)
+    url = settings.pop("url", data_url(samples[0]["images"][0]))
+    with pytest.raises((openai.BadRequestError, openai.UnprocessableEntityError), match=message):
+        ask(client, "is there a red circle ?", url, **settings)
+
+
+def test_an_error_of_generate_reaches_the_reader_of_a_stream(client, samples):
+    stream = ask(client, "q", data_url(samples[0]["images"][0]), stream=True, extra_body={"num_keep": 500})
+    with pytest.raises(openai.APIError) as error:
+        text_of(stream)
+    assert "has only 144 visual tokens" in error.value.body
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "message"),
+    [
+        (b"{", 400, "no JSON"),
+        (b"[]", 400, "must be a JSON object; got list"),
+        (b'{"messages": []}', 400, "at least one message"),
+        (b'{"messages": ["hi"]}', 400, "an object with a `role`"),
+        (b'{"messages": [{"role": "user", "content": 3}]}', 400, "a text or a list of parts; got int"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}', 400, "one of type 'video_url'"),
+        (b" " * 1_000_001, 413, "larger than 1 MB"),
+        (b" " * 50_000_000, 413, "larger than 1 MB"),
+    ],
+)
+def test_requests_of_another_form(client, content, status, message):
+    with pytest.raises(openai.APIStatusError, match=message) as error:
+        client.post("/chat/completions", content=content, cast_to=object)
+    assert error.value.status_code == status
+
+
+def test_a_second_server_with_remote_images_and_another_pruner(client, checkpoint, samples, tmp_path):
+    samples[0]["images"][0].save(tmp_path / "image.png")
+    (tmp_path / "large.png").write_bytes(bytes(1_000_001))
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        Thread(target=web.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{web.server_port}"
+        words = ["--allow-remote-images", "--max-request-mb", "1", "--pruner", "uniform", "--num-keep", "6"]
+        with serving(str(checkpoint), *words, "--name", "me/mosaic") as (line, second):
+            assert "Serving me/mosaic at" in line and "(uniform, num_keep=6)" in line
+            found = ask(second, samples[0]["prompt"], f"{url}/image.png", model="me/mosaic")
+            for name, why in (("none.png", "404"), ("large.png", "larger than 1 MB")):
+                with pytest.raises(openai.BadRequestError, match=why):
+                    ask(second, "q", f"{url}/{name}", model="me/mosaic")
+            question, image = samples[1]["prompt"], data_url(samples[1]["images"][0])
+            unpruned = {"extra_body": {"prune": False}}
+            first = ask(client, question, image, **unpruned).choices[0].message
+            assert first == ask(second, question, image, model="me/mosaic", **unpruned).choices[0].message
+        web.shutdown()
+    from tprl_hf.pruners import UniformPruner
+
+    model, processor = load_model(str(checkpoint))
+    with model.using(UniformPruner(num_keep=6)):
+        (wanted,) = generate_answers(model, processor, samples[:1], max_new_tokens=MAX_TOKENS)
+    assert found.choices[0].message.content.strip() == wanted
+
+
+def test_a_port_that_is_taken_is_one_line(client, capsys):
+    port = client.base_url.port
+    assert main(["serve", "--port", str(port)]) == 2
+    err = capsys.readouterr().err
+    assert f"Cannot listen at 127.0.0.1, port {port}" in err and err.count("\n") == 1

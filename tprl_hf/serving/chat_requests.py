@@ -1,0 +1,180 @@
+"""What a client may send: how much of it, which budget, and images from where. Every refusal is one line."""
+
+import base64
+import binascii
+import io
+import json
+import urllib.request
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+from starlette.exceptions import HTTPException
+
+from tprl_hf.modeling.keep_mask import Budget
+from tprl_hf.modeling.prune_plan import call_settings
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # readers that start no other program
+MAX_PIXELS = 50_000_000
+DOWNLOAD_SECONDS = 10
+BUDGET_TYPES: dict[str, tuple[type, ...]] = {
+    "keep_ratio": (float, int),
+    "num_keep": (int,),
+    "threshold": (float, int),
+    "prune": (bool,),
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """
+    Args:
+        max_bytes (`int`): of a request's body, and of an image fetched for it.
+        allow_remote_images (`bool`): whether the server fetches images from the addresses that clients name.
+    """
+
+    max_bytes: int
+    allow_remote_images: bool = False
+
+
+def refuse(message: str, status: int = 400) -> HTTPException:
+    return HTTPException(status, message)
+
+
+async def read_body(chunks: AsyncIterator[bytes], max_bytes: int) -> dict[str, Any]:
+    """
+    The JSON object of a request.
+
+    Raises:
+        `HTTPException`: 413 as soon as more than `max_bytes` have come, 400 for anything but a JSON object.
+    """
+    received = bytearray()
+    async for chunk in chunks:
+        received += chunk
+        if len(received) > max_bytes:
+            raise refuse(f"The request is larger than {max_bytes / 1e6:g} MB: send smaller images.", 413)
+    try:
+        body = json.loads(bytes(received))
+    except (ValueError, RecursionError) as error:
+        raise refuse(f"The request is no JSON ({error}).") from None
+    if not isinstance(body, dict):
+        raise refuse(f"The request must be a JSON object; got {type(body).__name__}.")
+    return body
+
+
+def take_budget(body: dict[str, Any]) -> dict[str, Any]:
+    """
+    Takes `keep_ratio`, `num_keep`, `threshold` or `prune` out of a request.
+
+    Returns:
+        `dict`: Keyword arguments of `generate`, empty where the request names no budget.
+
+    Raises:
+        `HTTPException`: 400 when it names several, or one that is none.
+    """
+    budget = {name: body.pop(name) for name in BUDGET_TYPES if name in body}
+    budget = {name: value for name, value in budget.items() if value is not None}
+    for name, value in budget.items():
+        if not isinstance(value, BUDGET_TYPES[name]) or (isinstance(value, bool) and name != "prune"):
+            kinds = " or ".join(kind.__name__ for kind in BUDGET_TYPES[name])
+            raise refuse(f"{name} must be {kinds}; got {value!r}.")
+    try:
+        call_settings(**{**dict.fromkeys([*BUDGET_TYPES, "keep_mask"]), **budget})
+        if budget and "prune" not in budget:
+            Budget(**budget)
+    except ValueError as error:
+        raise refuse(str(error)) from None
+    return budget
+
+
+def read_messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
+    """
+    Chat messages whose images are opened.
+
+    Args:
+        messages (`list[dict]`): As a client sent them: each with a `role`, and a text or parts as `content`.
+        limits ([`Limits`]): Whether images may come from afar.
+
+    Returns:
+        `list[dict]`: The same, with a `PIL.Image.Image` as the url of each image.
+
+    Raises:
+        `HTTPException`: 400 for messages of another form, other parts than texts and images, and images that are not
+        to be had.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise refuse("`messages` must be a list with at least one message.")
+    return [read_message(message, limits) for message in messages]
+
+
+def read_message(message: Any, limits: Limits) -> dict[str, Any]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise refuse("A message must be an object with a `role`.")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return message
+    if not isinstance(content, list):
+        raise refuse(f"The `content` of a message is a text or a list of parts; got {type(content).__name__}.")
+    return {**message, "content": [read_part(part, limits) for part in content]}
+
+
+def read_part(part: Any, limits: Limits) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part
+    if kind == "image_url":
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, dict) else url
+        if isinstance(url, str):
+            return {"type": "image_url", "image_url": open_image(url, limits)}
+    raise refuse(
+        'A part is {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}; got one of '
+        f"type {kind!r}."
+    )
+
+
+def open_image(url: str, limits: Limits) -> Image.Image:
+    """
+    The image of a `data:` URL, or of an address where that is allowed, upright and in RGB.
+
+    Raises:
+        `HTTPException`: 400 for files of this machine, addresses that are not allowed, and what is no image.
+    """
+    scheme = url.partition(":")[0].lower()
+    if scheme == "data":
+        header, _, data = url.partition(",")
+        try:
+            content = base64.b64decode(data, validate=True) if header.endswith(";base64") else b""
+        except binascii.Error as error:
+            raise refuse(f"The image is no base64 ({error}).") from None
+    elif scheme in ("http", "https"):
+        if not limits.allow_remote_images:
+            raise refuse(
+                "This server fetches no images: send them as data:image/png;base64,... (or start it with "
+                "--allow-remote-images)."
+            )
+        content = download(url, limits.max_bytes)
+    else:
+        raise refuse(f"An image is sent as data:image/png;base64,...; got {url[:40]!r}. No files are read.")
+    try:
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise refuse(f"The image has {image.width} x {image.height} pixels; at most {MAX_PIXELS} are read.")
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise refuse(f"The image is none of {', '.join(IMAGE_FORMATS)}.") from None
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
+        raise refuse(f"The image is damaged ({error}).") from None
+
+
+def download(url: str, max_bytes: int) -> bytes:
+    """The content of an http address. Raises `HTTPException` 400 where it cannot be had or is too large."""
+    try:
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as answer:  # follows to http and https only
+            content = answer.read(max_bytes + 1)
+    except (OSError, ValueError) as error:
+        raise refuse(f"The image at {url} cannot be fetched ({error}).") from None
+    if len(content) > max_bytes:
+        raise refuse(f"The image at {url} is larger than {max_bytes / 1e6:g} MB.")
+    return content
