@@ -7,19 +7,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from .checkpoint_checks import cached, check_weight_files, no_safetensors, refuse_other_base, refuse_other_formats
 from .configuration_tprl import TPRLConfig
+from .publishing_tprl import (
+    WEIGHT_PATTERNS,
+    base_licence,
+    card_metadata,
+    card_on_hub,
+    is_hub_name,
+    pinned_revision,
+    prepare_repo,
+    set_code,
+    short_card,
+    update_card,
+)
 
 logger = logging.get_logger(__name__)
 
 POLICY_PREFIXES = ("autoencoder.", "policy.")
+HUB_NAMES = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# Of a call that loads a policy, what does not concern its base model. Trust in the code beside a policy is no trust in
+# code beside whatever base model its config names.
+NOT_FOR_THE_BASE = (
+    *("revision", "subfolder", "force_download", "output_loading_info", "adapter_kwargs", "code_revision"),
+    *("trust_remote_code", "use_safetensors", "variant"),
+)
 
 
 def policy_state(model: nn.Module) -> dict[str, Tensor]:
@@ -39,7 +58,14 @@ def cast_base(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def move_into(source: Path, target: Path) -> None:
-    """Moves all files below `source` into `target`, each at once, so that no reader sees half of one."""
+    """
+    Moves all files below `source` into `target`, each at once, so that no reader sees half of one. Weights of an
+    earlier checkpoint that have no successor go.
+    """
+    for pattern in WEIGHT_PATTERNS:
+        for stale in target.glob(pattern):
+            if not (source / stale.name).exists():
+                stale.unlink()
     for path in sorted(source.rglob("*")):
         if path.is_file():
             destination = target / path.relative_to(source)
@@ -57,10 +83,12 @@ def read_policy(path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str
     """Weights of a policy-only checkpoint.
 
     Raises:
-        `OSError`: when there is no weight file.
+        `OSError`: when there is no weight file in safetensors.
         `ValueError`: when it cannot be read.
     """
-    filename = cached_file(str(path), SAFE_WEIGHTS_NAME, **hub_kwargs)
+    filename = cached(str(path), SAFE_WEIGHTS_NAME, hub_kwargs)
+    if filename is None:
+        raise no_safetensors(str(path), f"no {SAFE_WEIGHTS_NAME}")
     try:
         return load_file(filename)
     except SafetensorError as error:
@@ -138,9 +166,9 @@ class TPRLPreTrainedModel(PreTrainedModel):
             `OSError`: when config or weights are missing.
             `ValueError`: when weights are truncated, of another shape, or the base model is unknown.
         """
-        hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        hub_kwargs = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
+        hub_kwargs = {name: kwargs[name] for name in HUB_NAMES if kwargs.get(name) is not None}
         source = str(pretrained_model_name_or_path)
+        refuse_other_formats(kwargs.get("use_safetensors"))
         # As remote code the config is of a class of the same name from another module.
         if not isinstance(config, PreTrainedConfig):
             config = TPRLConfig.from_pretrained(config or source, **hub_kwargs)
@@ -149,8 +177,10 @@ class TPRLPreTrainedModel(PreTrainedModel):
         if config.includes_base_model:
             wants_info = kwargs.pop("output_loading_info", False)
             tolerant = kwargs.pop("ignore_mismatched_sizes", False)
+            check_weight_files(source, hub_kwargs, kwargs.get("variant"))
             try:
                 kwargs.update(config=config, output_loading_info=True, ignore_mismatched_sizes=True)
+                kwargs["use_safetensors"] = True
                 model, info = super().from_pretrained(source, *model_args, **kwargs)
             except SafetensorError as error:
                 raise ValueError(
@@ -162,36 +192,43 @@ class TPRLPreTrainedModel(PreTrainedModel):
 
         config = copy.deepcopy(config)
         state = read_policy(source, hub_kwargs)
-        base_model = base_model if base_model is not None else config.base_model_name_or_path
-        if base_model is None:
+        if base_model is None and config.base_model_name_or_path is None:
             raise ValueError(
                 f"{source} holds a policy only and does not say for which base model: pass base_model=NAME_OR_PATH."
             )
         if not isinstance(base_model, PreTrainedModel):
-            base_kwargs = {k: v for k, v in kwargs.items() if k not in ("revision", "subfolder", "force_download")}
-            revision = config.base_model_revision
-            # Auto classes put this argument into the config before they call us.
-            attention = kwargs.get("attn_implementation", config._attn_implementation)
-            if attention is not None:
-                base_kwargs["attn_implementation"] = attention
-            if revision is not None and base_model == config.base_model_name_or_path:
-                base_kwargs["revision"] = revision
-            base_kwargs.pop("output_loading_info", None)
-            base_model = AutoModelForImageTextToText.from_pretrained(str(base_model), **base_kwargs)
-        width = base_model.config.get_text_config().hidden_size
-        if width != config.token_dim:
-            raise ValueError(
-                f"The policy in {source} was made for visual tokens of width {config.token_dim}, but the base model "
-                f"({base_model.config.model_type}) has width {width}. Use the base model it was trained with: "
-                f"{config.base_model_name_or_path}."
-            )
+            base_model = cls._load_base(str(base_model or config.base_model_name_or_path), config, source, kwargs)
+        refuse_other_base(config, base_model.config, source, base_model.config.name_or_path or "this model")
         model = cls._around(base_model, config)
         load_policy(model, state, source)
         model.name_or_path = source
         model.eval()
         return (model, {}) if kwargs.get("output_loading_info") else model
 
-    def save_pretrained(self, save_directory, save_base_model: bool = False, base_dtype=None, **kwargs):
+    @staticmethod
+    def _load_base(name: str, config: TPRLConfig, source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+        """The base model `name`, at the pinned revision if it is the one that `config` names."""
+        base_kwargs = {key: value for key, value in kwargs.items() if key not in NOT_FOR_THE_BASE}
+        # Auto classes put this argument into the config before they call us.
+        attention = kwargs.get("attn_implementation", config._attn_implementation)
+        if attention is not None:
+            base_kwargs["attn_implementation"] = attention
+        pinned = config.base_model_revision if name == config.base_model_name_or_path else None
+        if pinned is not None:
+            base_kwargs["revision"] = pinned
+        base_kwargs.update(trust_remote_code=False, use_safetensors=True)
+        try:
+            return AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
+        except OSError as error:
+            revision = "" if pinned is None else f" at revision {pinned}"
+            raise OSError(
+                f"{source} is the policy of {name}{revision}, which could not be loaded: {error} Pass "
+                "base_model=NAME_OR_PATH to take the base model from elsewhere. Only safetensors are read."
+            ) from error
+
+    def save_pretrained(
+        self, save_directory, save_base_model: bool = False, base_dtype=None, include_code: bool = False, **kwargs
+    ):
         r"""
         Saves the policy with the base model's name and revision, or everything.
 
@@ -200,11 +237,15 @@ class TPRLPreTrainedModel(PreTrainedModel):
             save_base_model (`bool`, defaults to `False`): save the base model's weights too.
             base_dtype (`torch.dtype`, *optional*): store the base model's weights in this precision, e.g.
                 `torch.float16` for half the size. The config keeps the live model's dtype, in which they are loaded.
-            kwargs: as in [`~transformers.PreTrainedModel.save_pretrained`], `push_to_hub` and `repo_id` among them.
+            include_code (`bool`, defaults to `False`): put our code beside the weights, so that the checkpoint loads
+                with `trust_remote_code=True` where `tprl_hf` is not installed. A model that was loaded so, or was
+                registered with `register_for_auto_class`, always takes its code along.
+            kwargs: as in [`~transformers.PreTrainedModel.save_pretrained`]; `push_to_hub=True` and the arguments of
+                [`push_to_hub`] among them.
         """
         directory = Path(save_directory)
         upload = kwargs.pop("push_to_hub", False)
-        hub = {name: kwargs.pop(name, None) for name in ("repo_id", "token", "private", "commit_message")}
+        hub = {name: kwargs.pop(name) for name in ("repo_id", "token", "private", "commit_message") if name in kwargs}
         if not save_base_model:
             if self.config.base_model_name_or_path is None:
                 logger.warning(
@@ -221,23 +262,78 @@ class TPRLPreTrainedModel(PreTrainedModel):
                     super().save_pretrained(scratch, **kwargs)
                 else:
                     self._save_policy(Path(scratch))
+                set_code(Path(scratch), include_code or self._auto_class is not None)
                 move_into(Path(scratch), directory)
         finally:
             self.config.includes_base_model = before
         if upload:
-            api = HfApi(token=hub["token"])
-            repo = api.create_repo(hub["repo_id"] or directory.name, private=hub["private"], exist_ok=True)
-            api.upload_folder(repo_id=repo.repo_id, folder_path=directory, commit_message=hub["commit_message"])
+            hub.setdefault("repo_id", directory.name)
+            self.push_to_hub(**hub, save_base_model=save_base_model, base_dtype=base_dtype)
 
     def _save_policy(self, directory: Path) -> None:
         # Not by the library's own saving: it would rename weights as the base model's family wants them renamed.
         self.config.architectures = [type(self).__name__]
-        if self._auto_class is not None:  # travels as remote code
-            custom_object_save(self, directory, config=self.config)
         self.config.save_pretrained(directory)
         self.generation_config.save_pretrained(directory)
         state = {name: value.detach().contiguous().cpu() for name, value in policy_state(self).items()}
         save_file(state, directory / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        save_base_model: bool = False,
+        base_dtype: torch.dtype | None = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        r"""
+        Publishes the policy with the name and commit of its base model, or everything; with our code, so that it loads
+        without `tprl_hf`, and a card. A card that is there keeps its text; `tprl push` writes a longer one.
+
+        Args:
+            repo_id (`str`): `NAME` or `USER/NAME`; made when missing.
+            save_base_model, base_dtype: as in [`save_pretrained`].
+            commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags: as in
+                [`~transformers.PreTrainedModel.push_to_hub`].
+
+        Raises:
+            `ValueError`: when the policy alone is pushed and its base model has no name that others can load.
+        """
+        api = HfApi(token=token)
+        before = self.config.base_model_name_or_path, self.config.base_model_revision
+        if save_base_model:
+            if not is_hub_name(before[0]):  # a path is of this machine only
+                self.config.base_model_name_or_path = self.config.base_model_revision = None
+        else:
+            self.config.base_model_revision = pinned_revision(api, self.config)
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = Path(scratch)
+                self.save_pretrained(folder, save_base_model, base_dtype, True, max_shard_size=max_shard_size)
+                config = copy.copy(self.config)
+                config.includes_base_model = save_base_model
+                repo_id = prepare_repo(api, repo_id, private, revision)
+                card = short_card(repo_id, card_metadata(config, base_licence(api, config), tags))
+                card = update_card(card_on_hub(api, repo_id, revision), card, replace=False)
+                (folder / "README.md").write_text(card, encoding="utf-8")
+                return api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    commit_message=commit_message or "Upload model",
+                    commit_description=commit_description,
+                    revision=revision,
+                    create_pr=create_pr,
+                    delete_patterns=list(WEIGHT_PATTERNS),
+                )
+        finally:
+            self.config.base_model_name_or_path, self.config.base_model_revision = before
 
     @classmethod
     def _around(cls, base: PreTrainedModel, config: TPRLConfig) -> Any:

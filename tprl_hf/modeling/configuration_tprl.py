@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar, Literal
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
 class TPRLConfig(PreTrainedConfig):
@@ -92,7 +92,13 @@ class TPRLConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if isinstance(self.base_config, dict):
             base = dict(self.base_config)
-            self.base_config = AutoConfig.for_model(base.pop("model_type"), **base)
+            model_type = base.pop("model_type", None)
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"base_config is of model type {model_type!r}, which transformers does not know. Code that a base "
+                    "model brings along is never run: update transformers, or use another base model."
+                )
+            self.base_config = AutoConfig.for_model(model_type, **base)
         if self.token_dim is None and isinstance(self.base_config, PreTrainedConfig):
             self.token_dim = self.base_config.get_text_config().hidden_size
         if self.token_dim is not None:

@@ -12,7 +12,8 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Generati
 from transformers.utils import ModelOutput, logging
 
 from .cached_prompt import CachedPrompt
-from .checkpoint_tprl import TPRLPreTrainedModel
+from .checkpoint_checks import loaded_commit, refuse_other_formats
+from .checkpoint_tprl import HUB_NAMES, TPRLPreTrainedModel
 from .configuration_tprl import TPRLConfig
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .keep_mask import Budget
@@ -100,9 +101,12 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             base = base_model
             fields.setdefault("base_model_name_or_path", base.config.name_or_path or None)
         else:
+            refuse_other_formats(settings.get("use_safetensors"))
+            settings["use_safetensors"] = True
             base = AutoModelForImageTextToText.from_pretrained(base_model, **settings)
             fields.setdefault("base_model_name_or_path", str(base_model))
-            fields.setdefault("base_model_revision", settings.get("revision"))
+            hub_kwargs = {name: settings[name] for name in HUB_NAMES if name in settings}
+            fields.setdefault("base_model_revision", loaded_commit(str(base_model), hub_kwargs))
         config = TPRLConfig(base_config=copy.deepcopy(base.config), **fields)
         if (config.keep_ratio, config.num_keep, config.threshold) != (None, None, None):
             logger.warning(

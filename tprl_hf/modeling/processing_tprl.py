@@ -18,14 +18,17 @@ class TPRLProcessor(ProcessorMixin):
         Raises:
             `ValueError`: when the config names no base model.
         """
-        config = TPRLConfig.from_pretrained(pretrained_model_name_or_path)
+        hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
+        config = TPRLConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         if config.base_model_name_or_path is None:
             raise ValueError(
                 f"{pretrained_model_name_or_path} has no processor and names no base model to take one from: save a "
                 "processor beside it, or load that of the base model."
             )
-        for name in ("trust_remote_code", "revision", "subfolder"):  # of this checkpoint, not of the base model
+        for name in ("revision", "subfolder", "force_download"):  # of this checkpoint, not of the base model
             kwargs.pop(name, None)
         if config.base_model_revision is not None:
             kwargs["revision"] = config.base_model_revision
+        kwargs["trust_remote_code"] = False  # code beside a base model that a config names is never run
         return AutoProcessor.from_pretrained(config.base_model_name_or_path, **kwargs)

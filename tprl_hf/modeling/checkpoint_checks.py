@@ -1,0 +1,130 @@
+"""What is refused before a checkpoint is read: other formats than safetensors, files elsewhere, another base model."""
+
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from .configuration_tprl import TPRLConfig
+
+# Two base models with equal values of these have weights of the same shape, words added to the vocabulary aside.
+SHAPE_FIELDS = (
+    *("model_type", "hidden_size", "embed_dim", "intermediate_size", "num_hidden_layers", "depth"),
+    *("num_attention_heads", "num_heads", "num_key_value_heads", "head_dim", "image_size", "patch_size"),
+)
+
+
+def cached(source: str, name: str, hub_kwargs: dict[str, Any]) -> str | None:
+    """The local path of a checkpoint's file; `None` when it has none of this name."""
+    return cached_file(source, name, **hub_kwargs, _raise_exceptions_for_missing_entries=False)
+
+
+def refuse_unsafe_name(name: Any, said_by: str) -> None:
+    """Raises `ValueError` unless `name` is a relative path that stays below its directory."""
+    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+    if not parts or "\\" in name or ":" in parts[0] or parts[0] == "/" or ".." in parts:
+        raise ValueError(
+            f"{said_by} names the file {name!r}, which is no name of a file beside it. Nothing was read; do not use "
+            "this checkpoint."
+        )
+
+
+def refuse_other_formats(use_safetensors: bool | None) -> None:
+    """Raises `ValueError` when a caller asks for pickles."""
+    if use_safetensors is False:
+        raise ValueError(
+            "use_safetensors=False is refused: only safetensors are read, since reading a pickle can run code. For a "
+            "base model that has nothing else, load it yourself and pass it as base_model=MODEL."
+        )
+
+
+def check_weight_files(source: str, hub_kwargs: dict[str, Any], variant: str | None = None) -> None:
+    """
+    Looks at the names of a merged checkpoint's weight files before any is opened.
+
+    Raises:
+        `OSError`: when there are none in safetensors.
+        `ValueError`: when the index names a file outside of the checkpoint, or one that is no safetensors file.
+    """
+    infix = f".{variant}" if variant else ""
+    name = SAFE_WEIGHTS_NAME.replace(".safetensors", f"{infix}.safetensors")
+    if cached(source, name, hub_kwargs) is not None:
+        return
+    index_name = SAFE_WEIGHTS_INDEX_NAME.replace(".index.json", f".index{infix}.json")
+    index = cached(source, index_name, hub_kwargs)
+    if index is None:
+        raise no_safetensors(source, f"neither {name} nor {index_name}")
+    weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    for shard in sorted(set(weight_map.values()), key=str):
+        refuse_unsafe_name(shard, f"{index_name} in {source}")
+        if not shard.endswith(".safetensors"):
+            raise ValueError(f"{index_name} in {source} names {shard!r}: only safetensors files are read.")
+
+
+def no_safetensors(source: str, what: str) -> OSError:
+    """The error for a checkpoint without safetensors, which says what lies there instead."""
+    endings = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+    found = sorted(path.name for path in Path(source).glob("*") if path.name.endswith(endings))
+    others = f", only {', '.join(found)}" if found else ""
+    return OSError(
+        f"{source} has {what}{others}. Only safetensors are read, since reading a pickle can run code: save the model "
+        "again with save_pretrained, or download it again."
+    )
+
+
+def loaded_commit(name: str, hub_kwargs: dict[str, Any]) -> str | None:
+    """The commit from which the config of a model on the Hub was just loaded; `None` for a directory."""
+    if os.path.isdir(name):
+        return None
+    hub_kwargs = {**hub_kwargs, "local_files_only": True, "force_download": False}
+    return extract_commit_hash(cached(name, CONFIG_NAME, hub_kwargs), None)
+
+
+def shape_differences(expected: dict[str, Any], found: dict[str, Any], where: str = "") -> list[str]:
+    """Each field of two configs that says that their weights have other shapes, with both values."""
+    differences = []
+    for name in expected.keys() & found.keys():
+        ours, theirs = expected[name], found[name]
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            differences += shape_differences(ours, theirs, f"{where}{name}.")
+        elif name in SHAPE_FIELDS and ours is not None and theirs is not None and ours != theirs:
+            differences.append(f"{where}{name} {ours} instead of {theirs}")
+    return sorted(differences)
+
+
+def refuse_other_base(config: TPRLConfig, base: PreTrainedConfig, source: str, place: str) -> None:
+    """
+    Raises `ValueError` when `base` is not the base model that the policy was trained with.
+
+    Args:
+        config ([`TPRLConfig`]): of the policy.
+        base (`PreTrainedConfig`): of the base model at hand.
+        source, place (`str`): where the policy and the base model come from.
+    """
+    named = f"{config.base_model_name_or_path}"
+    if config.base_model_revision is not None:
+        named += f" at revision {config.base_model_revision}"
+    width = base.get_text_config().hidden_size
+    if width != config.token_dim:
+        raise ValueError(
+            f"The policy in {source} was made for visual tokens of width {config.token_dim}, but the base model "
+            f"({base.model_type}) has width {width}. Use the base model it was trained with: {named}."
+        )
+    if isinstance(config.base_config, PreTrainedConfig):
+        differences = shape_differences(config.base_config.to_dict(), base.to_dict())
+        if differences:
+            raise ValueError(
+                f"The policy in {source} was made for a base model with {', '.join(differences)} (that of {place}). "
+                f"Use the base model it was trained with: {named}."
+            )
+    commit = extract_commit_hash(f"{place}/", None)  # of a path into the Hub's cache
+    pinned = config.base_model_revision
+    if commit is not None and pinned is not None and commit != pinned:
+        raise ValueError(
+            f"The policy in {source} was trained with {named}, but {place} is revision {commit}. Use that revision, "
+            "or set base_model_revision of its config to None if the base models are the same."
+        )

@@ -1,0 +1,172 @@
+"""What goes to the Hub besides weights and config: the code of this folder, and a card."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+from transformers.utils import CONFIG_NAME
+
+from .configuration_tprl import TPRLConfig
+from .processing_tprl import TPRLProcessor  # noqa: F401  so that remote code brings all of this folder along
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_tprl.TPRLConfig",
+    "AutoModel": "modeling_tprl.TPRLForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_tprl.TPRLForConditionalGeneration",
+    "AutoProcessor": "processing_tprl.TPRLProcessor",
+}
+TAGS = ("tprl", "visual-token-pruning")
+# What lies between these is ours; a card's other text is the user's.
+BEGIN, END = "<!-- tprl_hf: written anew at each push, up to the closing mark -->", "<!-- /tprl_hf -->"
+WEIGHT_PATTERNS = ("model*.safetensors", "model*.safetensors.index.json")
+
+SHORT_CARD = """
+{begin}
+# {title}
+
+A policy that prunes the visual tokens of a vision-language model before its LLM, with
+[tprl_hf](https://arxiv.org/abs/2603.13394).
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{repo_id}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
+```
+
+With `import tprl_hf` before, `trust_remote_code` is not needed.
+{end}
+"""
+
+
+def code_files() -> list[Path]:
+    """The files of this folder that a checkpoint needs where `tprl_hf` is not installed."""
+    return sorted(path for path in Path(__file__).parent.glob("*.py") if path.name != "__init__.py")
+
+
+def set_code(directory: Path, include_code: bool) -> None:
+    """Puts our code beside a saved config and names it there, or names none; takes local paths out of it."""
+    path = directory / CONFIG_NAME
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("auto_map", None)
+    config["base_config"].pop("_name_or_path", None)  # it may be a path, and `base_model_name_or_path` says it
+    for stale in directory.glob("*.py"):
+        stale.unlink()
+    if include_code:
+        config["auto_map"] = AUTO_MAP
+        for source in code_files():
+            (directory / source.name).write_bytes(source.read_bytes())
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def is_hub_name(name: str | None) -> bool:
+    """Whether `name` can only be that of a model on the Hub."""
+    return name is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
+
+
+def pinned_revision(api: HfApi, config: TPRLConfig) -> str | None:
+    """
+    The commit of a policy's base model: that of the config, or else the one that its name stands for now.
+
+    Raises:
+        `ValueError`: when others could not find the base model.
+    """
+    name = config.base_model_name_or_path
+    if name is None or not is_hub_name(name):
+        raise ValueError(
+            f"The policy's base model is {name!r}, which others cannot load: set model.config.base_model_name_or_path "
+            "to its name on the Hub, or push with save_base_model=True."
+        )
+    return config.base_model_revision or api.model_info(name).sha
+
+
+def base_licence(api: HfApi, config: TPRLConfig) -> dict[str, str]:
+    """`license` (and `license_name`, `license_link`) as the base model's own card says; empty when it does not."""
+    name = config.base_model_name_or_path
+    if name is None:
+        return {}
+    try:
+        if Path(name).is_dir():
+            text = (Path(name) / "README.md").read_text(encoding="utf-8")
+        else:
+            path = api.hf_hub_download(name, "README.md", revision=config.base_model_revision)
+            text = Path(path).read_text(encoding="utf-8")
+    except (OSError, HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled):
+        return {}
+    data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+
+
+def card_metadata(config: TPRLConfig, licence: dict[str, str], tags: list[str] | None = None) -> dict[str, Any]:
+    """The header of a checkpoint's card, but for results."""
+    metadata: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        **licence,
+        "tags": list(dict.fromkeys([*TAGS, *(tags or ())])),
+    }
+    if is_hub_name(config.base_model_name_or_path):
+        metadata["base_model"] = config.base_model_name_or_path
+        # A merged checkpoint runs alone; one of the policy sits on its base model as an adapter does.
+        metadata["base_model_relation"] = "finetune" if config.includes_base_model else "adapter"
+    return metadata
+
+
+def short_card(repo_id: str, metadata: dict[str, Any]) -> str:
+    """A card that says how to load, as Markdown with its header."""
+    header = ModelCardData(**metadata).to_yaml()
+    body = SHORT_CARD.format(begin=BEGIN, end=END, title=repo_id.split("/")[-1], repo_id=repo_id)
+    return f"---\n{header}\n---\n{body}"
+
+
+def update_card(existing: str | None, new: str, replace: bool = True) -> str:
+    """
+    A card that is there already, brought up to date.
+
+    Args:
+        existing (`str`, *optional*): the card that is there.
+        new (`str`): the card as it would be written from nothing; its text lies between our marks.
+        replace (`bool`, defaults to `True`): whether text between our marks in `existing` gives way to that of `new`.
+
+    Returns:
+        `str`: the user's text and metadata as they were, tags of both, and what `new` says besides.
+    """
+    if existing is None or not existing.strip():
+        return new
+    old_card, new_card = ModelCard(existing, ignore_metadata_errors=True), ModelCard(new)
+    old, ours = old_card.data.to_dict(), new_card.data.to_dict()
+    merged = {**ours, **{key: value for key, value in old.items() if value is not None}}
+    if "tags" in ours or "tags" in old:
+        merged["tags"] = list(dict.fromkeys([*(old.get("tags") or ()), *ours.get("tags", ())]))
+    for name in ("model-index", "base_model", "base_model_relation"):  # of what is pushed now
+        if name in ours:
+            merged[name] = ours[name]
+    block = new_card.text[new_card.text.index(BEGIN) : new_card.text.index(END) + len(END)]
+    text = old_card.text
+    start, end = text.find(BEGIN), text.find(END)
+    if start < 0 or end < start:
+        text = f"{text.rstrip()}\n\n{block}\n"
+    elif replace:
+        text = text[:start] + block + text[end + len(END) :]
+    header = ModelCardData(**merged, ignore_metadata_errors=True).to_yaml()
+    return f"---\n{header}\n---\n{text if text.startswith(chr(10)) else chr(10) + text}"
+
+
+def card_on_hub(api: HfApi, repo_id: str, revision: str | None = None) -> str | None:
+    """The text of the card that a repository has."""
+    try:
+        path = api.hf_hub_download(repo_id, "README.md", revision=revision)
+    except EntryNotFoundError:
+        return None
+    return Path(path).read_text(encoding="utf-8")
+
+
+def prepare_repo(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """Makes repository and branch where they are missing. Returns the full name."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
