@@ -22,7 +22,7 @@ from tprl_hf.training import (
     calibrate_threshold,
     generate_demonstrations,
 )
-from tprl_hf.training.rollouts import replayed_logprobs, take_inputs
+from tprl_hf.training.rollouts import replayed_logprobs
 
 QUIET = {"disable_tqdm": True, "use_cpu": True, "per_device_eval_batch_size": 4}
 PPO = {
@@ -143,8 +143,7 @@ def test_the_ratio_is_1_after_the_rollout_and_micro_batches_change_nothing(
         assert trainer.metrics["val/ratio"] == pytest.approx([1.0] * len(trainer.metrics["val/ratio"]), abs=1e-4)
         rollouts = trainer.rollouts
         with torch.no_grad():
-            inputs = take_inputs(trainer.batch.inputs, rollouts.of)
-            logits = trainer.model(inputs, rollouts.keep_masks[:-1]).logits
+            logits = trainer.model(trainer.batch.inputs, rollouts.of, rollouts.keep_masks[:-1]).logits
         logprobs = replayed_logprobs(rollouts, logits, trainer.args.lambda_disc)
         torch.testing.assert_close(logprobs, rollouts.logprobs, atol=1e-5, rtol=1e-5)
         assert not logprobs[~rollouts.asked].any()

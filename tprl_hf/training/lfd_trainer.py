@@ -102,7 +102,7 @@ class LfDTrainer(PolicyTrainer):
         before, kept, asked = demonstrated_steps([row["keep_masks"] for row in rows], inputs)
         left = torch.tensor([sum(row["keep_masks"][-1]) for row in rows], device=kept.device)
         inputs = replace(inputs, keep_ratio=left.clamp(min=1) / inputs.valid.sum(1).clamp(min=1))
-        logits = networks(inputs, before).logits
+        logits = networks(inputs, torch.arange(len(rows), device=kept.device), before).logits
         agrees = ((logits > 0) == kept)[asked]
         self.note(policy__agreement=agrees.float().mean(), policy__keep_prob=logits.sigmoid()[asked].mean())
         return imitation_loss(logits, kept, asked).mean()

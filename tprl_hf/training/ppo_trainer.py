@@ -30,7 +30,7 @@ from .answer_scores import score_answers
 from .ppo_config import TPRLPPOConfig
 from .pruner_trainer import PolicyTrainer
 from .rewards import RewardFunction, reward_function_scores, step_rewards
-from .rollouts import Rollouts, collect_rollouts, policy_on_kept, replayed_logprobs, take_inputs
+from .rollouts import Rollouts, collect_rollouts, policy_on_trajectories, replayed_logprobs
 
 
 class TPRLPPOTrainer(PolicyTrainer):
@@ -228,12 +228,9 @@ class TPRLPPOTrainer(PolicyTrainer):
     @torch.no_grad()
     def start_logits(self, batch: AnswerBatch, rollouts: Rollouts) -> Tensor:
         """Logits `[T, S, N]` of the policy that training started with."""
-        inputs = take_inputs(batch.inputs, rollouts.of)
-        codes = self.tprl_model.autoencoder.encode(inputs.tokens)
-        steps = enumerate(rollouts.keep_masks[:-1])
-        return torch.stack(
-            [policy_on_kept(self.start_policy, codes, mask, inputs, step).logits for step, mask in steps]
-        )
+        codes = self.tprl_model.autoencoder.encode(batch.inputs.tokens)
+        before = rollouts.keep_masks[:-1]
+        return policy_on_trajectories(self.start_policy, codes, batch.inputs, rollouts.of, before).logits
 
     def ppo_loss(self, networks: nn.Module, index: Tensor) -> Tensor:
         """The loss of each of the trajectories `index` of the buffer, `[S]`."""
@@ -242,7 +239,7 @@ class TPRLPPOTrainer(PolicyTrainer):
         rollouts = self.rollouts.take(index)
         buffer = {name: value[:, index] for name, value in self.buffer.items()}
         exists, asked = rollouts.exists, rollouts.asked
-        output = networks(take_inputs(self.batch.inputs, rollouts.of), rollouts.keep_masks[:-1])
+        output = networks(self.batch.inputs, rollouts.of, rollouts.keep_masks[:-1])
 
         logratio = replayed_logprobs(rollouts, output.logits, args.lambda_disc) - rollouts.logprobs  # (T, S, N)
         if args.ratio == "joint":

@@ -19,7 +19,7 @@ from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs
 from .answer_batches import SampleEncoder, undecoded
 from .answer_scores import score_answers
 from .policy_config import PolicyTrainingConfig, PrunerTrainingConfig
-from .rollouts import policy_on_kept
+from .rollouts import policy_on_trajectories
 
 STATE_FILE = "pruner_trainer_{rank}.pt"
 
@@ -39,18 +39,9 @@ class TrainedNetworks(nn.Module):
 class PolicyNetworks(TrainedNetworks):
     """One pass of the policy over all steps of a batch of trajectories."""
 
-    def forward(self, inputs: PruningInputs, keep_masks: Tensor) -> PolicyOutput:
-        """
-        Args:
-            inputs: of S trajectories.
-            keep_masks (`bool [T, S, N]`): tokens still kept before each step.
-
-        Returns:
-            [`PolicyOutput`] with `logits [T, S, N]` and `values [T, S]`.
-        """
-        codes = self.autoencoder.encode(inputs.tokens)
-        steps = [policy_on_kept(self.policy, codes, mask, inputs, step) for step, mask in enumerate(keep_masks)]
-        return PolicyOutput(torch.stack([s.logits for s in steps]), torch.stack([s.values for s in steps]))
+    def forward(self, inputs: PruningInputs, of: Tensor, keep_masks: Tensor) -> PolicyOutput:
+        """See [`policy_on_trajectories`]."""
+        return policy_on_trajectories(self.policy, self.autoencoder.encode(inputs.tokens), inputs, of, keep_masks)
 
 
 def as_they_are(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

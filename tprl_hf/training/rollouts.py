@@ -1,5 +1,6 @@
 """Rollouts: the policy prunes a batch of samples step by step, by chance (eq. 2, 3 and 14 of the TPRL paper)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -57,6 +58,29 @@ def policy_on_kept(
     )
     logits = torch.zeros_like(keep_mask, dtype=output.logits.dtype)
     return replace(output, logits=logits.scatter(1, index, output.logits.masked_fill(~seen, 0.0)))
+
+
+def policy_on_trajectories(
+    policy: PruningPolicy, codes: Tensor, inputs: PruningInputs, of: Tensor, keep_masks: Sequence[Tensor] | Tensor
+) -> PolicyOutput:
+    """
+    The policy at each step of S trajectories of B samples. All trajectories of a sample begin alike, so that the first
+    step, the longest, is computed once for each sample.
+
+    Args:
+        codes (`[B, N, Z]`), inputs: of the samples.
+        of (`int64 [S]`): the sample that each trajectory is of.
+        keep_masks (`bool [T, S, N]`): tokens still kept before each step; at the first, all.
+
+    Returns:
+        [`PolicyOutput`] with `logits [T, S, N]` and `values [T, S]`.
+    """
+    samples, which = of.unique(return_inverse=True)
+    outputs = [policy_on_kept(policy, codes[samples], inputs.valid[samples], take_inputs(inputs, samples), 0)]
+    outputs[0] = PolicyOutput(outputs[0].logits[which], outputs[0].values[which])
+    for step, mask in enumerate(keep_masks[1:], start=1):
+        outputs.append(policy_on_kept(policy, codes[of], mask, take_inputs(inputs, of), step))
+    return PolicyOutput(torch.stack([o.logits for o in outputs]), torch.stack([o.values for o in outputs]))
 
 
 @dataclass
@@ -145,13 +169,17 @@ def collect_rollouts(
         [`Rollouts`]
     """
     of = torch.arange(len(inputs.valid), device=inputs.valid.device).repeat_interleave(num_rollouts)
-    codes = autoencoder.encode(inputs.tokens)[of]
+    codes = autoencoder.encode(inputs.tokens)
     rows = take_inputs(inputs, of)
     num_visual = rows.valid.sum(1)
     keep_mask = rows.valid
     keep_masks, all_asked, shifts, logprobs, values = [keep_mask], [], [], [], []
     for step in range(num_steps):
-        output = policy_on_kept(policy, codes, keep_mask, rows, step)
+        if step == 0:
+            output = policy_on_trajectories(policy, codes, inputs, of, [keep_mask])
+            output = PolicyOutput(output.logits[0], output.values[0])
+        else:
+            output = policy_on_kept(policy, codes[of], keep_mask, rows, step)
         asked = keep_mask & ~rows.layout.protected
         discount = lambda_disc**step
         shift = torch.zeros(len(of), device=codes.device)
