@@ -1,10 +1,12 @@
 import json
+import time
+from functools import partial
 
 import pytest
 
 from tests.cli.test_demo import table_under
 from tprl_hf.cli.main import main
-from tprl_hf.evaluation.benchmark import random_prompts, time_in_turns
+from tprl_hf.evaluation.benchmark import Spread, random_prompts, ratio, requests_per_second, time_in_turns
 from tprl_hf.evaluation.presets import preset_config
 
 PARTS = [
@@ -38,16 +40,37 @@ def test_json_and_another_pruner(benchmark):
     found = json.loads(out)
     assert code == 0 and found["pruner"] == "divprune" and list(found["milliseconds"]) == PARTS
     assert found["kv_bytes_unpruned"] - found["kv_bytes_pruned"] == 12 * 2 * 2 * 2 * 8 * 4
-    times = found["milliseconds"]
-    ratio = times["prefill pruned"]["median"] / times["prefill floor"]["median"]
-    assert found["ratios"]["prefill pruned / floor"] == pytest.approx(ratio)
+    assert found["ratios"].keys() == found["cpu_ratios"].keys() >= {"prefill pruned / floor", "answer speed-up"}
+    assert found["versions"].keys() == {"tprl_hf", "torch", "transformers"} and "load" not in found
+
+
+def test_requests_per_second_against_batch_size(benchmark):
+    code, out, _ = benchmark("--load", "1,3", "--json")
+    assert code == 0
+    load = json.loads(out)["load"]
+    assert [one["batch"] for one in load] == [1, 3]
+    assert all(one[name]["low"] <= one[name]["median"] for one in load for name in ("unpruned", "pruned", "speed_up"))
+    code, out, _ = benchmark("--load", "2")
+    rows = table_under(out, "batch")
+    assert rows[1][0] == "2" and float(rows[1][1]) > 0 and "--load 2" in out
+
+
+def test_spreads_and_ratios_round_by_round():
+    assert Spread.of([4, 1, 3, 2, 5]) == Spread(3, 2, 4)
+    assert ratio([2, 6, 15], [2, 3, 30]) == Spread(1, 0.75, 1.5)  # of the medians it would be 2
+    assert requests_per_second(4, [500, 1000]) == Spread(6, 5, 7)
 
 
 def test_calls_take_turns():
     called = []
-    times = time_in_turns({name: lambda name=name: called.append(name) for name in "ab"}, rounds=2, warmup=1)
-    assert called == ["a", "b"] * 3 and list(times) == ["a", "b"]
-    assert all(one.low <= one.median <= one.high for one in times.values())
+
+    def call(name):
+        called.append(name)
+        time.sleep(0.01)  # passes by the wall, not by CPU time
+
+    times = time_in_turns({name: partial(call, name) for name in "ab"}, rounds=2, warmup=1)
+    assert called == ["a", "b", "b", "a", "a", "b"] and list(times) == ["a", "b"]
+    assert all(len(one.wall) == 2 and min(one.wall) >= 10 > max(one.cpu) for one in times.values())
     with pytest.raises(ValueError, match="rounds must be at least 2, got 1"):
         time_in_turns({}, rounds=1)
 

@@ -3,12 +3,21 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from .arguments import METHODS, keep_ratio, positive_int
 
 NAME = "benchmark"
 HELP = "time a model's vision tower, pruner, prefill and answers, unpruned and pruned"
+# What the targets are stated in; smaller is better but for the speed-ups.
+RATIOS = {
+    "prefill pruned / floor": ("prefill pruned", "prefill floor"),
+    "pruner / prefill unpruned": ("pruner", "prefill unpruned"),
+    "prefill speed-up": ("prefill unpruned", "prefill pruned"),
+    "prefill speed-up of the floor": ("prefill unpruned", "prefill floor"),
+    "answer speed-up": ("answer unpruned", "answer pruned"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", type=keep_ratio, default=1 / 3, metavar="FRACTION", help="of the visual tokens (default: 1/3)"
     )
     parser.add_argument("--batch", type=positive_int, default=1, metavar="B", help="prompts at once (default: 1)")
+    parser.add_argument(
+        "--load",
+        type=batch_sizes,
+        default=(),
+        metavar="B,B,...",
+        help="also whole answers in batches of these sizes: requests per second, unpruned and pruned",
+    )
     parser.add_argument("--new-tokens", type=positive_int, default=16, metavar="N", help="answer tokens (default: 16)")
     parser.add_argument(
         "--text-tokens", type=positive_int, default=64, metavar="L", help="of a preset's prompts (default: 64)"
@@ -38,53 +54,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """Sizes with commas between them."""
+    return tuple(positive_int(size) for size in text.split(","))
+
+
 def run(arguments: argparse.Namespace) -> int:
     import contextlib
-    from dataclasses import asdict
 
-    from tprl_hf.evaluation.benchmark import benchmark_calls, time_in_turns
-
-    from .demo import describe_device, format_table
     from .loading import make_pruner
 
-    model, inputs, weights = prepare(arguments)
+    model, make_inputs, weights = prepare(arguments)
+    inputs = make_inputs(arguments.batch)
     num_visual = int(model.prune(**inputs, prune=False).num_visual[0])
     num_keep = max(1, round(arguments.keep * num_visual))
     pruner = None if arguments.pruner == "learned" else make_pruner(model, arguments.pruner, arguments.seed)
-    print(f"Timing {2 + arguments.rounds} rounds ...", file=sys.stderr)
     with contextlib.nullcontext() if pruner is None else model.using(pruner):
-        calls = benchmark_calls(model, inputs, num_keep, arguments.new_tokens)
-        times = time_in_turns(calls, arguments.rounds)
-    command = f"tprl benchmark{f' {arguments.model}' if arguments.model else ''} --keep {arguments.keep:.4g}"
-    command += f" --batch {arguments.batch} --new-tokens {arguments.new_tokens} --text-tokens {arguments.text_tokens}"
-    command += f" --pruner {arguments.pruner} --rounds {arguments.rounds} --seed {arguments.seed}"
-    found = {
-        "command": command,
-        "device": describe_device(model),
-        "weights": weights,
-        "pruner": arguments.pruner,
-        "num_visual": num_visual,
-        "num_keep": num_keep,
-        "batch": arguments.batch,
-        "length": inputs["input_ids"].shape[1],
-        "new_tokens": arguments.new_tokens,
-        "milliseconds": {name: asdict(one) for name, one in times.items()},
-        "ratios": ratios(times),
-        **memory(model, inputs["input_ids"].shape[1], num_visual - num_keep, arguments.batch),
-    }
-    if arguments.json:
-        print(json.dumps(found, indent=1))
-        return 0
-    rows = [["part", "ms (median)", "middle half"]]
-    rows += [[name, f"{one.median:.1f}", f"{one.low:.1f} to {one.high:.1f}"] for name, one in times.items()]
-    print(format_table(rows))
-    print(format_table([["ratio", "value"], *([name, f"{value:.3f}"] for name, value in found["ratios"].items())]))
-    print("\n".join(notes(found)))
+        found = {
+            "command": command_of(arguments),
+            **surroundings(model),
+            "weights": weights,
+            "pruner": arguments.pruner,
+            "num_visual": num_visual,
+            "num_keep": num_keep,
+            "batch": arguments.batch,
+            "length": inputs["input_ids"].shape[1],
+            "new_tokens": arguments.new_tokens,
+            "rounds": arguments.rounds,
+            **time_parts(model, inputs, num_keep, arguments),
+            **memory(model, inputs["input_ids"].shape[1], num_visual - num_keep, arguments.batch),
+        }
+        if arguments.load:
+            found["load"] = time_load(model, make_inputs, num_keep, arguments)
+    print(json.dumps(found, indent=1) if arguments.json else as_text(found))
     return 0
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
-    """The model, a batch of prompts on its device, and what its weights are."""
+def prepare(arguments: argparse.Namespace) -> tuple[Any, Callable[[int], Any], str]:
+    """The model, what makes a batch of prompts on its device, and what its weights are."""
     import numpy as np
     import torch
     from PIL import Image
@@ -101,29 +108,92 @@ def prepare(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
         model, processor = load_model(arguments.model)
         noise = np.random.default_rng(arguments.seed).integers(0, 255, (336, 336, 3), dtype=np.uint8)
         sample = {"images": [Image.fromarray(noise)], "prompt": "What color is the star?"}
-        return model, chat_inputs(processor, [sample] * arguments.batch, model.device), "of the checkpoint"
+        return model, lambda batch: chat_inputs(processor, [sample] * batch, model.device), "of the checkpoint"
     config = preset_config(arguments.model)
-    prompts = random_prompts(config, arguments.batch, arguments.text_tokens, arguments.seed)
+    random_prompts(config, 1, arguments.text_tokens)  # refuses other families before any weights are made
     torch.manual_seed(arguments.seed)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     dtype = torch.float32 if device is None or device.type == "cpu" else torch.bfloat16
     with torch.device(device or "cpu"):
         base = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model = tprl_hf.TPRLForConditionalGeneration.from_base_model(base).to(device).eval()
-    moved = {name: value.to(device) for name, value in prompts.items()}
-    return model, {**moved, "pixel_values": moved["pixel_values"].to(dtype)}, "random"
+
+    def make_inputs(batch: int) -> dict[str, Any]:
+        prompts = random_prompts(config, batch, arguments.text_tokens, arguments.seed)
+        moved = {name: value.to(device) for name, value in prompts.items()}
+        return {**moved, "pixel_values": moved["pixel_values"].to(dtype)}
+
+    return model, make_inputs, "random"
 
 
-def ratios(times) -> dict[str, float]:
-    """What the targets are stated in; smaller is better but for the speed-ups."""
-    median = {name: one.median for name, one in times.items()}
+def command_of(arguments: argparse.Namespace) -> str:
+    """What gives these numbers, defaults and all."""
+    command = f"tprl benchmark{f' {arguments.model}' if arguments.model else ''} --keep {arguments.keep:.4g}"
+    if arguments.load:
+        command += f" --load {','.join(map(str, arguments.load))}"
+    command += f" --batch {arguments.batch} --new-tokens {arguments.new_tokens} --text-tokens {arguments.text_tokens}"
+    return f"{command} --pruner {arguments.pruner} --rounds {arguments.rounds} --seed {arguments.seed}"
+
+
+def surroundings(model) -> dict[str, Any]:
+    """Device, processor and versions."""
+    import platform
+    from importlib.metadata import version
+
+    from .demo import describe_device
+
+    packages = ("torch", "transformers")
     return {
-        "prefill pruned / floor": median["prefill pruned"] / median["prefill floor"],
-        "pruner / prefill unpruned": median["pruner"] / median["prefill unpruned"],
-        "prefill speed-up": median["prefill unpruned"] / median["prefill pruned"],
-        "prefill speed-up of the floor": median["prefill unpruned"] / median["prefill floor"],
-        "answer speed-up": median["answer unpruned"] / median["answer pruned"],
+        "device": describe_device(model),
+        "machine": platform.machine(),
+        "versions": {"tprl_hf": version("tprl_hf"), **{name: version(name) for name in packages}},
     }
+
+
+def time_parts(model, inputs, num_keep: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every part, and the ratios that the targets are stated in, by the wall and, on a CPU, by CPU time."""
+    from dataclasses import asdict
+
+    from tprl_hf.evaluation.benchmark import Spread, benchmark_calls, ratio, time_in_turns
+
+    print(f"Timing {2 + arguments.rounds} rounds ...", file=sys.stderr)
+    times = time_in_turns(benchmark_calls(model, inputs, num_keep, arguments.new_tokens), arguments.rounds)
+    found: dict[str, Any] = {}
+    clocks = {"": "wall", "cpu_": "cpu"} if model.device.type == "cpu" else {"": "wall"}
+    for prefix, clock in clocks.items():
+        values = {name: getattr(one, clock) for name, one in times.items()}
+        found[f"{prefix}milliseconds"] = {name: asdict(Spread.of(one)) for name, one in values.items()}
+        found[f"{prefix}ratios"] = {
+            name: asdict(ratio(values[over], values[under])) for name, (over, under) in RATIOS.items()
+        }
+    return found
+
+
+def time_load(model, make_inputs, num_keep: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Requests per second against batch size; sizes take turns too."""
+    from dataclasses import asdict
+
+    from tprl_hf.evaluation.benchmark import answer_calls, ratio, requests_per_second, time_in_turns
+
+    print(f"Timing {1 + arguments.rounds} rounds of batches of {arguments.load} ...", file=sys.stderr)
+    calls = {
+        f"{name} {size}": call
+        for size in arguments.load
+        for name, call in answer_calls(model, make_inputs(size), num_keep, arguments.new_tokens).items()
+    }
+    times = time_in_turns(calls, arguments.rounds, warmup=1)
+    found = []
+    for size in arguments.load:
+        unpruned, pruned = times[f"unpruned {size}"], times[f"pruned {size}"]
+        spreads = {
+            "unpruned": requests_per_second(size, unpruned.wall),
+            "pruned": requests_per_second(size, pruned.wall),
+            "speed_up": ratio(unpruned.wall, pruned.wall),
+        }
+        if model.device.type == "cpu":
+            spreads["cpu_speed_up"] = ratio(unpruned.cpu, pruned.cpu)
+        found.append({"batch": size, **{name: asdict(one) for name, one in spreads.items()}})
+    return found
 
 
 def memory(model, length: int, num_removed: int, batch: int) -> dict[str, int]:
@@ -143,6 +213,33 @@ def memory(model, length: int, num_removed: int, batch: int) -> dict[str, int]:
     return found
 
 
+def as_text(found: dict[str, Any]) -> str:
+    """The tables, and the lines below them."""
+    from .demo import format_table
+
+    on_cpu = "cpu_ratios" in found
+    rows = [["part", "ms (median)", "middle half", *(["CPU ms"] if on_cpu else [])]]
+    for name, one in found["milliseconds"].items():
+        cpu = [f"{found['cpu_milliseconds'][name]['median']:.1f}"] if on_cpu else []
+        rows.append([name, f"{one['median']:.1f}", f"{one['low']:.1f} to {one['high']:.1f}", *cpu])
+    tables = [format_table(rows)]
+    rows = [["ratio, round by round", "median", "middle half", *(["by CPU time", "middle half"] if on_cpu else [])]]
+    for name, one in found["ratios"].items():
+        rows.append([name, *spread_words(one), *(spread_words(found["cpu_ratios"][name]) if on_cpu else [])])
+    tables.append(format_table(rows))
+    if "load" in found:
+        rows = [["batch", "requests/s unpruned", "middle half", "pruned", "middle half", "speed-up"]]
+        for one in found["load"]:
+            speed_up = f"{one['speed_up']['median']:.3f}"
+            rows.append([str(one["batch"]), *spread_words(one["unpruned"]), *spread_words(one["pruned"]), speed_up])
+        tables.append(format_table(rows))
+    return "\n".join([*tables, *notes(found)])
+
+
+def spread_words(spread: dict[str, float]) -> list[str]:
+    return [f"{spread['median']:.3f}", f"{spread['low']:.3f} to {spread['high']:.3f}"]
+
+
 def notes(found: dict[str, Any]) -> list[str]:
     """The lines below the tables."""
     kv = " -> ".join(f"{found[f'kv_bytes_{name}'] / 1e6:.2f}" for name in ("unpruned", "pruned"))
@@ -151,7 +248,9 @@ def notes(found: dict[str, Any]) -> list[str]:
         f"{found['length']} tokens, batch {found['batch']}, {found['new_tokens']} new tokens; KV cache {kv} MB; "
         f"weights {found['weights']}.",
         "Parts take turns; prefill: one row of logits, features given; floor: the base model fed as many embeddings; "
-        "answer: from pixels to the last token.",
-        f"Device: {found['device']}.",
+        "answer: from pixels to the last token; requests: whole answers, one batch after the other.",
+        f"Device: {found['device']}, {found['machine']}; "
+        + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+        + ".",
         f"Command: {found['command']}",
     ]

@@ -2,17 +2,17 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 
 @dataclass(frozen=True)
-class Time:
+class Spread:
     """
-    Median over the rounds, and the middle half, in milliseconds.
+    Median over the rounds, and the middle half.
 
     Args:
         median, low, high (`float`): The median and the two quartiles.
@@ -22,10 +22,31 @@ class Time:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
 
-def time_in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int = 7, warmup: int = 2) -> dict[str, Time]:
+
+@dataclass
+class Times:
     """
-    Times calls in turns (a, b, c, a, b, c, ...), so that a machine that slows down slows all of them.
+    What one call took in each round, in milliseconds.
+
+    Args:
+        wall (`list[float]`): By the clock on the wall.
+        cpu (`list[float]`): Time that this process was given by its processors, all threads together. With one
+            thread it is the wall-clock of a machine that has nothing else to do.
+    """
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def time_in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int = 7, warmup: int = 2) -> dict[str, Times]:
+    """
+    Times calls in turns (a, b, c, c, b, a, ...), so that a machine that slows down slows all of them, and nobody
+    profits from who went before.
 
     Args:
         calls (`Mapping[str, Callable]`): By name, functions without arguments.
@@ -33,25 +54,35 @@ def time_in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int = 7, warmu
         warmup (`int`, *optional*, defaults to 2): Rounds before them that are not timed.
 
     Returns:
-        `dict[str, Time]`: In the order of `calls`.
+        `dict[str, Times]`: In the order of `calls`.
 
     Raises:
         `ValueError`: If `rounds` is below 2, which has no quartiles.
     """
     if rounds < 2:
         raise ValueError(f"rounds must be at least 2, got {rounds}.")
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times = {name: Times() for name in calls}
     with torch.no_grad():
         for number in range(warmup + rounds):
-            for name, call in calls.items():
+            for name in list(calls)[:: -1 if number % 2 else 1]:
                 synchronize()
-                start = time.perf_counter()
-                call()
+                start, cpu_start = time.perf_counter(), time.process_time()
+                calls[name]()
                 synchronize()
                 if number >= warmup:
-                    times[name].append(1000 * (time.perf_counter() - start))
-    quartiles = {name: statistics.quantiles(values, n=4, method="inclusive") for name, values in times.items()}
-    return {name: Time(median, low, high) for name, (low, median, high) in quartiles.items()}
+                    times[name].wall.append(1000 * (time.perf_counter() - start))
+                    times[name].cpu.append(1000 * (time.process_time() - cpu_start))
+    return times
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
+    """How two calls compare round by round, which cancels what a round did to both."""
+    return Spread.of([a / b for a, b in zip(over, under, strict=True)])
+
+
+def requests_per_second(batch_size: int, milliseconds: Sequence[float]) -> Spread:
+    """Requests that are answered in a second, when one batch follows the other."""
+    return Spread.of([1000 * batch_size / one for one in milliseconds])
 
 
 def synchronize() -> None:
@@ -83,20 +114,25 @@ def benchmark_calls(model, inputs: Mapping[str, Any], num_keep: int, new_tokens:
     def prefill(**choice: Any) -> Any:
         return model(**inputs, visual_features=features, logits_to_keep=1, **choice)
 
-    def answer(**choice: Any) -> Any:
-        return model.generate(
-            **inputs, **choice, do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens
-        )
-
     return {
         "vision": lambda: model.encode_images(**inputs),
         "pruner": lambda: model.prune(**inputs, visual_features=features, num_keep=num_keep),
         "prefill unpruned": lambda: prefill(prune=False),
         "prefill pruned": lambda: prefill(keep_mask=plan.keep_mask),
         "prefill floor": lambda: model.lvlm(inputs_embeds=embeddings, logits_to_keep=1),
-        "answer unpruned": lambda: answer(prune=False),
-        "answer pruned": lambda: answer(num_keep=num_keep),
+        **{f"answer {name}": call for name, call in answer_calls(model, inputs, num_keep, new_tokens).items()},
     }
+
+
+def answer_calls(model, inputs: Mapping[str, Any], num_keep: int, new_tokens: int) -> dict[str, Callable[[], Any]]:
+    """Whole answers of a batch, from pixels to the last of `new_tokens` tokens, "unpruned" and "pruned"."""
+
+    def answer(**choice: Any) -> Any:
+        return model.generate(
+            **inputs, **choice, do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens
+        )
+
+    return {"unpruned": lambda: answer(prune=False), "pruned": lambda: answer(num_keep=num_keep)}
 
 
 def random_prompts(config: Any, batch_size: int, text_tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
