@@ -66,7 +66,8 @@ def stage(name, make_model, processor, dataset, output_dir, **settings):
         return LfDTrainer(make_model(), config, processor, demonstrated(make_model, processor, dataset), dataset)
     if name == "grpo":
         config = TPRLGRPOConfig(
-            output_dir, **{**PPO, "rollout_keep_ratios": [0.5, 0.25], "score": "logprob", **settings}
+            output_dir,
+            **{**PPO, "rollout_keep_ratios": [0.5, 0.25], "shared_budget": 0.5, "score": "logprob", **settings},
         )
         return TPRLGRPOTrainer(make_model(policy_budget=True), config, processor, dataset, dataset)
     priced = {"target_keep_ratio": 0.1, "score": "logprob", "kl_coef": 0.1}
@@ -236,12 +237,14 @@ def test_reward_functions_see_what_trl_shows_them(make_model, processor, dataset
 
 
 def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_path):
-    rewards = []
+    advantages = []
     for every in (True, False):
         trainer = stage("grpo", make_model, processor, dataset, str(tmp_path), score_every_step=every)
         trainer.collect(0)
-        rewards.append(trainer.metrics["objective/reward"][0])
-    assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)  # without discount the scores between cancel
+        advantages.append(trainer.buffer["advantages"][0])
+        assert ("objective/score_unpruned" in trainer.metrics) == every
+    # without discount the scores between cancel, and among the rollouts of a question that of the unpruned prompt
+    torch.testing.assert_close(advantages[0], advantages[1], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +254,7 @@ def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_pa
         ({"gradient_accumulation_steps": 2}, "micro_batch_size"),
         ({"ratio": "geometric"}, "joint, token; got 'geometric'"),
         ({"num_mini_batches": 3}, "4 trajectories cannot be cut"),
-        ({"shared_budget": True}, "shared_budget wants one"),
+        ({"shared_budget": 0.5}, "share of buffers"),
         ({"best_metric": "f1"}, "accuracy or logprob"),
         ({"eval_keep_ratios": [0.0]}, "that are KEPT"),
     ],

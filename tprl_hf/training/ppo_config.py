@@ -26,9 +26,9 @@ class TPRLPPOConfig(PolicyTrainingConfig):
             Draw at budgets instead, one of these for each question: a shift of all logits, part of the state and not
             of the policy, brings the expected number of kept tokens to `keep_ratio ** ((t + 1) / T)`. So the policy is
             trained on the sets that a budget at inference asks for. Not in the paper. Wants `lambda_disc=1`.
-        shared_budget (`bool`, defaults to `False`):
-            Meet `rollout_keep_ratios` on average over the buffer, so that questions compete for tokens; then use
-            exactly one ratio. For policies that are used with a threshold.
+        shared_budget (`float`, defaults to 0):
+            Share of the buffers that meet one of `rollout_keep_ratios` on average only, so that questions compete for
+            tokens; the policy is not told the budget then. For policies that are used with a threshold.
 
         > Reward
 
@@ -84,7 +84,7 @@ class TPRLPPOConfig(PolicyTrainingConfig):
     num_steps: int = field(default=3, metadata={"help": "Steps of a trajectory at most."})
     lambda_disc: float = field(default=0.5, metadata={"help": "Discount of the keep probability per step."})
     rollout_keep_ratios: list[float] | None = field(default=None, metadata={"help": "Draw at these budgets."})
-    shared_budget: bool = field(default=False, metadata={"help": "Meet the budget over the buffer."})
+    shared_budget: float = field(default=0.0, metadata={"help": "Share of buffers that meet it on average."})
 
     score: str = field(default="correct", metadata={"help": "correct or logprob"})
     min_logprob: float = -4.0
@@ -134,8 +134,11 @@ class TPRLPPOConfig(PolicyTrainingConfig):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} has no meaning here: set "
                 "num_mini_batches for the size of an update and micro_batch_size for memory."
             )
-        if self.shared_budget and len(self.rollout_keep_ratios or []) != 1:
-            raise ValueError(f"shared_budget wants one rollout_keep_ratios; got {self.rollout_keep_ratios}.")
+        if not 0 <= self.shared_budget <= 1 or (self.shared_budget and not self.rollout_keep_ratios):
+            raise ValueError(
+                f"shared_budget is the share of buffers, in [0, 1], that meet rollout_keep_ratios on average; got "
+                f"{self.shared_budget} and {self.rollout_keep_ratios}."
+            )
         trajectories = self.per_device_train_batch_size * self.num_rollouts
         if trajectories % self.num_mini_batches != 0:
             raise ValueError(

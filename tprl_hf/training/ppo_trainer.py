@@ -113,20 +113,23 @@ class TPRLPPOTrainer(PolicyTrainer):
         wanted = [int(order[i % len(order)]) for i in range(start, start + count)]
         return [self.train_dataset[i] for i in wanted]
 
-    def keep_ratios(self, buffer: int) -> Tensor | None:
-        """The budget of each question of a buffer, `[B]`, where there are any."""
+    def keep_ratios(self, buffer: int) -> tuple[Tensor | None, bool]:
+        """The budget of each question of a buffer, `[B]`, where there are any, and whether they share it."""
         args = self.args
         if args.rollout_keep_ratios is None:
-            return None
+            return None, False
         generator = self.generator(3, buffer, args.process_index)
-        chosen = torch.randint(len(args.rollout_keep_ratios), (args.per_device_train_batch_size,), generator=generator)
-        return torch.tensor(args.rollout_keep_ratios)[chosen].to(args.device)
+        shared = torch.rand((), generator=generator).item() < args.shared_budget
+        count = 1 if shared else args.per_device_train_batch_size
+        chosen = torch.randint(len(args.rollout_keep_ratios), (count,), generator=generator)
+        ratios = torch.tensor(args.rollout_keep_ratios, device=args.device)[chosen]
+        return ratios.expand(args.per_device_train_batch_size), shared
 
     def encode_questions(self, buffer: int) -> AnswerBatch:
         """The questions of a buffer; the policy is told budgets that each must meet alone."""
         batch = self.encoder(self.questions(buffer))
-        told = None if self.args.shared_budget else self.keep_ratios(buffer)
-        return replace(batch, inputs=replace(batch.inputs, keep_ratio=told))
+        keep_ratios, shared = self.keep_ratios(buffer)
+        return replace(batch, inputs=replace(batch.inputs, keep_ratio=None if shared else keep_ratios))
 
     # ---- the algorithm ----
 
@@ -162,7 +165,7 @@ class TPRLPPOTrainer(PolicyTrainer):
         generator = self.generator(2, buffer, args.process_index, device=args.device)
         self.rollouts = rollouts = collect_rollouts(
             model.policy, model.autoencoder, batch.inputs, args.num_rollouts, args.num_steps,
-            args.lambda_disc, generator, self.keep_ratios(buffer), args.shared_budget,
+            args.lambda_disc, generator, *self.keep_ratios(buffer),
         )  # fmt: skip
         exists, num_kept = rollouts.exists, rollouts.num_kept
 
@@ -192,7 +195,6 @@ class TPRLPPOTrainer(PolicyTrainer):
         error = (returns - rollouts.values)[exists]
         self.note(
             objective__score=scores[-1].mean(),
-            objective__score_unpruned=scores[0].mean(),
             objective__right=right[-1].float().mean(),
             objective__reward=rewards.sum(0).mean(),
             objective__keep_ratio=kept.mean(),
@@ -201,14 +203,17 @@ class TPRLPPOTrainer(PolicyTrainer):
         )
 
     def score(self, batch: AnswerBatch, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-        """Scores and rightness of all keep masks: float32 and `bool [T + 1, S]`."""
+        """Scores and rightness of all keep masks: float32 and `bool [T + 1, S]`; of the first where it matters."""
         args = self.args
         num_steps, num_trajectories = rollouts.exists.shape
         of = rollouts.of.tolist()
         after = range(1, num_steps + 1) if args.score_every_step else range(num_steps, num_steps + 1)
+        # Among rollouts of one question the score of its unpruned prompt cancels, and it is the dearest one.
+        cancels = args.advantages != "gae" and not (args.score_every_step or args.efficiency_while_right)
+        unpruned_samples = [] if cancels else list(range(len(batch)))
         # one forward for all steps; unpruned, each sample is scored once
-        masks = torch.cat([batch.inputs.valid, *[rollouts.keep_masks[step] for step in after]])
-        samples = [*range(len(batch)), *(of * len(after))]
+        masks = torch.cat([batch.inputs.valid[unpruned_samples], *[rollouts.keep_masks[step] for step in after]])
+        samples = [*unpruned_samples, *(of * len(after))]
         result = score_answers(self.tprl_model, batch, masks, samples, args.score_batch_size)
         flat = result.right.float() if args.score == "correct" else result.logprobs.clamp(min=args.min_logprob)
         if self.reward_funcs:
@@ -218,11 +223,13 @@ class TPRLPPOTrainer(PolicyTrainer):
             )  # fmt: skip
 
         def by_step(values: Tensor) -> Tensor:
-            unpruned = values[: len(batch)][rollouts.of]
-            pruned = values[len(batch) :].view(len(after), num_trajectories)
+            pruned = values[len(unpruned_samples) :].view(len(after), num_trajectories)
+            unpruned = torch.zeros_like(pruned[0]) if cancels else values[: len(batch)][rollouts.of]
             between = [unpruned] * (num_steps - len(after))
             return torch.stack([unpruned, *between, *pruned])
 
+        if not cancels:
+            self.note(objective__score_unpruned=flat[: len(batch)].mean())
         return by_step(flat), by_step(result.right)
 
     @torch.no_grad()
