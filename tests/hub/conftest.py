@@ -27,49 +27,50 @@ def hub() -> Iterator[HubStandIn]:
         yield server
 
 
-@pytest.fixture
-def environment(hub, tmp_path) -> dict[str, str]:
-    """That of a process whose Hub is the stand-in, with caches of its own and no token."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    return {
-        **kept,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(tmp_path / "hf_home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-@pytest.fixture
-def run(environment, tmp_path) -> Callable[..., str]:
-    """Runs Python code in a fresh process and returns what it prints."""
+@pytest.fixture(scope="session")
+def run(hub, tmp_path_factory) -> Callable[..., str]:
+    """Runs Python code, or a command, in a fresh process whose Hub is the stand-in, and returns what it prints."""
 
     def run(
-        code: str,
+        code: str | list[str],
         *arguments: object,
         token: str | None = "hf_mine",
+        home: Path | None = None,
         installed: bool = True,
-        home: str = "hf_home",
         fails: bool = False,
         **variables: str,
     ) -> str:
         """
         Args:
-            code: with `sys.argv[1:]` = `arguments`; sees `tests` if `installed`.
-            token: `HF_TOKEN`.
-            installed: whether `tprl_hf` can be imported.
-            home: folder of the caches below the test's own; another one is empty.
-            fails: whether an error is expected; stderr is returned then.
+            code: Python, with `sys.argv[1:]` = `arguments`, or the words of a command.
+            token: the `HF_TOKEN`; none is known without.
+            home: where the caches lie; empty ones when `None`.
+            installed: whether `tprl_hf` (and `tests`) can be imported.
+            fails: an error is expected, and stderr returned.
         """
-        env = {**environment, "HF_HOME": str(tmp_path / home), **variables}
-        if token is not None:
-            env["HF_TOKEN"] = token
-        script = code if installed else NOT_INSTALLED + code
-        command = [sys.executable, "-c", script, *map(str, arguments)]
-        folder = ROOT if installed else tmp_path
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        folder = tmp_path_factory.mktemp("process")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+        environment = {
+            **kept,
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(home or folder),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "OMP_NUM_THREADS": "1",
+            **({} if token is None else {"HF_TOKEN": token}),
+            **variables,
+        }
+        if isinstance(code, str):
+            code = [sys.executable, "-c", code if installed else NOT_INSTALLED + code]
+        done = subprocess.run(
+            [*code, *map(str, arguments)],
+            cwd=ROOT if installed else folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
         assert (done.returncode != 0) == fails, done.stdout + done.stderr
         return done.stderr if fails else done.stdout
 

@@ -90,8 +90,8 @@ for action in (
 print(seen)
 """
     assert run(code).strip() == "['yes', 'yes', 'yes', 'yes']"
-    assert run(code, token="hf_others", home="b").strip() == "['404 hidden', '404 hidden', '403', 'yes']"
-    nobody = run(code + "\n", token="hf_unknown", home="c")
+    assert run(code, token="hf_others").strip() == "['404 hidden', '404 hidden', '403', 'yes']"
+    nobody = run(code, token="hf_unknown")
     assert "yes" not in nobody and nobody.count("401") == 4, nobody
     assert hub.repo("me/new").private
 
