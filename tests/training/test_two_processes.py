@@ -1,10 +1,15 @@
-"""Two processes with gloo: they end with the same weights, and resume."""
+"""Two processes with gloo: they end with the same weights, and resume; and all of a recipe under `torchrun`."""
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from datasets import load_from_disk
 from safetensors.torch import load_file
 
 SCRIPT = """
@@ -63,3 +68,37 @@ def test_two_processes(stage, base, dataset, tmp_path):
         path.rmdir()
     resumed = run(resume=True)
     assert all(value.equal(whole[name]) for name, value in resumed.items())
+
+
+def test_a_whole_recipe_under_torchrun(base, dataset, tmp_path):
+    dataset.save_to_disk(str(tmp_path / "data"))
+    data = {"source": str(tmp_path / "data")}
+    stage = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True, "per_device_train_batch_size": 2}
+    policy_stage = {**stage, "eval_strategy": "steps", "eval_steps": 1}
+    recipe = {
+        "base_model": base,
+        "output_dir": str(tmp_path / "run"),
+        "policy": {"latent_dim": 16, "policy_num_heads": 4, "policy_dim": 16},
+        "data": {"train": data, "validation": data},
+        "autoencoder": stage,
+        "demonstrations": {"teacher": "uniform", "keep_ratios": ["1/2"]},
+        "lfd": {**policy_stage, "keep_ratio": "1/2"},
+        "ppo": {**policy_stage, "num_mini_batches": 2},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    def run() -> subprocess.CompletedProcess:
+        torchrun = str(Path(sys.executable).with_name("torchrun"))
+        command = [torchrun, "--standalone", "--nproc_per_node", "2", "-m", "tprl_hf.cli.main", "train", "all"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command += ["--config", str(tmp_path / "recipe.yaml")]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    done = run()
+    assert done.returncode == 0, done.stderr[-3000:]
+    stages = ["autoencoder", "demonstrations", "lfd", "ppo"]
+    assert [line.split(":")[0] for line in done.stdout.splitlines() if line.count(" in ")] == stages  # each said once
+    reports = [json.loads((tmp_path / "run" / name / "training.json").read_text()) for name in stages]
+    assert [report["stage"] for report in reports] == stages
+    assert len(load_from_disk(str(tmp_path / "run" / "demonstrations" / "dataset"))) == len(dataset)
+    assert run().stdout.count("is finished") == len(stages)

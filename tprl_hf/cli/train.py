@@ -1,8 +1,9 @@
 """Train a pruning policy by a recipe, stage by stage. Each stage is a directory; a finished one is left as it is, and
-one that was cut off goes on from its last checkpoint."""
+one that was cut off goes on from its last checkpoint. Under `torchrun` all processes train, the first one writes."""
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,21 +50,47 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.config} has no section {arguments.stage}.")
     for stage in stages:
         directory = Path(recipe["output_dir"]) / stage
-        settings = settings_of(stage, recipe)
+        claim(directory, settings_of(stage, recipe))
         if (directory / "training.json").exists():
-            claim(directory, settings)
-            print(f"{stage}: {directory} is finished")
+            say(f"{stage}: {directory} is finished")
             continue
-        claim(directory, settings)
+        if stage == "demonstrations" and not is_first_process():
+            wait_for(directory / "training.json")
+            continue
         started = time.perf_counter()
         model, processor = starting_model(stage, recipe)
         report = make_demonstrations if stage == "demonstrations" else train_stage
         result = report(stage, recipe, model, processor, directory)
         result = {"stage": stage, "seconds": round(time.perf_counter() - started, 1), **result}
-        (directory / "training.json").write_text(json.dumps(result, indent=2) + "\n")
+        if is_first_process():
+            write(directory / "training.json", json.dumps(result, indent=2) + "\n")
+        wait_for(directory / "training.json")  # which says that the model beside it is whole
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.get("metrics", {}).items())
-        print(f"{stage}: {directory} in {result['seconds']:.0f} s. {numbers}")
+        say(f"{stage}: {directory} in {result['seconds']:.0f} s. {numbers}")
     return 0
+
+
+def is_first_process() -> bool:
+    """Of those that `torchrun` started on all machines; the only one without it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    if is_first_process():
+        print(text, flush=True)
+
+
+def wait_for(path: Path) -> None:
+    """Until another process has written `path`; should that one fail, `torchrun` ends this one."""
+    while not path.exists():
+        time.sleep(0.2)
+
+
+def write(path: Path, text: str) -> None:
+    """All of the text or none of it, for whoever reads at the same time."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def settings_of(stage: str, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +108,7 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"{directory} was made with other settings, see {path}: pass --set output_dir=ANOTHER, or delete it."
         )
-    path.write_text(text)
+    write(path, text)
 
 
 def load_data(recipe: dict[str, Any], name: str, num_samples: int | None = None) -> "Dataset":
@@ -149,10 +176,13 @@ def base_directory(recipe: dict[str, Any]) -> str:
     if AutoConfig.from_pretrained(base).model_type != tprl_hf.TPRLConfig.model_type:
         return str(base)
     directory = Path(recipe["output_dir"]) / "base"
-    if not (directory / "config.json").exists():
+    if is_first_process() and not directory.exists():
+        unfinished = directory.with_name(f"base.{os.getpid()}")
         model = tprl_hf.TPRLForConditionalGeneration.from_pretrained(base)
-        AutoProcessor.from_pretrained(base).save_pretrained(directory)
-        model.lvlm.save_pretrained(directory)
+        AutoProcessor.from_pretrained(base).save_pretrained(unfinished)
+        model.lvlm.save_pretrained(unfinished)
+        unfinished.rename(directory)
+    wait_for(directory)
     return str(directory)
 
 
