@@ -45,7 +45,16 @@ def test_each_setting_has_a_row_with_the_baselines_first(evaluate, tmp_path):
     code, out, err = evaluate()
     assert code == 0
     header, *rows = table_under(out, "pruner")
-    assert header == ["pruner", "keep", "tokens kept (min-max)", "accuracy %", "less unpruned", "of unpruned %"]
+    costs = ["pruner M", "prefill M"]
+    assert header == [
+        "pruner",
+        "keep",
+        "tokens kept (min-max)",
+        "accuracy %",
+        "less unpruned",
+        "of unpruned %",
+        *costs,
+    ]
     kept = {"1": "16.0 of 16.0 (16-16)", "1/2": "8.0 of 16.0 (8-8)", "1/4": "4.0 of 16.0 (4-4)"}
     expected = [("none", "1"), *((name, keep) for name in ("random", "uniform") for keep in ("1/2", "1/4"))]
     assert [(row[0], row[1], row[2]) for row in rows] == [(*key, kept[key[1]]) for key in expected]
@@ -60,6 +69,62 @@ def test_each_setting_has_a_row_with_the_baselines_first(evaluate, tmp_path):
     assert (folder / "results.md").read_text().count("| uniform | 1/4 |") == 2
     assert (folder / "results.png").stat().st_size > 10_000
     assert len((folder / "answers.jsonl").read_text().splitlines()) == 40
+
+
+def test_every_setting_says_what_it_costs(evaluate, tmp_path):
+    """A pruner that runs part of the LLM pays for it; a grid costs no matrix product."""
+    evaluate("--pruners", "uniform,fastv,sparsevlm", "--num-samples", "2")
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    counted = {(row["pruner"], row["budget"]): row["counted"] for row in rows}
+    assert counted["none", "1"]["pruner"] == counted["uniform", "1/4"]["pruner"] == 0
+    assert (
+        counted["uniform", "1/4"]["prefill"] < counted["uniform", "1/2"]["prefill"] < counted["none", "1"]["prefill"]
+    )
+    assert counted["fastv", "1/4"]["prefill"] == counted["uniform", "1/4"]["prefill"]
+    # of two layers, FastV runs one and a half on all tokens
+    assert 0.4 < counted["fastv", "1/4"]["pruner"] / counted["none", "1"]["prefill"] < 1
+    assert counted["sparsevlm", "1/4"]["pruner"] > counted["fastv", "1/4"]["pruner"]
+
+
+def test_random_under_several_seeds_is_one_row_with_their_spread(evaluate, tmp_path):
+    code, out, _ = evaluate("--random-seeds", "3", "--keep-ratios", "1/4")
+    header = table_under(out, "pruner")[0]
+    assert code == 0 and "sd, pruner seeds" in header and "sd, data seeds" not in header
+    assert "random: mean over its seeds 7 to 9" in out and "--random-seeds 3" in out
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["pruner"] for row in found] == ["none", "random", "uniform"]
+    by_seed = found[1]["by_pruner_seed"]
+    assert list(by_seed) == ["7", "8", "9"] and found[2]["by_pruner_seed"] == {}
+    assert found[1]["accuracy"]["value"] == pytest.approx(sum(by_seed.values()) / 3)
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 5 * 8
+    for seed, accuracy in by_seed.items():
+        own = [record["score"] for record in answers if record["pruner"] == "random" and record["seed"] == int(seed)]
+        assert len(own) == 8 and sum(own) / 8 == accuracy
+
+
+def test_several_seeds_of_the_data(evaluate, tmp_path, own_data):
+    code, out, _ = evaluate("--seed", "7,9", "--keep-ratios", "1/4")
+    assert code == 0 and "16 questions of mosaic" in out and "seed 7,9" in out and "sd, data seeds" in out
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert all(list(row["by_data_seed"]) == ["7", "9"] for row in rows)
+    command = re.search(r"^Command: tprl (.*)$", out, re.M)[1].split()
+    assert main([*command, "--output-dir", str(tmp_path / "again")]) == 0
+    assert json.loads((tmp_path / "again" / "results.json").read_text())["rows"] == rows
+    code, _, err = evaluate("--seed", "7,9", "--data", str(own_data))
+    assert code == 2 and "the same questions under every --seed" in err
+
+
+def test_rows_that_read_attention_trained_with_boxes_are_marked(tmp_path, capsys):
+    """On the embedded model; the other tests' model has rows without a mark."""
+    words = ["--pruners", "fastv,sparsevlm", "--keep-ratios", "1/9", "--num-samples", "2", "--max-new-tokens", "2"]
+    assert main(["evaluate", *words, "--output-dir", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["pruner"] for row in rows] == ["none", "random", "fastv*", "sparsevlm*"]
+    assert (
+        "trained with boxes" in capsys.readouterr().out
+        and "trained with boxes" in (tmp_path / "results.md").read_text()
+    )
 
 
 def test_the_command_it_prints_gives_the_same_rows(evaluate, tmp_path):
@@ -151,6 +216,7 @@ def test_a_trained_policy_has_rows_of_its_own(evaluate, tmp_path):
     [
         (["--pruners", "magic"], "there is no pruner 'magic'; choose from none, random"),
         (["--keep-ratios", "1/3,2"], "2 is not in (0, 1]"),
+        (["--seed", "7,7"], "'7,7' is not a list of different whole numbers"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(capsys, words, message):
@@ -162,7 +228,7 @@ def test_a_mistake_on_the_command_line_is_one_line(capsys, words, message):
 
 def test_unknown_data_and_an_untrained_policy_are_refused(evaluate):
     code, _, err = evaluate("--data", "gqa")
-    assert code == 2 and "There is no data 'gqa': pass mosaic, easy-vqa, or a file" in err
+    assert code == 2 and "'gqa' is neither mosaic, easy-vqa nor" in err and "lmms-eval --model tprl" in err
     code, _, err = evaluate("--pruners", "learned")
     assert code == 2 and "no trained policy" in err
 

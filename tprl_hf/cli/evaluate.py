@@ -6,9 +6,12 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .arguments import METHODS, add_model_argument, keep_ratio, positive_int
+
+if TYPE_CHECKING:
+    from tprl_hf.evaluation.compare_pruners import Setting
 
 NAME = "evaluate"
 HELP = "measure a model's accuracy under several pruners and budgets"
@@ -23,6 +26,8 @@ METRICS = {
 }
 # The oracle needs data with boxes, so that only this command has it.
 NAMES = (*METHODS, "oracle")
+# behind the names of rows whose scores were trained with boxes
+MARK = "*"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         default="mosaic",
         metavar="NAME|FILE",
-        help="mosaic, easy-vqa, or a .jsonl file with image, prompt, answer a line (default: mosaic)",
+        help="mosaic, easy-vqa, a .jsonl file with image, prompt, answer a line, or a task of lmms-eval where that is "
+        "installed (default: mosaic)",
     )
+    parser.add_argument("--include-path", metavar="DIR", help="folder with lmms-eval tasks of your own")
     parser.add_argument(
         "--pruners",
         type=pruner_names,
@@ -50,7 +57,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fractions of visual tokens to keep (default: 1/3,1/9)",
     )
     parser.add_argument("--num-samples", type=positive_int, metavar="N", help="questions (default: 2000, or the file)")
-    parser.add_argument("--seed", type=int, default=7, help="seed of mosaic's images and of random (default: 7)")
+    parser.add_argument(
+        "--seed",
+        type=seeds,
+        default=[7],
+        metavar="N,...",
+        help="seeds of mosaic's images, each with --num-samples questions; the first is that of random (default: 7)",
+    )
+    parser.add_argument(
+        "--random-seeds",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="run random under so many seeds, from the first of --seed on (default: 1)",
+    )
     parser.add_argument("--split", default="test", help="split of mosaic or easy-vqa (default: test)")
     parser.add_argument(
         "--batch-size", type=positive_int, default=48, metavar="N", help="questions at once (default: 48)"
@@ -76,6 +96,14 @@ def pruner_names(text: str) -> list[str]:
     return names
 
 
+def seeds(text: str) -> list[int]:
+    """Whole numbers, each of them once."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different whole numbers, such as 7 or 7,8,9")
+    return [int(part) for part in parts]
+
+
 def keep_ratios(text: str) -> list[tuple[str, float]]:
     """Each fraction as the user wrote it, and its value."""
     return [(part.strip(), keep_ratio(part.strip())) for part in text.split(",")]
@@ -89,33 +117,29 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("The plot needs matplotlib: pip install 'tprl_hf[eval]'.") from None
     from tqdm import tqdm
 
-    from tprl_hf.evaluation import scores
-    from tprl_hf.evaluation.compare_pruners import Setting, append_records, compare_pruners, read_records
+    from tprl_hf.evaluation.compare_pruners import append_records, compare_pruners, read_records
     from tprl_hf.evaluation.tables import accuracy_table, summarize, type_table
 
     from .demo import format_table
-    from .loading import load_model, make_pruner
+    from .loading import load_model
 
-    samples = load_samples(arguments)
+    samples, data_seeds, score, metric = load_samples(arguments)
     if "oracle" in (arguments.pruners or ()) and not any(samples["boxes"]):
         raise ValueError(f"The oracle needs boxes, which {arguments.data} has none of.")
     model, processor = load_model(arguments.model)
     names = arguments.pruners or default_pruners(model, processor, samples[0])
-    settings = [Setting("none", "1", None, {"prune": False})]
-    for name in dict.fromkeys([*BASELINES, *names]):
-        if name != "none":
-            method = oracle_of if name == "oracle" else make_pruner(model, name, arguments.seed)
-            settings += [Setting(name, text, method, {"keep_ratio": ratio}) for text, ratio in arguments.keep_ratios]
+    settings = make_settings(model, names, arguments)
 
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     answers = folder / "answers.jsonl"
-    described = describe_run(arguments, model, len(samples))
+    described = describe_run(arguments, model, len(samples), metric)
     claim_folder(folder, described)
     keys = {setting.key for setting in settings}
-    known = [record for record in read_records(answers) if (record.pruner, record.budget) in keys]
+    known = [record for record in read_records(answers) if record.key in keys]
     total = len(settings) * len(samples)
     print(f"{len(samples)} questions, {len(settings)} settings; {described['device']}", file=sys.stderr)
+    counted = count_settings(model, processor, samples, settings)
     with tqdm(total=total, initial=len(known), unit="answer", file=sys.stderr) as bar:
         for records in compare_pruners(
             model,
@@ -123,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
             samples,
             settings,
             batch_size=arguments.batch_size,
-            score=getattr(scores, METRICS[arguments.metric][0]),
+            score=score,
             known=known,
             max_new_tokens=arguments.max_new_tokens,
         ):
@@ -133,14 +157,74 @@ def run(arguments: argparse.Namespace) -> int:
 
     # questions about one image are drawn together; a question without image stands alone
     units = [image_id or number for number, image_id in enumerate(samples["image_id"])]
-    rows = summarize(known, settings, samples["question_type"], units)
+    rows = summarize(known, settings, samples["question_type"], units, data_seeds=data_seeds, counted=counted)
     write_results(folder, rows, described)
     print(format_table(accuracy_table(rows)))
     print(format_table(type_table(rows)))
-    print("\n".join(notes_of(described)))
+    print("\n".join(notes_of(rows, described)))
     print(f"Written: {folder}/results.json, .csv, .md, .png and answers.jsonl")
     print(f"Took {time.perf_counter() - started:.0f} s")
     return 0
+
+
+def make_settings(model, names: list[str], arguments: argparse.Namespace) -> list["Setting"]:
+    """One a pruner and budget, the unpruned model first; random has one for each of its seeds."""
+    from tprl_hf.evaluation.compare_pruners import Setting
+
+    from .loading import make_pruner
+
+    first = arguments.seed[0]
+    settings = [Setting("none", "1", None, {"prune": False})]
+    for name in dict.fromkeys([*BASELINES, *names]):
+        for text, ratio in arguments.keep_ratios if name != "none" else ():
+            budget = {"keep_ratio": ratio}
+            if name == "random":
+                settings += [
+                    Setting(name, text, make_pruner(model, name, seed), budget, seed)
+                    for seed in range(first, first + arguments.random_seeds)
+                ]
+            else:
+                method = oracle_of if name == "oracle" else make_pruner(model, name)
+                settings.append(Setting(row_name(model, name, method), text, method, budget))
+    return settings
+
+
+def row_name(model, name: str, method) -> str:
+    """A pruner's name in the tables, marked where it reads attention that the embedded model had boxes for."""
+    from transformers import AutoConfig
+
+    import tprl_hf
+    from tprl_hf.evaluation.flops import llm_shape
+    from tprl_hf.pruners.llm_attention import LLMAttentionPruner
+    from tprl_hf.training.lvlm_batches import ANSWER_LAYER, NOUN_LAYER
+
+    if not isinstance(method, LLMAttentionPruner) or method.layer not in (NOUN_LAYER + 1, ANSWER_LAYER + 1):
+        return name
+    # a model with an LLM of just these sizes is the embedded one, or was trained on from it
+    embedded = llm_shape(AutoConfig.from_pretrained(tprl_hf.embedded_checkpoint()))
+    return f"{name}{MARK}" if llm_shape(model.config) == embedded else name
+
+
+def count_settings(model, processor, samples, settings) -> dict[tuple[str, str], Any]:
+    """Operations of each setting for the first question that has an image; none where no question has."""
+    from tprl_hf.evaluation.answers import chat_inputs
+    from tprl_hf.evaluation.compare_pruners import encode_once
+    from tprl_hf.evaluation.counted import count_operations
+    from tprl_hf.modeling.token_pruner import TokenPruner
+
+    counted: dict[tuple[str, str], Any] = {}
+    with_image = [number for number in range(len(samples)) if samples[number]["images"]][:1]
+    for setting in settings if with_image else ():
+        sample = samples[with_image[0]]
+        name = (setting.pruner, setting.budget)
+        if name not in counted:
+            method = setting.method
+            if method is not None and not isinstance(method, TokenPruner):
+                method = method([sample])
+            inputs = chat_inputs(processor, [sample], model.device)
+            features = encode_once(model, processor, [sample], method)
+            counted[name] = count_operations(model, inputs, features, method, setting.arguments)
+    return counted
 
 
 def default_pruners(model, processor, sample: dict[str, Any]) -> list[str]:
@@ -167,21 +251,33 @@ def oracle_of(samples):
     return OraclePruner([sample["boxes"] for sample in samples], sizes)
 
 
-def load_samples(arguments: argparse.Namespace):
-    """The `datasets.Dataset` that `--data`, `--split`, `--seed` and `--num-samples` name."""
+def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, Any, str]:
+    """The `datasets.Dataset` that the arguments name, each sample's seed, the score of an answer, and what it is."""
+    from datasets import concatenate_datasets
+
     from tprl_hf.data import easy_vqa, mosaic_vqa
+    from tprl_hf.evaluation import scores
     from tprl_hf.evaluation.jsonl_samples import jsonl_samples
+    from tprl_hf.evaluation.lmms_eval_samples import lmms_eval_samples
 
+    function, metric = METRICS[arguments.metric]
+    score = getattr(scores, function)
     if arguments.data == "mosaic":
-        return mosaic_vqa(split=arguments.split, seed=arguments.seed, num_samples=arguments.num_samples or 2000)
+        number = arguments.num_samples or 2000
+        parts = [mosaic_vqa(split=arguments.split, seed=seed, num_samples=number) for seed in arguments.seed]
+        data_seeds = [seed for seed in arguments.seed for _ in range(number)]
+        return concatenate_datasets(parts) if len(parts) > 1 else parts[0], data_seeds, score, metric
+    if len(arguments.seed) > 1:
+        raise ValueError(f"{arguments.data} has the same questions under every --seed; only mosaic has others.")
     if arguments.data == "easy-vqa":
-        return easy_vqa(split=arguments.split, num_samples=arguments.num_samples or 2000)
-    if not arguments.data.endswith(".jsonl"):
-        raise ValueError(f"There is no data {arguments.data!r}: pass mosaic, easy-vqa, or a file that ends in .jsonl.")
-    return jsonl_samples(arguments.data, arguments.num_samples)
+        return easy_vqa(split=arguments.split, num_samples=arguments.num_samples or 2000), None, score, metric
+    if arguments.data.endswith(".jsonl"):
+        return jsonl_samples(arguments.data, arguments.num_samples), None, score, metric
+    samples, score, name = lmms_eval_samples(arguments.data, arguments.num_samples, arguments.include_path)
+    return samples, None, score, f"{name} of the task {arguments.data}"
 
 
-def describe_run(arguments: argparse.Namespace, model, num_samples: int) -> dict[str, Any]:
+def describe_run(arguments: argparse.Namespace, model, num_samples: int, metric: str) -> dict[str, Any]:
     """What the numbers depend on, besides the settings."""
     import torch
     import transformers
@@ -195,7 +291,10 @@ def describe_run(arguments: argparse.Namespace, model, num_samples: int) -> dict
     ratios = ",".join(text for text, _ in arguments.keep_ratios)
     command = f"tprl evaluate{f' {arguments.model}' if arguments.model else ''} --data {arguments.data}"
     command += f" --pruners {','.join(arguments.pruners)}" if arguments.pruners else ""
-    command += f" --keep-ratios {ratios} --num-samples {num_samples} --seed {arguments.seed}"
+    command += f" --include-path {arguments.include_path}" if arguments.include_path else ""
+    written = ",".join(map(str, arguments.seed))
+    command += f" --keep-ratios {ratios} --num-samples {num_samples // len(arguments.seed)} --seed {written}"
+    command += f" --random-seeds {arguments.random_seeds}" if arguments.random_seeds > 1 else ""
     command += f" --split {arguments.split} --max-new-tokens {arguments.max_new_tokens} --metric {arguments.metric}"
     return {
         "command": command,
@@ -203,10 +302,12 @@ def describe_run(arguments: argparse.Namespace, model, num_samples: int) -> dict
         "versions": {name.__name__: name.__version__ for name in (tprl_hf, transformers, torch)},
         "data": arguments.data,
         "split": arguments.split,
-        "seed": arguments.seed,
+        "seed": arguments.seed if len(arguments.seed) > 1 else arguments.seed[0],
+        "random_seeds": arguments.random_seeds,
         "num_samples": num_samples,
         "max_new_tokens": arguments.max_new_tokens,
         "metric": arguments.metric,
+        "score": metric,
         "pruners": arguments.pruners or [],
         "settings": {name: config[name] for name in ("num_steps", "query_agnostic", "position_ids")},
         # an untrained policy is drawn anew each time, and no setting asks it
@@ -238,7 +339,7 @@ def claim_folder(folder: Path, described: dict[str, Any]) -> None:
     path = folder / "run.json"
     own = {
         name: described[name]
-        for name in ("data", "split", "seed", "num_samples", "max_new_tokens", "metric", "settings", "weights")
+        for name in ("data", "split", "seed", "num_samples", "max_new_tokens", "score", "settings", "weights")
     }
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -253,22 +354,36 @@ def claim_folder(folder: Path, described: dict[str, Any]) -> None:
     path.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
 
 
-def notes_of(described: dict[str, Any]) -> list[str]:
+def notes_of(rows, described: dict[str, Any]) -> list[str]:
     """The lines below every table."""
-    marks = []
-    if "fastv" in described["pruners"]:
-        marks = [
-            "fastv reads the LLM's attention, on which the embedded model was trained with boxes: on that model no "
-            "fair row."
-        ]
+    more = []
+    if any(len(row.by_pruner_seed) > 1 for row in rows):
+        first = described["seed"][0] if isinstance(described["seed"], list) else described["seed"]
+        last = first + described["random_seeds"] - 1
+        more.append(
+            f"random: mean over its seeds {first} to {last}; sd, pruner seeds: standard deviation of the accuracy "
+            "over them, in percentage points."
+        )
+    if isinstance(described["seed"], list):
+        more.append("sd, data seeds: the same over the seeds of the data, each with as many questions.")
+    if any(row.counted for row in rows):
+        more.append(
+            "pruner M, prefill M: 10^6 operations (twice the multiply-accumulates of matrix products, counted by "
+            "torch on one question) of choosing the tokens and of the LLM up to its first new token; no vision tower."
+        )
+    if any(row.pruner.endswith(MARK) for row in rows):
+        more.append(
+            "*: reads attention of an LLM layer that this model was trained with boxes on: such rows show the "
+            "boxes, and do not compare the method with others."
+        )
     versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
+    written = described["seed"] if isinstance(described["seed"], int) else ",".join(map(str, described["seed"]))
     return [
-        f"{described['num_samples']} questions of {described['data']}, split {described['split']}, seed "
-        f"{described['seed']}. Accuracy: {METRICS[described['metric']][1]}; in brackets 95 % bootstrap intervals over "
-        "images (2000 resamples).",
+        f"{described['num_samples']} questions of {described['data']}, split {described['split']}, seed {written}. "
+        f"Accuracy: {described['score']}; in brackets 95 % bootstrap intervals over images (2000 resamples).",
         "less unpruned: mean of the paired differences to the unpruned model on the same questions, in percentage "
         "points.",
-        *marks,
+        *more,
         f"Device: {described['device']}; {versions}; weights {described['weights']}.",
         f"Command: {described['command']}",
     ]
@@ -283,7 +398,7 @@ def write_results(folder: Path, rows, described: dict[str, Any]) -> None:
     content = {**described, "rows": [asdict(row) for row in rows]}
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (folder / "results.csv").write_text(as_csv(rows), encoding="utf-8")
-    page = [as_markdown(accuracy_table(rows)), as_markdown(type_table(rows)), *notes_of(described)]
+    page = [as_markdown(accuracy_table(rows)), as_markdown(type_table(rows)), *notes_of(rows, described)]
     (folder / "results.md").write_text("\n".join(page) + "\n", encoding="utf-8")
     title = f"{described['data']} {described['split']}, {described['num_samples']} questions, seed {described['seed']}"
     plot_accuracy(rows, folder / "results.png", title)

@@ -28,16 +28,18 @@ class Setting:
         method ([`TokenPruner`], *optional*): The pruner; `None` for the model's own policy; or a function from the
             samples of a batch to a pruner, for one that knows their boxes.
         arguments (`dict`): The budget as `generate` takes it, such as `{"keep_ratio": 1 / 3}`.
+        seed (`int`, *optional*): The pruner's, where it has one. Settings that differ by it alone are one row.
     """
 
     pruner: str
     budget: str
     method: TokenPruner | Callable[[Sequence[dict[str, Any]]], TokenPruner] | None
     arguments: dict[str, Any]
+    seed: int | None = None
 
     @property
-    def key(self) -> tuple[str, str]:
-        return self.pruner, self.budget
+    def key(self) -> tuple[str, str, int | None]:
+        return self.pruner, self.budget, self.seed
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Record:
         answer (`str`): What the model said.
         score (`float`): How right it is, in [0, 1].
         num_kept, num_visual (`int`): Visual tokens that the LLM saw, and that there were.
+        seed (`int`, *optional*): That of the [`Setting`].
     """
 
     pruner: str
@@ -60,6 +63,11 @@ class Record:
     score: float
     num_kept: int
     num_visual: int
+    seed: int | None = None
+
+    @property
+    def key(self) -> tuple[str, str, int | None]:
+        return self.pruner, self.budget, self.seed
 
 
 def compare_pruners(
@@ -97,7 +105,7 @@ def compare_pruners(
     Yields:
         `list[Record]`: The new records of one batch and one setting.
     """
-    done = {(record.pruner, record.budget, record.sample) for record in known}
+    done = {(*record.key, record.sample) for record in known}
     pruners = [setting.method for setting in settings if isinstance(setting.method, TokenPruner)]
     observer = next((pruner for pruner in pruners if pruner.needs_attention), None)
     for start in range(0, len(samples), batch_size):
@@ -126,12 +134,14 @@ def compare_pruners(
             kept, visual = (output.get(name, torch.zeros(len(batch))).tolist() for name in ("num_kept", "num_visual"))
             yield [
                 Record(
-                    *setting.key,
+                    setting.pruner,
+                    setting.budget,
                     sample=number,
                     answer=answers[number - start],
                     score=float(score(answers[number - start], batch[number - start]["answer"])),
                     num_kept=int(kept[number - start]),
                     num_visual=int(visual[number - start]),
+                    seed=setting.seed,
                 )
                 for number in missing[setting.key]
             ]

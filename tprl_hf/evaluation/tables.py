@@ -2,12 +2,14 @@
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from .compare_pruners import Record, Setting
+from .counted import Counted
 from .intervals import Estimate, bootstrap_mean
 
 
@@ -23,6 +25,9 @@ class Row:
         accuracy ([`Estimate`]): Mean score over all samples, in [0, 1].
         difference ([`Estimate`]): Mean over the samples of the score less the unpruned model's on the same sample.
         by_type (`dict[str, Estimate]`): Mean score by question type.
+        by_pruner_seed (`dict[str, float]`): Mean score by the pruner's seed, of methods that have one.
+        by_data_seed (`dict[str, float]`): Mean score by the seed of the data.
+        counted ([`Counted`], *optional*): Operations for one question.
     """
 
     pruner: str
@@ -34,6 +39,9 @@ class Row:
     accuracy: Estimate
     difference: Estimate
     by_type: dict[str, Estimate]
+    by_pruner_seed: dict[str, float] = field(default_factory=dict)
+    by_data_seed: dict[str, float] = field(default_factory=dict)
+    counted: Counted | None = None
 
 
 def summarize(
@@ -42,9 +50,12 @@ def summarize(
     question_types: Sequence[str],
     units: Sequence[Any],
     confidence: float = 0.95,
+    data_seeds: Sequence[int] | None = None,
+    counted: Mapping[tuple[str, str], Counted] | None = None,
 ) -> list[Row]:
     """
-    One row a setting, in their order.
+    One row a setting, in their order. Settings that differ by the pruner's seed alone are one row: a sample's score is
+    then the mean over these seeds.
 
     Args:
         records (`Sequence[Record]`): All answers; the first setting's are the unpruned ones.
@@ -52,52 +63,99 @@ def summarize(
         question_types (`Sequence[str]`): Of each sample.
         units (`Sequence`): The image of each sample, see [`bootstrap_mean`].
         confidence (`float`, *optional*, defaults to 0.95): Of all intervals.
+        data_seeds (`Sequence[int]`, *optional*): The seed that each sample was drawn with.
+        counted (`Mapping`, *optional*): Operations for one question, by pruner and budget.
     """
-    by_setting: dict[tuple[str, str], dict[int, Record]] = {setting.key: {} for setting in settings}
+    by_setting: dict[tuple, dict[int, Record]] = {setting.key: {} for setting in settings}
     for record in records:
-        if (record.pruner, record.budget) in by_setting:
-            by_setting[record.pruner, record.budget][record.sample] = record
+        if record.key in by_setting:
+            by_setting[record.key][record.sample] = record
     samples = range(len(question_types))
     unpruned = [by_setting[settings[0].key][sample].score for sample in samples]
-    types = sorted(set(question_types))
-    rows = []
+    rows: dict[tuple[str, str], Row] = {}
     for setting in settings:
-        found = [by_setting[setting.key][sample] for sample in samples]
-        scores = [record.score for record in found]
-        kept = [record.num_kept for record in found]
-        by_type = {}
-        for question_type in types:
-            where = [sample for sample in samples if question_types[sample] == question_type]
-            by_type[question_type] = bootstrap_mean(
-                [scores[sample] for sample in where], [units[sample] for sample in where], confidence
-            )
-        differences = [one - base for one, base in zip(scores, unpruned, strict=True)]
-        rows.append(
-            Row(
-                *setting.key,
-                mean_kept=sum(kept) / len(kept),
-                min_kept=min(kept),
-                max_kept=max(kept),
-                mean_visual=sum(record.num_visual for record in found) / len(found),
-                accuracy=bootstrap_mean(scores, units, confidence),
-                difference=bootstrap_mean(differences, units, confidence),
-                by_type=by_type,
-            )
+        name = (setting.pruner, setting.budget)
+        if name in rows:
+            continue
+        seeds = [other.seed for other in settings if (other.pruner, other.budget) == name]
+        found = [[by_setting[(*name, seed)][sample] for sample in samples] for seed in seeds]
+        scores = [fmean(record.score for record in records) for records in zip(*found, strict=True)]
+        kept = [record.num_kept for records in found for record in records]
+        rows[name] = Row(
+            *name,
+            mean_kept=fmean(kept),
+            min_kept=min(kept),
+            max_kept=max(kept),
+            mean_visual=fmean(record.num_visual for record in found[0]),
+            accuracy=bootstrap_mean(scores, units, confidence),
+            difference=bootstrap_mean(
+                [one - base for one, base in zip(scores, unpruned, strict=True)], units, confidence
+            ),
+            by_type=_by_type(scores, units, question_types, confidence),
+            by_pruner_seed={
+                str(seed): fmean(record.score for record in records)
+                for seed, records in zip(seeds, found, strict=True)
+                if seed is not None
+            },
+            by_data_seed={
+                str(seed): fmean(score for score, of in zip(scores, data_seeds, strict=True) if of == seed)
+                for seed in sorted(set(data_seeds))
+            }
+            if data_seeds is not None
+            else {},
+            counted=(counted or {}).get(name),
         )
-    return rows
+    return list(rows.values())
+
+
+def _by_type(
+    scores: Sequence[float], units: Sequence[Any], question_types: Sequence[str], confidence: float
+) -> dict[str, Estimate]:
+    by_type = {}
+    for question_type in sorted(set(question_types)):
+        where = [sample for sample, own in enumerate(question_types) if own == question_type]
+        by_type[question_type] = bootstrap_mean(
+            [scores[sample] for sample in where], [units[sample] for sample in where], confidence
+        )
+    return by_type
 
 
 def accuracy_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Header and rows of the main table, as texts."""
-    table = [["pruner", "keep", "tokens kept (min-max)", "accuracy %", "less unpruned", "of unpruned %"]]
-    for row in rows:
+    """Header and rows of the main table, as texts. Spreads over seeds have a column where there are several."""
+    header = ["pruner", "keep", "tokens kept (min-max)", "accuracy %", "less unpruned", "of unpruned %"]
+    has_counts = all(row.counted for row in rows)
+    spreads = {
+        "sd, pruner seeds": [row.by_pruner_seed for row in rows],
+        "sd, data seeds": [row.by_data_seed for row in rows],
+    }
+    several = {title: column for title, column in spreads.items() if any(len(by_seed) > 1 for by_seed in column)}
+    table = [[*header, *several, *(["pruner M", "prefill M"] if has_counts else [])]]
+    for number, row in enumerate(rows):
         kept = f"{row.mean_kept:.1f} of {row.mean_visual:.1f} ({row.min_kept}-{row.max_kept})"
         base = rows[0].accuracy.value
         relative = f"{100 * row.accuracy.value / base:.1f}" if base else "-"
         is_base = row is rows[0]
         difference = "-" if is_base else percent(row.difference, signed=True)
-        table.append([row.pruner, row.budget, kept, percent(row.accuracy), difference, relative])
+        cells = [row.pruner, row.budget, kept, percent(row.accuracy), difference, relative]
+        cells += [spread(column[number]) for column in several.values()]
+        if row.counted and has_counts:
+            cells += [f"{part / 1e6:.4g}" for part in (row.counted.pruner, row.counted.prefill)]
+        table.append(cells)
     return table
+
+
+def spread(by_seed: Mapping[str, float]) -> str:
+    """
+    Standard deviation over seeds, in percentage points.
+
+    Example:
+
+    ```python
+    >>> spread({"7": 0.5, "8": 0.52, "9": 0.54}), spread({"7": 0.5})
+    ('2.0 (3)', '-')
+    ```
+    """
+    return f"{100 * stdev(by_seed.values()):.1f} ({len(by_seed)})" if len(by_seed) > 1 else "-"
 
 
 def type_table(rows: Sequence[Row]) -> list[list[str]]:
@@ -131,13 +189,17 @@ def as_csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
         "pruner,keep,mean_kept,min_kept,max_kept,mean_visual,question_type,count,accuracy,low,high,"
-        "difference,difference_low,difference_high".split(",")
+        "difference,difference_low,difference_high,sd_pruner_seeds,sd_data_seeds,pruner_flops,prefill_flops".split(",")
     )
     for row in rows:
         head = [row.pruner, row.budget, row.mean_kept, row.min_kept, row.max_kept, row.mean_visual]
         for name, one in {"all": row.accuracy, **row.by_type}.items():
-            difference = [row.difference.value, row.difference.low, row.difference.high] if name == "all" else [""] * 3
-            writer.writerow([*head, name, one.count, one.value, one.low, one.high, *difference])
+            more: list[Any] = [""] * 7
+            if name == "all":
+                seeds = [stdev(by.values()) if len(by) > 1 else "" for by in (row.by_pruner_seed, row.by_data_seed)]
+                counts = [row.counted.pruner, row.counted.prefill] if row.counted else ["", ""]
+                more = [row.difference.value, row.difference.low, row.difference.high, *seeds, *counts]
+            writer.writerow([*head, name, one.count, one.value, one.low, one.high, *more])
     return buffer.getvalue()
 
 

@@ -1,0 +1,214 @@
+"""The model `tprl` of lmms-eval: any of its generation tasks on images, answered with pruned visual tokens.
+
+    lmms-eval --model tprl --model_args pretrained=DIR,keep_ratio=1/3 --tasks pope --batch_size 8
+
+lmms-eval finds it through this package's entry point, see `lmms_eval_plugin.py`.
+"""
+
+import contextlib
+import time
+from fractions import Fraction
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.protocol import ChatMessages
+from tqdm import tqdm
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from .answers import chat_inputs
+from .by_name import has_trained_policy, load_model, make_pruner
+
+# for tasks that say no `max_new_tokens`
+MAX_NEW_TOKENS = 1024
+
+
+class TPRL(lmms):
+    """
+    Args, as lmms-eval's `--model_args` hand them over:
+        pretrained (`str`, *optional*): A TPRL checkpoint or any LVLM, as for [`load_model`]; the embedded one if
+            absent.
+        pruner (`str`, *optional*): Its name, as for [`make_pruner`]. Defaults to "learned" where the policy is
+            trained, else to "none".
+        keep_ratio (`float` or `str`, *optional*): Fraction of the visual tokens to keep, such as 0.333 or 1/3.
+        num_keep (`int`, *optional*), threshold (`float`, *optional*): The other budgets; at most one of the three.
+            Without any, that of the checkpoint.
+        seed (`int`, *optional*, defaults to 0): Of the random pruner.
+        batch_size (`int`, *optional*, defaults to 1): Questions at once.
+        device (`str`, *optional*): Defaults to the accelerator, if there is one.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        pruner: str | None = None,
+        keep_ratio: float | str | None = None,
+        num_keep: int | None = None,
+        threshold: float | None = None,
+        seed: int = 0,
+        batch_size: int | str = 1,
+        device: str | None = None,
+    ):
+        super().__init__()
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = torch.device(device) if device else self.accelerator.device
+        self.batch_size = int(batch_size)
+        self.model, self.processor = load_model(pretrained, self.device)
+        named = {"keep_ratio": keep_ratio, "num_keep": num_keep, "threshold": threshold}
+        self.budget: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        if "keep_ratio" in self.budget:
+            self.budget["keep_ratio"] = float(Fraction(str(keep_ratio)))
+        trained = has_trained_policy(self.model)
+        pruner = pruner or ("learned" if trained else "none")
+        if pruner == "none":
+            if self.budget:
+                raise ValueError(
+                    f"A budget, {self.budget}, needs a pruner, and this checkpoint's policy is not trained: add "
+                    "pruner=vispruner, or another that docs/pruners.md names, to --model_args."
+                )
+            self.budget = {"prune": False}
+        elif not self.budget and not trained:
+            raise ValueError(f"The pruner {pruner!r} needs a budget: add keep_ratio=1/3 to --model_args.")
+        self.pruner = make_pruner(self.model, pruner, seed)
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answers of the requests, in their order; numbers of tokens and times go to lmms-eval's `throughput`."""
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(request.args[2]), []).append(number)  # one batch has one way to generate
+        answers: dict[int, GenerationResult] = {}
+        batches: list[dict[str, float]] = []
+        with tqdm(total=len(requests), disable=self.rank != 0, unit="answer") as bar:
+            for numbers in groups.values():
+                for start in range(0, len(numbers), self.batch_size):
+                    some = numbers[start : start + self.batch_size]
+                    results, measured = self._answer([requests[number] for number in some])
+                    answers.update(zip(some, results, strict=True))
+                    batches.append(measured)
+                    bar.update(len(some))
+        if batches:
+            _log(batches)
+        return [answers[number] for number in range(len(requests))]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("tprl answers tasks of output_type generate_until, this one compares likelihoods.")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError("tprl answers tasks of output_type generate_until, this one has several rounds.")
+
+    @torch.no_grad()
+    def _answer(self, requests: list[Instance]) -> tuple[list[GenerationResult], dict[str, float]]:
+        """Answers of one batch, and sums over it: tokens as counts, times in milliseconds."""
+        samples = [self._sample(request) for request in requests]
+        wanted = dict(requests[0].args[2])
+        stops = wanted.pop("until", [])
+        inputs = chat_inputs(self.processor, samples, self.device)
+        has_images = any(sample["images"] for sample in samples)
+        clock = FirstToken()
+        start = clock.now()
+        with self.model.using(self.pruner) if self.pruner else contextlib.nullcontext():
+            features = self.model.encode_images(**inputs) if has_images else None
+            encoded = clock.now()
+            output = self.model.generate(
+                **inputs,
+                **self.budget,
+                **generation_arguments(wanted),
+                visual_features=features,
+                return_dict_in_generate=True,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
+        end = clock.now()
+        new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
+        pad = self.processor.tokenizer.pad_token_id
+        lengths = (new_tokens != pad).sum(1).tolist()
+        results = [
+            GenerationResult(
+                cut(text, [stops] if isinstance(stops, str) else stops), TokenCounts(output_tokens=length)
+            )
+            for text, length in zip(texts, lengths, strict=True)
+        ]
+        kept, visual = (output.get(name, torch.zeros(1)).sum().item() for name in ("num_kept", "num_visual"))
+        return results, {
+            "questions": len(requests),
+            "new_tokens": sum(lengths),
+            "total_ms": 1000 * (end - start),
+            "vision_ms": 1000 * (encoded - start),
+            "prefill_ms": 1000 * (clock.time - encoded),
+            "visual_tokens_kept": kept,
+            "visual_tokens": visual,
+        }
+
+    def _sample(self, request: Instance) -> dict[str, Any]:
+        _, doc_to_messages, _, doc_id, task, split = request.args
+        chat = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
+        images, videos, audios = chat.extract_media()
+        if videos or audios:
+            raise ValueError(f"Task {task!r} has videos or sound in sample {doc_id}; tprl answers tasks on images.")
+        return {"images": images, "prompt": chat.to_hf_messages()}
+
+
+class FirstToken(StoppingCriteria):
+    """Notes when the first new token is there; stops nothing."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.time = self.time or self.now()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    @staticmethod
+    def now() -> float:
+        """Seconds, after the device has finished what it was given."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+def generation_arguments(wanted: dict[str, Any]) -> dict[str, Any]:
+    """A task's `generation_kwargs` as `generate` takes them; what is not about generating is left out."""
+    arguments = {"max_new_tokens": wanted.get("max_new_tokens", MAX_NEW_TOKENS), "do_sample": False}
+    if wanted.get("num_beams", 1) > 1:
+        arguments["num_beams"] = wanted["num_beams"]
+    if wanted.get("do_sample") or wanted.get("temperature", 0) > 0:
+        arguments["do_sample"] = True
+        arguments |= {name: wanted[name] for name in ("temperature", "top_p", "top_k") if wanted.get(name)}
+    return arguments
+
+
+def cut(text: str, stops: list[str]) -> str:
+    """
+    An answer up to the first of the texts that end it.
+
+    Example:
+
+    ```python
+    >>> cut("yes USER: and", ["USER:", "."])
+    'yes'
+    ```
+    """
+    ends = [text.index(stop) for stop in stops if stop and stop in text]
+    return text[: min(ends)].strip() if ends else text.strip()
+
+
+def _log(batches: list[dict[str, float]]) -> None:
+    """lmms-eval's `throughput`: its own numbers, and means a question of ours (`avg_visual_tokens_kept`, ...)."""
+    total = {name: sum(batch[name] for batch in batches) for name in batches[0]}
+    means = ("visual_tokens_kept", "visual_tokens", "vision_ms", "prefill_ms")
+    seconds = total["total_ms"] / 1000
+    log_metrics(
+        total_elapsed_time=seconds,
+        total_gen_tokens=int(total["new_tokens"]),
+        avg_speed=total["new_tokens"] / seconds,
+        additional_metrics={
+            "total_requests": int(total["questions"]),
+            **{name: total[name] / total["questions"] for name in means},
+        },
+    )

@@ -1,0 +1,102 @@
+"""The questions of an lmms-eval task as samples, scored as the task does; runs where lmms-eval is installed."""
+
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+
+from tprl_hf.data import SAMPLE_FEATURES
+
+
+def lmms_eval_samples(
+    task_name: str, num_samples: int | None = None, include_path: str | None = None
+) -> tuple[Dataset, Callable[[str, Any], float], str]:
+    """
+    Reads a task of lmms-eval.
+
+    Args:
+        task_name (`str`):
+            A task on images with free answers, such as `"pope"` or `"gqa"`.
+        num_samples (`int`, *optional*):
+            Only the first so many documents.
+        include_path (`str`, *optional*):
+            A folder with tasks of your own, in which the task is then looked for.
+
+    Returns:
+        `tuple`: Rows of `SAMPLE_FEATURES`, whose `answer` is the document's number; the score of an answer, from that
+        number and the answer, which is the first of the task's metrics that one answer has; and that metric's name.
+
+    Raises:
+        `ValueError`: If lmms-eval is not installed or has no such task, or the task is of another kind.
+    """
+    try:
+        from lmms_eval.tasks import TaskManager, get_task_dict
+        from loguru import logger
+    except ImportError:
+        raise ValueError(
+            f"{task_name!r} is neither mosaic, easy-vqa nor a file that ends in .jsonl. Tasks of lmms-eval need it in "
+            "an environment of its own: pip install 'tprl_hf[lmms,eval]'; pip uninstall torchvision. There, the same "
+            f"command works, and so does lmms-eval --model tprl --model_args keep_ratio=1/3 --tasks {task_name}."
+        ) from None
+
+    logger.disable("lmms_eval")  # a line for each file in its folders that is no task
+    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
+    if task_name not in manager.all_subtasks:
+        known = "is a group of tasks" if task_name in manager.all_tasks else "is no task of lmms-eval"
+        raise ValueError(
+            f"{task_name!r} {known}, nor is it mosaic, easy-vqa or a .jsonl file. `lmms-eval tasks subtasks` lists "
+            "the tasks."
+        )
+    task = get_task_dict([task_name], manager)[task_name]
+    if task.OUTPUT_TYPE != "generate_until":
+        raise ValueError(
+            f"Task {task_name!r} is of type {task.OUTPUT_TYPE}; only generate_until can be compared here."
+        )
+    documents = task.eval_docs
+    total = len(documents) if num_samples is None else min(num_samples, len(documents))
+    rows = [_row(task, documents[number], number) for number in range(total)]
+    metric = _metric_of(task, documents[0])
+
+    def score(answer: str, number: Any) -> float:
+        # a document is read anew each time: some tasks write into it
+        return _number(task.process_results(documents[int(number)], [answer])[metric])
+
+    features = dict(SAMPLE_FEATURES) | {"images": List(ImageFeature()), "answer": Value("string")}
+    return Dataset.from_list(rows, features=Features(features)), score, metric
+
+
+def _row(task: Any, document: dict[str, Any], number: int) -> dict[str, Any]:
+    visuals: Sequence[Any] = task.doc_to_visual(document) or []
+    kinds = {type(one).__name__ for one in visuals if not hasattr(one, "convert")}
+    if kinds:
+        raise ValueError(f"Task {task.config.task!r} has other visuals than images: {', '.join(sorted(kinds))}.")
+    return {
+        "images": [image.convert("RGB") for image in visuals],
+        "prompt": task.doc_to_text(document),
+        "answer": str(number),
+        "question_type": "all",
+        "boxes": [],
+        "image_id": "",
+        "objects": [],
+    }
+
+
+def _metric_of(task: Any, document: dict[str, Any]) -> str:
+    found = task.process_results(document, ["yes"])
+    for name, value in found.items():
+        if _is_score(value):
+            return name
+    raise ValueError(
+        f"Task {task.config.task!r} has no score of a single answer, only {', '.join(found)} over all of them: run "
+        f"lmms-eval --model tprl --tasks {task.config.task} for each budget."
+    )
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value.get("score") if isinstance(value, dict) else value, Real)
+
+
+def _number(value: Any) -> float:
+    return float(value["score"] if isinstance(value, dict) else value)
