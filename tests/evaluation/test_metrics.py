@@ -1,4 +1,8 @@
-"""Each metric against examples of the official implementations, and through `evaluate.load` without a network."""
+"""Each metric against published examples, and through `evaluate.load` without a network.
+
+The examples and their numbers are those of the implementations' own tests and pages, named at each test.
+`test_lmms_eval.py` compares more of them on random texts with lmms-eval's copies of the official scripts.
+"""
 
 from pathlib import Path
 
@@ -131,6 +135,78 @@ def test_boxes():
         predictions=[[0, 0, 2, 2], [0, 0, 2, 2]], references=[[0, 0, 2, 1], [1, 1, 3, 3]]
     )
     assert found == pytest.approx({"iou_at_50": 0.5, "mean_iou": (0.5 + 1 / 7) / 2})
+
+
+# pix2struct/metrics_test.py of google-research/pix2struct: these lists give 62.5 % relaxed accuracy and 47.5 % ANLS
+PIX2STRUCT = {
+    "predictions": ["abc", "abc", "Abc", "100%", "100%", "100%", "100%", "Don't"],
+    "references": ["abc", "Abc", "abc", "96%", "94%", "0.96", "0.94", "Won't"],
+}
+
+
+def test_pix2structs_published_numbers():
+    assert metrics.RelaxedAccuracy().compute(**PIX2STRUCT)["relaxed_accuracy"] == 0.625
+    assert metrics.ANLS().compute(**PIX2STRUCT)["anls"] == pytest.approx(0.475)
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"), [("The Coca", 0.0), ("CocaCola", 0.89), ("Coca cola", 1.0), ("Cola", 0.0), ("Cat", 0.0)]
+)
+def test_anls_of_the_infographics_challenge(answer, score):
+    """The example of the Robust Reading Competition's InfographicVQA task, as in the tests of shunk031/ANLS."""
+    assert anls_score(answer, ["Coca Cola", "Coca Cola Company"]) == pytest.approx(score, abs=0.005)
+
+
+def test_anls_of_its_metric_card():
+    """The example of huggingface/evaluate's card, metrics/anls. Its page prints 1.0, the formula gives 0.958."""
+    references = [["Denver Broncos", "Denver R. Broncos"], ["12/15/88"], ["Dear Dr. Lobo", "Dr. Lobo"]]
+    found = metrics.ANLS().compute(predictions=["Denver Broncos", "12/15/89", "Dear dr. Lobo"], references=references)
+    assert found["anls"] == pytest.approx((1 + 7 / 8 + 1) / 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "normalized"),
+    [("dont", "don't"), ("girl's", "girl's"), ("2:50 pm", "2:50 pm"), ("100,978", "100978"), ("The three.", "3")],
+)
+def test_vqa_normalisation_of_its_page(text, normalized):
+    """The cases that visualqa.org/evaluation.html names."""
+    assert normalize_vqa(text) == normalized
+
+
+@pytest.mark.parametrize(
+    ("first", "others"),
+    [
+        ((0, 0, 100, 100), {(0, 0, 50, 50): 0.25, (200, 200, 300, 300): 0.0}),
+        (
+            (285.3538, 185.5758, 1193.5110, 851.4551),
+            {(285.1472, 188.7374, 1192.4984, 851.0669): 0.9933, (279.2440, 197.9812, 1189.4746, 849.2019): 0.9673},
+        ),
+        ((100, 100, 200, 200), {(150, 150, 250, 250): 0.1429}),
+    ],
+)
+def test_boxes_of_torchvisions_tests(first, others):
+    """The boxes of `TestBoxIou` in torchvision's test_ops.py, and of the docs of pl_bolts' `iou`."""
+    for second, expected in others.items():
+        assert box_iou(first, second) == box_iou(second, first) == pytest.approx(expected, abs=5e-4)
+
+
+def test_pope_counts_as_the_authors_script():
+    """POPE's evaluate.py, by hand on the README's kind of answers: TP 2, FP 1, TN 3, FN 1."""
+    predictions = [
+        "yes",  # TP
+        "Yes, there is a bird, and no tree. It flies.",  # the comma goes, "no" is a word of the first sentence: FN
+        "There is a bird. No tree though.",  # TP
+        "It is not visible",  # TN
+        "No",  # TN
+        "no, sorry.",  # TN
+        "A tree, I think",  # FP
+    ]
+    found = metrics.POPE().compute(predictions=predictions, references=["yes"] * 3 + ["no"] * 4)
+    precision, recall = 2 / 3, 2 / 3
+    f1 = 2 * precision * recall / (precision + recall)
+    assert found == pytest.approx(
+        {"accuracy": 5 / 7, "precision": precision, "recall": recall, "f1": f1, "yes_ratio": 3 / 7}
+    )
 
 
 @pytest.fixture(scope="module")
