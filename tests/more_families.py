@@ -1,13 +1,14 @@
 """Families that the default adapters serve without a line of their own: one entry and one tiny config each.
 
-Their configs are the library's defaults with every size shrunk by rule, and what an entry changes.
+Those with an adapter or an input of their own are in `special_families`; `OTHERS` has them all.
 """
 
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING
 
+from tests.shrunk_configs import shrunk
+from tests.special_families import SPECIAL
 from tests.tiny_models import (
     IMAGE,
     MROPE,
@@ -24,70 +25,6 @@ from tests.tiny_models import (
     sized,
     square,
 )
-
-SIZES: dict[str, int] = {
-    **dict.fromkeys(("hidden_size", "embed_dim", "out_hidden_size", "projection_dim", "output_dim", "width"), 32),
-    **dict.fromkeys(("d_model", "mm_hidden_size", "text_hidden_size"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "encoder_ffn_dim", "mlp_dim", "mlp_hidden_dim"), 48),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
-    **dict.fromkeys(("num_hidden_layers", "depth", "num_layers", "encoder_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "num_heads", "encoder_attention_heads"), 4),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok", "moe_k"), 2),
-    **dict.fromkeys(("n_group", "topk_group"), 1),
-    **dict.fromkeys(("image_token_id", "image_token_index"), IMAGE),
-    **dict.fromkeys(("video_token_id", "video_token_index"), VIDEO),
-    **dict.fromkeys(("vision_start_token_id", "boi_token_index", "image_start_token_id", "boi_token_id"), 92),
-    **dict.fromkeys(("vision_end_token_id", "eoi_token_index", "image_end_token_id", "eoi_token_id"), 93),
-    "video_start_token_id": 94,
-    "video_end_token_id": 95,
-    "vocab_size": 99,
-    "head_dim": 8,
-    "image_size": 24,
-    "patch_size": 6,
-    "num_position_embeddings": 64,
-    "max_position_embeddings": 512,
-    "sliding_window": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# Follow from the sizes, or say where a config came from.
-DERIVED = (
-    "layer_types",
-    "mlp_layer_types",
-    "rope_parameters",
-    "rope_scaling",
-    "transformers_version",
-    "architectures",
-)
-DERIVED += ("dtype", "id2label", "label2id", "per_layer_config", "_name_or_path")
-
-
-def shrink(config: dict[str, Any]) -> dict[str, Any]:
-    small: dict[str, Any] = {}
-    for name, value in config.items():
-        if name in DERIVED:
-            continue
-        if isinstance(value, dict):
-            small[name] = shrink(value)
-        elif name in SIZES and value is not None:
-            small[name] = [SIZES[name]] * len(value) if isinstance(value, list | tuple) else SIZES[name]
-        else:
-            small[name] = value
-    return small
-
-
-def shrunk(model_type: str, **changes: Any) -> dict[str, Any]:
-    """The library's default config of a type, tiny; `changes` go into it, into its parts where they are dicts."""
-    config = shrink(CONFIG_MAPPING[model_type]().to_dict())
-    config.pop("model_type")
-    for name, value in changes.items():
-        config[name] = {**config[name], **value} if isinstance(value, dict) and name in config else value
-    # once through the class, which completes what depends on the sizes
-    complete = CONFIG_MAPPING[model_type](**config).to_dict()
-    complete.pop("model_type")
-    return complete
 
 
 def single_frames(generator: torch.Generator, kind: int) -> Pixels:
@@ -119,6 +56,44 @@ def shaped(generator: torch.Generator, kind: int) -> Pixels:
     }
 
 
+def merged_patches(generator: torch.Generator, kind: int) -> Pixels:
+    """Squares of 2 by 2 patches, and a grid that counts them."""
+    height, width = [(4, 4), (4, 6), (6, 4)][kind % 3]
+    return {
+        "pixel_values": torch.randn(height * width, 8, 8, 3, generator=generator),
+        "image_grid_thw": torch.tensor([[1, height, width]]),
+    }
+
+
+def two_resolutions(generator: torch.Generator, kind: int) -> Pixels:
+    small, large = (torch.randn(1, 3, side, side, generator=generator) for side in (24, 64))
+    return {"pixel_values": small, "high_res_pixel_values": large}
+
+
+def in_a_row(generator: torch.Generator, kind: int) -> Pixels:
+    """Patches of an image side by side, as one strip."""
+    height, width = [(8, 8), (8, 12), (12, 8)][kind % 3]
+    strip = torch.randn(1, 3, 4, height * width * 4, generator=generator)
+    return {"pixel_values": strip, "target_sizes": torch.tensor([[height, width]])}
+
+
+def join_strips(samples: list[list[Pixels]]) -> Pixels:
+    images = [image for sample in samples for image in sample]
+    return {
+        "pixel_values": torch.cat([image["pixel_values"] for image in images], -1),
+        "target_sizes": torch.cat([image["target_sizes"] for image in images]),
+    }
+
+
+def counted_patches(generator: torch.Generator, kind: int) -> Pixels:
+    pixels = in_a_row(generator, kind)
+    height, width = pixels["target_sizes"][0].tolist()
+    return {
+        "pixel_values": torch.randn(height * width, 48, generator=generator),
+        "image_grid_hw": pixels["target_sizes"],
+    }
+
+
 SMALL_PATCHES = {"patch_size": 4}
 GLM_ROPE = {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}}
 DEEPSTACK = {**SMALL_PATCHES, "deepstack_visual_indexes": [0, 1]}
@@ -129,6 +104,22 @@ LINEAR: dict[str, Any] = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0, "mrope_section": [2, 1, 1]},
+}
+# Multi-head latent attention has as many keys as queries.
+LATENT: dict[str, Any] = {"num_key_value_heads": 4, "qk_rope_head_dim": 8}
+THINKER: dict[str, Any] = {
+    "vision_start_token_id": 92,
+    "vision_end_token_id": 93,
+    "audio_start_token_id": 94,
+    "position_id_per_seconds": 25,
+}
+HALF_ROPE = {**ROPE, "partial_rotary_factor": 0.5}
+MINICPM: dict[str, Any] = {
+    "vision_config": {"patch_size": 4, "insert_layer_id": 0},
+    "text_config": LINEAR,
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "insert_layer_id": 0,
 }
 OTHERS: dict[str, Family] = {
     "aria": Family(lambda: shrunk("aria", projector_patch_to_query_dict={16: 8}), square, concatenate),
@@ -146,6 +137,12 @@ OTHERS: dict[str, Family] = {
         concatenate,
         modality_types,
     ),
+    "cosmos3_edge": Family(
+        lambda: shrunk("cosmos3_edge", vision_config=SMALL_PATCHES, text_config={"rope_parameters": MROPE}),
+        single_frames,
+        concatenate,
+        modality_types,
+    ),
     "cosmos3_omni": Family(
         lambda: shrunk("cosmos3_omni", vision_config=DEEPSTACK, text_config={"rope_parameters": MROPE}),
         grid,
@@ -153,6 +150,37 @@ OTHERS: dict[str, Family] = {
         modality_types,
     ),
     "deepseek_vl": Family(lambda: shrunk("deepseek_vl"), square, concatenate),
+    "deepseek_vl_hybrid": Family(
+        lambda: shrunk(
+            "deepseek_vl_hybrid",
+            high_res_vision_config={
+                "image_size": 64,
+                "patch_size": 4,
+                "global_attn_indexes": [1],
+                "output_channels": 8,
+                "window_size": 2,
+            },
+        ),
+        two_resolutions,
+        concatenate,
+    ),
+    "dots3_note": Family(
+        lambda: shrunk(
+            "dots3_note",
+            vision_config={**SMALL_PATCHES, "per_layer_config": {}, "mlp_layer_types": ["dense", "sparse"]},
+            audio_config={"num_key_value_heads": 4, "downsample_hidden_size": 8},
+            text_config={
+                **LATENT,
+                "head_dim": 16,
+                "per_layer_config": {},
+                "layer_types": ["indexed_attention", "sliding_attention"],
+                "mlp_layer_types": ["dense", "sparse"],
+                "rope_parameters": {"indexed_attention": HALF_ROPE, "sliding_attention": HALF_ROPE},
+            },
+        ),
+        single_frames,
+        concatenate,
+    ),
     "ernie4_5_vl_moe": Family(
         lambda: shrunk(
             "ernie4_5_vl_moe",
@@ -178,6 +206,20 @@ OTHERS: dict[str, Family] = {
         concatenate,
         modality_types,
     ),
+    "glm5_next": Family(
+        lambda: shrunk(
+            "glm5_next",
+            vision_config=SMALL_PATCHES,
+            text_config={
+                "num_key_value_heads": 4,
+                "head_dim": 0,
+                "layer_types": ["linear_attention", "indexed_attention"],
+            },
+        ),
+        grid,
+        concatenate,
+        modality_types,
+    ),
     "glm_ocr": Family(
         lambda: shrunk("glm_ocr", vision_config=SMALL_PATCHES, text_config=GLM_ROPE), grid, concatenate, modality_types
     ),
@@ -189,6 +231,15 @@ OTHERS: dict[str, Family] = {
         lambda: shrunk("hyperclovax_vision_v2", vision_config=SMALL_PATCHES), grid, concatenate, numbered_anew=True
     ),
     "idefics2": Family(lambda: shrunk("idefics2"), masked, per_sample),
+    "inkling2": Family(lambda: shrunk("inkling2", vision_config=SMALL_PATCHES), merged_patches, concatenate),
+    "janus": Family(
+        lambda: shrunk("janus", vq_config={"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}),
+        square,
+        concatenate,
+    ),
+    "kimi_k25": Family(
+        lambda: shrunk("kimi_k25", vision_config=SMALL_PATCHES, text_config=LATENT), whole_patches, concatenate
+    ),
     "lfm2_vl": Family(
         lambda: shrunk(
             "lfm2_vl",
@@ -210,7 +261,43 @@ OTHERS: dict[str, Family] = {
     "llava_next_video": Family(
         lambda: shrunk("llava_next_video", image_grid_pinpoints=[[24, 48], [48, 24]]), crops, concatenate
     ),
+    "minicpm_ocr": Family(lambda: shrunk("minicpm_ocr", **MINICPM), in_a_row, join_strips),
+    "minicpmv4_6": Family(lambda: shrunk("minicpmv4_6", **MINICPM), in_a_row, join_strips),
+    "minicpmv4_7": Family(lambda: shrunk("minicpmv4_7", **MINICPM), in_a_row, join_strips, modality_types),
     "minimax_m3_vl": Family(lambda: shrunk("minimax_m3_vl", vision_config=SMALL_PATCHES), grid, concatenate),
+    "muse_glimmer": Family(
+        lambda: shrunk("muse_glimmer", vision_config=SMALL_PATCHES, out_hidden_size=128), grid, concatenate
+    ),
+    "muse_spark": Family(
+        lambda: shrunk(
+            "muse_spark",
+            vision_config=SMALL_PATCHES,
+            audio_config={"num_hidden_layers": 4, "hidden_sizes": [8] * 4},
+            text_config={"moe_hidden_size": 32},
+            out_hidden_size=128,
+        ),
+        grid,
+        concatenate,
+    ),
+    "nemotron_h_omni": Family(
+        lambda: shrunk(
+            "nemotron_h_omni",
+            vision_config={**SMALL_PATCHES, "patch_dim": 48, "video_patch_dim": 96, "max_img_size": 64},
+            text_config={
+                "mamba_num_heads": 4,
+                "mamba_head_dim": 16,
+                "ssm_state_size": 8,
+                "chunk_size": 16,
+                "num_hidden_layers": 2,
+                "layers_block_type": ["linear_attention", "full_attention"],
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            audio_token_id=96,
+        ),
+        counted_patches,
+        concatenate,
+    ),
     "ovis2": Family(lambda: shrunk("ovis2"), square, concatenate),
     "paddleocr_vl": Family(
         lambda: shrunk("paddleocr_vl", vision_config=SMALL_PATCHES, text_config={"rope_parameters": MROPE}),
@@ -220,6 +307,13 @@ OTHERS: dict[str, Family] = {
     ),
     "pp_chart2table": Family(lambda: shrunk("pp_chart2table"), square, concatenate),
     "qianfan_ocr": Family(lambda: shrunk("qianfan_ocr"), square, concatenate),
+    "qwen2_5_omni_thinker": Family(
+        lambda: shrunk(
+            "qwen2_5_omni_thinker", vision_config=SMALL_PATCHES, text_config={"rope_parameters": MROPE}, **THINKER
+        ),
+        grid,
+        concatenate,
+    ),
     "qwen3_5": Family(
         lambda: shrunk("qwen3_5", vision_config=SMALL_PATCHES, text_config=LINEAR), grid, concatenate, modality_types
     ),
@@ -229,8 +323,36 @@ OTHERS: dict[str, Family] = {
         concatenate,
         modality_types,
     ),
+    "qwen3_omni_moe_thinker": Family(
+        lambda: shrunk(
+            "qwen3_omni_moe_thinker",
+            vision_config=DEEPSTACK,
+            audio_config={"downsample_hidden_size": 8},
+            text_config={"rope_parameters": MROPE},
+            **THINKER,
+        ),
+        grid,
+        concatenate,
+    ),
     "qwen3_vl_moe": Family(
         lambda: shrunk("qwen3_vl_moe", vision_config=DEEPSTACK, text_config={"rope_parameters": MROPE}),
+        grid,
+        concatenate,
+        modality_types,
+    ),
+    "qwen4_exp": Family(
+        lambda: shrunk(
+            "qwen4_exp",
+            vision_config=SMALL_PATCHES,
+            text_config={
+                **LINEAR,
+                "indexer_n_heads": 2,
+                "indexer_kv_heads": 1,
+                "indexer_head_dim": 8,
+                "indexer_budget": 64,
+                "indexer_compress_ratio": 4,
+            },
+        ),
         grid,
         concatenate,
         modality_types,
@@ -239,4 +361,5 @@ OTHERS: dict[str, Family] = {
     "video_llama_3": Family(lambda: shrunk("video_llama_3", vision_config=SMALL_PATCHES), merged_frames, concatenate),
     "video_llava": Family(lambda: shrunk("video_llava"), square, concatenate),
     "vipllava": Family(lambda: shrunk("vipllava", vision_feature_layers=[-1, -2]), square, concatenate),
+    **SPECIAL,
 }

@@ -18,9 +18,9 @@ def full_positions(base: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """Positions of the full prompt as a direct forward of the base model counts them."""
     ids = inputs["input_ids"]
     if hasattr(base.base_model, "get_rope_index"):
-        geometry = {name: value for name, value in inputs.items() if name.endswith("_grid_thw")}
-        types = inputs["mm_token_type_ids"]
-        return base.base_model.get_rope_index(ids, mm_token_type_ids=types, **geometry)[0]
+        geometry = {name: value for name, value in inputs.items() if name.endswith(("_grid_thw", "_sizes"))}
+        types = {name: inputs[name] for name in ("mm_token_type_ids", "attention_mask") if name in inputs}
+        return base.base_model.get_rope_index(ids, **types, **geometry)[0].long()
     return torch.arange(ids.shape[1])[None]
 
 
@@ -31,9 +31,16 @@ def caught_by_decoder(base: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[
     def catch(module, args, kwargs):
         caught.update({name: value for name, value in kwargs.items() if value is not None})
 
-    hook = base.get_decoder().register_forward_pre_hook(catch, with_kwargs=True)
+    def catch_embeddings(module, args):
+        caught.setdefault("inputs_embeds", args[0])
+
+    decoder = base.get_decoder()
+    hooks = [decoder.register_forward_pre_hook(catch, with_kwargs=True)]
+    if decoder is base.base_model:  # it merges by itself
+        hooks.append(decoder.layers[0].register_forward_pre_hook(catch_embeddings))
     base(**inputs)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     return caught
 
 
@@ -60,9 +67,14 @@ def delete_by_hand(
         "position_ids": positions,
         **{name: inputs[name][:, columns] for name in SEQUENCE_INPUTS if name in inputs},
     }
+    if "per_layer_inputs" in caught:
+        state["per_layer_inputs"] = caught["per_layer_inputs"][:, columns]
     if "deepstack_visual_embeds" in caught:
         state["visual_pos_masks"] = caught["visual_pos_masks"][:, columns]
         state["deepstack_visual_embeds"] = [rows[keep_mask] for rows in caught["deepstack_visual_embeds"]]
+    if "deepstack_features" in caught:
+        state["vision_mask"] = caught["vision_mask"][:, columns]
+        state["deepstack_features"] = {layer: rows[keep_mask] for layer, rows in caught["deepstack_features"].items()}
 
     logits = run(base, state)
     tokens: list[int] = []
@@ -70,6 +82,9 @@ def delete_by_hand(
     for _ in range(new_tokens):
         tokens.append(int(step[0, -1].argmax()))
         word = base.get_input_embeddings()(torch.tensor([[tokens[-1]]]))
+        if "per_layer_inputs" in state:
+            new = caught_by_decoder(base, {"input_ids": torch.tensor([[tokens[-1]]])})["per_layer_inputs"]
+            state["per_layer_inputs"] = torch.cat([state["per_layer_inputs"], new], 1)
         state["inputs_embeds"] = torch.cat([state["inputs_embeds"], word], 1)
         state["position_ids"] = torch.cat([state["position_ids"], state["position_ids"][..., -1:] + 1], -1)
         # answers are causal; PaliGemma says so with a type of its own
@@ -77,16 +92,39 @@ def delete_by_hand(
         for name in SEQUENCE_INPUTS:
             if name in state:
                 state[name] = torch.cat([state[name], torch.full((1, 1), new_type)], 1)
-        if "visual_pos_masks" in state:
-            state["visual_pos_masks"] = torch.cat([state["visual_pos_masks"], torch.zeros(1, 1, dtype=bool)], 1)
+        for name in ("visual_pos_masks", "vision_mask"):
+            if name in state:
+                state[name] = torch.cat([state[name], torch.zeros_like(state[name][:, :1])], 1)
         step = run(base, state)
     return logits, tokens
 
 
+# What the base model gives its decoder beside the embeddings, and takes from nobody.
+FOR_THE_DECODER = ("visual_pos_masks", "deepstack_visual_embeds", "vision_mask", "deepstack_features")
+
+
 def run(base: PreTrainedModel, state: dict[str, Any]) -> Tensor:
-    mask = torch.ones(state["inputs_embeds"].shape[:2], dtype=torch.long)
-    if "deepstack_visual_embeds" in state:  # only the decoder itself takes these
-        own = {name: value for name, value in state.items() if name not in SEQUENCE_INPUTS}
-        hidden = base.get_decoder()(**own, attention_mask=mask, use_cache=False).last_hidden_state
-        return base.get_output_embeddings()(hidden)
-    return base(**state, attention_mask=mask, use_cache=False).logits
+    """Logits of the state behind one column of padding.
+
+    Without it the mask is all ones, which some models drop, and then gaps in positions mean several packed prompts.
+    """
+    padded = {name: pad_left(value, -1 if name == "position_ids" else 1) for name, value in state.items()}
+    mask = torch.ones(padded["inputs_embeds"].shape[:2], dtype=torch.long)
+    mask[:, 0] = 0
+    hidden = {name: padded[name] for name in FOR_THE_DECODER if name in padded}
+    given = {name: value for name, value in padded.items() if name not in hidden}
+
+    def put_in(module, args, kwargs):
+        return args, {**kwargs, **hidden}
+
+    hook = base.get_decoder().register_forward_pre_hook(put_in, with_kwargs=True)
+    logits = base(**given, attention_mask=mask, use_cache=False).logits
+    hook.remove()
+    return logits[:, 1:]
+
+
+def pad_left(value: Any, dim: int) -> Any:
+    """`value` with one column of zeros before it; rows for deeper layers have no columns."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.cat([torch.zeros_like(value.narrow(dim, 0, 1)), value], dim)

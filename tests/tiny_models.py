@@ -60,7 +60,8 @@ class Family:
         join: pixels of several samples, each a list of images, as one batch.
         extras: further inputs that follow from the ids.
         uncached_differs: the base model's own generation without a cache is not that with one.
-        numbered_anew: the base model's `generate` counts positions itself, so that there are no gaps in them.
+        numbered_anew: the base model respects no gaps in positions.
+        batch_differs: the base model's own batch is not its samples one by one.
     """
 
     config: dict[str, Any] | Callable[[], dict[str, Any]]
@@ -69,6 +70,7 @@ class Family:
     extras: Callable[[Tensor], dict[str, Tensor]] = lambda ids: {}
     uncached_differs: bool = False
     numbered_anew: bool = False
+    batch_differs: bool = False
 
 
 def text(model_type: str, **changes) -> dict[str, Any]:
@@ -349,7 +351,8 @@ def build(family: str, seed: int = 0, **changes) -> PreTrainedModel:
             torch.nn.init.normal_(parameter, std=0.1)
         elif parameter.ndim > 1:
             parameter.data.mul_(3.0)
-    model.get_output_embeddings().weight.data[[IMAGE, VIDEO]] = 0.0  # no answer has a placeholder
+    head = model.get_output_embeddings() or model.language_model.get_output_embeddings()
+    head.weight.data[[IMAGE, VIDEO]] = 0.0  # no answer has a placeholder
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None  # a random model should not stop by chance
     return model
@@ -365,7 +368,10 @@ def num_placeholders(family: str, pixels: Pixels) -> int:
     """How many visual tokens the base model makes of one image."""
     base = _encoder(family)
     output = base.base_model.get_image_features(**entry(family).join([[pixels]]), return_dict=True)
-    return sum(len(rows.flatten(0, -2)) for rows in output.pooler_output)
+    rows = output.get("pooler_output", output.get("last_hidden_state"))
+    if rows is None:  # only rows for single layers
+        rows = output.deepstack_features[0][1]
+    return sum(len(entry.flatten(0, -2)) for entry in rows)
 
 
 @dataclass

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from tests.families_table import measure, registered
 from tests.more_families import OTHERS
-from tests.tiny_models import FAMILIES, MODEL_TYPES, build, collate, sample
+from tests.shrunk_configs import shrunk
+from tests.tiny_models import FAMILIES, MODEL_TYPES, build, collate, entry, sample
 from tprl_hf.modeling import TPRLForConditionalGeneration
-from tprl_hf.modeling.lvlm_adapters import SUPPORTED
+from tprl_hf.modeling.lvlm_adapters import REFUSED, SUPPORTED
+from tprl_hf.pruners import ToMePruner
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
@@ -28,14 +31,15 @@ def test_invariants(family):
 def test_pruning_and_pixels_matter(family):
     """Without this, a model that looks at no image would pass everything else."""
     base = build(family)
-    numbering = "original" if family in FAMILIES or not OTHERS[family].numbered_anew else "contiguous"
+    numbering = "contiguous" if entry(family).numbered_anew else "original"
     model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, position_ids=numbering).eval()
     batch = collate(family, [sample(family, 2, 2)])
     full = base(**batch).logits[:, -1]
     assert (model(**batch, keep_ratio=0.3).logits[:, -1] - full).abs().max() > 1e-4
     none = torch.zeros(int(model.prune(**batch).num_visual), dtype=torch.bool)
     nothing = model(**batch, keep_mask=none).logits[:, -1]
-    batch["pixel_values"] = batch["pixel_values"] + 1.0
+    noise = torch.randn(batch["pixel_values"].shape, generator=torch.Generator().manual_seed(0))
+    batch["pixel_values"] = batch["pixel_values"] + noise
     assert (base(**batch).logits[:, -1] - full).abs().max() > 1e-4
     assert torch.equal(model(**batch, keep_mask=none).logits[:, -1], nothing)
 
@@ -55,4 +59,26 @@ def test_types_without_the_road_are_refused_on_the_page():
     page = PAGE.read_text()
     for model_type, class_name in registered().items():
         takes = "mm_encoder_outputs" in inspect.signature(getattr(transformers, class_name).forward).parameters
-        assert (f"| {model_type} | refused" in page) == (not takes)
+        assert (f"| {model_type} | refused" in page) == (not takes or model_type in REFUSED)
+
+
+@pytest.mark.parametrize("model_type", ["blip-2", "instructblip", "instructblipvideo"])
+def test_types_that_take_features_and_cannot_be_pruned(model_type):
+    """Without the refusal the features would be passed on to `generate`, which encodes the image once more."""
+    base = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[model_type](**shrunk(model_type)))
+    with pytest.raises(ValueError, match=re.escape(f"'{model_type}' cannot be pruned: {REFUSED[model_type]}")):
+        TPRLForConditionalGeneration.from_base_model(base)
+
+
+@torch.no_grad()
+def test_merged_tokens_cannot_go_to_a_base_that_projects_itself():
+    model = TPRLForConditionalGeneration.from_base_model(build("llama4"), latent_dim=8).eval()
+    batch = collate("llama4", [sample("llama4", 1, 1)])
+    with model.using(ToMePruner(keep_ratio=0.5)), pytest.raises(ValueError, match="'llama4' project visual features"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("family", [f for f in [*FAMILIES, *OTHERS] if entry(f).numbered_anew])
+def test_gaps_are_refused_where_they_are_not_respected(family):
+    with pytest.raises(ValueError, match="pass position_ids='contiguous'"):
+        TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8)

@@ -1,8 +1,9 @@
 """What travels with the weights: model, config, adapters, pruner base. Imports torch and transformers only."""
 
 from .configuration_tprl import TPRLConfig
+from .family_adapters import adapter_for
 from .keep_mask import Budget
-from .lvlm_adapters import LVLMAdapter, adapter_for
+from .lvlm_adapters import LVLMAdapter
 from .modeling_tprl import TPRLForConditionalGeneration, TPRLPreTrainedModel
 from .processing_tprl import TPRLProcessor
 from .prune_plan import PrunePlan, TPRLOutput

@@ -23,13 +23,26 @@ logger = logging.get_logger(__name__)
 
 # Types whose invariants the tests hold; docs/families.md is the table.
 SUPPORTED = (
-    "aria", "aya_vision", "cohere2_vision", "cohere_compass", "cosmos3_omni", "deepseek_vl", "ernie4_5_vl_moe",
-    "exaone4_5", "gemma3", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "got_ocr2", "hyperclovax_vision_v2",
-    "idefics2", "idefics3", "internvl", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llava", "llava_next",
-    "llava_next_video", "llava_onevision", "minimax_m3_vl", "mistral3", "ovis2", "paddleocr_vl", "paligemma",
-    "pp_chart2table", "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl",
-    "qwen3_vl_moe", "smolvlm", "step3p7", "video_llama_3", "video_llava", "vipllava",
+    "aria", "aya_vision", "chameleon", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni",
+    "deepseek_ocr2", "deepseek_vl", "deepseek_vl_hybrid", "dots3_note", "emu3", "ernie4_5_vl_moe", "exaone4_5", "fuyu",
+    "gemma3", "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "glmga", "got_ocr2",
+    "granite4_vision", "granite_docling", "hunyuan_vl", "hyperclovax_vision_v2", "idefics2", "idefics3", "inkling2",
+    "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4", "llava", "llava_next",
+    "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl", "mistral3",
+    "molmo2", "muse_glimmer", "muse_spark", "nemotron_h_omni", "ovis2", "paddleocr_vl", "paligemma", "pp_chart2table",
+    "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe",
+    "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp", "smolvlm", "step3p7", "unlimited_ocr",
+    "video_llama_3", "video_llava", "vipllava",
 )  # fmt: skip
+# Types that take `mm_encoder_outputs` and cannot be pruned all the same.
+REFUSED = {
+    "blip-2": "its own `generate` encodes the image itself, whatever features it is handed",
+    "instructblip": "its own `generate` encodes the image itself, whatever features it is handed",
+    "instructblipvideo": "its own `generate` encodes the video itself, whatever features it is handed",
+    "diffusion_gemma": "it denoises blocks of text by a `generate` of its own instead of writing token by token",
+}
+# Inputs that tell heights and widths, in whatever unit.
+SIZE_NAMES = ("target_sizes", "spatial_shapes", "image_grid_hw")
 # What encoders return besides what belongs to a family alone.
 ENCODER_FIELDS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions", "deepstack_features")
 
@@ -44,8 +57,12 @@ class LVLMAdapter:
         `ValueError`: when the base model does not take `mm_encoder_outputs` or has no image encoder of its own.
     """
 
-    # Whether `generate` respects the positions it is passed.
+    # Whether the base model respects the positions it is passed, gaps included.
     keeps_positions = True
+    # Field of the encoder's output that holds the rows.
+    output_field = "pooler_output"
+    # Whether the base model takes what the LLM sees, so that rows can be changed. Otherwise it projects them itself.
+    takes_projected = True
     # Added to position ids in a direct forward, where the base model's `generate` adds it itself.
     forward_position_offset = 0
     # Inputs that only serve to compute positions; the gathered positions replace them.
@@ -63,11 +80,18 @@ class LVLMAdapter:
                 f"Models of type {base.config.model_type!r} cannot be pruned: their forward does not take "
                 f"`mm_encoder_outputs`. Supported are, among others: {', '.join(SUPPORTED)}."
             )
+        if base.config.model_type in REFUSED:
+            raise ValueError(
+                f"Models of type {base.config.model_type!r} cannot be pruned: {REFUSED[base.config.model_type]}. "
+                f"Supported are, among others: {', '.join(SUPPORTED)}."
+            )
         self.encoders = {}
-        self.token_ids = {}
+        self.token_ids: dict[str, int] = {}
         for modality in ("image", "video"):
             token_id = getattr(base.config, f"{modality}_token_id", None)
             encoder = getattr(self.core, f"get_{modality}_features", None)
+            if token_id in self.token_ids.values():  # shared: what it stands for could not be told
+                continue
             if token_id is not None and encoder is not None:
                 self.encoders[modality] = encoder
                 self.token_ids[modality] = token_id
@@ -142,7 +166,7 @@ class LVLMAdapter:
 
     def unpack(self, modality: str, output: ModelOutput, counts: Tensor, inputs: dict[str, Any]) -> EncodedModality:
         """The base model's encoder output as one tensor of rows."""
-        pooled = output.get("pooler_output")
+        pooled = output.get(self.output_field)
         layers = output.get("deepstack_features") or []
         if pooled is None or any(not isinstance(rows, Tensor) for layer in layers for rows in layer):
             raise ValueError(
@@ -190,9 +214,10 @@ class LVLMAdapter:
 
         Without any size, an entry is a square where that is possible.
         """
-        grids, sizes = inputs.get(f"{modality}_grid_thw"), inputs.get(f"{modality}_sizes")
+        grids = inputs.get(f"{modality}_grid_thw")
         if grids is not None and len(grids) == len(entries):
             return [grid_blocks(g, e.shape[:-1].numel()) for g, e in zip(grids.tolist(), entries, strict=True)]
+        sizes = next((inputs[n] for n in (f"{modality}_sizes", *SIZE_NAMES) if inputs.get(n) is not None), None)
         if sizes is not None and len(sizes) == len(entries):
             return [[sized_block(s, e.shape[:-1].numel())] for s, e in zip(sizes.tolist(), entries, strict=True)]
         return [[square_block(e.shape[-2])] * e.shape[:-2].numel() for e in entries]
@@ -239,7 +264,7 @@ class LVLMAdapter:
                 continue
             fields: dict[str, Any] = {
                 **encoded.extra,
-                "pooler_output": pack_rows(encoded.rows[kept], num_kept, encoded, same_length),
+                self.output_field: pack_rows(encoded.rows[kept], num_kept, encoded, same_length),
             }
             if encoded.deepstack:
                 fields["deepstack_features"] = [
@@ -291,74 +316,3 @@ def pack_rows(rows: Tensor, counts: Tensor, encoded: EncodedModality, same_lengt
         return pad_rows_left(rows, counts, int(counts.max())) if same_length else rows[None]
     entries = list(rows.split(counts.tolist()))
     return [entry[None] for entry in entries] if encoded.container == "list3d" else entries
-
-
-class NewlineAdapter(LVLMAdapter):
-    """Families that show an overview, then crops as one grid whose rows end in a learned newline (LLaVA-NeXT)."""
-
-    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
-        if modality == "video" and all(entry.ndim == 2 for entry in entries):
-            frames = inputs["pixel_values_videos"].shape[1]
-            frame = [square_block((len(entry) - 1) // frames) for entry in entries]
-            return [[block] * frames + [Block(1, 1, separator=True)] for block in frame]
-        if modality == "video":
-            return super().blocks(modality, entries, {})
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
-        found = []
-        for entry in entries:
-            newlines = (entry == self.core.image_newline.to(entry)).all(-1).nonzero()[:, 0].tolist()
-            width = newlines[0] - side * side
-            rest = Block(len(newlines), width, row_newline=True) if width else Block(1, 1, separator=True)
-            found.append([Block(side, side), rest])
-        return found
-
-
-class Idefics3Adapter(LVLMAdapter):
-    """Families whose encoder returns all tiles of a sample in one piece."""
-
-    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
-        vision = self.config.vision_config
-        side = vision.image_size // vision.patch_size // self.config.scale_factor
-        return [[Block(side, side)] * (len(entry) // side**2) for entry in entries]
-
-
-class NumberedAnewAdapter(LVLMAdapter):
-    """Families whose `generate` counts positions by itself, whatever is passed."""
-
-    keeps_positions = False
-
-
-class PaliGemmaAdapter(LVLMAdapter):
-    """PaliGemma counts positions from 1; its `generate` adds the 1 itself, its forward does not."""
-
-    forward_position_offset = 1
-
-
-# Only families that the default does not serve have an entry.
-ADAPTERS: dict[str, type[LVLMAdapter]] = {
-    "llava_next": NewlineAdapter,
-    "llava_next_video": NewlineAdapter,
-    "llava_onevision": NewlineAdapter,
-    "idefics3": Idefics3Adapter,
-    "smolvlm": Idefics3Adapter,
-    "paligemma": PaliGemmaAdapter,
-    "exaone4_5": NumberedAnewAdapter,
-    "hyperclovax_vision_v2": NumberedAnewAdapter,
-}
-
-
-def adapter_for(base: PreTrainedModel) -> LVLMAdapter:
-    """The adapter of `base`, by its model type and by what it can do.
-
-    A type that no test holds is warned about, not refused.
-    """
-    if base.config.model_type not in SUPPORTED:
-        logger.warning(
-            f"No test holds pruning for models of type {base.config.model_type!r}: compare keep_ratio=1.0 with the "
-            "base model before you rely on it."
-        )
-    if base.config.model_type in ADAPTERS:
-        return ADAPTERS[base.config.model_type](base)
-    if hasattr(base.base_model, "get_rope_index"):
-        return RopeIndexAdapter(base)
-    return LVLMAdapter(base)

@@ -15,9 +15,9 @@ from .cached_prompt import CachedPrompt
 from .checkpoint_checks import loaded_commit, refuse_other_formats
 from .checkpoint_tprl import HUB_NAMES, TPRLPreTrainedModel
 from .configuration_tprl import TPRLConfig
+from .family_adapters import adapter_for
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .keep_mask import Budget
-from .lvlm_adapters import adapter_for
 from .prune_plan import PrunePlan, TPRLOutput, budget_of_call, call_settings, layout_of, pruning_inputs
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
 from .pruned_inputs import find_visual, restore_prompt
@@ -73,7 +73,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         self.adapter = adapter_for(self.lvlm)
         if config.position_ids == "original" and not self.adapter.keeps_positions:
             raise ValueError(
-                f"Models of type {self.lvlm.config.model_type!r} number positions anew in `generate`, so that kept "
+                f"Models of type {self.lvlm.config.model_type!r} do not respect gaps in positions, so that kept "
                 "tokens cannot keep theirs: pass position_ids='contiguous'."
             )
         self._pruner: TokenPruner | None = None
@@ -210,7 +210,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             chosen, chosen_scores = self.pruner.choose(inputs, budget)
             merged = self.pruner.merge(inputs, chosen)
             if merged is not None:
-                batch.replace_rows(merged[inputs.valid], new, self.adapter.token_ids)
+                batch.replace_rows(merged[inputs.valid], new, self.adapter)
             keep_mask[new] = chosen[inputs.valid].to(device)
             scores[new] = chosen_scores[inputs.valid].to(device, scores.dtype)
         if batch.record is not None:

@@ -44,9 +44,19 @@ class PromptBatch:
                 cached[start : start + len(mask)] = True
         return cached
 
-    def replace_rows(self, rows: Tensor, where: Tensor, token_ids: dict[str, int]) -> None:
-        """Puts `rows` in the place of the visual tokens `where` (`bool [V]`). Features that were passed stay whole."""
+    def replace_rows(self, rows: Tensor, where: Tensor, adapter: LVLMAdapter) -> None:
+        """Puts `rows` in the place of the visual tokens `where` (`bool [V]`). Features that were passed stay whole.
+
+        Raises:
+            `ValueError`: where the base model projects the features itself, so that it takes no changed tokens.
+        """
         assert self.features is not None
+        if not adapter.takes_projected:
+            raise ValueError(
+                f"Models of type {adapter.config.model_type!r} project visual features themselves, so that merged "
+                "tokens cannot be handed to them: use a pruner that does not merge, or merge=False."
+            )
+        token_ids = adapter.token_ids
         ids = self.input_ids[self.visual]
         merged = merge_rows(self.features, self.input_ids, token_ids)
         merged[where] = rows.to(merged)

@@ -27,6 +27,9 @@ class Block:
         return self.height * (self.width + self.row_newline)
 
 
+SEPARATOR = Block(1, 1, separator=True)
+
+
 @dataclass
 class TokenLayout:
     """Where each visual token lies. All fields are tensors `[V]`, V tokens in placeholder order.
@@ -102,6 +105,21 @@ def sized_block(size: list[int], length: int) -> Block:
     pixels_per_token = math.sqrt(size[0] * size[1] / max(length, 1))
     block = Block(round(size[0] / pixels_per_token), round(size[1] / pixels_per_token))
     return block if block.num_tokens == length else square_block(length)
+
+
+def join_rows(rows: list[int], lengths: list[int]) -> list[list[Block]]:
+    """One grid for each image of `lengths` tokens, of which each run of placeholders is a row.
+
+    Where rows and images disagree, an image is a square if possible.
+    """
+    rest, images = iter(rows), []
+    for length in lengths:
+        own: list[int] = []
+        while sum(own) < length:
+            own.append(next(rest, length))
+        same = sum(own) == length and len(set(own)) == 1 and len(own) > 1
+        images.append([Block(len(own), own[0]) if same else square_block(length)])
+    return images
 
 
 def join_tiles(tiles: list[list[Block]], runs: list[int]) -> list[list[Block]]:

@@ -1,0 +1,259 @@
+"""Adapters of the families that differ from the default, and the choice of the adapter of a base model."""
+
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from .lvlm_adapters import SUPPORTED, LVLMAdapter, RopeIndexAdapter
+from .pruned_inputs import run_lengths
+from .token_layout import SEPARATOR, Block, grid_blocks, join_rows, square_block
+from .visual_features import EncodedModality, VisualFeatures
+
+logger = logging.get_logger(__name__)
+
+
+class NewlineAdapter(LVLMAdapter):
+    """Families that show an overview, then crops as one grid whose rows end in a learned newline (LLaVA-NeXT)."""
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        if modality == "video" and all(entry.ndim == 2 for entry in entries):
+            frames = inputs["pixel_values_videos"].shape[1]
+            frame = [square_block((len(entry) - 1) // frames) for entry in entries]
+            return [[block] * frames + [SEPARATOR] for block in frame]
+        if modality == "video":
+            return super().blocks(modality, entries, {})
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        return [self.newline_blocks(entry, side) for entry in entries]
+
+    def newline_blocks(self, entry: Tensor, side: int) -> list[Block]:
+        """An overview of `side` by `side` tokens, and what the newlines in `entry [L, D]` tell of the rest."""
+        newlines = (entry == self.core.image_newline.to(entry)).all(-1).nonzero()[:, 0].tolist()
+        width = newlines[0] - side * side
+        rest = Block(len(newlines), width, row_newline=True) if width else SEPARATOR
+        return [Block(side, side), rest]
+
+
+class Idefics3Adapter(LVLMAdapter):
+    """Families whose encoder returns all tiles of a sample in one piece."""
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size // self.config.scale_factor
+        return [[Block(side, side)] * (len(entry) // side**2) for entry in entries]
+
+
+class TileAdapter(LVLMAdapter):
+    """Granite Docling: all tiles of a sample in one piece, with four times as many tokens on its fine route."""
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size // vision.scale_factor
+        side *= 1 if inputs.get("tile_fine_mask") is None else 2
+        return [[Block(side, side)] * (len(entry) // side**2) for entry in entries]
+
+
+class Granite4VisionAdapter(NewlineAdapter):
+    """Granite 4 Vision: every row goes into LLM layers of its own, none of them into the embeddings.
+
+    Pruners see the rows of the first.
+    """
+
+    def unpack(self, modality: str, output: ModelOutput, counts: Tensor, inputs: dict[str, Any]) -> EncodedModality:
+        (_, first), *others = output["deepstack_features"]
+        return EncodedModality(
+            rows=torch.cat(list(first)),
+            blocks=self.blocks(modality, list(first), inputs),
+            counts=counts,
+            output_class=type(output),
+            container="list",
+            deepstack=[torch.cat(list(entries)) for _, entries in others],
+        )
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        vision, rate = self.config.vision_config, Fraction(self.config.downsample_rate or 1)
+        return [self.newline_blocks(entry, int(vision.image_size // vision.patch_size * rate)) for entry in entries]
+
+    def mm_encoder_outputs(
+        self, features: VisualFeatures, keep: dict[str, Tensor], counts: dict[str, Tensor], same_length: bool
+    ) -> dict[str, ModelOutput]:
+        layers = [layer for _, layer in self.config.deepstack_layer_map] + list(self.config.spatial_target_layers)
+        outputs = {}
+        for modality, encoded in features.modalities.items():
+            kept, sizes = keep[modality], counts[modality].tolist()
+            if kept.any():
+                rows = [rows[kept].split(sizes) for rows in (encoded.rows, *encoded.deepstack)]
+                pairs = list(zip(layers, map(list, rows), strict=True))
+                outputs[modality] = encoded.output_class(deepstack_features=pairs)
+        return outputs
+
+
+class FuyuAdapter(LVLMAdapter):
+    """Fuyu has no tower, and text tokens end the rows of its images."""
+
+    output_field = "last_hidden_state"
+
+    def encode(self, input_ids: Tensor, inputs: dict[str, Any], with_attention: bool = False) -> VisualFeatures:
+        if with_attention:
+            raise ValueError(
+                "Models of type 'fuyu' have no vision tower, and so no attention in it. Use a pruner without "
+                "`needs_attention`."
+            )
+        features = super().encode(input_ids, inputs)
+        for encoded in features.modalities.values():
+            rows = run_lengths(input_ids == self.token_ids["image"])
+            encoded.blocks = join_rows(rows, [sum(b.num_tokens for b in blocks) for blocks in encoded.blocks])
+        return features
+
+
+class Llama4Adapter(LVLMAdapter):
+    """Llama 4 projects what it is handed: pruners see the projected rows, and the others are handed on."""
+
+    output_field = "last_hidden_state"
+    takes_projected = False
+
+    def unpack(self, modality: str, output: ModelOutput, counts: Tensor, inputs: dict[str, Any]) -> EncodedModality:
+        encoded = super().unpack(modality, output, counts, inputs)
+        projected = self.base.multi_modal_projector(encoded.rows)
+        return replace(encoded, rows=projected, deepstack=[encoded.rows])
+
+    def mm_encoder_outputs(
+        self, features: VisualFeatures, keep: dict[str, Tensor], counts: dict[str, Tensor], same_length: bool
+    ) -> dict[str, ModelOutput]:
+        handed = {name: replace(m, rows=m.deepstack[0], deepstack=[]) for name, m in features.modalities.items()}
+        return super().mm_encoder_outputs(VisualFeatures(handed), keep, counts, same_length)
+
+
+class SeparatorAdapter(LVLMAdapter):
+    """DeepSeek-OCR 2: tokens that stand for no place in the image, and a separator behind them."""
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        return [[Block(1, len(entry) - 1), SEPARATOR] for entry in entries]
+
+
+class UnlimitedOcrAdapter(LVLMAdapter):
+    """Unlimited OCR: the crops as one grid, an overview, both with a newline behind each row, and a separator."""
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        found = []
+        for entry in entries:
+            newlines = (entry == self.core.image_newline.to(entry)).all(-1).nonzero()[:, 0]
+            widths = (newlines - torch.cat([newlines.new_tensor([-1]), newlines[:-1]]) - 1).tolist()
+            blocks: list[Block] = []
+            side = widths[-1]  # the overview is square and comes last
+            crops = widths[: len(widths) - side]
+            if crops:
+                blocks.append(Block(len(crops), crops[0], row_newline=True))
+            found.append([*blocks, Block(side, side, row_newline=True), SEPARATOR])
+        return found
+
+
+class HunYuanAdapter(RopeIndexAdapter):
+    """HunYuan: rows end in a newline, images have a begin and an end, and the config names the rotary axes."""
+
+    has_text_axis = False
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        merge = self.config.vision_config.spatial_merge_size
+        grids = [(height // merge, width // merge) for _, height, width in inputs["image_grid_thw"].tolist()]
+        return [[SEPARATOR, Block(height, width, row_newline=True), SEPARATOR] for height, width in grids]
+
+    def spread_positions(self, positions: Tensor, valid: Tensor) -> Tensor:
+        num_axes = len(self.config.text_config.rope_parameters["mrope_section"])
+        return positions.expand(num_axes, -1, -1)
+
+
+class Emu3Adapter(LVLMAdapter):
+    """Emu3: the rows of an image's code book entries end in one that means the end of the row."""
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        factor = self.core.vqmodel.vision_spatial_factor
+        sizes = inputs["image_sizes"].tolist()
+        return [[Block(height // factor, width // factor, row_newline=True)] for height, width in sizes]
+
+
+class Molmo2Adapter(LVLMAdapter):
+    """Molmo 2: an overview, then the crops as one grid.
+
+    It makes its mask twice, and the second time reads gaps in positions as several packed prompts.
+    """
+
+    keeps_positions = False
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        return [
+            [Block(height, width) for height, width in (grid[:2], grid[2:]) if height * width]
+            for grid in inputs["image_grids"].tolist()
+        ]
+
+
+class Gemma4Adapter(LVLMAdapter):
+    """Gemma 4: patches with a place each, pooled in squares."""
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        places = inputs[f"{modality}_position_ids"]
+        sizes = places.flatten(0, -3).amax(dim=1) + 1  # of each image or frame: width and height in patches
+        frames = len(sizes) // len(entries)
+        found = []
+        for index, entry in enumerate(entries):
+            grids = [[1, height, width] for width, height in sizes[index * frames : (index + 1) * frames].tolist()]
+            num_tokens = entry.shape[:-1].numel() // frames
+            found.append([block for grid in grids for block in grid_blocks(grid, num_tokens)])
+        return found
+
+
+class NumberedAnewAdapter(LVLMAdapter):
+    """Families whose `generate` counts positions by itself, whatever is passed."""
+
+    keeps_positions = False
+
+
+class PaliGemmaAdapter(LVLMAdapter):
+    """PaliGemma counts positions from 1; its `generate` adds the 1 itself, its forward does not."""
+
+    forward_position_offset = 1
+
+
+# Only families that the default does not serve have an entry.
+ADAPTERS: dict[str, type[LVLMAdapter]] = {
+    "llava_next": NewlineAdapter,
+    "llava_next_video": NewlineAdapter,
+    "llava_onevision": NewlineAdapter,
+    "idefics3": Idefics3Adapter,
+    "smolvlm": Idefics3Adapter,
+    "paligemma": PaliGemmaAdapter,
+    "deepseek_ocr2": SeparatorAdapter,
+    "emu3": Emu3Adapter,
+    "fuyu": FuyuAdapter,
+    "gemma4": Gemma4Adapter,
+    "gemma4_unified": Gemma4Adapter,
+    "granite4_vision": Granite4VisionAdapter,
+    "granite_docling": TileAdapter,
+    "hunyuan_vl": HunYuanAdapter,
+    "llama4": Llama4Adapter,
+    "molmo2": Molmo2Adapter,
+    "unlimited_ocr": UnlimitedOcrAdapter,
+    "exaone4_5": NumberedAnewAdapter,
+    "hyperclovax_vision_v2": NumberedAnewAdapter,
+}
+
+
+def adapter_for(base: PreTrainedModel) -> LVLMAdapter:
+    """The adapter of `base`, by its model type and by what it can do.
+
+    A type that no test holds is warned about, not refused.
+    """
+    if base.config.model_type not in SUPPORTED:
+        logger.warning(
+            f"No test holds pruning for models of type {base.config.model_type!r}: compare keep_ratio=1.0 with the "
+            "base model before you rely on it."
+        )
+    if base.config.model_type in ADAPTERS:
+        return ADAPTERS[base.config.model_type](base)
+    if hasattr(base.base_model, "get_rope_index"):
+        return RopeIndexAdapter(base)
+    return LVLMAdapter(base)
