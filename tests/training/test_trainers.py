@@ -67,7 +67,14 @@ def stage(name, make_model, processor, dataset, output_dir, **settings):
     if name == "grpo":
         config = TPRLGRPOConfig(
             output_dir,
-            **{**PPO, "rollout_keep_ratios": [0.5, 0.25], "shared_budget": 0.5, "score": "logprob", **settings},
+            **{
+                **PPO,
+                "rollout_keep_ratios": [0.5, 0.25],
+                "shared_budget": 0.5,
+                "min_spread": 1e-4,
+                "score": "logprob",
+                **settings,
+            },
         )
         return TPRLGRPOTrainer(make_model(policy_budget=True), config, processor, dataset, dataset)
     priced = {"target_keep_ratio": 0.1, "score": "logprob", "kl_coef": 0.1}

@@ -27,6 +27,9 @@ class TPRLConfig(PreTrainedConfig):
             Default budget: the number of visual tokens kept of each sample.
         threshold (`float`, *optional*):
             Default budget: tokens with a larger keep probability are kept (eq. 16; the paper uses 0.55 to 0.74).
+        threshold_keep_ratio (`float`, *optional*):
+            The fraction that a threshold is to keep on average, for a policy that is told its budget. Set together
+            with `threshold` by [`~tprl_hf.training.calibrate_threshold`].
         min_keep (`int`, defaults to 1):
             At least so many tokens stay of a sample that has any.
         max_keep (`int`, *optional*):
@@ -72,6 +75,7 @@ class TPRLConfig(PreTrainedConfig):
     keep_ratio: float | int | None = None
     num_keep: int | None = None
     threshold: float | int | None = None
+    threshold_keep_ratio: float | int | None = None
     min_keep: int = 1
     max_keep: int | None = None
     position_ids: Literal["original", "contiguous"] = "original"

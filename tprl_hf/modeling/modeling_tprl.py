@@ -121,7 +121,8 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         """The pruner in use: that of `using`, else the policy."""
         if self._pruner is not None:
             return self._pruner
-        return LearnedPruner(self.policy, self.autoencoder, self.config.num_steps)
+        config = self.config
+        return LearnedPruner(self.policy, self.autoencoder, config.num_steps, config.threshold_keep_ratio)
 
     @contextmanager
     def using(self, pruner: TokenPruner) -> Iterator["TPRLForConditionalGeneration"]:

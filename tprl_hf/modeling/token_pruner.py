@@ -112,14 +112,24 @@ class LearnedPruner(TokenPruner):
     Args:
         policy ([`PruningPolicy`]), autoencoder ([`TokenAutoencoder`]): the trained networks.
         num_steps (`int`, defaults to 1): steps T; after step t of a budget rho, `rho ** ((t + 1) / T)` remain.
+        threshold_keep_ratio (`float`, *optional*): what a policy that is told its budget is told when there is a
+            threshold instead: the fraction that the threshold keeps on average.
         **budget: see [`TokenPruner`].
     """
 
-    def __init__(self, policy: PruningPolicy, autoencoder: TokenAutoencoder, num_steps: int = 1, **budget):
+    def __init__(
+        self,
+        policy: PruningPolicy,
+        autoencoder: TokenAutoencoder,
+        num_steps: int = 1,
+        threshold_keep_ratio: float | None = None,
+        **budget,
+    ):
         super().__init__(**budget)
         self.policy = policy
         self.autoencoder = autoencoder
         self.num_steps = num_steps
+        self.threshold_keep_ratio = threshold_keep_ratio
 
     def logits(self, inputs: PruningInputs, codes: Tensor, keep_mask: Tensor, step: int) -> Tensor:
         """Log-odds of keeping each token at `step`, given what is still kept: float32 `[B, N]`."""
@@ -136,10 +146,11 @@ class LearnedPruner(TokenPruner):
         codes = self.autoencoder.encode(inputs.tokens)
         num_visual, protected = inputs.valid.sum(1), inputs.layout.protected
         keep_mask, scores = inputs.valid, torch.zeros(inputs.valid.shape, device=codes.device)
-        share = num_visual.new_ones(num_visual.shape, dtype=torch.float)
         if budget.threshold is None:
-            share = keep_counts(num_visual, budget) / num_visual.clamp(min=1)
-            inputs = replace(inputs, keep_ratio=share.masked_fill(num_visual == 0, 1.0))
+            share = (keep_counts(num_visual, budget) / num_visual.clamp(min=1)).masked_fill(num_visual == 0, 1.0)
+        else:
+            share = torch.full(num_visual.shape, self.threshold_keep_ratio or 1.0, device=codes.device)
+        inputs = replace(inputs, keep_ratio=share)
         for step in range(self.num_steps):
             logits = self.logits(inputs, codes, keep_mask, step)
             scores = torch.where(keep_mask, step + logits.sigmoid(), scores)

@@ -33,7 +33,8 @@ def calibrate_threshold(
         dataset (`datasets.Dataset`): validation samples; not those that the result is measured on.
         keep_ratio (`float`): fraction of the visual tokens that is KEPT on average.
         batch_size (`int`, defaults to 64): samples at a time.
-        set_default (`bool`, defaults to `True`): let the model's config name this threshold as its budget.
+        set_default (`bool`, defaults to `True`): let the model's config name this threshold as its budget, and
+            `keep_ratio` as what it keeps.
 
     Returns:
         `float`: the threshold, in (0, 1).
@@ -53,10 +54,10 @@ def calibrate_threshold(
     low, high = -15.0, 15.0
     for _ in range(NUM_BISECTIONS):
         middle = (low + high) / 2
-        kept = mean_keep_ratio(model, batches, torch.tensor(middle).sigmoid().item())
+        kept = mean_keep_ratio(model, batches, torch.tensor(middle).sigmoid().item(), keep_ratio)
         low, high = (middle, high) if kept > keep_ratio else (low, middle)
     threshold = torch.tensor((low + high) / 2).sigmoid().item()
-    reached = mean_keep_ratio(model, batches, threshold)
+    reached = mean_keep_ratio(model, batches, threshold, keep_ratio)
     if abs(reached - keep_ratio) > 0.05:
         raise ValueError(
             f"No threshold keeps {keep_ratio:.3f} of the tokens: the nearest, {threshold:.4f}, keeps {reached:.3f}. "
@@ -64,14 +65,17 @@ def calibrate_threshold(
         )
     if set_default:
         model.config.keep_ratio, model.config.num_keep, model.config.threshold = None, None, threshold
+        model.config.threshold_keep_ratio = keep_ratio
     return threshold
 
 
-def mean_keep_ratio(model: TPRLForConditionalGeneration, batches: list[AnswerBatch], threshold: float) -> float:
-    """Kept tokens over all tokens, with `threshold`."""
+def mean_keep_ratio(
+    model: TPRLForConditionalGeneration, batches: list[AnswerBatch], threshold: float, told: float
+) -> float:
+    """Kept tokens over all tokens, with `threshold`, where the policy is told a budget of `told`."""
     config = model.config
     budget = Budget(threshold=threshold, min_keep=config.min_keep, max_keep=config.max_keep)
-    pruner = LearnedPruner(model.policy, model.autoencoder, config.num_steps)
+    pruner = LearnedPruner(model.policy, model.autoencoder, config.num_steps, told)
     kept = total = 0
     for batch in batches:
         keep_mask, _ = pruner.choose(batch.inputs, budget)

@@ -28,7 +28,7 @@ class TPRLPPOConfig(PolicyTrainingConfig):
             trained on the sets that a budget at inference asks for. Not in the paper. Wants `lambda_disc=1`.
         shared_budget (`float`, defaults to 0):
             Share of the buffers that meet one of `rollout_keep_ratios` on average only, so that questions compete for
-            tokens; the policy is not told the budget then. For policies that are used with a threshold.
+            tokens: for policies that are used with a threshold.
 
         > Reward
 
@@ -59,6 +59,10 @@ class TPRLPPOConfig(PolicyTrainingConfig):
             Discount and trace decay.
         whiten_advantages (`bool`, defaults to `True`):
             Standardise them over the buffer.
+        min_spread (`float`, defaults to 0):
+            Leave a question out of the updates when the returns of its rollouts have a smaller standard deviation:
+            what is right, or wrong, whatever is pruned teaches nothing, and its updates cost time. Wants
+            `num_rollouts >= 2`.
 
         > Updates
 
@@ -101,6 +105,7 @@ class TPRLPPOConfig(PolicyTrainingConfig):
     gamma: float = 0.99
     lam: float = 0.95
     whiten_advantages: bool = True
+    min_spread: float = 0.0
 
     num_ppo_epochs: int = 4
     num_mini_batches: int = 4
@@ -129,6 +134,8 @@ class TPRLPPOConfig(PolicyTrainingConfig):
                 raise ValueError(f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
         if self.advantages != "gae" and self.num_rollouts < 2:
             raise ValueError(f"advantages={self.advantages!r} compare rollouts: num_rollouts={self.num_rollouts} < 2.")
+        if self.min_spread > 0 and self.num_rollouts < 2:
+            raise ValueError(f"min_spread={self.min_spread} compares rollouts: num_rollouts={self.num_rollouts} < 2.")
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} has no meaning here: set "

@@ -78,7 +78,7 @@ class TPRLPPOTrainer(PolicyTrainer):
         self.price = 0.0
         self.batch: AnswerBatch
         self.rollouts: Rollouts | None = None
-        self.buffer: dict[str, Tensor] = {}  # advantages, returns, start_logits: [T, S] or [T, S, N]
+        self.buffer: dict[str, Tensor] = {}  # advantages, returns [T, S], start_logits [T, S, N], learned_from [S]
 
     # ---- which step does what ----
 
@@ -126,10 +126,9 @@ class TPRLPPOTrainer(PolicyTrainer):
         return ratios.expand(args.per_device_train_batch_size), shared
 
     def encode_questions(self, buffer: int) -> AnswerBatch:
-        """The questions of a buffer; the policy is told budgets that each must meet alone."""
+        """The questions of a buffer, with the budgets that the policy is told."""
         batch = self.encoder(self.questions(buffer))
-        keep_ratios, shared = self.keep_ratios(buffer)
-        return replace(batch, inputs=replace(batch.inputs, keep_ratio=None if shared else keep_ratios))
+        return replace(batch, inputs=replace(batch.inputs, keep_ratio=self.keep_ratios(buffer)[0]))
 
     # ---- the algorithm ----
 
@@ -140,10 +139,10 @@ class TPRLPPOTrainer(PolicyTrainer):
             self.collect(buffer)
         assert self.rollouts is not None
         epoch, part = divmod(update, self.args.num_mini_batches)
-        num_trajectories = len(self.rollouts.of)
+        learned_from = self.buffer["learned_from"].nonzero()[:, 0]
         generator = self.generator(1, buffer, epoch, self.args.process_index)
-        order = torch.randperm(num_trajectories, generator=generator).to(self.args.device)
-        mini_batch = order.chunk(self.args.num_mini_batches)[part]
+        order = learned_from[torch.randperm(len(learned_from), generator=generator).to(self.args.device)]
+        mini_batch = order.tensor_split(self.args.num_mini_batches)[part]
 
         loss = torch.zeros((), device=self.args.device)
         parts = mini_batch.split(self.args.micro_batch_size or len(mini_batch))
@@ -188,7 +187,7 @@ class TPRLPPOTrainer(PolicyTrainer):
             advantages = of_group(returns, args.num_rollouts) * exists
         if args.whiten_advantages:
             advantages = whiten(advantages, exists)
-        self.buffer = {"advantages": advantages, "returns": returns}
+        self.buffer = {"advantages": advantages, "returns": returns, "learned_from": self.learned_from(returns)}
         if args.kl_coef > 0:
             self.buffer["start_logits"] = self.start_logits(batch, rollouts)
 
@@ -232,6 +231,17 @@ class TPRLPPOTrainer(PolicyTrainer):
             self.note(objective__score_unpruned=flat[: len(batch)].mean())
         return by_step(flat), by_step(result.right)
 
+    def learned_from(self, returns: Tensor) -> Tensor:
+        """Trajectories that updates are made with, `bool [S]`; enough for every mini-batch to have one."""
+        args = self.args
+        if args.min_spread == 0:
+            return torch.ones_like(returns[0], dtype=torch.bool)
+        spread = returns[0].view(-1, args.num_rollouts).std(1)
+        enough = spread >= args.min_spread
+        enough[spread.topk(min(args.num_mini_batches, len(spread))).indices] = True
+        self.note(objective__questions_learned_from=enough.float().mean())
+        return enough.repeat_interleave(args.num_rollouts)
+
     @torch.no_grad()
     def start_logits(self, batch: AnswerBatch, rollouts: Rollouts) -> Tensor:
         """Logits `[T, S, N]` of the policy that training started with."""
@@ -244,7 +254,7 @@ class TPRLPPOTrainer(PolicyTrainer):
         args = self.args
         assert self.rollouts is not None
         rollouts = self.rollouts.take(index)
-        buffer = {name: value[:, index] for name, value in self.buffer.items()}
+        buffer = {name: value[:, index] for name, value in self.buffer.items() if name != "learned_from"}
         exists, asked = rollouts.exists, rollouts.asked
         output = networks(self.batch.inputs, rollouts.of, rollouts.keep_masks[:-1])
 
