@@ -21,7 +21,11 @@ def test_the_published_numbers_stand_in_the_tables(capsys):
     macs = [float(rows[f"{kept} of 576"][3]) for kept in (576, 192, 128, 64)]
     assert macs == pytest.approx([3.817, 1.253, 0.833, 0.416], abs=0.001)
     first = {row[0]: row for row in table_under(out, "kept")}
-    assert first["192 of 576"][-1] == "100.7" and first["576 of 576"][6] == "-"
+    row = dict(zip(first["kept"], first["192 of 576"], strict=True))
+    assert row["visual KV MB"] == "100.7" and first["576 of 576"][6] == "-"
+    # FastV's score in the policy's place
+    assert float(row["pruner G"]) * 50 < float(row["early layers G"]) < float(row["prefill G"]) / 10
+    assert row["less"] == "-52.5 %" and row["less with them"] == "-48.5 %"
     assert "nothing was run" in out and "Command: tprl flops llava-1.5-7b --keep 192,128,64" in out
 
 

@@ -116,7 +116,8 @@ def count(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def measured_table(found: dict[str, Any]) -> list[list[str]]:
     """Header and rows of the parts of the "measured" convention, in 10^9 operations."""
-    table = [["kept", "vision G", "pruner G", "prefill G", "decode G", "total G", "less", "KV MB", "visual KV MB"]]
+    header = "kept,vision G,pruner G,prefill G,decode G,total G,less,KV MB,visual KV MB,early layers G,less with them"
+    table = [header.split(",")]
     base = None
     for row in found["rows"]:
         parts = [row[name] for name in ("vision", "pruner", "prefill", "decode")]
@@ -127,6 +128,8 @@ def measured_table(found: dict[str, Any]) -> list[list[str]]:
                 *(f"{part / 1e9:.4g}" for part in [*parts, sum(parts)]),
                 less(sum(parts), base),
                 *(f"{row[name] / 1e6:.4g}" for name in ("kv_bytes", "visual_kv_bytes")),
+                f"{row['early_layers'] / 1e9:.4g}",
+                less(sum(parts) - row["pruner"] + row["early_layers"], base),
             ]
         )
     return table
@@ -164,6 +167,8 @@ def notes(found: dict[str, Any]) -> list[str]:
         f"{found['new_tokens']} new; computed from the config, nothing was run.",
         "First table: floating point operations (twice the multiply-accumulates), the whole tower, the TPRL policy "
         "with its encoder, the LLM with one row of logits; KV cache after the prompt, two bytes a value.",
+        "early layers: what FastV or SparseVLM costs in the pruner's place, the LLM on all tokens until the attention "
+        "of its layer 2; less with them: the total then.",
         "Second table: paper = 2 P (N + L) with P parameters of the LLM; visual-macs = multiply-accumulates 4nd^2 + "
         "2n^2d + 3ndm a layer, visual tokens alone; two-matrix-macs = the same with 2ndm, all tokens; measured = the "
         "total of the first table.",

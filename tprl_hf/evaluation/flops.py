@@ -59,6 +59,13 @@ class LLMShape:
         layers = self.num_layers * (2 * num_tokens * self.layer_weights + attention)
         return layers + 2 * self.width * self.vocab_size
 
+    def early_attention(self, num_tokens: int, layer: int = 2) -> int:
+        """Operations until the attention of a layer, counted from 1, is there: what FastV and SparseVLM pay."""
+        projections = 2 * self.width * self.head_dim * (self.num_heads + self.num_kv_heads)
+        attention = 4 * num_tokens**2 * self.num_heads * self.head_dim
+        whole = (layer - 1) * (2 * num_tokens * self.layer_weights + attention)
+        return whole + 2 * num_tokens * projections + attention
+
     def decode(self, num_tokens: int, new_tokens: int) -> int:
         """Operations for the new tokens after the first, behind `num_tokens` tokens in the cache."""
         total = 0
@@ -163,12 +170,14 @@ class Cost:
     Operations of one prompt by the "measured" convention.
 
     Args:
-        vision, pruner, prefill, decode (`int`): its parts.
+        vision, pruner, prefill, decode (`int`): its parts; the pruner is the TPRL policy.
+        early_layers (`int`): what a pruner that reads the LLM's attention in layer 2 costs in the policy's place.
         kv_bytes, visual_kv_bytes (`int`): KV cache after the prompt in two-byte values, of all and of visual tokens.
     """
 
     vision: int
     pruner: int
+    early_layers: int
     prefill: int
     decode: int
     kv_bytes: int
@@ -186,7 +195,7 @@ def cost_of(shape: ModelShape, num_kept: int, text_tokens: int, new_tokens: int 
     Args:
         shape ([`ModelShape`]): the model.
         num_kept (`int`): visual tokens kept; all of them is unpruned, and costs no pruner.
-        text_tokens (`int`): all other tokens of the prompt; the policy is counted as if all were the question.
+        text_tokens (`int`): all other tokens of the prompt; pruners are counted as if all were the question.
         new_tokens (`int`, *optional*, defaults to 1): answer tokens; the first one comes out of the prefill.
 
     Raises:
@@ -195,9 +204,11 @@ def cost_of(shape: ModelShape, num_kept: int, text_tokens: int, new_tokens: int 
     if not 0 <= num_kept <= shape.num_visual:
         raise ValueError(f"Cannot keep {num_kept} of {shape.num_visual} visual tokens.")
     length = num_kept + text_tokens
+    prunes = num_kept < shape.num_visual
     return Cost(
         vision=shape.num_tiles * shape.tower.flops(),
-        pruner=shape.policy.flops(shape.num_visual, text_tokens) if num_kept < shape.num_visual else 0,
+        pruner=shape.policy.flops(shape.num_visual, text_tokens) if prunes else 0,
+        early_layers=shape.llm.early_attention(shape.num_visual + text_tokens) if prunes else 0,
         prefill=shape.llm.prefill(length),
         decode=shape.llm.decode(length, new_tokens),
         kv_bytes=shape.llm.kv_bytes(length),
@@ -256,7 +267,8 @@ def tower_shape(config: Any, image_size: int = 672) -> TowerShape:
     Sizes of the vision tower and projector of an LVLM's config.
 
     Args:
-        config (`PreTrainedConfig`): of a LLaVA, LLaVA-NeXT, PaliGemma, InternVL, Qwen2-VL or Qwen2.5-VL.
+        config (`PreTrainedConfig`): of a LLaVA, LLaVA-NeXT, PaliGemma, Gemma 3, InternVL, Idefics3, SmolVLM, Qwen2-VL,
+            Qwen2.5-VL or Qwen3-VL.
         image_size (`int`, *optional*, defaults to 672): side of the square image, for towers that take any size.
 
     Raises:
@@ -265,20 +277,25 @@ def tower_shape(config: Any, image_size: int = 672) -> TowerShape:
     vision: Mapping[str, Any] = config.vision_config.to_dict()
     out = config.get_text_config().hidden_size
     family = config.model_type
-    if family in ("qwen2_vl", "qwen2_5_vl"):
-        return _qwen_tower(vision, image_size, gated=family == "qwen2_5_vl", out=out)
+    if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        return _qwen_tower(vision, image_size, family, out)
     width, patch = vision["hidden_size"], _side(vision["patch_size"])
     patches = (_side(vision["image_size"]) // patch) ** 2
+    # tokens that one token is made of, in the families that join neighbours
+    joined = config.to_dict().get("scale_factor", 1) ** 2
     projectors: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
         "llava": (patches, ((width, out), (out, out))),
         "llava_next": (patches, ((width, out), (out, out))),
         "paligemma": (patches, ((width, out),)),
+        "gemma3": (config.to_dict().get("mm_tokens_per_image", 0), ((width, out),)),
+        "idefics3": (patches // joined, ((joined * width, out),)),
+        "smolvlm": (patches // joined, ((joined * width, out),)),
         "internvl": (patches // 4, ((4 * width, out), (out, out))),
     }
     if family not in projectors:
         raise ValueError(
-            f"The cost of {family!r} is not counted from its config; those of {', '.join(projectors)}, qwen2_vl and "
-            "qwen2_5_vl are."
+            f"The cost of {family!r} is not counted from its config; those of {', '.join(projectors)}, qwen2_vl, "
+            "qwen2_5_vl and qwen3_vl are."
         )
     tokens, projector = projectors[family]
     return TowerShape(
@@ -293,20 +310,23 @@ def tower_shape(config: Any, image_size: int = 672) -> TowerShape:
     )
 
 
-def _qwen_tower(vision: Mapping[str, Any], image_size: int, gated: bool, out: int) -> TowerShape:
-    width = vision["hidden_size"] if gated else vision["embed_dim"]
+def _qwen_tower(vision: Mapping[str, Any], image_size: int, family: str, out: int) -> TowerShape:
+    gated = family == "qwen2_5_vl"
+    width = vision["embed_dim"] if family == "qwen2_vl" else vision["hidden_size"]
     merge = vision["spatial_merge_size"]
     cell = vision["patch_size"] * merge
     tokens = (image_size // cell) ** 2
     channels = vision.get("in_channels", 3)
+    merger = ((merge**2 * width, merge**2 * width), (merge**2 * width, out))
     return TowerShape(
         width=width,
-        intermediate=vision["intermediate_size"] if gated else int(width * vision["mlp_ratio"]),
+        intermediate=int(width * vision["mlp_ratio"]) if family == "qwen2_vl" else vision["intermediate_size"],
         num_layers=vision["depth"],
         num_patches=tokens * merge**2,
         patch_values=channels * vision["temporal_patch_size"] * vision["patch_size"] ** 2,
         num_tokens=tokens,
-        projector=((merge**2 * width, merge**2 * width), (merge**2 * width, out)),
+        # Qwen3-VL hands rows of some layers on to the LLM's, each through a merger of its own
+        projector=merger * (1 + len(vision.get("deepstack_visual_indexes", ()))),
         mlp_matrices=3 if gated else 2,
         num_windowed=vision["depth"] - len(vision["fullatt_block_indexes"]) if gated else 0,
         window=(vision["window_size"] // cell) ** 2 * merge**2 if gated else 0,
