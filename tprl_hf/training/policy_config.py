@@ -1,5 +1,6 @@
 """What all training configs have in common."""
 
+import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -22,8 +23,12 @@ class PrunerTrainingConfig(TrainingArguments):
         logging_steps (`float`, defaults to 10), save_total_limit (`int`, defaults to 2),
         remove_unused_columns (`bool`, defaults to `False`), report_to (`str`, defaults to `"none"`),
         dataloader_pin_memory (`bool`, defaults to `False`),
-        ddp_find_unused_parameters (`bool`, defaults to `True`):
-            Other defaults than in `TrainingArguments`.
+        ddp_find_unused_parameters (`bool`, defaults to `True`), hub_strategy (`str`, defaults to `"end"`):
+            Other defaults than in `TrainingArguments`. With another `hub_strategy` transformers itself pushes each
+            checkpoint too, with its pickles and without our code and card.
+
+    Raises:
+        `ValueError`: under FSDP or DeepSpeed.
     """
 
     feature_cache_mb: int = field(default=1024, metadata={"help": "Room for visual features, in MiB."})
@@ -34,7 +39,17 @@ class PrunerTrainingConfig(TrainingArguments):
     remove_unused_columns: bool = False
     report_to: str | list[str] = "none"
     dataloader_pin_memory: bool = False  # batches are rows, not tensors
+    hub_strategy: str = "end"
     ddp_find_unused_parameters: bool | None = True  # a policy without questions leaves query_proj alone
+
+    def __post_init__(self):
+        for kind, setting in {"FSDP": self.fsdp, "DEEPSPEED": self.deepspeed}.items():
+            if setting or os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":  # of its launcher
+                raise ValueError(
+                    f"Rollouts need the networks whole in each process, and {kind} shares weights out: start with "
+                    "torchrun, or with recipes/accelerate/ddp.yaml."
+                )
+        super().__post_init__()
 
 
 @dataclass
