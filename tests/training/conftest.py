@@ -29,8 +29,7 @@ def processor():
     return make_processor()
 
 
-@pytest.fixture(scope="session")
-def dataset() -> Dataset:
+def make_dataset() -> Dataset:
     """Eight questions about four images of noise, with answers of one to three words."""
     rng = np.random.default_rng(0)
     pixels = [rng.integers(0, 255, (24, 24, 3), dtype=np.uint8) for _ in range(4)]
@@ -47,6 +46,11 @@ def dataset() -> Dataset:
         for i in range(8)
     ]
     return Dataset.from_list(rows, features=SAMPLE_FEATURES)
+
+
+@pytest.fixture(scope="session")
+def dataset() -> Dataset:
+    return make_dataset()
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import tprl_hf
 
-from . import benchmark, demo, evaluate, flops, generate, serve, train
+from . import benchmark, demo, evaluate, flops, generate, push, serve, train
 
 # Each has NAME, HELP, add_arguments(parser) and run(arguments) -> exit code, and imports torch only in `run`.
-COMMANDS = (demo, generate, evaluate, flops, benchmark, train, serve)
+COMMANDS = (demo, generate, evaluate, flops, benchmark, train, push, serve)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -21,11 +21,11 @@ from .publishing_tprl import (
     base_licence,
     card_metadata,
     card_on_hub,
+    full_card,
     is_hub_name,
     pinned_revision,
     prepare_repo,
     set_code,
-    short_card,
     update_card,
 )
 
@@ -320,7 +320,7 @@ class TPRLPreTrainedModel(PreTrainedModel):
                 config = copy.copy(self.config)
                 config.includes_base_model = save_base_model
                 repo_id = prepare_repo(api, repo_id, private, revision)
-                card = short_card(repo_id, card_metadata(config, base_licence(api, config), tags))
+                card = full_card(card_metadata(config, base_licence(api, config), tags), repo_id=repo_id)
                 card = update_card(card_on_hub(api, repo_id, revision), card, replace=False)
                 (folder / "README.md").write_text(card, encoding="utf-8")
                 return api.upload_folder(

@@ -23,8 +23,7 @@ TAGS = ("tprl", "visual-token-pruning")
 BEGIN, END = "<!-- tprl_hf: written anew at each push, up to the closing mark -->", "<!-- /tprl_hf -->"
 WEIGHT_PATTERNS = ("model*.safetensors", "model*.safetensors.index.json")
 
-SHORT_CARD = """
-{begin}
+SHORT_CARD = """\
 # {title}
 
 A policy that prunes the visual tokens of a vision-language model before its LLM, with
@@ -38,7 +37,6 @@ processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
 ```
 
 With `import tprl_hf` before, `trust_remote_code` is not needed.
-{end}
 """
 
 
@@ -115,11 +113,11 @@ def card_metadata(config: TPRLConfig, licence: dict[str, str], tags: list[str] |
     return metadata
 
 
-def short_card(repo_id: str, metadata: dict[str, Any]) -> str:
-    """A card that says how to load, as Markdown with its header."""
+def full_card(metadata: dict[str, Any], body: str | None = None, repo_id: str = "") -> str:
+    """A card with its header and our marks around its text; without one, it says how to load `repo_id`."""
     header = ModelCardData(**metadata).to_yaml()
-    body = SHORT_CARD.format(begin=BEGIN, end=END, title=repo_id.split("/")[-1], repo_id=repo_id)
-    return f"---\n{header}\n---\n{body}"
+    body = SHORT_CARD.format(title=repo_id.split("/")[-1], repo_id=repo_id) if body is None else body
+    return f"---\n{header}\n---\n\n{BEGIN}\n{body.strip()}\n{END}\n"
 
 
 def update_card(existing: str | None, new: str, replace: bool = True) -> str:
@@ -151,6 +149,8 @@ def update_card(existing: str | None, new: str, replace: bool = True) -> str:
         text = f"{text.rstrip()}\n\n{block}\n"
     elif replace:
         text = text[:start] + block + text[end + len(END) :]
+        if "model-index" not in ours:  # these numbers went with the text that is replaced
+            merged.pop("model-index", None)
     header = ModelCardData(**merged, ignore_metadata_errors=True).to_yaml()
     return f"---\n{header}\n---\n{text if text.startswith(chr(10)) else chr(10) + text}"
 

@@ -1,5 +1,6 @@
 """What all our trainers have in common: the frozen LVLM stays outside, directories hold the policy, NaN stops."""
 
+import functools
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import get_last_checkpoint
@@ -14,11 +16,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from tprl_hf.modeling.keep_mask import Budget
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.pruning_policy import PolicyOutput
+from tprl_hf.modeling.publishing_tprl import is_hub_name
 from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs
 
 from .answer_batches import SampleEncoder, undecoded
 from .answer_scores import score_answers
 from .policy_config import PolicyTrainingConfig, PrunerTrainingConfig
+from .publishing import changed_settings, publish
 from .rollouts import policy_on_trajectories
 
 STATE_FILE = "pruner_trainer_{rank}.pt"
@@ -95,6 +99,11 @@ class PrunerTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
+        if args.push_to_hub and not args.save_base_model and not is_hub_name(model.config.base_model_name_or_path):
+            raise ValueError(
+                f"push_to_hub=True with the base model {model.config.base_model_name_or_path!r}, which others cannot "
+                "load: set model.config.base_model_name_or_path to its name on the Hub, or pass save_base_model=True."
+            )
         model.lvlm.requires_grad_(False)
         model.eval()
         model.to(args.device)
@@ -222,6 +231,49 @@ class PrunerTrainer(Trainer):
             torch.save(self.saved_state(), Path(directory) / STATE_FILE.format(rank=self.args.process_index))
         elif self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **facts: Any,
+    ) -> Any:
+        r"""
+        Publishes model, processor, code and card, and nothing else of `output_dir`.
+
+        Args:
+            commit_message, blocking, token, revision, private: as in [`~transformers.Trainer.push_to_hub`].
+            facts: what the card is to say besides the settings: `results`, `latency`, `flops`, see [`publish`].
+
+        Returns:
+            `CommitInfo`, or a `Future` of it if not `blocking`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        if self.args.should_save:
+            self.tprl_model.save_pretrained(self.args.output_dir, save_base_model=self.args.save_base_model)
+            self.processing_class.save_pretrained(self.args.output_dir)
+        if not self.is_world_process_zero():
+            return None
+        logs = [
+            {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+            for entry in self.state.log_history
+        ]
+        measured = [entry for entry in logs if entry]
+        stage = {
+            "stage": self._name,
+            "settings": changed_settings(self.args),
+            "metrics": measured[-1] if measured else {},
+        }
+        facts = {"stages": [stage], "tags": self._tag_names, **facts}
+        facts.update(token=token, revision=revision, private=private, commit_message=commit_message)
+        call = functools.partial(publish, self.args.output_dir, self.hub_model_id, **facts)
+        return call() if blocking else HfApi(token=token).run_as_future(call)
 
 
 class PolicyTrainer(PrunerTrainer):

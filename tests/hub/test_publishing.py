@@ -1,0 +1,254 @@
+"""Trained policies and demonstrations on their way out: trainers, `tprl push`, cards, datasets."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import HfApi
+
+from tests.tiny_models import build
+from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
+from tprl_hf.cli.main import main
+from tprl_hf.model_cards import policy_card
+from tprl_hf.training.publishing import files_to_publish, recorded_stages
+
+MODELING = Path(__file__).parents[2] / "tprl_hf" / "modeling"
+CODE = {path.name for path in MODELING.glob("*.py")} - {"__init__.py"}
+
+TRAIN = """
+import json
+import sys
+from pathlib import Path
+import torch
+from huggingface_hub import HfApi, ModelCard
+from tests.cli.conftest import make_processor
+from tests.tiny_models import build
+from tests.training.conftest import POLICY, make_dataset
+from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.pruners import UniformPruner
+from tprl_hf.training import AutoencoderConfig, AutoencoderTrainer, LfDConfig, LfDTrainer
+from tprl_hf.cli.main import main
+from tprl_hf.training import TPRLPPOConfig, TPRLPPOTrainer, generate_demonstrations
+from tprl_hf.training.publishing import push_demonstrations
+
+folder = Path(sys.argv[1])
+processor, dataset = make_processor(), make_dataset()
+base = build("llava")
+base.generation_config.eos_token_id = 2
+base.push_to_hub("me/trained-base")
+processor.push_to_hub("me/trained-base")
+ModelCard("---\\nlicense: llama2\\n---\\nBase.\\n").push_to_hub("me/trained-base")
+model = TPRLForConditionalGeneration.from_base_model("me/trained-base", **POLICY)
+common = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "save_strategy": "no"}
+
+trainer = AutoencoderTrainer(
+    model,
+    AutoencoderConfig(str(folder / "autoencoder"), push_to_hub=True, hub_private_repo=True, **common),
+    processor, dataset, dataset,
+)
+trainer.train()
+trainer.evaluate()
+trainer.save_model()  # publishes
+
+demonstrations = generate_demonstrations(UniformPruner(), model, processor, dataset, output_dir=str(folder / "shown"))
+facts = {"teacher": "<b>uniform</b>", "base_model": "me/trained-base", "licence": "mit"}
+push_demonstrations(folder / "shown", "me/shown", **facts)
+
+trainer = LfDTrainer(model, LfDConfig(str(folder / "lfd"), keep_ratio=0.5, **common), processor, demonstrations)
+trainer.train()
+trainer.push_to_hub(commit_message="by hand")
+
+config = TPRLPPOConfig(str(folder / "ppo"), num_mini_batches=1, num_ppo_epochs=1, num_steps=1, **common)
+trainer = TPRLPPOTrainer(model, config, processor, dataset)
+trainer.train()
+trainer.save_model()
+(folder / "ppo" / "notes.bin").write_bytes(b"not to be published")
+
+# a path cannot be published: said before anything is trained
+model.config.base_model_name_or_path = str(folder)
+try:
+    LfDTrainer(model, LfDConfig(str(folder / "no"), push_to_hub=True, **common), processor, demonstrations)
+except ValueError as error:
+    assert "save_base_model=True" in str(error) and str(folder) in str(error)
+else:
+    raise AssertionError("a path was taken for a name")
+
+results, bench = str(folder / "results.json"), f"{folder / 'results.json'}=bench/easy:test"
+push = ["push", str(folder / "ppo"), "me/by-command"]
+assert main([*push, "--results", results, "--benchmark", bench, "--private"]) == 0
+# the card is somebody's now, and the checkpoint is pushed again
+card = ModelCard.load("me/by-command")
+card.text = "\\nMy own words, before.\\n" + card.text + "\\nMy own words, after.\\n"
+card.text = card.text.replace("## Limits", "## Overwritten")
+card.data.license, card.data.language = "apache-2.0", "en"
+card.push_to_hub("me/by-command")
+assert main([*push, "--results", results]) == 0
+assert main([*push, "--revision", "later", "--message", "again"]) == 0
+"""
+
+
+def estimate(value):
+    return {"value": value, "low": value - 0.1, "high": value + 0.1, "count": 8}
+
+
+def row(pruner, budget, kept, value):
+    return {
+        **{"pruner": pruner, "budget": budget, "mean_kept": kept, "min_kept": kept, "max_kept": kept},
+        **{"mean_visual": 16.0, "accuracy": estimate(value), "difference": estimate(value - 0.5), "by_type": {}},
+    }
+
+
+RESULTS = {
+    "command": "tprl evaluate /data/runs/ppo --data easy-vqa",
+    "device": "cpu, float32, 1 threads",
+    "versions": {"torch": "2.13.0"},
+    "data": "easy|<script>alert(1)</script>\nlicense: mit",
+    **{"split": "test", "seed": 7, "num_samples": 8, "metric": "exact", "weights": "0123456789abcdef"},
+    "rows": [row("none", "1", 16.0, 0.5), row("random", "1/2", 8.0, 0.25), row("learned", "1/2", 8.0, 0.4375)],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "results.json").write_text(json.dumps(RESULTS))
+    out = run(TRAIN, folder)
+    print(out)
+    return folder
+
+
+PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+CHECKPOINT = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_what_trainers_and_the_command_push(hub, folder):
+    """Weights, config, processor, code and card: no pickle, no state of training, nothing that lay there by chance."""
+    for name in ("autoencoder", "lfd", "by-command"):
+        extra = {".eval_results/bench-easy-test.yaml"} if name == "by-command" else set()
+        assert set(hub.files(f"me/{name}")) == CODE | PROCESSOR | CHECKPOINT | extra
+    assert hub.repo("me/autoencoder").private and hub.repo("me/by-command").private
+    assert hub.repo("me/lfd").messages[1:] == ["by hand"]
+    assert hub.repo("me/by-command").messages[-1] == "again"
+    assert "model-index" not in hub.files("me/by-command", revision="later")["README.md"].decode()
+    assert str(folder) not in "".join(map(str, hub.files("me/by-command").values()))
+
+
+def test_a_card_that_is_there_is_brought_up_to_date(hub, folder):
+    card = hub.files("me/by-command")["README.md"].decode()
+    header, before, ours, after = re.fullmatch(
+        r"---\n(.*?)\n---\n(.*)<!-- tprl_hf.*?-->\n(.*)<!-- /tprl_hf -->(.*)", card, re.S
+    ).groups()
+    assert before.strip() == "My own words, before." and after.strip() == "My own words, after."
+    assert "## Limits" in ours and "## Overwritten" not in ours
+    metadata = yaml.safe_load(header)
+    assert metadata["license"] == "apache-2.0" and metadata["language"] == "en"  # the user's
+    assert metadata["base_model"] == "me/trained-base" and metadata["base_model_relation"] == "adapter"
+    assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "image-text-to-text"
+
+
+def test_results_on_the_card(hub, folder):
+    """What `tprl evaluate` wrote, in the table, the model index and the leaderboard's file, and escaped."""
+    files = hub.files("me/by-command")
+    card = files["README.md"].decode()
+    assert "| learned (this policy) | 1/2 | 8.0 of 16.0 | 43.8 [33.8, 53.8] | -6.2 [-16.2, +3.8] |" in card
+    assert "| random | 1/2 | 8.0 of 16.0 | 25.0 [15.0, 35.0] |" in card and "| none | 1 |" in card
+    assert "`tprl evaluate ppo --data easy-vqa`" in card  # the command, without the machine's directories
+    metadata, text = yaml.safe_load(card.split("---\n")[1]), card.split("---\n", 2)[2]
+    assert metadata["model-index"][0]["results"][0]["metrics"][1]["value"] == 0.4375
+    assert metadata["license"] != "mit" and "<script>" not in text
+    assert "easy&#124;&lt;script&gt;alert(1)&lt;/script&gt; license: mit, split test" in text
+    (entry,) = yaml.safe_load(files[".eval_results/bench-easy-test.yaml"])
+    assert entry == {
+        "dataset": {"id": "bench/easy", "task_id": "test"},
+        "value": 43.75,
+        "notes": "1/2 of the visual tokens kept; 8 questions",
+    }
+
+
+def test_what_the_cards_say_runs_as_it_is(hub, run, folder):
+    """In a process without the package; the dataset's card, too."""
+    pages = [hub.files("me/by-command")["README.md"], hub.files("me/shown", "datasets")["README.md"]]
+    blocks = [block for page in pages for block in re.findall(r"^```python\n(.*?)^```", page.decode(), re.M | re.S)]
+    assert len(blocks) == 2
+    printed = run("\n".join(blocks), installed=False)
+    assert "8 of 16 visual tokens kept" in printed and "[12, 8]" in printed
+
+
+def test_the_card_of_demonstrations(hub, folder):
+    card = hub.files("me/shown", "datasets")["README.md"].decode()
+    assert "| rows | 8 |" in card and "| left after each step, 8 rows | 75.0 %, 50.0 % |" in card
+    assert "&lt;b&gt;uniform&lt;/b&gt;" in card and "<b>" not in card
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert metadata["license"] == "mit" and metadata["dataset_info"]["splits"][0]["num_examples"] == 8
+
+
+def test_stages_of_a_recipe_are_on_the_card(tmp_path):
+    for stage, seconds in (("autoencoder", 60.0), ("demonstrations", 120.0), ("lfd", 180.0), ("ppo", 240.0)):
+        (tmp_path / stage).mkdir()
+        settings = {stage: {"learning_rate": 1e-3}, "data": {"train": {"source": "/data/secret/train.jsonl"}}}
+        (tmp_path / stage / "settings.json").write_text(json.dumps(settings))
+        done = {"stage": stage, "seconds": seconds, "metrics": {"accuracy@0.333": 81.5}, "log_history": []}
+        (tmp_path / stage / "training.json").write_text(json.dumps(done))
+    assert [stage["stage"] for stage in recorded_stages(tmp_path / "lfd")] == ["autoencoder", "demonstrations", "lfd"]
+    assert recorded_stages(tmp_path) == []
+    config = {"includes_base_model": True, "keep_ratio": 1 / 3}
+    card = policy_card("me/name", config, stages=recorded_stages(tmp_path / "ppo"))
+    assert '- **ppo** (4 minutes): `learning_rate=0.001, data={"source": "train.jsonl"}`' in card
+    assert card.count("minutes") == 4 and "secret" not in card and "accuracy@0.333=81.5" in card
+
+
+def test_time_and_operations_on_the_card():
+    times = {"prefill pruned": {"median": 12.3456, "low": 12.0, "high": 13.0}}
+    latency = {"num_keep": 5, "num_visual": 16, "pruner": "learned", "batch": 1, "new_tokens": 4, "device": "cpu"}
+    latency |= {"rounds": 7, "milliseconds": times, "command": "tprl benchmark"}
+    rows = [{"num_kept": 16, "conventions": {"paper": 2e9}}, {"num_kept": 5, "conventions": {"paper": 1.25e9}}]
+    flops = {"num_visual": 16, "text_tokens": 133, "new_tokens": 1, "rows": rows, "command": "tprl flops"}
+    config = {"includes_base_model": True, "num_keep": 5}
+    card = policy_card("me/name", config, latency=latency, flops=flops)
+    assert "| prefill pruned | 12.35 [12, 13] |" in card
+    assert "| visual tokens kept | `paper` |\n|---|---|\n| 16 | 2 |\n| 5 | 1.25 |\n" in card
+
+
+def test_results_without_baselines_are_refused():
+    rows = [one for one in RESULTS["rows"] if one["pruner"] != "random"]
+    with pytest.raises(ValueError, match=r"none and random.*\['learned', 'none'\]"):
+        policy_card("me/name", {"includes_base_model": True}, [{**RESULTS, "rows": rows}])
+    with pytest.raises(ValueError, match="device, versions"):
+        policy_card("me/name", {"includes_base_model": True}, [{"command": "", "rows": rows}])
+
+
+def test_a_merged_checkpoint_takes_no_path_along(tmp_path):
+    """Sharded, made from a directory of this machine."""
+    model = TPRLForConditionalGeneration.from_base_model(build("llava"), latent_dim=8)
+    model.config.base_model_name_or_path = str(tmp_path)
+    model.lvlm.config._name_or_path = str(tmp_path)
+    model.save_pretrained(tmp_path / "merged", save_base_model=True, max_shard_size="40KB")
+    (tmp_path / "merged" / "credentials.json").write_text("{}")
+    files = files_to_publish(tmp_path / "merged", "me/merged", HfApi())
+    shards = {name for name in files if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
+    assert len(shards) > 2
+    others = {"README.md", "config.json", "generation_config.json", "model.safetensors.index.json"}
+    assert set(files) == CODE | shards | others
+    written = b"".join(content for content in files.values() if isinstance(content, bytes))
+    assert str(tmp_path).encode() not in written and b"base_model_relation" not in written
+
+
+def test_what_cannot_be_pushed(tmp_path, capsys):
+    model = TPRLForConditionalGeneration.from_base_model(build("llava"), latent_dim=8)
+    model.config.base_model_name_or_path = "some/where"
+    model.save_pretrained(tmp_path / "policy")
+    config = TPRLConfig.from_pretrained(tmp_path / "policy")
+    config.base_model_name_or_path = str(tmp_path)
+    config.save_pretrained(tmp_path / "policy")
+    (tmp_path / "empty").mkdir()
+    build("llava").save_pretrained(tmp_path / "base")
+    for folder, words in (
+        ("missing", "no directory"),
+        ("empty", "no config.json"),
+        ("base", "'llava', no TPRL checkpoint"),
+        ("policy", "others cannot load"),
+    ):
+        assert main(["push", str(tmp_path / folder), "me/name", "--dry-run"]) == 2
+        assert words in capsys.readouterr().err

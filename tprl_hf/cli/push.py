@@ -1,0 +1,106 @@
+"""Publish a trained policy, or demonstrations, on the Hub: weights, config, processor, our code and a card made of
+what was measured. The directory stays as it is, and what others wrote on the card stays too."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+NAME = "push"
+HELP = "publish a checkpoint or demonstrations on the Hub"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="a checkpoint, or demonstrations, as `tprl train` left them")
+    parser.add_argument("repo", metavar="REPO", help="NAME or USER/NAME; made when missing")
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="results.json of `tprl evaluate`, for the card's tables",
+    )
+    parser.add_argument("--latency", metavar="FILE", help="what `tprl benchmark --json` printed")
+    parser.add_argument("--flops", metavar="FILE", help="what `tprl flops --json` printed")
+    parser.add_argument(
+        "--benchmark",
+        nargs="+",
+        default=[],
+        type=benchmark,
+        metavar="FILE=DATASET:TASK",
+        help="results of a benchmark that is on the Hub, by its dataset and task there: for its leaderboard, too",
+    )
+    parser.add_argument("--base-model", metavar="NAME", help="the base model's name on the Hub, where a path is noted")
+    parser.add_argument("--license", metavar="NAME", help="default: that of the base model's card")
+    parser.add_argument("--private", action="store_true", default=None, help="if the repository is made")
+    parser.add_argument("--revision", metavar="BRANCH", help="default: main")
+    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+    parser.add_argument("--dry-run", action="store_true", help="list the files and print the card; push nothing")
+
+
+def benchmark(text: str) -> tuple[str, str, str]:
+    """File, dataset and task of `FILE=DATASET:TASK`."""
+    path, _, name = text.rpartition("=")
+    dataset, _, task = name.rpartition(":")
+    if not path or "/" not in dataset or not task:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FILE=OWNER/DATASET:TASK")
+    return path, dataset, task
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from tprl_hf.training.publishing import publish, push_demonstrations
+
+    options = {
+        "private": arguments.private,
+        "revision": arguments.revision,
+        "commit_message": arguments.message,
+        "licence": arguments.license,
+    }
+    directory = Path(arguments.directory)
+    if not directory.is_dir():
+        raise OSError(f"There is no directory {directory}.")
+    if any((directory / name).exists() for name in ("dataset/state.json", "state.json")):
+        if arguments.dry_run:
+            raise ValueError("--dry-run is for checkpoints; demonstrations are pushed at once.")
+        commit = push_demonstrations(directory, arguments.repo, base_model=arguments.base_model, **options)
+    else:
+        paths = [*arguments.results, *(path for path, _, _ in arguments.benchmark)]
+        facts = {
+            "results": [read(path) for path in paths],
+            "benchmarks": {
+                len(arguments.results) + number: (dataset, task)
+                for number, (_, dataset, task) in enumerate(arguments.benchmark)
+            },
+            "latency": read(arguments.latency) if arguments.latency else None,
+            "flops": read(arguments.flops) if arguments.flops else None,
+            "base_model": arguments.base_model,
+        }
+        if arguments.dry_run:
+            return show(directory, arguments.repo, {**facts, "licence": arguments.license})
+        commit = publish(directory, arguments.repo, **facts, **options)
+    print(commit.commit_url)
+    return 0
+
+
+def read(path: str) -> dict[str, Any]:
+    """A file of JSON. Raises `ValueError` where it is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} holds no JSON: {error}.") from error
+
+
+def show(directory: Path, repo: str, facts: dict[str, Any]) -> int:
+    """Prints what `publish` would push to a repository that is new."""
+    from huggingface_hub import HfApi
+
+    from tprl_hf.training.publishing import files_to_publish
+
+    files = files_to_publish(directory, repo, HfApi(), **facts)
+    for name, content in sorted(files.items()):
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        print(f"{size:>12}  {name}")
+    card = files["README.md"]
+    assert isinstance(card, bytes)
+    print(f"\n{card.decode()}")
+    return 0

@@ -1,0 +1,149 @@
+"""The card of a trained policy: its text, and its results as the Hub reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from .render import render_card
+
+# What a results.json of `tprl evaluate` must say.
+RESULT_FIELDS = ("command", "device", "versions", "data", "split", "seed", "num_samples", "weights", "rows")
+
+
+def without_paths(value: Any) -> Any:
+    """
+    Paths of the machine on which something was measured, in strings, lists and dicts, shortened to their last part.
+
+    Example:
+
+    ```python
+    >>> without_paths("tprl evaluate /data/runs/ppo --keep-ratios 1/3 --data me/name")
+    'tprl evaluate ppo --keep-ratios 1/3 --data me/name'
+    ```
+    """
+    if isinstance(value, str):
+        return re.sub(r"(?<![^\s\"'=(\[])(?:~|\.\.?)?/(?:[^\s/,]+/)*([^\s/,]+)/?", r"\1", value)
+    if isinstance(value, Mapping):
+        return {name: without_paths(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(one) for one in value]
+    return value
+
+
+def policy_card(
+    repo_id: str,
+    config: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]] = (),
+    latency: Mapping[str, Any] | None = None,
+    flops: Mapping[str, Any] | None = None,
+    stages: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """
+    The text of a policy's card, without header.
+
+    Args:
+        repo_id (`str`): Where it is published.
+        config (`Mapping`): Its `config.json`.
+        results (`Sequence[Mapping]`, *optional*): What `tprl evaluate` wrote (`results.json`).
+        latency (`Mapping`, *optional*): What `tprl benchmark --json` printed.
+        flops (`Mapping`, *optional*): What `tprl flops --json` printed.
+        stages (`Sequence[Mapping]`, *optional*): `stage`, `settings`, `metrics` and `seconds` of each training stage.
+
+    Returns:
+        `str`: Markdown. All that comes from outside is escaped.
+
+    Raises:
+        `ValueError`: If results lack the rows `none` and `random`, without which a number says nothing.
+    """
+    for result in results:
+        check_results(result)
+    budgets = {
+        "keep_ratio": "a fraction of {:.4g} of the visual tokens is kept",
+        "num_keep": "{} visual tokens are kept",
+        "threshold": "the visual tokens with a keep probability above {:.4g} are kept",
+    }
+    named = [text.format(config[name]) for name, text in budgets.items() if config.get(name) is not None]
+    widths = ("token_dim", "autoencoder_dim", "latent_dim", "num_steps", "query_agnostic", "position_ids")
+    return render_card(
+        "policy",
+        repo_id=repo_id,
+        title=repo_id.split("/")[-1],
+        merged=config["includes_base_model"],
+        base_model=config.get("base_model_name_or_path"),
+        config=config,
+        budget=named[0] if named else None,
+        budget_argument="" if named else ", keep_ratio=1 / 3",
+        results=[{"score": result.get("metric", ""), **without_paths(result)} for result in results],
+        latency=without_paths(latency),
+        flops=without_paths(flops),
+        stages=[{"seconds": None, "metrics": {}, **without_paths(stage)} for stage in stages],
+        policy={name: value for name, value in config.items() if name in widths or name.startswith("policy_")},
+    )
+
+
+def check_results(result: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless `result` is a `results.json` with its baselines."""
+    missing = [name for name in RESULT_FIELDS if name not in result]
+    if missing:
+        raise ValueError(f"These are no results of `tprl evaluate`: {', '.join(missing)} are missing.")
+    pruners = {row["pruner"] for row in result["rows"]}
+    if not {"none", "random"} <= pruners:
+        raise ValueError(f"A table needs the rows none and random beside the policy's; there are {sorted(pruners)}.")
+
+
+def model_index(repo_id: str, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Accuracy of the policy at each budget, and of the unpruned model, as the header's `model-index`."""
+    found = []
+    for result in results:
+        check_results(result)
+        data = without_paths(str(result["data"]))
+        for row in result["rows"]:
+            if row["pruner"] not in ("none", "learned"):
+                continue
+            kept = "unpruned" if row["pruner"] == "none" else f"visual tokens kept: {row['budget']}"
+            found.append(
+                EvalResult(
+                    task_type="image-text-to-text",
+                    dataset_type=data,
+                    dataset_name=data,
+                    dataset_split=str(result["split"]),
+                    dataset_args={"seed": result["seed"], "num_samples": result["num_samples"]},
+                    metric_type="accuracy",
+                    metric_name=f"Accuracy ({kept})",
+                    metric_value=round(row["accuracy"]["value"], 4),
+                )
+            )
+    return eval_results_to_model_index(repo_id.split("/")[-1], found)
+
+
+def eval_results_yaml(result: Mapping[str, Any], dataset_id: str, task_id: str) -> str:
+    """
+    The policy's accuracy at each budget as a file for `.eval_results/`, for a benchmark that is on the Hub.
+
+    Args:
+        result (`Mapping`): A `results.json`.
+        dataset_id, task_id (`str`): The benchmark's dataset on the Hub, and its task.
+
+    Raises:
+        `ValueError`: If the results have no row of the policy.
+    """
+    check_results(result)
+    entries = [
+        EvalResultEntry(
+            dataset_id=dataset_id,
+            task_id=task_id,
+            value=round(100 * row["accuracy"]["value"], 2),
+            notes=f"{row['budget']} of the visual tokens kept; {result['num_samples']} questions",
+        )
+        for row in result["rows"]
+        if row["pruner"] == "learned"
+    ]
+    if not entries:
+        raise ValueError("The results have no row `learned`: run tprl evaluate with --pruners learned.")
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)

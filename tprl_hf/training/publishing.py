@@ -1,0 +1,271 @@
+"""A trained policy's directory to the Hub: weights, config, processor, code and a card made of what was measured."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_from_disk
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi, ModelCard
+from transformers import AutoConfig, TrainingArguments
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+
+from tprl_hf.model_cards import dataset_card, eval_results_yaml, model_index, policy_card, without_paths
+from tprl_hf.modeling.checkpoint_checks import check_weight_files, refuse_other_base
+from tprl_hf.modeling.configuration_tprl import TPRLConfig
+from tprl_hf.modeling.publishing_tprl import (
+    AUTO_MAP,
+    TAGS,
+    WEIGHT_PATTERNS,
+    base_licence,
+    card_metadata,
+    card_on_hub,
+    code_files,
+    full_card,
+    is_hub_name,
+    pinned_revision,
+    prepare_repo,
+    update_card,
+)
+
+STAGES = ("autoencoder", "demonstrations", "lfd", "ppo", "grpo")
+# What is published of a directory besides weights and config. By name, so that nothing goes along that lies there by
+# chance.
+PROCESSOR_FILES = (
+    *(
+        "processor_config.json",
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+        "image_processor_config.json",
+    ),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+
+
+def recorded_stages(directory: str | Path) -> list[dict[str, Any]]:
+    """
+    The stages of `tprl train` that led to `directory`, as they were recorded.
+
+    Returns:
+        `list[dict]`: `stage`, `settings`, `metrics` and `seconds` of each; empty for a directory that no stage wrote.
+    """
+    directory = Path(directory)
+    if not (directory / "training.json").exists():
+        return []
+    last = json.loads((directory / "training.json").read_text(encoding="utf-8"))["stage"]
+    stages = []
+    for name in STAGES[: STAGES.index(last) + 1]:
+        folder = directory if name == last else directory.parent / name
+        if name in ("ppo", "grpo") and name != last:  # the one does not begin with the other
+            continue
+        if (folder / "training.json").exists():
+            done = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+            settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+            used = {**settings.get(name, {}), "data": settings.get("data", {}).get("train", {})}
+            stages.append(
+                {"stage": name, "settings": used, "metrics": done.get("metrics", {}), "seconds": done["seconds"]}
+            )
+    return stages
+
+
+def changed_settings(args: TrainingArguments) -> dict[str, Any]:
+    """The settings of a training config that are not its defaults, without names of places and tokens."""
+    default = type(args)(output_dir=args.output_dir).to_dict()
+    private = ("hub_", "push_to_hub", "logging_dir", "run_name")
+    changed = {name: value for name, value in args.to_dict().items() if value != default.get(name)}
+    return {name: value for name, value in changed.items() if not name.startswith(private)}
+
+
+def files_to_publish(
+    directory: str | Path,
+    repo_id: str,
+    api: HfApi,
+    *,
+    base_model: str | None = None,
+    results: Sequence[Mapping[str, Any]] = (),
+    benchmarks: Mapping[int, tuple[str, str]] | None = None,
+    latency: Mapping[str, Any] | None = None,
+    flops: Mapping[str, Any] | None = None,
+    stages: Sequence[Mapping[str, Any]] | None = None,
+    tags: Sequence[str] = (),
+    licence: str | None = None,
+    existing_card: str | None = None,
+) -> dict[str, Path | bytes]:
+    """
+    All files of a publication, by their path in the repository.
+
+    Args:
+        directory (`str` or `Path`): A checkpoint that `save_pretrained` or a trainer wrote.
+        repo_id (`str`): Where it goes.
+        api (`HfApi`): With which the base model is looked up.
+        base_model (`str`, *optional*): Its name on the Hub, where the checkpoint names a path.
+        results, latency, flops, stages, tags, licence: See [`publish`].
+        benchmarks (`Mapping`, *optional*): By number of the results, the benchmark's dataset on the Hub and its task.
+        existing_card (`str`, *optional*): The card that is to be brought up to date; by default that of `directory`.
+
+    Raises:
+        `OSError`: If it is no checkpoint, or has no safetensors.
+        `ValueError`: If others could not load it.
+    """
+    directory = Path(directory)
+    if not (directory / CONFIG_NAME).is_file():
+        raise OSError(f"{directory} holds no checkpoint: there is no {CONFIG_NAME}.")
+    written = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    if written.get("model_type") != TPRLConfig.model_type:
+        raise ValueError(
+            f"{directory} holds a {written.get('model_type')!r}, no TPRL checkpoint; only these are pushed."
+        )
+    check_weight_files(str(directory), {})
+    config = TPRLConfig.from_pretrained(directory)
+    if base_model is not None:
+        config.base_model_name_or_path, config.base_model_revision = base_model, None
+    if not config.includes_base_model:
+        config.base_model_revision = pinned_revision(api, config)
+        name, revision = str(config.base_model_name_or_path), config.base_model_revision
+        base = AutoConfig.from_pretrained(name, revision=revision, token=api.token, trust_remote_code=False)
+        refuse_other_base(config, base, str(directory), name)
+    elif not is_hub_name(config.base_model_name_or_path):  # a path is of this machine only
+        config.base_model_name_or_path = config.base_model_revision = None
+    written["base_config"].pop("_name_or_path", None)
+    written["auto_map"] = AUTO_MAP
+    for key in ("base_model_name_or_path", "base_model_revision"):
+        written[key] = getattr(config, key)
+
+    files: dict[str, Path | bytes] = {path.name: path for path in code_files()}
+    files[CONFIG_NAME] = (json.dumps(written, indent=2, sort_keys=True) + "\n").encode()
+    for pattern in (*WEIGHT_PATTERNS, GENERATION_CONFIG_NAME, *PROCESSOR_FILES):
+        files.update({path.name: path for path in directory.glob(pattern)})
+    for number, (dataset_id, task_id) in (benchmarks or {}).items():
+        name = re.sub(r"[^\w-]+", "-", f"{dataset_id} {task_id}")  # nobody's name is a path here
+        files[f".eval_results/{name}.yaml"] = eval_results_yaml(results[number], dataset_id, task_id).encode()
+
+    metadata = card_metadata(config, {"license": licence} if licence else base_licence(api, config), list(tags))
+    if results:
+        metadata.update({"model-index": model_index(repo_id, results), "model_name": repo_id.split("/")[-1]})
+    stages = recorded_stages(directory) if stages is None else stages
+    card = full_card(metadata, policy_card(repo_id, written, results, latency, flops, stages))
+    readme = directory / "README.md"
+    if existing_card is None and readme.is_file():
+        existing_card = readme.read_text(encoding="utf-8")
+    files["README.md"] = update_card(existing_card, card).encode()
+    return files
+
+
+def publish(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    **facts: Any,
+) -> CommitInfo:
+    """
+    Pushes a checkpoint's directory in one commit.
+
+    Args:
+        directory (`str` or `Path`): A checkpoint that `save_pretrained` or a trainer wrote; it is left as it is.
+        repo_id (`str`): `NAME` or `USER/NAME`; made when missing.
+        token, private, revision, commit_message: As in `HfApi.create_repo` and `HfApi.create_commit`.
+        facts: What the card says: `results` (a list of what `tprl evaluate` wrote), `latency` and `flops` (what
+            `tprl benchmark --json` and `tprl flops --json` printed), `stages` (by default those that `tprl train`
+            recorded), `benchmarks`, `tags`, `licence` (by default that of the base model's card), `base_model`; see
+            [`files_to_publish`].
+
+    Returns:
+        `CommitInfo`
+
+    Raises:
+        `OSError`: If it is no checkpoint, or has no safetensors.
+        `ValueError`: If others could not load it, or the Hub does not take its card.
+    """
+    api = HfApi(token=token)
+    name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+    there = api.repo_exists(name)
+    existing = card_on_hub(api, name, revision) if there and branch_exists(api, name, revision) else None
+    files = files_to_publish(directory, name, api, existing_card=existing, **facts)
+    card = files["README.md"]
+    assert isinstance(card, bytes)
+    ModelCard(card.decode()).validate()
+    name = prepare_repo(api, name, private, revision)
+    stale = [
+        path
+        for path in api.list_repo_files(name, revision=revision)
+        if path not in files and any(Path(path).match(pattern) for pattern in WEIGHT_PATTERNS)
+    ]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in sorted(files.items())
+    ]
+    operations += [CommitOperationDelete(path_in_repo=path) for path in stale]
+    return api.create_commit(
+        name, operations, commit_message=commit_message or "Upload TPRL checkpoint", revision=revision
+    )
+
+
+def branch_exists(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    """Whether a repository has a branch; it always has `None`, the main one."""
+    return revision is None or any(branch.name == revision for branch in api.list_repo_refs(repo_id).branches)
+
+
+def push_demonstrations(
+    dataset: Dataset | str | Path,
+    repo_id: str,
+    *,
+    teacher: str = "not recorded",
+    base_model: str | None = None,
+    source: str | None = None,
+    licence: str | None = None,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> CommitInfo:
+    """
+    Pushes demonstrations with a card.
+
+    Args:
+        dataset (`datasets.Dataset`, `str` or `Path`): What [`generate_demonstrations`] returned, or its directory;
+            that of the stage `demonstrations` of `tprl train` says teacher, base model and source itself.
+        repo_id (`str`): `NAME` or `USER/NAME`; made when missing.
+        teacher, base_model, source (`str`, *optional*): Who demonstrated, for which model, on what.
+        licence (`str`, *optional*): Of images, questions and answers; no default, as it is their source's.
+        token, private, revision, commit_message: As in [`~datasets.Dataset.push_to_hub`].
+
+    Raises:
+        `ValueError`: If the dataset has no keep masks.
+    """
+    if not isinstance(dataset, Dataset):
+        folder = Path(dataset)
+        if (folder / "training.json").exists():
+            done = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+            settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+            teacher, base_model = done["teacher"], base_model or settings.get("base_model")
+            source = source or settings.get("data", {}).get("train", {}).get("source", "mosaic")
+            folder = folder / "dataset"
+        dataset = load_from_disk(str(folder))
+    if "keep_masks" not in dataset.column_names:
+        raise ValueError(f"The dataset has no column `keep_masks`, only {', '.join(dataset.column_names)}.")
+    api = HfApi(token=token)
+    message = commit_message or "Upload demonstrations"
+    dataset.push_to_hub(repo_id, token=token, private=private, revision=revision, commit_message=message)
+    name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+    metadata: dict[str, Any] = {"task_categories": ["visual-question-answering"], "tags": list(TAGS)}
+    if licence is not None:
+        metadata["license"] = licence
+    text = dataset_card(
+        name, dataset["keep_masks"], dataset.column_names, teacher, without_paths(base_model), without_paths(source)
+    )
+    path = api.hf_hub_download(name, "README.md", repo_type="dataset", revision=revision)
+    card = update_card(Path(path).read_text(encoding="utf-8"), full_card(metadata, text))
+    DatasetCard(card).validate()
+    return api.upload_file(
+        repo_id=name,
+        repo_type="dataset",
+        path_in_repo="README.md",
+        path_or_fileobj=card.encode(),
+        revision=revision,
+        commit_message="Update card",
+    )
