@@ -121,7 +121,7 @@ def refuse_other_base(config: TPRLConfig, base: PreTrainedConfig, source: str, p
                 f"The policy in {source} was made for a base model with {', '.join(differences)} (that of {place}). "
                 f"Use the base model it was trained with: {named}."
             )
-    commit = extract_commit_hash(f"{place}/", None)  # of a path into the Hub's cache
+    commit = extract_commit_hash(f"{place}/{CONFIG_NAME}", None)  # of a path into the Hub's cache
     pinned = config.base_model_revision
     if commit is not None and pinned is not None and commit != pinned:
         raise ValueError(

@@ -1,12 +1,12 @@
 """What goes to the Hub besides weights and config: the code of this folder, and a card."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import CONFIG_NAME
 
 from .configuration_tprl import TPRLConfig
@@ -62,7 +62,13 @@ def set_code(directory: Path, include_code: bool) -> None:
 
 def is_hub_name(name: str | None) -> bool:
     """Whether `name` can only be that of a model on the Hub."""
-    return name is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
+    if name is None or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def pinned_revision(api: HfApi, config: TPRLConfig) -> str | None:

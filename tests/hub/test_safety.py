@@ -1,0 +1,234 @@
+"""What a checkpoint that somebody else made cannot do: run code, or have files read that are not its own."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tests.tiny_models import build
+from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
+from tprl_hf.model_cards import without_paths
+from tprl_hf.model_cards.render import inline_code, plain_text
+from tprl_hf.modeling.checkpoint_checks import refuse_unsafe_name
+from tprl_hf.modeling.publishing_tprl import BEGIN, END, full_card, is_hub_name, update_card
+
+load = TPRLForConditionalGeneration.from_pretrained
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A base model, its policy and both merged, as directories."""
+    folder = tmp_path_factory.mktemp("made")
+    build("llava").save_pretrained(folder / "base")
+    model = TPRLForConditionalGeneration.from_base_model(str(folder / "base"), latent_dim=8)
+    model.save_pretrained(folder / "policy")
+    model.save_pretrained(folder / "merged", save_base_model=True, max_shard_size="40KB")
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    """A copy that a test may damage; `tmp_path / "ran"` is there when its code was run."""
+    shutil.copytree(made, tmp_path / "copy")
+    change(tmp_path / "copy/policy", base_model_name_or_path=str(tmp_path / "copy/base"))
+    return tmp_path / "copy"
+
+
+def change(directory, name="config.json", **fields):
+    path = directory / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+class Pickled:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def put_pickles(directory, marker):
+    for path in directory.glob("model*"):
+        path.unlink()
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Pickled(marker)))
+
+
+@pytest.mark.parametrize("kind", ["policy", "merged", "base"])
+def test_pickles_are_not_read(folder, tmp_path, kind):
+    put_pickles(folder / kind, tmp_path / "ran")
+    words = r"pytorch_model\.bin\. Only safetensors are read" if kind != "base" else "Only safetensors are read"
+    with pytest.raises(OSError, match=words):
+        load(folder / ("policy" if kind == "base" else kind))
+    if kind == "base":
+        with pytest.raises(OSError, match="safetensors"):
+            TPRLForConditionalGeneration.from_base_model(str(folder / "base"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nobody_can_ask_for_pickles(folder):
+    for call in (lambda **k: load(folder / "policy", **k), TPRLForConditionalGeneration.from_base_model):
+        with pytest.raises(ValueError, match="use_safetensors=False is refused"):
+            call(**({"base_model": str(folder / "base")} | {"use_safetensors": False}))
+
+
+@pytest.mark.parametrize(
+    "name", ["../base/model.safetensors", "/etc/model.safetensors", "a/../../model.safetensors", "C:\\m.safetensors"]
+)
+def test_weights_elsewhere_are_not_read(folder, name):
+    index = json.loads((folder / "merged/model.safetensors.index.json").read_text())
+    first = next(iter(index["weight_map"]))
+    change(folder / "merged", "model.safetensors.index.json", weight_map={**index["weight_map"], first: name})
+    with pytest.raises(ValueError, match="which is no name of a file beside it"):
+        load(folder / "merged")
+
+
+def test_shards_are_safetensors(folder):
+    index = json.loads((folder / "merged/model.safetensors.index.json").read_text())
+    weight_map = dict.fromkeys(index["weight_map"], "pytorch_model.bin")
+    change(folder / "merged", "model.safetensors.index.json", weight_map=weight_map)
+    with pytest.raises(ValueError, match=r"names 'pytorch_model\.bin': only safetensors"):
+        load(folder / "merged")
+
+
+@pytest.mark.parametrize("name", [None, 3, "", "..", "a\\b", "/a"])
+def test_names_that_are_no_files_beside(name):
+    with pytest.raises(ValueError, match="names the file"):
+        refuse_unsafe_name(name, "index")
+
+
+def test_names_of_files_beside():
+    for name in ("model.safetensors", "shards/model-1.safetensors", "a..b"):
+        refuse_unsafe_name(name, "index")
+
+
+def other_code(directory, marker, model_type):
+    """Names code beside a config that leaves a file behind when it is imported."""
+    (directory / "other.py").write_text(f"open({str(marker)!r}, 'w')\nclass Config: ...\nclass Model: ...\n")
+    names = {"AutoConfig": "other.Config", "AutoProcessor": "other.Model"}
+    change(directory, model_type=model_type, auto_map={**names, "AutoModelForImageTextToText": "other.Model"})
+
+
+def test_other_code_is_not_run(folder, tmp_path):
+    """Whoever has the package gets its classes, whatever code a checkpoint names."""
+    for kind in ("policy", "merged"):
+        other_code(folder / kind, tmp_path / "ran", "tprl")
+        for trust in ({}, {"trust_remote_code": True}):
+            model = AutoModelForImageTextToText.from_pretrained(folder / kind, **trust)
+            assert type(model) is TPRLForConditionalGeneration
+    # saved again, it names no code
+    model.save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again/config.json").read_text())
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("trust", [{}, {"trust_remote_code": True}])
+def test_code_of_a_base_model_is_not_run(folder, tmp_path, trust):
+    """Nor with trust in the policy: that is no trust in whatever base model its config names."""
+    other_code(folder / "base", tmp_path / "ran", "unheard-of")
+    with pytest.raises((OSError, ValueError), match=r"unheard-of|trust_remote_code"):
+        load(folder / "policy", **trust)
+    with pytest.raises((OSError, ValueError), match=r"unheard-of|trust_remote_code|Unrecognized"):
+        AutoProcessor.from_pretrained(folder / "policy", **trust)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_base_config_that_transformers_does_not_know(folder):
+    for kind in ("policy", "merged"):
+        base = json.loads((folder / kind / "config.json").read_text())["base_config"]
+        change(folder / kind, base_config={**base, "model_type": "unheard-of", "auto_map": {"AutoConfig": "a.B"}})
+        with pytest.raises(ValueError, match="'unheard-of', which transformers does not know"):
+            load(folder / kind)
+
+
+# ---- which base model ----
+
+
+def test_a_base_of_another_shape(folder):
+    config = json.loads((folder / "policy/config.json").read_text())
+    config["base_config"]["vision_config"]["image_size"] = 30
+    config["base_config"]["text_config"]["num_hidden_layers"] = 3
+    change(folder / "policy", base_config=config["base_config"], base_model_revision="a" * 40)
+    words = r"text_config\.num_hidden_layers 3 instead of 2, vision_config\.image_size 30 instead of 24"
+    with pytest.raises(ValueError, match=f"{words}.*at revision {'a' * 40}"):
+        load(folder / "policy", base_model=build("llava"))
+    with pytest.raises(ValueError, match=r"model_type llava instead of .*qwen2_5_vl"):
+        load(folder / "policy", base_model=build("qwen2_5_vl"))
+
+
+def test_a_base_of_another_revision(folder):
+    """A directory of the Hub's cache says which commit it holds."""
+    snapshots = folder / "models--me--base/snapshots"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(folder / "base", snapshots / commit)
+    change(folder / "policy", base_model_name_or_path="me/base", base_model_revision="a" * 40)
+    assert load(folder / "policy", base_model=snapshots / ("a" * 40)).config.token_dim == 32
+    for base in (snapshots / ("b" * 40), AutoModelForImageTextToText.from_pretrained(snapshots / ("b" * 40))):
+        with pytest.raises(ValueError, match=f"me/base at revision {'a' * 40}, but .* is revision {'b' * 40}"):
+            load(folder / "policy", base_model=base)
+    config = TPRLConfig.from_pretrained(folder / "policy")
+    config.base_model_revision = None  # as the message says
+    assert load(folder / "policy", config=config, base_model=snapshots / ("b" * 40)) is not None
+
+
+def test_saving_leaves_no_weights_of_another_kind(made, tmp_path):
+    """Sharded, whole and policy-only checkpoints over one another: the last one counts."""
+    model = load(made / "merged")
+    for settings in ({"max_shard_size": "40KB"}, {}, {"max_shard_size": "40KB"}):
+        model.save_pretrained(tmp_path, save_base_model=True, **settings)
+        assert (tmp_path / "model.safetensors").exists() == (not settings)
+        loaded = load(tmp_path)
+        assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
+    model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+
+
+# ---- cards ----
+
+HOSTILE = "<img src=x onerror=alert(1)> [a](http://b) | *c* `d`\n# title\n---\nlicense: mit"
+
+
+def test_text_on_cards_is_escaped():
+    text = plain_text(HOSTILE)
+    assert "\n" not in text and "<" not in text and "|" not in text and "\\[a\\](" in text and "\\`d\\`" in text
+    code = inline_code(f"{HOSTILE} {END}")
+    assert code.count("`") == 2 and "\n" not in code and END not in code and "\\|" in code
+
+
+def test_paths_are_shortened():
+    assert without_paths({"a": ["/data/runs/x y", "~/runs/x", "../x/y.json", "--model=/a/b"]}) == {
+        "a": ["x y", "x", "y.json", "--model=b"]
+    }
+    for text in ("1/3", "me/name", "https://host/a/b", "a and/or b", "3 / 4"):
+        assert without_paths(text) == text
+
+
+def test_metadata_is_quoted():
+    card = ModelCard(full_card({"license": "mit\nbase_model: other/model", "tags": ["a: b", "c\n- d"]}, "text"))
+    assert card.data.license == "mit\nbase_model: other/model" and card.data.base_model is None
+    assert card.data.tags == ["a: b", "c\n- d"]
+
+
+def test_names_on_the_hub():
+    for name in ("me/name", "gpt2", "a-b/c.d_e"):
+        assert is_hub_name(name)
+    for name in (None, "", "/a/b", "a/b/c", "../a", "a b", "a/b\nc", "me/name\n", ".", ".."):
+        assert not is_hub_name(name)
+
+
+def test_a_card_without_our_text_keeps_its_own():
+    new = full_card({"tags": ["tprl"], "license": "mit", "library_name": "transformers"}, "ours")
+    card = update_card("---\ntags:\n- mine\nlicense: other\nmodel-index: []\n---\n# Mine\n", new)
+    assert card.endswith(f"# Mine\n\n{BEGIN}\nours\n{END}\n")
+    data = ModelCard(card).data
+    assert (data.tags, data.license, data.library_name) == (["mine", "tprl"], "other", "transformers")
+    again = update_card(card, full_card({"tags": ["tprl"]}, "newer"))
+    assert "newer" in again and "ours" not in again and "# Mine" in again
+    assert update_card(again, new, replace=False).count("newer") == 1
+    assert update_card(None, new) == update_card("\n", new) == new
+    assert "# No header" in update_card("# No header\n", new)
