@@ -77,7 +77,8 @@ class TPRLPPOConfig(PolicyTrainingConfig):
         vf_coef (`float`, defaults to 0.5), entropy_coef (`float`, defaults to 0.01):
             Weights of value loss and entropy. Entropy is the mean over bits, so that it does not grow with the image.
         kl_coef (`float`, defaults to 0.0):
-            Weight of the mean Kullback-Leibler divergence per bit from the policy that training started with.
+            Weight of the mean Kullback-Leibler divergence per bit from the policy that training started with, at
+            the same budget. An image has hundreds of bits: weights above 1 are usual.
         learning_rate (`float`, defaults to 1e-5), critic_learning_rate (`float`, defaults to 3e-5):
             Of the policy with the shared attention, and of the value head.
         num_train_epochs (`float`, defaults to 200):

@@ -30,7 +30,7 @@ from .answer_scores import score_answers
 from .ppo_config import TPRLPPOConfig
 from .pruner_trainer import PolicyTrainer
 from .rewards import RewardFunction, reward_function_scores, step_rewards
-from .rollouts import Rollouts, collect_rollouts, policy_on_trajectories, replayed_logprobs
+from .rollouts import Rollouts, collect_rollouts, policy_on_trajectories, replayed_logprobs, shift_to_budget
 
 
 class TPRLPPOTrainer(PolicyTrainer):
@@ -189,7 +189,7 @@ class TPRLPPOTrainer(PolicyTrainer):
             advantages = whiten(advantages, exists)
         self.buffer = {"advantages": advantages, "returns": returns, "learned_from": self.learned_from(returns)}
         if args.kl_coef > 0:
-            self.buffer["start_logits"] = self.start_logits(batch, rollouts)
+            self.buffer["start_logits"] = self.start_logits(batch, rollouts, self.keep_ratios(buffer)[1])
 
         error = (returns - rollouts.values)[exists]
         self.note(
@@ -243,11 +243,21 @@ class TPRLPPOTrainer(PolicyTrainer):
         return enough.repeat_interleave(args.num_rollouts)
 
     @torch.no_grad()
-    def start_logits(self, batch: AnswerBatch, rollouts: Rollouts) -> Tensor:
-        """Logits `[T, S, N]` of the policy that training started with."""
+    def start_logits(self, batch: AnswerBatch, rollouts: Rollouts, shared: bool) -> Tensor:
+        """Logits `[T, S, N]` of the policy that training started with; at a budget, shifted to keep as many tokens."""
         codes = self.tprl_model.autoencoder.encode(batch.inputs.tokens)
         before = rollouts.keep_masks[:-1]
-        return policy_on_trajectories(self.start_policy, codes, batch.inputs, rollouts.of, before).logits
+        logits = policy_on_trajectories(self.start_policy, codes, batch.inputs, rollouts.of, before).logits
+        if self.args.rollout_keep_ratios is None:
+            return logits
+        probs = rollouts.logprobs.exp()
+        probs = torch.where(rollouts.keep_masks[1:], probs, 1 - probs)  # of keeping, whatever was drawn
+        targets = (probs * rollouts.asked).sum(-1)  # (T, S)
+        shifts = [
+            shift_to_budget(logits[step], asked, targets[step], self.args.lambda_disc**step, shared)
+            for step, asked in enumerate(rollouts.asked)
+        ]
+        return logits + torch.stack(shifts)[..., None]
 
     def ppo_loss(self, networks: nn.Module, index: Tensor) -> Tensor:
         """The loss of each of the trajectories `index` of the buffer, `[S]`."""
@@ -281,7 +291,7 @@ class TPRLPPOTrainer(PolicyTrainer):
         entropy = mean_over_steps(mean_over_tokens(torch.stack(entropies), asked), exists)
         loss = policy_loss + args.vf_coef * value_loss - args.entropy_coef * entropy
         if args.kl_coef > 0:
-            kl = mean_over_steps(mean_over_tokens(bernoulli_kl(output.logits, buffer["start_logits"]), asked), exists)
+            kl = mean_over_steps(mean_over_tokens(bernoulli_kl(shifted, buffer["start_logits"]), asked), exists)
             loss = loss + args.kl_coef * kl
             self.note(objective__kl=kl.mean())
 

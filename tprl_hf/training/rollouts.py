@@ -122,16 +122,22 @@ class Rollouts:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def shift_to_budget(logits: Tensor, asked: Tensor, targets: Tensor, discount: float = 1.0) -> Tensor:
+def shift_to_budget(
+    logits: Tensor, asked: Tensor, targets: Tensor, discount: float = 1.0, shared: bool = False
+) -> Tensor:
     """
     What to add to the logits of each row so that `targets` of its asked tokens are kept on average.
 
     Args:
         logits (`[S, N]`), asked (`bool [S, N]`), targets (`[S]`): numbers of tokens to keep.
+        shared (`bool`, defaults to `False`): the same for all rows, so that they keep the sum of `targets` together.
 
     Returns:
         float32 `[S]`, in [-40, 40].
     """
+    if shared:
+        everything = shift_to_budget(logits.reshape(1, -1), asked.reshape(1, -1), targets.sum()[None], discount)
+        return everything.expand(len(logits))
     low = torch.full_like(targets, -40.0)
     high = torch.full_like(targets, 40.0)
     for _ in range(40):  # bisection: the expected count rises with the shift
@@ -171,7 +177,6 @@ def collect_rollouts(
     of = torch.arange(len(inputs.valid), device=inputs.valid.device).repeat_interleave(num_rollouts)
     codes = autoencoder.encode(inputs.tokens)
     rows = take_inputs(inputs, of)
-    num_visual = rows.valid.sum(1)
     keep_mask = rows.valid
     keep_masks, all_asked, shifts, logprobs, values = [keep_mask], [], [], [], []
     for step in range(num_steps):
@@ -184,13 +189,9 @@ def collect_rollouts(
         discount = lambda_disc**step
         shift = torch.zeros(len(of), device=codes.device)
         if keep_ratios is not None:
-            targets = num_visual * keep_ratios[of] ** ((step + 1) / num_steps)
-            targets = (targets - (keep_mask & ~asked).sum(1)).clamp(min=1.0)
-            if shared_budget:
-                everything = shift_to_budget(output.logits.reshape(1, -1), asked.reshape(1, -1), targets.sum()[None])
-                shift = everything.expand(len(of))
-            else:
-                shift = shift_to_budget(output.logits, asked, targets, discount)
+            shares = keep_ratios[of] ** ((step + 1) / num_steps)
+            targets = (rows.valid.sum(1) * shares - (keep_mask & ~asked).sum(1)).clamp(min=1.0)
+            shift = shift_to_budget(output.logits, asked, targets, discount, shared_budget)
         logits = output.logits + shift[:, None]
         drawn = sample_keep_mask(logits, asked, discount, generator) | (keep_mask & ~asked)
         logprobs.append(keep_logprobs(logits, drawn, asked, discount))
