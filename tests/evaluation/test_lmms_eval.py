@@ -196,8 +196,9 @@ def test_our_metrics_are_the_fields(texts):
     from lmms_eval.api.metrics import anls
     from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
     from lmms_eval.tasks.chartqa.utils import relaxed_correctness
+    from lmms_eval.tasks.vqav2.utils import vqav2_process_results
 
-    from tprl_hf.evaluation.scores import anls_score, normalize_vqa, relaxed_score
+    from tprl_hf.evaluation.scores import anls_score, normalize_vqa, relaxed_score, vqa_score
 
     official = EvalAIAnswerProcessor()
     for text, other in pairwise(texts):
@@ -206,3 +207,8 @@ def test_our_metrics_are_the_fields(texts):
         assert anls_score(text, other) == pytest.approx(anls([other], [text])["anls"]), (text, other)
         stripped = text.strip(), other.strip()
         assert relaxed_score(*stripped) == float(relaxed_correctness(*stripped)), stripped
+    for start in range(0, len(texts) - 10, 10):
+        people = [*texts[start : start + 6], *texts[start : start + 2] * 2]
+        document = {"question_id": 0, "answers": [{"answer": text, "answer_id": i} for i, text in enumerate(people)]}
+        for text in texts[start : start + 7]:
+            assert vqa_score(text, people) == pytest.approx(vqav2_process_results(document, [text])["exact_match"])

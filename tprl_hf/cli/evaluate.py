@@ -78,7 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive_int, default=16, metavar="N", help="longest answer (default: 16)"
     )
-    parser.add_argument("--metric", choices=METRICS, default="exact", help="when an answer is right (default: exact)")
+    parser.add_argument(
+        "--metric", choices=METRICS, help="when an answer is right (default: exact; a task of lmms-eval has its own)"
+    )
     parser.add_argument(
         "--output-dir",
         default="tprl_output/evaluate",
@@ -260,7 +262,7 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
     from tprl_hf.evaluation.jsonl_samples import jsonl_samples
     from tprl_hf.evaluation.lmms_eval_samples import lmms_eval_samples
 
-    function, metric = METRICS[arguments.metric]
+    function, metric = METRICS[arguments.metric or "exact"]
     score = getattr(scores, function)
     if arguments.data == "mosaic":
         number = arguments.num_samples or 2000
@@ -273,6 +275,10 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
         return easy_vqa(split=arguments.split, num_samples=arguments.num_samples or 2000), None, score, metric
     if arguments.data.endswith(".jsonl"):
         return jsonl_samples(arguments.data, arguments.num_samples), None, score, metric
+    if arguments.metric:
+        raise ValueError(
+            f"{arguments.data} is not among the data that --metric {arguments.metric} scores: leave it out."
+        )
     samples, score, name = lmms_eval_samples(arguments.data, arguments.num_samples, arguments.include_path)
     return samples, None, score, f"{name} of the task {arguments.data}"
 
@@ -295,7 +301,8 @@ def describe_run(arguments: argparse.Namespace, model, num_samples: int, metric:
     written = ",".join(map(str, arguments.seed))
     command += f" --keep-ratios {ratios} --num-samples {num_samples // len(arguments.seed)} --seed {written}"
     command += f" --random-seeds {arguments.random_seeds}" if arguments.random_seeds > 1 else ""
-    command += f" --split {arguments.split} --max-new-tokens {arguments.max_new_tokens} --metric {arguments.metric}"
+    command += f" --split {arguments.split} --max-new-tokens {arguments.max_new_tokens}"
+    command += f" --metric {arguments.metric}" if arguments.metric else ""
     return {
         "command": command,
         "device": describe_device(model),
@@ -306,7 +313,6 @@ def describe_run(arguments: argparse.Namespace, model, num_samples: int, metric:
         "random_seeds": arguments.random_seeds,
         "num_samples": num_samples,
         "max_new_tokens": arguments.max_new_tokens,
-        "metric": arguments.metric,
         "score": metric,
         "pruners": arguments.pruners or [],
         "settings": {name: config[name] for name in ("num_steps", "query_agnostic", "position_ids")},
