@@ -7,7 +7,7 @@ from tests.tiny_models import FAMILIES, Sample, build, collate, sample
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.training.answer_batches import ANSWER_TYPES, EncodedSample, SampleEncoder
 from tprl_hf.training.answer_scores import gradient_saliency, score_answers
-from tprl_hf.training.rollouts import collect_rollouts, replayed_logprobs, take_inputs
+from tprl_hf.training.rollouts import collect_rollouts, logits_at_budget, replayed_logprobs, take_inputs
 
 ANSWERS = [[7, 8], [9]]
 
@@ -54,7 +54,7 @@ def test_a_batch_of_a_family(family):
     logits = [
         model.policy(codes, keep_masks[t], inputs.query, inputs.query_mask, t, positions).logits for t in range(2)
     ]
-    replayed = replayed_logprobs(rollouts, torch.stack(logits), 1.0)
+    replayed = replayed_logprobs(rollouts, logits_at_budget(rollouts, torch.stack(logits), 1.0), 1.0)
     torch.testing.assert_close(replayed, rollouts.logprobs, atol=1e-5, rtol=1e-5)
     protected = inputs.layout.protected & inputs.valid
     assert (keep_masks[-1] & protected).equal(protected)  # separators stay

@@ -15,10 +15,10 @@ from tprl_hf.training import TPRLPPOConfig, TPRLPPOTrainer
 class BrightTokenTrainer(TPRLPPOTrainer):
     """Scores +1 for the bright token and -1 for the dark one."""
 
-    def score(self, batch, rollouts):
-        bright_first = torch.tensor([row["answer"] == "word10" for row in batch.rows])[rollouts.of]
+    def score_masks(self, batch, keep_masks, of):
+        bright_first = torch.tensor([row["answer"] == "word10" for row in batch.rows])[of]
         worth = torch.where(bright_first[:, None], torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0]))
-        scores = (rollouts.keep_masks * worth).sum(-1)
+        scores = (keep_masks * worth).sum(-1)
         return scores, scores > 0
 
 
@@ -29,8 +29,9 @@ class BrightTokenTrainer(TPRLPPOTrainer):
         {"ratio": "token"},
         {"num_rollouts": 4, "per_device_train_batch_size": 4, "advantages": "leave_one_out"},
         {"num_rollouts": 4, "per_device_train_batch_size": 4, "advantages": "group"},
+        {"ratio": "token", "advantages": "counterfactual"},
     ],
-    ids=["gae-joint", "gae-token", "leave-one-out", "group"],
+    ids=["gae-joint", "gae-token", "leave-one-out", "group", "counterfactual"],
 )
 def test_the_known_optimum_is_found(settings, tmp_path):
     base = build("llava", vision_config=tower("clip_vision_model", patch_size=24))  # one token an image

@@ -22,7 +22,7 @@ from tprl_hf.training import (
     calibrate_threshold,
     generate_demonstrations,
 )
-from tprl_hf.training.rollouts import replayed_logprobs
+from tprl_hf.training.rollouts import logits_at_budget, replayed_logprobs
 
 QUIET = {"disable_tqdm": True, "use_cpu": True, "per_device_eval_batch_size": 4}
 PPO = {
@@ -152,6 +152,10 @@ def test_the_ratio_is_1_after_the_rollout_and_micro_batches_change_nothing(
         rollouts = trainer.rollouts
         with torch.no_grad():
             logits = trainer.model(trainer.batch.inputs, rollouts.of, rollouts.keep_masks[:-1]).logits
+        logits = (
+            logits_at_budget(rollouts, logits + 0.3, trainer.args.lambda_disc)
+            - 0.3 * (rollouts.targets == 0)[..., None]
+        )
         logprobs = replayed_logprobs(rollouts, logits, trainer.args.lambda_disc)
         torch.testing.assert_close(logprobs, rollouts.logprobs, atol=1e-5, rtol=1e-5)
         assert not logprobs[~rollouts.asked].any()

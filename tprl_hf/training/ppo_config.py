@@ -53,16 +53,21 @@ class TPRLPPOConfig(PolicyTrainingConfig):
 
         > Advantages
 
-        advantages (`"gae"`, `"leave_one_out"` or `"group"`, defaults to `"gae"`):
-            By the value head; or against the other rollouts of the question, by their mean, or mean and deviation.
+        advantages (`"gae"`, `"leave_one_out"`, `"group"` or `"counterfactual"`, defaults to `"gae"`):
+            By the value head; or against the other rollouts of the question, by their mean, or mean and deviation; or
+            a bit for itself: against the same keep mask with this one bit drawn anew (Foerster et al. 2018, COMA),
+            by scoring masks in which the bit is flipped. The last wants `ratio="token"` and `num_steps=1`.
+        num_flips (`int`, defaults to 16):
+            Bits of each trajectory that are flipped for counterfactual advantages, drawn by their variance
+            `p * (1 - p)`; the others' advantages are 0.
         gamma (`float`, defaults to 0.99), lam (`float`, defaults to 0.95):
             Discount and trace decay.
         whiten_advantages (`bool`, defaults to `True`):
             Standardise them over the buffer.
         min_spread (`float`, defaults to 0):
-            Leave a question out of the updates when the returns of its rollouts have a smaller standard deviation:
-            what is right, or wrong, whatever is pruned teaches nothing, and its updates cost time. Wants
-            `num_rollouts >= 2`.
+            Leave a question out of the updates when the returns of its rollouts have a smaller standard deviation, or
+            no flip changes them by as much: what is right, or wrong, whatever is pruned teaches nothing, and its
+            updates cost time.
 
         > Updates
 
@@ -102,7 +107,8 @@ class TPRLPPOConfig(PolicyTrainingConfig):
     max_price: float = 2.0
     max_new_tokens: int = 16
 
-    advantages: str = field(default="gae", metadata={"help": "gae, leave_one_out or group"})
+    advantages: str = field(default="gae", metadata={"help": "gae, leave_one_out, group, counterfactual"})
+    num_flips: int = 16
     gamma: float = 0.99
     lam: float = 0.95
     whiten_advantages: bool = True
@@ -127,16 +133,21 @@ class TPRLPPOConfig(PolicyTrainingConfig):
         super().__post_init__()
         choices = {
             "score": ("correct", "logprob"),
-            "advantages": ("gae", "leave_one_out", "group"),
+            "advantages": ("gae", "leave_one_out", "group", "counterfactual"),
             "ratio": ("joint", "token"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
-        if self.advantages != "gae" and self.num_rollouts < 2:
+        if self.advantages in ("leave_one_out", "group") and self.num_rollouts < 2:
             raise ValueError(f"advantages={self.advantages!r} compare rollouts: num_rollouts={self.num_rollouts} < 2.")
-        if self.min_spread > 0 and self.num_rollouts < 2:
-            raise ValueError(f"min_spread={self.min_spread} compares rollouts: num_rollouts={self.num_rollouts} < 2.")
+        if self.advantages == "gae" and self.min_spread > 0:
+            raise ValueError(f"min_spread={self.min_spread} compares rollouts or flips: advantages='gae' has none.")
+        if self.advantages == "counterfactual" and (self.ratio, self.num_steps) != ("token", 1):
+            raise ValueError(
+                "advantages='counterfactual' are of single bits of one step: set ratio='token' and num_steps=1; got "
+                f"{self.ratio!r} and {self.num_steps}."
+            )
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} has no meaning here: set "

@@ -30,7 +30,14 @@ from .answer_scores import score_answers
 from .ppo_config import TPRLPPOConfig
 from .pruner_trainer import PolicyTrainer
 from .rewards import RewardFunction, reward_function_scores, step_rewards
-from .rollouts import Rollouts, collect_rollouts, policy_on_trajectories, replayed_logprobs, shift_to_budget
+from .rollouts import (
+    Rollouts,
+    collect_rollouts,
+    logits_at_budget,
+    policy_on_trajectories,
+    replayed_logprobs,
+    shift_to_budget,
+)
 
 
 class TPRLPPOTrainer(PolicyTrainer):
@@ -169,10 +176,9 @@ class TPRLPPOTrainer(PolicyTrainer):
         exists, num_kept = rollouts.exists, rollouts.num_kept
 
         scores, right = self.score(batch, rollouts)
-        rewards = step_rewards(scores, num_kept, right, args.alpha, args.beta, args.efficiency_while_right)
+        rewards = self.rewards(scores, num_kept, right)
         kept = num_kept[-1] / num_kept[0].clamp(min=1)  # (S,)
         if args.target_keep_ratio is not None:
-            rewards[-1] -= self.price * kept / args.target_keep_ratio
             excess = self.accelerator.reduce(kept.mean(), "mean").item() / args.target_keep_ratio - 1
             self.price = min(max(self.price + args.price_step * excess, 0.0), args.max_price)
         # A trajectory that ended early earned its last reward in the last step it has.
@@ -181,13 +187,23 @@ class TPRLPPOTrainer(PolicyTrainer):
         rewards = (rewards * exists).scatter_add(0, last[None], late[None])
 
         advantages, returns = generalized_advantages(rewards, rollouts.values, exists, args.gamma, args.lam)
-        if args.advantages != "gae":
+        spread = torch.full_like(kept, torch.inf)
+        if args.advantages == "counterfactual":
+            returns = rewards
+            advantages, spread = self.counterfactual_advantages(batch, rollouts, rewards[0], generator)
+        elif args.advantages != "gae":
             returns = discounted_returns(rewards, exists, args.gamma)
             of_group = leave_one_out_advantages if args.advantages == "leave_one_out" else group_advantages
             advantages = of_group(returns, args.num_rollouts) * exists
+            spread = returns[0].view(-1, args.num_rollouts).std(1).repeat_interleave(args.num_rollouts)
         if args.whiten_advantages:
-            advantages = whiten(advantages, exists)
-        self.buffer = {"advantages": advantages, "returns": returns, "learned_from": self.learned_from(returns)}
+            tested = advantages != 0
+            advantages = (
+                advantages / (advantages[tested].square().mean().sqrt() + 1e-8)  # of bits: 0 is as good as not tested
+                if args.advantages == "counterfactual"
+                else whiten(advantages, exists)
+            )
+        self.buffer = {"advantages": advantages, "returns": returns, "learned_from": self.learned_from(spread)}
         if args.kl_coef > 0:
             self.buffer["start_logits"] = self.start_logits(batch, rollouts, self.keep_ratios(buffer)[1])
 
@@ -201,25 +217,74 @@ class TPRLPPOTrainer(PolicyTrainer):
             val__explained_variance=1 - error.var() / (returns[exists].var() + 1e-8),
         )
 
+    def rewards(self, scores: Tensor, num_kept: Tensor, right: Tensor) -> Tensor:
+        """Of each step, `[T, S]`, from what is there before the first and after each `[T + 1, S]`."""
+        args = self.args
+        rewards = step_rewards(scores, num_kept, right, args.alpha, args.beta, args.efficiency_while_right)
+        if args.target_keep_ratio is not None:
+            rewards[-1] -= self.price * num_kept[-1] / num_kept[0].clamp(min=1) / args.target_keep_ratio
+        return rewards
+
+    def counterfactual_advantages(
+        self, batch: AnswerBatch, rollouts: Rollouts, rewards: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """
+        What the drawn value of a bit earns more than a value drawn anew, all other bits as they are: the probability
+        of the other value times what flipping it costs.
+
+        Args:
+            rewards (`[S]`): of the trajectories.
+
+        Returns:
+            Advantages `[1, S, N]`, 0 of bits that were not flipped, and each trajectory's largest difference `[S]`.
+        """
+        asked, keep_mask, of = rollouts.asked[0], rollouts.keep_masks[1], rollouts.of
+        prob_drawn = rollouts.logprobs[0].exp()
+        variance = prob_drawn * (1 - prob_drawn) * asked
+        noise = torch.rand(variance.shape, generator=generator, device=variance.device).log()
+        # the largest of log(u) / w are draws without replacement, with weights w
+        bits = (noise / variance.clamp(min=1e-12)).topk(min(self.args.num_flips, variance.shape[1])).indices  # (S, M)
+        rows = torch.arange(len(of), device=bits.device)[:, None].expand_as(bits)
+        tested = variance.gather(1, bits) > 1e-6
+        rows, bits = rows[tested], bits[tested]
+        flipped = keep_mask[rows]
+        flipped[torch.arange(len(bits), device=bits.device), bits] ^= True
+        scores, right = self.score_masks(batch, flipped, of[rows].tolist())
+        start = torch.zeros_like(scores), rollouts.num_kept[0][rows], torch.ones_like(right)
+        after = scores, flipped.sum(1), right
+        others = self.rewards(*[torch.stack(pair) for pair in zip(start, after, strict=True)])[0]
+        differences = torch.zeros_like(prob_drawn)
+        differences[rows, bits] = rewards[rows] - others
+        return ((1 - prob_drawn) * differences)[None], differences.abs().amax(1)
+
+    def score_masks(self, batch: AnswerBatch, keep_masks: Tensor, of: list[int]) -> tuple[Tensor, Tensor]:
+        """Score and rightness `[M]` of `keep_masks [M, N]` of samples `of`."""
+        args = self.args
+        result = score_answers(self.tprl_model, batch, keep_masks, of, args.score_batch_size)
+        if self.reward_funcs:
+            scores = reward_function_scores(
+                self.reward_funcs, self.tprl_model, self.processing_class, batch, keep_masks, of,
+                args.max_new_tokens, args.score_batch_size,
+            )  # fmt: skip
+        elif args.score == "correct":
+            scores = result.right.float()
+        else:
+            scores = result.logprobs.clamp(min=args.min_logprob)
+        return scores, result.right
+
     def score(self, batch: AnswerBatch, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """Scores and rightness of all keep masks: float32 and `bool [T + 1, S]`; of the first where it matters."""
         args = self.args
         num_steps, num_trajectories = rollouts.exists.shape
         of = rollouts.of.tolist()
         after = range(1, num_steps + 1) if args.score_every_step else range(num_steps, num_steps + 1)
-        # Among rollouts of one question the score of its unpruned prompt cancels, and it is the dearest one.
+        # Between masks of one question the score of its unpruned prompt cancels, and it is the dearest one.
         cancels = args.advantages != "gae" and not (args.score_every_step or args.efficiency_while_right)
         unpruned_samples = [] if cancels else list(range(len(batch)))
         # one forward for all steps; unpruned, each sample is scored once
         masks = torch.cat([batch.inputs.valid[unpruned_samples], *[rollouts.keep_masks[step] for step in after]])
         samples = [*unpruned_samples, *(of * len(after))]
-        result = score_answers(self.tprl_model, batch, masks, samples, args.score_batch_size)
-        flat = result.right.float() if args.score == "correct" else result.logprobs.clamp(min=args.min_logprob)
-        if self.reward_funcs:
-            flat = reward_function_scores(
-                self.reward_funcs, self.tprl_model, self.processing_class, batch, masks, samples,
-                args.max_new_tokens, args.score_batch_size,
-            )  # fmt: skip
+        flat, right = self.score_masks(batch, masks, samples)
 
         def by_step(values: Tensor) -> Tensor:
             pruned = values[len(unpruned_samples) :].view(len(after), num_trajectories)
@@ -229,18 +294,14 @@ class TPRLPPOTrainer(PolicyTrainer):
 
         if not cancels:
             self.note(objective__score_unpruned=flat[: len(batch)].mean())
-        return by_step(flat), by_step(result.right)
+        return by_step(flat), by_step(right)
 
-    def learned_from(self, returns: Tensor) -> Tensor:
+    def learned_from(self, spread: Tensor) -> Tensor:
         """Trajectories that updates are made with, `bool [S]`; enough for every mini-batch to have one."""
-        args = self.args
-        if args.min_spread == 0:
-            return torch.ones_like(returns[0], dtype=torch.bool)
-        spread = returns[0].view(-1, args.num_rollouts).std(1)
-        enough = spread >= args.min_spread
-        enough[spread.topk(min(args.num_mini_batches, len(spread))).indices] = True
-        self.note(objective__questions_learned_from=enough.float().mean())
-        return enough.repeat_interleave(args.num_rollouts)
+        enough = spread >= self.args.min_spread
+        enough[spread.topk(min(self.args.num_mini_batches, len(spread))).indices] = True
+        self.note(objective__learned_from=enough.float().mean())
+        return enough
 
     @torch.no_grad()
     def start_logits(self, batch: AnswerBatch, rollouts: Rollouts, shared: bool) -> Tensor:
@@ -268,13 +329,16 @@ class TPRLPPOTrainer(PolicyTrainer):
         exists, asked = rollouts.exists, rollouts.asked
         output = networks(self.batch.inputs, rollouts.of, rollouts.keep_masks[:-1])
 
-        logratio = replayed_logprobs(rollouts, output.logits, args.lambda_disc) - rollouts.logprobs  # (T, S, N)
+        logits = logits_at_budget(rollouts, output.logits, args.lambda_disc)
+        logratio = replayed_logprobs(rollouts, logits, args.lambda_disc) - rollouts.logprobs  # (T, S, N)
         if args.ratio == "joint":
             logratio = logratio.sum(-1)  # (T, S)
             losses, clipped = clipped_policy_loss(logratio, buffer["advantages"], args.cliprange)
             approxkl, clipfrac = 0.5 * logratio.square(), clipped.float()
         else:
-            advantages = buffer["advantages"][..., None].expand_as(logratio)
+            advantages = buffer["advantages"]
+            if advantages.dim() == 2:  # of steps
+                advantages = advantages[..., None].expand_as(logratio)
             losses, clipped = clipped_policy_loss(logratio, advantages, args.cliprange)
             losses, clipfrac = mean_over_tokens(losses, asked), mean_over_tokens(clipped.float(), asked)
             approxkl = mean_over_tokens(0.5 * logratio.square(), asked)
@@ -284,14 +348,13 @@ class TPRLPPOTrainer(PolicyTrainer):
             output.values, rollouts.values, buffer["returns"], args.cliprange_value
         )
         value_loss = mean_over_steps(value_losses, exists)
-        shifted = output.logits + rollouts.shifts[..., None]
         entropies = [
-            keep_entropy(x, y, args.lambda_disc**t) for t, (x, y) in enumerate(zip(shifted, asked, strict=True))
+            keep_entropy(x, y, args.lambda_disc**t) for t, (x, y) in enumerate(zip(logits, asked, strict=True))
         ]
         entropy = mean_over_steps(mean_over_tokens(torch.stack(entropies), asked), exists)
         loss = policy_loss + args.vf_coef * value_loss - args.entropy_coef * entropy
         if args.kl_coef > 0:
-            kl = mean_over_steps(mean_over_tokens(bernoulli_kl(shifted, buffer["start_logits"]), asked), exists)
+            kl = mean_over_steps(mean_over_tokens(bernoulli_kl(logits, buffer["start_logits"]), asked), exists)
             loss = loss + args.kl_coef * kl
             self.note(objective__kl=kl.mean())
 

@@ -92,6 +92,7 @@ class Rollouts:
         keep_masks (`bool [T + 1, S, N]`): tokens left before the first step and after each.
         asked (`bool [T, S, N]`): bits that the policy drew; none in steps that a trajectory does not have.
         shifts (float32 `[T, S]`): added to the logits, to draw at a budget; 0 without one.
+        targets (float32 `[T, S]`): tokens that a trajectory's own budget lets the policy keep; 0 without one.
         logprobs (float32 `[T, S, N]`): of the bits that were drawn.
         values (float32 `[T, S]`): of the states before each step.
     """
@@ -100,6 +101,7 @@ class Rollouts:
     keep_masks: Tensor
     asked: Tensor
     shifts: Tensor
+    targets: Tensor
     logprobs: Tensor
     values: Tensor
 
@@ -178,7 +180,7 @@ def collect_rollouts(
     codes = autoencoder.encode(inputs.tokens)
     rows = take_inputs(inputs, of)
     keep_mask = rows.valid
-    keep_masks, all_asked, shifts, logprobs, values = [keep_mask], [], [], [], []
+    keep_masks, all_asked, shifts, all_targets, logprobs, values = [keep_mask], [], [], [], [], []
     for step in range(num_steps):
         if step == 0:
             output = policy_on_trajectories(policy, codes, inputs, of, [keep_mask])
@@ -187,11 +189,12 @@ def collect_rollouts(
             output = policy_on_kept(policy, codes[of], keep_mask, rows, step)
         asked = keep_mask & ~rows.layout.protected
         discount = lambda_disc**step
-        shift = torch.zeros(len(of), device=codes.device)
+        shift = targets = torch.zeros(len(of), device=codes.device)
         if keep_ratios is not None:
             shares = keep_ratios[of] ** ((step + 1) / num_steps)
             targets = (rows.valid.sum(1) * shares - (keep_mask & ~asked).sum(1)).clamp(min=1.0)
             shift = shift_to_budget(output.logits, asked, targets, discount, shared_budget)
+            targets = torch.zeros_like(targets) if shared_budget else targets
         logits = output.logits + shift[:, None]
         drawn = sample_keep_mask(logits, asked, discount, generator) | (keep_mask & ~asked)
         logprobs.append(keep_logprobs(logits, drawn, asked, discount))
@@ -199,27 +202,38 @@ def collect_rollouts(
         keep_masks.append(keep_mask)
         all_asked.append(asked)
         shifts.append(shift)
+        all_targets.append(targets)
         values.append(output.values)
     return Rollouts(
         of,
         torch.stack(keep_masks),
         torch.stack(all_asked),
         torch.stack(shifts),
+        torch.stack(all_targets),
         torch.stack(logprobs),
         torch.stack(values),
     )
 
 
+def logits_at_budget(rollouts: Rollouts, logits: Tensor, lambda_disc: float) -> Tensor:
+    """
+    New `logits [T, S, N]`, shifted to each trajectory's own budget again; a shared one keeps the rollout's shift.
+
+    Gradients know that the shift follows the logits: a common offset of a trajectory's logits has none.
+    """
+    shifted = []
+    for step, (now, asked) in enumerate(zip(logits, rollouts.asked, strict=True)):
+        targets, fixed = rollouts.targets[step], now.detach()
+        own = targets > 0
+        shift = shift_to_budget(fixed, asked, targets, lambda_disc**step)
+        probs = (fixed + shift[:, None]).sigmoid()
+        weights = probs * (1 - probs) * asked
+        shift = shift - (weights * (now - fixed)).sum(1) / weights.sum(1).clamp(min=1e-6)
+        shifted.append(now + torch.where(own, shift, rollouts.shifts[step])[:, None])
+    return torch.stack(shifted)
+
+
 def replayed_logprobs(rollouts: Rollouts, logits: Tensor, lambda_disc: float) -> Tensor:
-    """Log-probabilities of the drawn bits under new `logits [T, S, N]`, with the same discounts: float `[T, S, N]`."""
-    return torch.stack(
-        [
-            keep_logprobs(
-                logits[step] + rollouts.shifts[step][:, None],
-                rollouts.keep_masks[step + 1],
-                rollouts.asked[step],
-                lambda_disc**step,
-            )
-            for step in range(len(logits))
-        ]
-    )
+    """Log-probabilities of the drawn bits under `logits [T, S, N]` at budget, with the same discounts, `[T, S, N]`."""
+    steps = zip(logits, rollouts.keep_masks[1:], rollouts.asked, strict=True)
+    return torch.stack([keep_logprobs(x, kept, asked, lambda_disc**t) for t, (x, kept, asked) in enumerate(steps)])
