@@ -24,7 +24,7 @@ RESULTS = {
         },
         "local": {"dataset_path": "parquet", "validation_split": "val"},
     },
-    "config": {"model": "tprl", "model_args": "keep_ratio=1/3"},
+    "config": {"model": "tprl", "model_args": "pretrained=/data/me/model,keep_ratio=1/3"},
     "n-samples": {"gqa": {"original": 12578, "effective": 100}, "local": {"original": 7, "effective": 7}},
     "throughput": {"avg_visual_tokens_kept": 192.0, "avg_visual_tokens": 576.0, "avg_speed": 60.0},
 }
@@ -41,7 +41,7 @@ def test_each_task_and_metric_has_an_entry(tmp_path):
     )
     assert (gqa.metric_type, gqa.metric_value) == ("exact_match", 0.6)
     assert gqa.metric_args == {
-        "model_args": "keep_ratio=1/3",
+        "model_args": "pretrained=model,keep_ratio=1/3",
         "avg_visual_tokens_kept": 192.0,
         "avg_visual_tokens": 576.0,
         "num_questions": 100,

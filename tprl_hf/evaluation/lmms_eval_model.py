@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .answers import chat_inputs
+from .benchmark import synchronize
 from .by_name import has_trained_policy, load_model, make_pruner
 
 # for tasks that say no `max_new_tokens`
@@ -111,10 +112,10 @@ class TPRL(lmms):
         inputs = chat_inputs(self.processor, samples, self.device)
         has_images = any(sample["images"] for sample in samples)
         clock = FirstToken()
-        start = clock.now()
+        start = now()
         with self.model.using(self.pruner) if self.pruner else contextlib.nullcontext():
             features = self.model.encode_images(**inputs) if has_images else None
-            encoded = clock.now()
+            encoded = now()
             output = self.model.generate(
                 **inputs,
                 **self.budget,
@@ -123,7 +124,7 @@ class TPRL(lmms):
                 return_dict_in_generate=True,
                 stopping_criteria=StoppingCriteriaList([clock]),
             )
-        end = clock.now()
+        end = now()
         new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
         pad = self.processor.tokenizer.pad_token_id
@@ -161,15 +162,14 @@ class FirstToken(StoppingCriteria):
         self.time = 0.0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.time = self.time or self.now()
+        self.time = self.time or now()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    @staticmethod
-    def now() -> float:
-        """Seconds, after the device has finished what it was given."""
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        return time.perf_counter()
+
+def now() -> float:
+    """Seconds, after the device has finished what it was given."""
+    synchronize()
+    return time.perf_counter()
 
 
 def generation_arguments(wanted: dict[str, Any]) -> dict[str, Any]:

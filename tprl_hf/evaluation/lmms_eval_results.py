@@ -7,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from tprl_hf.model_cards.policy_card import without_paths
+
 # of lmms-eval's `throughput`, what [`~tprl_hf.evaluation.lmms_eval_model.TPRL`] puts there
 MEASURED = ("avg_visual_tokens_kept", "avg_visual_tokens", "avg_vision_ms", "avg_prefill_ms")
 
@@ -21,8 +23,9 @@ def lmms_eval_results(path: str | Path) -> list[EvalResult]:
 
     Returns:
         `list[EvalResult]`: One entry a task and metric, without standard errors, for
-        `ModelCardData(model_name=..., eval_results=...)`. Groups of tasks have none, their tasks do. `metric_args`
-        has the model's arguments, lmms-eval's number of questions, and the tokens kept and times of the whole run.
+        `ModelCardData(model_name=..., eval_results=...)`. Groups of tasks have none, their tasks do. `metric_args` has
+        the model's arguments (of paths the last part), the number of questions, and the tokens kept and times of the
+        whole run.
 
     Raises:
         `ValueError`: If the file is not of lmms-eval.
@@ -33,7 +36,7 @@ def lmms_eval_results(path: str | Path) -> list[EvalResult]:
         raise ValueError(f"{path} is no results file of lmms-eval: it lacks {', '.join(missing)}.")
     throughput = found.get("throughput", {})
     shared = {
-        "model_args": found["config"]["model_args"],
+        "model_args": without_paths(found["config"]["model_args"]),
         **{name: throughput[name] for name in MEASURED if name in throughput},
     }
     entries = []
