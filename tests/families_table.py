@@ -104,6 +104,17 @@ def batch_deviation(family: str, model: TPRLForConditionalGeneration, samples: l
     return found
 
 
+@torch.no_grad()
+def attention_of_tower(family: str) -> str:
+    """Whether the attention of the vision tower can be laid over the tokens."""
+    batch = collate(family, [sample(family, 1, 1)])
+    try:
+        adapter_for(build(family)).encode(batch["input_ids"], batch, with_attention=True)
+    except ValueError:
+        return "no"
+    return "yes"
+
+
 def registered() -> dict[str, str]:
     """All registered image-text-to-text types with the name of their model class."""
     return dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
@@ -128,7 +139,7 @@ def table() -> str:
         largest = max(largest, *found.values())
         exact.add(base.config.model_type)
         numbers = " | ".join(f"{found[name]:.1e}" if name in found else "–" for name in COLUMNS)
-        rows.append(f"| {family} | {type(adapter_for(base)).__name__} | {numbers} |")
+        rows.append(f"| {family} | {type(adapter_for(base)).__name__} | {numbers} | {attention_of_tower(family)} |")
     rest = {name: why_not(name) for name in sorted(set(registered()) - exact)}
     others = [f"| {name} | {status} | {reason} |" for name, (status, reason) in rest.items()]
     counts = {status: sum(found == status for found, _ in rest.values()) for status in ("untested", "refused")}
@@ -147,10 +158,11 @@ def table() -> str:
             "Largest absolute difference of float32 logits on the CPU (hidden 32, two layers). Keep-all and deletion "
             "by hand also compare greedy tokens. The batch holds one image, two images, no image, padded on either "
             "side. A dash under deletion: the base model does not respect gaps in positions, so that only renumbered "
-            "ones are possible. A dash under batch: the base model's own batch is not its samples one by one.",
+            "ones are possible. A dash under batch: the base model's own batch is not its samples one by one. The "
+            "last column says whether pruners can read the attention of the vision tower.",
             "",
-            "| family | adapter | " + " | ".join(COLUMNS.values()) + " |",
-            "|---|---|" + "---|" * len(COLUMNS),
+            "| family | adapter | " + " | ".join(COLUMNS.values()) + " | attention of the tower |",
+            "|---|---|" + "---|" * len(COLUMNS) + "---|",
             *rows,
             "",
             "## Others",

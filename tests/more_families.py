@@ -95,6 +95,8 @@ def counted_patches(generator: torch.Generator, kind: int) -> Pixels:
 
 
 SMALL_PATCHES = {"patch_size": 4}
+SMALL_WINDOWS = {"patch_size": 4, "window_size": 16}
+WINDOWS_OF_PATCHES = {"patch_size": 4, "pos_emb_height": 3, "pos_emb_width": 3}
 GLM_ROPE = {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}}
 DEEPSTACK = {**SMALL_PATCHES, "deepstack_visual_indexes": [0, 1]}
 LINEAR: dict[str, Any] = {
@@ -192,7 +194,7 @@ OTHERS: dict[str, Family] = {
         expert_types,
     ),
     "exaone4_5": Family(
-        lambda: shrunk("exaone4_5", vision_config=SMALL_PATCHES), grid, concatenate, numbered_anew=True
+        lambda: shrunk("exaone4_5", vision_config=SMALL_WINDOWS), grid, concatenate, numbered_anew=True
     ),
     "glm46v": Family(
         lambda: shrunk("glm46v", vision_config=SMALL_PATCHES, text_config=GLM_ROPE), grid, concatenate, modality_types
@@ -266,12 +268,12 @@ OTHERS: dict[str, Family] = {
     "minicpmv4_7": Family(lambda: shrunk("minicpmv4_7", **MINICPM), in_a_row, join_strips, modality_types),
     "minimax_m3_vl": Family(lambda: shrunk("minimax_m3_vl", vision_config=SMALL_PATCHES), grid, concatenate),
     "muse_glimmer": Family(
-        lambda: shrunk("muse_glimmer", vision_config=SMALL_PATCHES, out_hidden_size=128), grid, concatenate
+        lambda: shrunk("muse_glimmer", vision_config=WINDOWS_OF_PATCHES, out_hidden_size=128), grid, concatenate
     ),
     "muse_spark": Family(
         lambda: shrunk(
             "muse_spark",
-            vision_config=SMALL_PATCHES,
+            vision_config=WINDOWS_OF_PATCHES,
             audio_config={"num_hidden_layers": 4, "hidden_sizes": [8] * 4},
             text_config={"moe_hidden_size": 32},
             out_hidden_size=128,
@@ -309,7 +311,7 @@ OTHERS: dict[str, Family] = {
     "qianfan_ocr": Family(lambda: shrunk("qianfan_ocr"), square, concatenate),
     "qwen2_5_omni_thinker": Family(
         lambda: shrunk(
-            "qwen2_5_omni_thinker", vision_config=SMALL_PATCHES, text_config={"rope_parameters": MROPE}, **THINKER
+            "qwen2_5_omni_thinker", vision_config=SMALL_WINDOWS, text_config={"rope_parameters": MROPE}, **THINKER
         ),
         grid,
         concatenate,

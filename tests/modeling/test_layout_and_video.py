@@ -95,6 +95,10 @@ def test_video_beside_an_image(family):
     is_video = plan.layout.image == 1
     assert plan.layout.block[is_video].unique().tolist() == [0, 1, 2, 3]
     assert is_video.sum() == 64
+    features = model.adapter.encode(ids, inputs, with_attention=True)
+    for encoded in features.modalities.values():
+        assert (encoded.attention > 0).all()
+        assert len(encoded.attention) == len(encoded.rows)
 
 
 @torch.no_grad()

@@ -1,17 +1,21 @@
 """Adapters of the families that differ from the default, and the choice of the adapter of a base model."""
 
+import math
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 from transformers import PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.utils import ModelOutput, logging
 
 from .lvlm_adapters import SUPPORTED, LVLMAdapter, RopeIndexAdapter
 from .pruned_inputs import run_lengths
 from .token_layout import SEPARATOR, Block, grid_blocks, join_rows, square_block
+from .vision_attention import ObservedLayer, received_by_patches, undo_windows
 from .visual_features import EncodedModality, VisualFeatures
 
 logger = logging.get_logger(__name__)
@@ -30,12 +34,46 @@ class NewlineAdapter(LVLMAdapter):
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         return [self.newline_blocks(entry, side) for entry in entries]
 
+    def received_attention(
+        self, modality: str, layer: ObservedLayer, encoded: EncodedModality, inputs: dict[str, Any]
+    ) -> Tensor:
+        """The family's own packing of features, of which attention is one."""
+        if modality == "video":
+            raise ValueError(
+                f"Attention to videos cannot be read in models of type {self.config.model_type!r}. Use a pruner "
+                "without `needs_attention`."
+            )
+        vision, sizes = self.config.vision_config, inputs["image_sizes"]
+        num_tiles = [
+            image_size_to_num_patches(size, self.config.image_grid_pinpoints, vision.image_size) for size in sizes
+        ]
+        alone = inputs.get("batch_num_images")  # several images of one sample are not cut
+        if alone is not None:
+            cut = alone.repeat_interleave(alone) == 1
+            num_tiles = [number if whole else 1 for number, whole in zip(num_tiles, cut.tolist(), strict=True)]
+        side = vision.image_size // vision.patch_size
+        patches = received_by_patches(layer, None, sum(num_tiles) * side**2, self.class_token)
+        packed = self.pack(list(patches.view(-1, side**2, 1).split(num_tiles)), sizes, patches.new_zeros(1))
+        return torch.cat(packed).squeeze(-1)
+
+    def pack(self, patches: list[Tensor], sizes: Tensor, newline: Tensor) -> list[Tensor]:
+        """Overview and crops `[tiles, patches, C]` of each image as its tokens lie, `[L, C]`."""
+        strategy = self.config.vision_feature_select_strategy
+        return list(self.core.pack_image_features(patches, sizes, strategy, newline)[0])
+
     def newline_blocks(self, entry: Tensor, side: int) -> list[Block]:
         """An overview of `side` by `side` tokens, and what the newlines in `entry [L, D]` tell of the rest."""
         newlines = (entry == self.core.image_newline.to(entry)).all(-1).nonzero()[:, 0].tolist()
         width = newlines[0] - side * side
         rest = Block(len(newlines), width, row_newline=True) if width else SEPARATOR
         return [Block(side, side), rest]
+
+
+class OneVisionAdapter(NewlineAdapter):
+    """LLaVA-OneVision scales crops down where they are too many."""
+
+    def pack(self, patches: list[Tensor], sizes: Tensor, newline: Tensor) -> list[Tensor]:
+        return list(self.core.pack_image_features(patches, sizes, newline, self.config.vision_aspect_ratio)[0])
 
 
 class Idefics3Adapter(LVLMAdapter):
@@ -78,6 +116,15 @@ class Granite4VisionAdapter(NewlineAdapter):
         vision, rate = self.config.vision_config, Fraction(self.config.downsample_rate or 1)
         return [self.newline_blocks(entry, int(vision.image_size // vision.patch_size * rate)) for entry in entries]
 
+    def pack(self, patches: list[Tensor], sizes: Tensor, newline: Tensor) -> list[Tensor]:
+        rate = Fraction(self.config.downsample_rate or 1)
+        side = math.isqrt(patches[0].shape[1])
+        small = [
+            adaptive_avg_pool2d(one.view(-1, 1, side, side), int(side * rate)).flatten(1)[..., None] for one in patches
+        ]
+        strategy = self.config.vision_feature_select_strategy
+        return list(self.core.pack_image_features(small, sizes, strategy, newline))
+
     def mm_encoder_outputs(
         self, features: VisualFeatures, keep: dict[str, Tensor], counts: dict[str, Tensor], same_length: bool
     ) -> dict[str, ModelOutput]:
@@ -98,12 +145,7 @@ class FuyuAdapter(LVLMAdapter):
     output_field = "last_hidden_state"
 
     def encode(self, input_ids: Tensor, inputs: dict[str, Any], with_attention: bool = False) -> VisualFeatures:
-        if with_attention:
-            raise ValueError(
-                "Models of type 'fuyu' have no vision tower, and so no attention in it. Use a pruner without "
-                "`needs_attention`."
-            )
-        features = super().encode(input_ids, inputs)
+        features = super().encode(input_ids, inputs, with_attention)
         for encoded in features.modalities.values():
             rows = run_lengths(input_ids == self.token_ids["image"])
             encoded.blocks = join_rows(rows, [sum(b.num_tokens for b in blocks) for blocks in encoded.blocks])
@@ -115,6 +157,7 @@ class Llama4Adapter(LVLMAdapter):
 
     output_field = "last_hidden_state"
     takes_projected = False
+    class_token = -1
 
     def unpack(self, modality: str, output: ModelOutput, counts: Tensor, inputs: dict[str, Any]) -> EncodedModality:
         encoded = super().unpack(modality, output, counts, inputs)
@@ -194,6 +237,9 @@ class Molmo2Adapter(LVLMAdapter):
 class Gemma4Adapter(LVLMAdapter):
     """Gemma 4: patches with a place each, pooled in squares."""
 
+    def valid_patches(self, modality: str, inputs: dict[str, Any]) -> Tensor | None:
+        return (inputs[f"{modality}_position_ids"] != -1).all(-1)
+
     def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
         places = inputs[f"{modality}_position_ids"]
         sizes = places.flatten(0, -3).amax(dim=1) + 1  # of each image or frame: width and height in patches
@@ -212,6 +258,35 @@ class NumberedAnewAdapter(LVLMAdapter):
     keeps_positions = False
 
 
+def windows_of_tokens(adapter: LVLMAdapter, patches: Tensor, blocks: list[Block], side: int) -> Tensor:
+    """Patches of a tower that goes through the merged tokens of an image window by window (Qwen2.5-VL)."""
+    vision = adapter.config.vision_config
+    grids = [(block.height, block.width) for block in blocks]
+    return undo_windows(patches.view(-1, side**2), grids, vision.window_size // vision.patch_size // side).flatten()
+
+
+class Qwen25Adapter(RopeIndexAdapter):
+    """Qwen2.5-VL: the tower works in windows."""
+
+    def row_by_row(self, patches: Tensor, blocks: list[Block], side: int) -> Tensor:
+        return windows_of_tokens(self, patches, blocks, side)
+
+
+class Exaone45Adapter(NumberedAnewAdapter):
+    """EXAONE 4.5: the tower works in windows."""
+
+    def row_by_row(self, patches: Tensor, blocks: list[Block], side: int) -> Tensor:
+        return windows_of_tokens(self, patches, blocks, side)
+
+
+class MuseAdapter(LVLMAdapter):
+    """Muse: the tower works in windows of patches, before any are merged."""
+
+    def row_by_row(self, patches: Tensor, blocks: list[Block], side: int) -> Tensor:
+        grids = [(block.height * side, block.width * side) for block in blocks]
+        return undo_windows(patches, grids, self.config.vision_config.pos_emb_height)
+
+
 class PaliGemmaAdapter(LVLMAdapter):
     """PaliGemma counts positions from 1; its `generate` adds the 1 itself, its forward does not."""
 
@@ -222,7 +297,7 @@ class PaliGemmaAdapter(LVLMAdapter):
 ADAPTERS: dict[str, type[LVLMAdapter]] = {
     "llava_next": NewlineAdapter,
     "llava_next_video": NewlineAdapter,
-    "llava_onevision": NewlineAdapter,
+    "llava_onevision": OneVisionAdapter,
     "idefics3": Idefics3Adapter,
     "smolvlm": Idefics3Adapter,
     "paligemma": PaliGemmaAdapter,
@@ -237,7 +312,11 @@ ADAPTERS: dict[str, type[LVLMAdapter]] = {
     "llama4": Llama4Adapter,
     "molmo2": Molmo2Adapter,
     "unlimited_ocr": UnlimitedOcrAdapter,
-    "exaone4_5": NumberedAnewAdapter,
+    "exaone4_5": Exaone45Adapter,
+    "muse_glimmer": MuseAdapter,
+    "muse_spark": MuseAdapter,
+    "qwen2_5_vl": Qwen25Adapter,
+    "qwen2_5_omni_thinker": Qwen25Adapter,
     "hyperclovax_vision_v2": NumberedAnewAdapter,
 }
 

@@ -6,6 +6,7 @@ lies in its image, and how pruned features are handed back. It decides nothing.
 """
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,14 @@ from transformers.utils import ModelOutput, logging
 
 from .pruned_inputs import count_positions, pad_rows_left, run_lengths
 from .token_layout import Block, grid_blocks, join_tiles, sized_block, square_block
-from .vision_attention import attention_maps, eager_tower, lay_over_tokens
+from .vision_attention import (
+    ObservedLayer,
+    choose_layer,
+    lay_over_blocks,
+    merged_side,
+    observed_tower,
+    received_by_patches,
+)
 from .visual_features import EncodedModality, VisualFeatures
 
 logger = logging.get_logger(__name__)
@@ -43,6 +51,8 @@ REFUSED = {
 }
 # Inputs that tell heights and widths, in whatever unit.
 SIZE_NAMES = ("target_sizes", "spatial_shapes", "image_grid_hw")
+# Types with an `image_grid_thw` whose patches do not come token by token.
+PATCHES_ROW_BY_ROW = ("hunyuan_vl", "kimi_k25", "muse_glimmer", "muse_spark", "paddleocr_vl")
 # What encoders return besides what belongs to a family alone.
 ENCODER_FIELDS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions", "deepstack_features")
 
@@ -63,6 +73,8 @@ class LVLMAdapter:
     output_field = "pooler_output"
     # Whether the base model takes what the LLM sees, so that rows can be changed. Otherwise it projects them itself.
     takes_projected = True
+    # Where the tower has its [CLS] token, if it has one: 0 before the patches, -1 behind them.
+    class_token = 0
     # Added to position ids in a direct forward, where the base model's `generate` adds it itself.
     forward_position_offset = 0
     # Inputs that only serve to compute positions; the gathered positions replace them.
@@ -131,7 +143,8 @@ class LVLMAdapter:
                 with eager attention.
 
         Raises:
-            `ValueError`: for pixels that are not finite, and when features and placeholders differ in number.
+            `ValueError`: for pixels that are not finite, when features and placeholders differ in number, and when
+                attention is wanted and cannot be read.
         """
         modalities = {}
         for modality, encoder in self.encoders.items():
@@ -148,14 +161,15 @@ class LVLMAdapter:
                 if torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all():
                     bad = value[~value.isfinite()][0].item()
                     raise ValueError(f"{name} holds {bad}: check how the image was read and normalised.")
+            notes: AbstractContextManager[list[ObservedLayer]] = nullcontext([])
             if with_attention:
-                with eager_tower(self.base):
-                    output = encoder(**taken, return_dict=True, output_attentions=True)
-            else:
+                notes = observed_tower(self.base)
+            with notes as layers:
                 output = encoder(**taken, return_dict=True)
             encoded = self.unpack(modality, output, counts, inputs)
             if with_attention:
-                encoded.attention = self.received_attention(modality, output, encoded)
+                layer = choose_layer(layers, self.feature_layer, self.config.model_type)
+                encoded.attention = self.received_attention(modality, layer, encoded, inputs)
             if encoded.container == "tensor":  # of tiles, whose images only the prompt tells apart
                 encoded.blocks = join_tiles(encoded.blocks, run_lengths(input_ids == self.token_ids[modality]))
             modalities[modality] = encoded
@@ -189,11 +203,33 @@ class LVLMAdapter:
             extra={name: value for name, value in output.items() if name not in ENCODER_FIELDS},
         )
 
-    def received_attention(self, modality: str, output: ModelOutput, encoded: EncodedModality) -> Tensor:
-        """Attention that each token received in the tower layer whose features the LLM gets, float `[V]`."""
+    @property
+    def feature_layer(self) -> int:
+        """Index into the tower's hidden states of what the LLM gets; of several, the last layer."""
         layer = getattr(self.config, "vision_feature_layer", None)
-        maps = attention_maps(output, layer if isinstance(layer, int) else -1, self.config.model_type)
-        return lay_over_tokens(maps, len(encoded.rows), self.config.model_type)
+        return layer if isinstance(layer, int) else -1
+
+    def received_attention(
+        self, modality: str, layer: ObservedLayer, encoded: EncodedModality, inputs: dict[str, Any]
+    ) -> Tensor:
+        """Attention that each token received in the tower layer whose features the LLM gets, float `[V]`."""
+        blocks = [block for entry in encoded.blocks for block in entry]
+        num_tokens = sum(block.height * block.width for block in blocks if not block.separator)
+        patches = received_by_patches(layer, self.valid_patches(modality, inputs), num_tokens, self.class_token)
+        side = merged_side(len(patches), num_tokens)
+        merged = f"{modality}_grid_thw" in inputs and self.config.model_type not in PATCHES_ROW_BY_ROW
+        if side:
+            patches = self.row_by_row(patches, blocks, side)
+        return lay_over_blocks(patches, blocks, merged, self.config.model_type)
+
+    def row_by_row(self, patches: Tensor, blocks: list[Block], side: int) -> Tensor:
+        """`patches [P]` of a tower that has them in an order of its own; each token stands for `side` by `side`."""
+        return patches
+
+    def valid_patches(self, modality: str, inputs: dict[str, Any]) -> Tensor | None:
+        """Which patches are no padding, `bool [tiles, patches]`, where the tower is handed padding."""
+        mask = inputs.get("pixel_attention_mask")
+        return None if mask is None else mask.bool()
 
     def check(self, input_ids: Tensor, features: VisualFeatures) -> None:
         """Raises `ValueError` where the placeholders of a prompt and the features differ in number."""
