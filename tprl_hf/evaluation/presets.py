@@ -180,6 +180,14 @@ class Preset:
     about: str
 
 
+def _qwen2_vl(text: dict[str, Any], tied: bool) -> dict[str, Any]:
+    return {
+        "vision_config": {**QWEN2_VISION, "hidden_size": text["hidden_size"]},
+        "text_config": {"model_type": "qwen2_vl_text", **text, "rope_parameters": MROPE},
+        "tie_word_embeddings": tied,
+    }
+
+
 def _qwen2_5_vl(text: dict[str, Any], tied: bool) -> dict[str, Any]:
     return {
         "vision_config": {**QWEN2_5_VISION, "out_hidden_size": text["hidden_size"]},
@@ -237,26 +245,8 @@ PRESETS = {
         1,
         "not a published model: LLaVA-1.5's tower before Qwen2-0.5B, small enough for a CPU",
     ),
-    "qwen2-vl-2b": Preset(
-        "qwen2_vl",
-        {
-            "vision_config": {**QWEN2_VISION, "hidden_size": 1536},
-            "text_config": {"model_type": "qwen2_vl_text", **QWEN2_5_1_5B, "rope_parameters": MROPE},
-            "tie_word_embeddings": True,
-        },
-        1,
-        "576 visual tokens of a 672-pixel image",
-    ),
-    "qwen2-vl-7b": Preset(
-        "qwen2_vl",
-        {
-            "vision_config": {**QWEN2_VISION, "hidden_size": 3584},
-            "text_config": {"model_type": "qwen2_vl_text", **QWEN2_5_7B, "rope_parameters": MROPE},
-            "tie_word_embeddings": False,
-        },
-        1,
-        "576 visual tokens of a 672-pixel image",
-    ),
+    "qwen2-vl-2b": Preset("qwen2_vl", _qwen2_vl(QWEN2_5_1_5B, True), 1, "576 visual tokens of a 672-pixel image"),
+    "qwen2-vl-7b": Preset("qwen2_vl", _qwen2_vl(QWEN2_5_7B, False), 1, "576 visual tokens of a 672-pixel image"),
     "qwen2.5-vl-3b": Preset("qwen2_5_vl", _qwen2_5_vl(QWEN2_5_3B, True), 1, "576 visual tokens of a 672-pixel image"),
     "qwen2.5-vl-7b": Preset("qwen2_5_vl", _qwen2_5_vl(QWEN2_5_7B, False), 1, "576 visual tokens of a 672-pixel image"),
     "qwen3-vl-4b": Preset(
