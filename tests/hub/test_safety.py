@@ -13,6 +13,7 @@ from tests.tiny_models import build
 from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
 from tprl_hf.model_cards import without_paths
 from tprl_hf.model_cards.render import inline_code, plain_text
+from tprl_hf.modeling import TPRLProcessor
 from tprl_hf.modeling.checkpoint_checks import refuse_unsafe_name
 from tprl_hf.modeling.publishing_tprl import BEGIN, END, full_card, is_hub_name, update_card
 
@@ -135,6 +136,8 @@ def test_code_of_a_base_model_is_not_run(folder, tmp_path, trust):
         load(folder / "policy", **trust)
     with pytest.raises((OSError, ValueError), match=r"unheard-of|trust_remote_code|Unrecognized"):
         AutoProcessor.from_pretrained(folder / "policy", **trust)
+    with pytest.raises((OSError, ValueError)):
+        TPRLProcessor.from_pretrained(folder / "policy", **trust)
     assert not (tmp_path / "ran").exists()
 
 
