@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import EvalResult, HfApi
 
 from tests.tiny_models import build
 from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
-from tprl_hf.model_cards import policy_card
+from tprl_hf.model_cards import model_index, policy_card
 from tprl_hf.training.publishing import files_to_publish, recorded_stages
 
 MODELING = Path(__file__).parents[2] / "tprl_hf" / "modeling"
@@ -209,6 +209,23 @@ def test_time_and_operations_on_the_card():
     card = policy_card("me/name", config, latency=latency, flops=flops)
     assert "| prefill pruned | 12.35 [12, 13] |" in card
     assert "| visual tokens kept | `paper` |\n|---|---|\n| 16 | 2 |\n| 5 | 1.25 |\n" in card
+
+
+def test_benchmarks_on_the_card():
+    entry = EvalResult(
+        task_type="image-text-to-text",
+        **{
+            "dataset_type": "lmms-lab/POPE",
+            "dataset_name": "pope|x",
+            "metric_type": "accuracy",
+            "metric_value": 0.8437,
+        },
+        metric_args={"model_args": "keep_ratio=0.33", "num_questions": 100},
+    )
+    card = policy_card("me/name", {"includes_base_model": True}, benchmark_results=[entry])
+    assert '| pope&#124;x | accuracy | 0.8437 | `model_args="keep_ratio=0.33", num_questions=100` |' in card
+    (found,) = model_index("me/name", [RESULTS], [entry])
+    assert len(found["results"]) == 2 and found["results"][0]["dataset"]["type"] == "lmms-lab/POPE"
 
 
 def test_results_without_baselines_are_refused():

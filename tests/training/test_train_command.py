@@ -3,10 +3,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import HfApi
 
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
 from tprl_hf.cli.recipe_file import as_number, read_recipe
+from tprl_hf.training.publishing import files_to_publish
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 POLICY_STAGE = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True, "eval_strategy": "steps", "eval_steps": 1}
@@ -41,6 +43,12 @@ def test_all_stages_from_one_recipe(recipe, tmp_path, capsys):
     model = TPRLForConditionalGeneration.from_pretrained(tmp_path / "run" / "ppo")
     assert model.config.keep_ratio == 0.25 and model.config.includes_base_model
     assert model.config.base_model_name_or_path is None
+
+    # what was recorded goes onto the card, without this machine's paths
+    card = files_to_publish(tmp_path / "run" / "ppo", "me/name", HfApi())["README.md"].decode()
+    for stage in reports:
+        assert f"- **{stage}** (0 minutes): `" in card
+    assert "save_base_model=true" in card and "accuracy@0.111=" in card and str(tmp_path) not in card
 
     # what is finished stays; what was cut off goes on
     (tmp_path / "run" / "ppo" / "training.json").unlink()

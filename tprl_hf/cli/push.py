@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="results.json of `tprl evaluate`, for the card's tables",
     )
+    parser.add_argument(
+        "--lmms-eval", nargs="+", default=[], metavar="FILE", help="results files of lmms-eval with the model tprl"
+    )
     parser.add_argument("--latency", metavar="FILE", help="what `tprl benchmark --json` printed")
     parser.add_argument("--flops", metavar="FILE", help="what `tprl flops --json` printed")
     parser.add_argument(
@@ -48,6 +51,7 @@ def benchmark(text: str) -> tuple[str, str, str]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from tprl_hf.evaluation.lmms_eval_results import lmms_eval_results
     from tprl_hf.training.publishing import publish, push_demonstrations
 
     options = {
@@ -71,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
                 len(arguments.results) + number: (dataset, task)
                 for number, (_, dataset, task) in enumerate(arguments.benchmark)
             },
+            "benchmark_results": [entry for path in arguments.lmms_eval for entry in lmms_eval_results(path)],
             "latency": read(arguments.latency) if arguments.latency else None,
             "flops": read(arguments.flops) if arguments.flops else None,
             "base_model": arguments.base_model,

@@ -43,6 +43,7 @@ def policy_card(
     latency: Mapping[str, Any] | None = None,
     flops: Mapping[str, Any] | None = None,
     stages: Sequence[Mapping[str, Any]] = (),
+    benchmark_results: Sequence[EvalResult] = (),
 ) -> str:
     """
     The text of a policy's card, without header.
@@ -54,6 +55,7 @@ def policy_card(
         latency (`Mapping`, *optional*): What `tprl benchmark --json` printed.
         flops (`Mapping`, *optional*): What `tprl flops --json` printed.
         stages (`Sequence[Mapping]`, *optional*): `stage`, `settings`, `metrics` and `seconds` of each training stage.
+        benchmark_results (`Sequence[EvalResult]`, *optional*): What lmms-eval measured, see `lmms_eval_results`.
 
     Returns:
         `str`: Markdown. All that comes from outside is escaped.
@@ -80,6 +82,7 @@ def policy_card(
         budget=named[0] if named else None,
         budget_argument="" if named else ", keep_ratio=1 / 3",
         results=[{"score": result.get("metric", ""), **without_paths(result)} for result in results],
+        benchmark_results=benchmark_results,
         latency=without_paths(latency),
         flops=without_paths(flops),
         stages=[{"seconds": None, "metrics": {}, **without_paths(stage)} for stage in stages],
@@ -97,9 +100,11 @@ def check_results(result: Mapping[str, Any]) -> None:
         raise ValueError(f"A table needs the rows none and random beside the policy's; there are {sorted(pruners)}.")
 
 
-def model_index(repo_id: str, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Accuracy of the policy at each budget, and of the unpruned model, as the header's `model-index`."""
-    found = []
+def model_index(
+    repo_id: str, results: Sequence[Mapping[str, Any]], benchmark_results: Sequence[EvalResult] = ()
+) -> list[dict[str, Any]]:
+    """Accuracy of the policy at each budget, of the unpruned model, and benchmarks as the header's `model-index`."""
+    found = list(benchmark_results)
     for result in results:
         check_results(result)
         data = without_paths(str(result["data"]))

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_from_disk
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi, ModelCard
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    DatasetCard,
+    EvalResult,
+    HfApi,
+    ModelCard,
+)
 from transformers import AutoConfig, TrainingArguments
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
@@ -85,6 +93,7 @@ def files_to_publish(
     *,
     base_model: str | None = None,
     results: Sequence[Mapping[str, Any]] = (),
+    benchmark_results: Sequence[EvalResult] = (),
     benchmarks: Mapping[int, tuple[str, str]] | None = None,
     latency: Mapping[str, Any] | None = None,
     flops: Mapping[str, Any] | None = None,
@@ -101,7 +110,7 @@ def files_to_publish(
         repo_id (`str`): Where it goes.
         api (`HfApi`): With which the base model is looked up.
         base_model (`str`, *optional*): Its name on the Hub, where the checkpoint names a path.
-        results, latency, flops, stages, tags, licence: See [`publish`].
+        results, benchmark_results, latency, flops, stages, tags, licence: See [`publish`].
         benchmarks (`Mapping`, *optional*): By number of the results, the benchmark's dataset on the Hub and its task.
         existing_card (`str`, *optional*): The card that is to be brought up to date; by default that of `directory`.
 
@@ -142,10 +151,11 @@ def files_to_publish(
         files[f".eval_results/{name}.yaml"] = eval_results_yaml(results[number], dataset_id, task_id).encode()
 
     metadata = card_metadata(config, {"license": licence} if licence else base_licence(api, config), list(tags))
-    if results:
-        metadata.update({"model-index": model_index(repo_id, results), "model_name": repo_id.split("/")[-1]})
+    if results or benchmark_results:
+        index = model_index(repo_id, results, benchmark_results)
+        metadata.update({"model-index": index, "model_name": repo_id.split("/")[-1]})
     stages = recorded_stages(directory) if stages is None else stages
-    card = full_card(metadata, policy_card(repo_id, written, results, latency, flops, stages))
+    card = full_card(metadata, policy_card(repo_id, written, results, latency, flops, stages, benchmark_results))
     readme = directory / "README.md"
     if existing_card is None and readme.is_file():
         existing_card = readme.read_text(encoding="utf-8")
@@ -170,7 +180,8 @@ def publish(
         directory (`str` or `Path`): A checkpoint that `save_pretrained` or a trainer wrote; it is left as it is.
         repo_id (`str`): `NAME` or `USER/NAME`; made when missing.
         token, private, revision, commit_message: As in `HfApi.create_repo` and `HfApi.create_commit`.
-        facts: What the card says: `results` (a list of what `tprl evaluate` wrote), `latency` and `flops` (what
+        facts: What the card says: `results` (a list of what `tprl evaluate` wrote), `benchmark_results` (a list of
+            [`~huggingface_hub.EvalResult`], as `lmms_eval_results` reads them), `latency` and `flops` (what
             `tprl benchmark --json` and `tprl flops --json` printed), `stages` (by default those that `tprl train`
             recorded), `benchmarks`, `tags`, `licence` (by default that of the base model's card), `base_model`; see
             [`files_to_publish`].
