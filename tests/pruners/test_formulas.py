@@ -271,8 +271,33 @@ def test_equal_words_all_rate():
 
 
 def test_a_layer_that_the_llm_does_not_have_is_refused():
+    base = build("llava")
     with pytest.raises(ValueError, match="layer=3, but the LLM has layers 1 to 2"):
-        SparseVLMPruner(build("llava"), layer=3)
+        SparseVLMPruner(base, layer=3)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("nemotron_h_omni", "layer 2 of this LLM has none; nor has any other"),
+        ("gemma4", "every layer of 'gemma4' also reads the prompt's ids"),
+    ],
+)
+def test_an_llm_without_the_parts_is_refused(family, message):
+    with pytest.raises(ValueError, match=message):
+        FastVPruner(build(family))
+
+
+@pytest.mark.parametrize("family", ["llama4", "chameleon", "gemma3"])
+@torch.no_grad()
+def test_fastv_finds_the_layers_of_other_families(family):
+    model = TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8).eval()
+    batch = collate(family, [sample(family, 1, 1), sample(family, 2, 2)])
+    before = model.lvlm.config.get_text_config()._attn_implementation
+    with model.using(FastVPruner(model.lvlm)):
+        plan = model.prune(**batch, keep_ratio=0.5)
+    assert plan.num_kept.tolist() == [round(0.5 * n) for n in plan.num_visual.tolist()]
+    assert plan.scores.std() > 0 and model.lvlm.config.get_text_config()._attn_implementation == before != "eager"
 
 
 @pytest.mark.parametrize("pruner", [VisionZip(), PruMerge(), ToMePruner()])

@@ -32,15 +32,28 @@ class LLMAttentionPruner(TokenPruner):
         **budget: see [`TokenPruner`].
 
     Raises:
-        `ValueError`: for a layer that the LLM does not have.
+        `ValueError`: for a layer that the LLM does not have or that has no attention, and for an LLM that does not run
+            on embeddings alone.
     """
 
     def __init__(self, lvlm: PreTrainedModel, layer: int = 2, **budget):
         super().__init__(**budget)
-        self.lvlm = lvlm
-        self.decoder: Any = lvlm.get_decoder()
-        if not 1 <= layer <= len(self.decoder.layers):
-            raise ValueError(f"layer={layer}, but the LLM has layers 1 to {len(self.decoder.layers)}.")
+        # some families call the LLM with its output layer their decoder
+        self.decoder: Any = next(module for module in lvlm.get_decoder().modules() if hasattr(module, "layers"))
+        name, layers = type(self).__name__, self.decoder.layers
+        if not 1 <= layer <= len(layers):
+            raise ValueError(f"layer={layer}, but the LLM has layers 1 to {len(layers)}.")
+        if not hasattr(layers[layer - 1], "self_attn"):
+            having = [str(number) for number, one in enumerate(layers, start=1) if hasattr(one, "self_attn")]
+            raise ValueError(
+                f"{name} reads attention, and layer {layer} of this LLM has none; "
+                + (f"layers that do: {', '.join(having)}." if having else "nor has any other.")
+            )
+        if self.decoder.config.to_dict().get("hidden_size_per_layer_input"):
+            raise ValueError(
+                f"{name} runs the LLM on visual tokens, but every layer of {lvlm.config.model_type!r} also reads the "
+                "prompt's ids: use a pruner that does not need the LLM."
+            )
         self.layer = layer
 
     def raters(self, inputs: PruningInputs) -> Tensor:
@@ -58,11 +71,13 @@ class LLMAttentionPruner(TokenPruner):
         """Attention of the layer, mean over heads, float32 `[B, S, S]`, for `embeddings [B, S, D]`."""
 
         def catch(module: nn.Module, arguments: Any, output: Any) -> NoReturn:
+            if not isinstance(output, tuple) or not torch.is_tensor(output[1]):
+                raise ValueError(f"{type(module).__name__} returns no attention weights for {type(self).__name__}.")
             raise _Attention(output[1])
 
         hook = self.decoder.layers[self.layer - 1].self_attn.register_forward_hook(catch)
         try:
-            with eager_decoder(self.lvlm), torch.no_grad():
+            with eager_attention(self.decoder), torch.no_grad():
                 self.decoder(
                     inputs_embeds=embeddings,
                     attention_mask=mask.long(),
@@ -84,11 +99,11 @@ def last_token(inputs: PruningInputs) -> Tensor:
 
 
 @contextmanager
-def eager_decoder(lvlm: PreTrainedModel) -> Iterator[None]:
+def eager_attention(decoder: PreTrainedModel) -> Iterator[None]:
     """Inside the `with`, the LLM computes attention in the way that can return it."""
-    before = lvlm.config.text_config._attn_implementation
-    lvlm.set_attn_implementation({"text_config": "eager"})
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation("eager")
     try:
         yield
     finally:
-        lvlm.set_attn_implementation({"text_config": before})
+        decoder.set_attn_implementation(before)
