@@ -1,0 +1,54 @@
+"""The timings under docs/results/benchmark: what the targets ask of them, and that the page says the same."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tprl_hf.cli.main import make_parser
+
+DOCS = Path(__file__).parents[2] / "docs"
+RESULTS = {path.stem: json.loads(path.read_text()) for path in sorted((DOCS / "results" / "benchmark").glob("*.json"))}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_each_names_its_command_device_and_versions(name):
+    found = RESULTS[name]
+    make_parser().parse_args(shlex.split(found["command"])[1:])
+    assert found["device"] and {"torch", "transformers"} <= found["versions"].keys() and found["rounds"] >= 5
+
+
+def test_the_targets_are_met_on_a_model_of_half_a_billion_on_a_cpu():
+    found = RESULTS["llava-0.5b-cpu"]
+    assert (found["num_visual"], found["num_keep"], found["batch"]) == (576, 192, 1) and "1 threads" in found["device"]
+    ratios = {name: spread["median"] for name, spread in found["cpu_ratios"].items()}
+    assert ratios["prefill pruned / floor"] <= 1.03
+    assert ratios["pruner / prefill unpruned"] <= 0.02
+    assert ratios["prefill speed-up"] >= 0.9 * ratios["prefill speed-up of the floor"]
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_whole_answers_are_never_slower_than_unpruned(name):
+    found = RESULTS[name]
+    speed_ups = [found[clock]["answer speed-up"]["median"] for clock in ("ratios", "cpu_ratios")]
+    speed_ups += [one[clock]["median"] for one in found.get("load", ()) for clock in ("speed_up", "cpu_speed_up")]
+    assert min(speed_ups) >= 1
+
+
+def as_written(spread) -> str:
+    return f"{spread['median']:.3f} ({spread['low']:.3f} to {spread['high']:.3f})"
+
+
+def test_the_page_says_what_was_measured():
+    page = (DOCS / "evaluation.md").read_text()
+    assert {f"results/benchmark/{name}.json" for name in RESULTS} == set(
+        re.findall(r"results/benchmark/[\w.-]+", page)
+    )
+    told = ["prefill pruned / floor", "pruner / prefill unpruned", "prefill speed-up", "answer speed-up"]
+    for name, clocks in {"llava-0.5b-cpu": ("ratios", "cpu_ratios"), "mosaic-llava-cpu": ("cpu_ratios",)}.items():
+        for spread in [RESULTS[name][clock][ratio] for clock in clocks for ratio in told]:
+            assert as_written(spread) in page
+    for one in RESULTS["mosaic-llava-cpu"]["load"]:
+        assert f"| {one['batch']} | {as_written(one['unpruned'])} | {as_written(one['pruned'])} |" in page
