@@ -211,21 +211,27 @@ def count_settings(model, processor, samples, settings) -> dict[tuple[str, str],
     """Operations of each setting for the first question that has an image; none where no question has."""
     from tprl_hf.evaluation.answers import chat_inputs
     from tprl_hf.evaluation.compare_pruners import encode_once
-    from tprl_hf.evaluation.counted import count_operations
+    from tprl_hf.evaluation.counted import Counted, count_prefill, count_pruner
     from tprl_hf.modeling.token_pruner import TokenPruner
 
-    counted: dict[tuple[str, str], Any] = {}
     with_image = [number for number in range(len(samples)) if samples[number]["images"]][:1]
+    counted: dict[tuple[str, str], Any] = {}
+    prefill: dict[int, int] = {}  # by the number of tokens kept, which is all that it depends on
     for setting in settings if with_image else ():
-        sample = samples[with_image[0]]
         name = (setting.pruner, setting.budget)
-        if name not in counted:
-            method = setting.method
-            if method is not None and not isinstance(method, TokenPruner):
-                method = method([sample])
-            inputs = chat_inputs(processor, [sample], model.device)
-            features = encode_once(model, processor, [sample], method)
-            counted[name] = count_operations(model, inputs, features, method, setting.arguments)
+        if name in counted:
+            continue
+        sample = samples[with_image[0]]
+        method = setting.method
+        if method is not None and not isinstance(method, TokenPruner):
+            method = method([sample])
+        inputs = chat_inputs(processor, [sample], model.device)
+        features = encode_once(model, processor, [sample], method)
+        pruner, keep_mask = count_pruner(model, inputs, features, method, setting.arguments)
+        num_kept = int(keep_mask.sum())
+        if num_kept not in prefill:
+            prefill[num_kept] = count_prefill(model, inputs, features, keep_mask)
+        counted[name] = Counted(pruner, prefill[num_kept])
     return counted
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,36 +27,43 @@ class Counted:
     prefill: int
 
 
-def count_operations(
+def count_pruner(
     model, inputs: dict[str, Any], features: Any, method: TokenPruner | None, budget: dict[str, Any]
-) -> Counted:
+) -> tuple[int, Tensor]:
     """
-    What one question costs under a pruner, besides the vision tower.
+    What choosing the tokens of a question costs.
 
     Args:
         model ([`TPRLForConditionalGeneration`]):
             The model.
         inputs (`dict`):
-            Of one question, as [`~tprl_hf.evaluation.answers.chat_inputs`] gives them.
-        features ([`VisualFeatures`], *optional*):
+            The question, as [`~tprl_hf.evaluation.answers.chat_inputs`] gives it.
+        features ([`VisualFeatures`]):
             Of its images, with the tower's attention if the pruner reads it.
         method ([`TokenPruner`], *optional*):
             The pruner; `None` for the model's own policy.
         budget (`dict`):
             As `generate` takes it, such as `{"keep_ratio": 1 / 3}` or `{"prune": False}`.
+
+    Returns:
+        `tuple`: Operations, and the keep mask `[V]`.
     """
     with nullcontext() if method is None else model.using(method):
-        pruner = _count(lambda: model.prune(**inputs, **budget, visual_features=features))
-        both = _count(
-            lambda: model.generate(
-                **inputs, **budget, visual_features=features, max_new_tokens=1, min_new_tokens=1, do_sample=False
-            )
+        operations, plan = _count(lambda: model.prune(**inputs, **budget, visual_features=features))
+    return operations, plan.keep_mask
+
+
+def count_prefill(model, inputs: dict[str, Any], features: Any, keep_mask: Tensor) -> int:
+    """What the LLM costs until its first new token, with the tokens of `keep_mask` (`bool [V]`) alone."""
+    return _count(
+        lambda: model.generate(
+            **inputs, keep_mask=keep_mask, visual_features=features, max_new_tokens=1, do_sample=False
         )
-    return Counted(pruner, both - pruner)
+    )[0]
 
 
-def _count(call: Callable[[], Any]) -> int:
+def _count(call: Callable[[], Any]) -> tuple[int, Any]:
     # the counter does not know the fused attention of CPUs
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
+        result = call()
+    return counter.get_total_flops(), result
