@@ -223,6 +223,12 @@ def test_a_second_server_with_remote_images_and_another_pruner(client, checkpoin
     assert found.choices[0].message.content.strip() == wanted
 
 
+def test_without_the_extra_it_says_which_one(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve"]) == 2
+    assert "pip install 'tprl_hf[serve]'" in capsys.readouterr().err
+
+
 def test_a_port_that_is_taken_is_one_line(client, capsys):
     port = client.base_url.port
     assert main(["serve", "--port", str(port)]) == 2

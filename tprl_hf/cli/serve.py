@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.host not in LOOPBACK:
         print(f"tprl serve: whoever reaches {arguments.host} can ask; nobody is asked who they are.", file=sys.stderr)
     host, port = listener.getsockname()[:2]
-    default = ", ".join(f"{key}={value}" for key, value in budget.items()) or "as the checkpoint says"
+    words = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in budget.items()]
+    default = ", ".join(words) or "as the checkpoint says"
     print(
         f"Serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1 ({pruner}, {default})", flush=True
     )
