@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 
 import pytest
@@ -18,6 +19,7 @@ from tprl_hf.modeling.checkpoint_checks import refuse_unsafe_name
 from tprl_hf.modeling.publishing_tprl import BEGIN, END, full_card, is_hub_name, update_card
 
 load = TPRLForConditionalGeneration.from_pretrained
+from_base_model = TPRLForConditionalGeneration.from_base_model
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,31 @@ def test_weights_elsewhere_are_not_read(folder, name):
     change(folder / "merged", "model.safetensors.index.json", weight_map={**index["weight_map"], first: name})
     with pytest.raises(ValueError, match="which is no name of a file beside it"):
         load(folder / "merged")
+    (folder / "base/model.safetensors").unlink()
+    shutil.copy(folder / "merged/model.safetensors.index.json", folder / "base")
+    for call in (lambda: load(folder / "policy"), lambda: from_base_model(folder / "base")):
+        with pytest.raises(ValueError, match="which is no name of a file beside it"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "../base/model.safetensors"])
+def test_a_config_names_no_weights(folder, tmp_path, name):
+    """transformers would unpickle the one, and knows of the other in directories only."""
+    for kind in ("policy", "merged", "base"):
+        (folder / kind / "adapter_model.bin").write_bytes(pickle.dumps(Pickled(tmp_path / "ran")))
+    for kind in ("merged", "base"):
+        change(folder / kind, transformers_weights=name)
+        for call in (
+            (lambda: load(folder / "merged"),)
+            if kind == "merged"
+            else (
+                lambda: load(folder / "policy"),
+                lambda: from_base_model(folder / "base"),
+            )
+        ):
+            with pytest.raises(ValueError, match=f"names the weights '{re.escape(name)}'"):
+                call()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_shards_are_safetensors(folder):

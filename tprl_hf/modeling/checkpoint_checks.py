@@ -42,14 +42,29 @@ def refuse_other_formats(use_safetensors: bool | None) -> None:
         )
 
 
-def check_weight_files(source: str, hub_kwargs: dict[str, Any], variant: str | None = None) -> None:
+def check_weight_files(
+    source: str, hub_kwargs: dict[str, Any], variant: str | None = None, are_needed: bool = True
+) -> None:
     """
-    Looks at the names of a merged checkpoint's weight files before any is opened.
+    Looks at the names of a checkpoint's weight files before any is opened.
+
+    Args:
+        source (`str`): a directory or a name on the Hub.
+        hub_kwargs (`dict`): where and how to look for it.
+        variant (`str`, *optional*): as in `from_pretrained`.
+        are_needed (`bool`, defaults to `True`): whether there must be some.
 
     Raises:
         `OSError`: when there are none in safetensors.
-        `ValueError`: when the index names a file outside of the checkpoint, or one that is no safetensors file.
+        `ValueError`: when config or index name a file elsewhere, or one that is no safetensors file.
     """
+    config = cached(source, CONFIG_NAME, hub_kwargs)
+    named = json.loads(Path(config).read_text(encoding="utf-8")).get("transformers_weights") if config else None
+    if named is not None:
+        raise ValueError(
+            f"config.json in {source} names the weights {named!r} (transformers_weights), which is refused: weights "
+            f"are read from {SAFE_WEIGHTS_NAME}. Rename the file, if you trust it, and remove the entry."
+        )
     infix = f".{variant}" if variant else ""
     name = SAFE_WEIGHTS_NAME.replace(".safetensors", f"{infix}.safetensors")
     if cached(source, name, hub_kwargs) is not None:
@@ -57,7 +72,9 @@ def check_weight_files(source: str, hub_kwargs: dict[str, Any], variant: str | N
     index_name = SAFE_WEIGHTS_INDEX_NAME.replace(".index.json", f".index{infix}.json")
     index = cached(source, index_name, hub_kwargs)
     if index is None:
-        raise no_safetensors(source, f"neither {name} nor {index_name}")
+        if are_needed:
+            raise no_safetensors(source, f"neither {name} nor {index_name}")
+        return
     weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
     for shard in sorted(set(weight_map.values()), key=str):
         refuse_unsafe_name(shard, f"{index_name} in {source}")

@@ -217,7 +217,9 @@ class TPRLPreTrainedModel(PreTrainedModel):
         if pinned is not None:
             base_kwargs["revision"] = pinned
         base_kwargs.update(trust_remote_code=False, use_safetensors=True)
+        hub_kwargs = {key: base_kwargs[key] for key in HUB_NAMES if base_kwargs.get(key) is not None}
         try:
+            check_weight_files(name, hub_kwargs, base_kwargs.get("variant"), are_needed=False)
             return AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
         except OSError as error:
             revision = "" if pinned is None else f" at revision {pinned}"

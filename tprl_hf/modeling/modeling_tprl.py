@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Generati
 from transformers.utils import ModelOutput, logging
 
 from .cached_prompt import CachedPrompt
-from .checkpoint_checks import loaded_commit, refuse_other_formats
+from .checkpoint_checks import check_weight_files, loaded_commit, refuse_other_formats
 from .checkpoint_tprl import HUB_NAMES, TPRLPreTrainedModel
 from .configuration_tprl import TPRLConfig
 from .family_adapters import adapter_for
@@ -103,9 +103,10 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         else:
             refuse_other_formats(settings.get("use_safetensors"))
             settings["use_safetensors"] = True
+            hub_kwargs = {name: settings[name] for name in HUB_NAMES if name in settings}
+            check_weight_files(str(base_model), hub_kwargs, settings.get("variant"), are_needed=False)
             base = AutoModelForImageTextToText.from_pretrained(base_model, **settings)
             fields.setdefault("base_model_name_or_path", str(base_model))
-            hub_kwargs = {name: settings[name] for name in HUB_NAMES if name in settings}
             fields.setdefault("base_model_revision", loaded_commit(str(base_model), hub_kwargs))
         config = TPRLConfig(base_config=copy.deepcopy(base.config), **fields)
         if (config.keep_ratio, config.num_keep, config.threshold) != (None, None, None):
