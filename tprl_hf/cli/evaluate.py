@@ -285,7 +285,7 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
         raise ValueError(
             f"{arguments.data} is not among the data that --metric {arguments.metric} scores: leave it out."
         )
-    samples, score, name = lmms_eval_samples(arguments.data, arguments.num_samples, arguments.include_path)
+    samples, score, name = lmms_eval_samples(arguments.data, arguments.num_samples or 2000, arguments.include_path)
     return samples, None, score, f"{name} of the task {arguments.data}"
 
 
