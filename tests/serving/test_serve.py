@@ -6,8 +6,10 @@ import io
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +21,7 @@ import pytest
 
 from tprl_hf.cli.loading import load_model
 from tprl_hf.cli.main import main, make_parser
+from tprl_hf.cli.serve import MAX_CONNECTIONS
 from tprl_hf.data import mosaic_vqa
 from tprl_hf.evaluation.answers import generate_answers
 
@@ -31,7 +34,7 @@ def checkpoint(tmp_path_factory):
     """The embedded model with a policy and a budget, all in one place."""
     path = tmp_path_factory.mktemp("models") / "mosaic-tprl"
     model, processor = load_model()
-    model.config.keep_ratio = 1 / 3
+    model.config.keep_ratio, model.config.num_keep, model.config.threshold = 1 / 3, None, None
     model.save_pretrained(path, save_base_model=True)
     processor.save_pretrained(path)
     return path
@@ -221,6 +224,17 @@ def test_a_second_server_with_remote_images_and_another_pruner(client, checkpoin
     with model.using(UniformPruner(num_keep=6)):
         (wanted,) = generate_answers(model, processor, samples[:1], max_new_tokens=MAX_TOKENS)
     assert found.choices[0].message.content.strip() == wanted
+
+
+def test_too_many_connections_are_told_so(client):
+    address = (client.base_url.host, client.base_url.port)
+    with contextlib.ExitStack() as stack:
+        for _ in range(MAX_CONNECTIONS):
+            stack.enter_context(socket.create_connection(address))
+        with pytest.raises(openai.APIStatusError, match="503"):
+            client.models.list()
+    time.sleep(0.5)
+    assert client.models.list().data
 
 
 def test_without_the_extra_it_says_which_one(capsys, monkeypatch):
