@@ -28,7 +28,7 @@ ModelCard("---\\nlicense: llama2\\n---\\nA base model.\\n").push_to_hub("me/base
 torch.manual_seed(1)
 model = TPRLForConditionalGeneration.from_base_model("me/base", latent_dim=8, keep_ratio=0.4).eval()
 assert model.config.base_model_revision == HfApi().model_info("me/base").sha
-model.push_to_hub("me/llava-tprl", private=True)
+bare = model.push_to_hub("me/llava-tprl", private=True).oid  # without a processor
 processor.push_to_hub("me/llava-tprl")
 first = HfApi().model_info("me/llava-tprl").sha
 model.push_to_hub("me/merged", save_base_model=True, max_shard_size="40KB")
@@ -40,7 +40,8 @@ content = [{"type": "image", "image": image}, {"type": "text", "text": "word5 wo
 chat = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
 inputs = dict(processor.apply_chat_template([{"role": "user", "content": content}], **chat))
 tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-torch.save({"inputs": inputs, "logits": model(**inputs).logits, "tokens": tokens, "first": first}, expected)
+made = {"inputs": inputs, "logits": model(**inputs).logits, "tokens": tokens, "first": first, "bare": bare}
+torch.save(made, expected)
 
 # another policy later on, beside the earlier one
 model.config.keep_ratio = 0.9
@@ -60,7 +61,7 @@ import torch
 
 folder = sys.argv[1]
 expected = torch.load(f"{folder}/expected")
-inputs, first = expected["inputs"], expected["first"]
+inputs, first, bare = expected["inputs"], expected["first"], expected["bare"]
 KINDS = {"do_sample": False, "max_new_tokens": 4}
 
 
@@ -123,7 +124,7 @@ assert int(more.prune(**inputs).num_kept[0]) == 14
 processor = AutoProcessor.from_pretrained(name)
 assert type(processor).__name__ == "LlavaProcessor"
 # a policy without a processor of its own takes that of its base model
-assert type(AutoProcessor.from_pretrained(name, revision="more")).__name__ == "LlavaProcessor"
+assert type(AutoProcessor.from_pretrained(name, revision=bare)).__name__ == "LlavaProcessor"
 pipe = pipeline("image-text-to-text", model=name)
 content = [{"type": "image", "path": f"{folder}/expected.png"}, {"type": "text", "text": "word5 word9"}]
 made = pipe([{"role": "user", "content": content}], max_new_tokens=4, return_full_text=False)
@@ -148,7 +149,7 @@ for kind in (AutoConfig, AutoModelForImageTextToText):
 model = AutoModelForImageTextToText.from_pretrained(name, **trust)
 check(model)
 check(AutoModel.from_pretrained("me/merged", **trust))
-assert AutoProcessor.from_pretrained(name, revision="more", **trust).tokenizer is not None
+assert AutoProcessor.from_pretrained(name, revision=bare, **trust).tokenizer is not None
 pipe = pipeline("image-text-to-text", model=name, **trust)
 check(pipe.model)
 model.save_pretrained(f"{folder}/again")
@@ -184,7 +185,7 @@ refused(lambda: load(name, token="hf_others", **options), name)
 revision = json.load(open(f"{got}/config.json"))["base_model_revision"]
 refused(lambda: load(got, **options), "me/base", revision)  # its base model is private, too
 check(load(name, token="hf_mine", **options))
-assert AutoProcessor.from_pretrained(name, token="hf_mine").tokenizer is not None
+assert AutoProcessor.from_pretrained(name, revision=bare, token="hf_mine", **options).tokenizer is not None
 assert "tprl_hf" not in sys.modules
 
 model = load(got, base_model=base, **options)  # the later base model, from a directory

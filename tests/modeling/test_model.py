@@ -2,10 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -265,46 +261,3 @@ def test_without_an_attention_mask_padding_is_told_from_text(model, batch):
     batch.pop("attention_mask")
     assert PAD == 0
     assert torch.equal(model(**batch).logits, masked)
-
-
-@torch.no_grad()
-def test_remote_code(tmp_path, batch):
-    """The flat folder travels with the weights and works where the package is not installed."""
-    code = """
-import sys
-import torch
-from transformers import AutoModelForImageTextToText
-
-path, kind = sys.argv[1:]
-model = AutoModelForImageTextToText.from_pretrained(f"{path}/{kind}", trust_remote_code=True)
-batch, logits = torch.load(f"{path}/expected.pt")
-assert "tprl_hf" not in sys.modules
-assert torch.equal(model(**batch).logits, logits)
-assert model.generate(**batch, max_new_tokens=2).shape[0] == 3
-"""
-    made = """
-import sys
-import torch
-from tests.tiny_models import build, collate, sample
-from tprl_hf.modeling import TPRLConfig, TPRLForConditionalGeneration
-
-path = sys.argv[1]
-build("llava").save_pretrained(f"{path}/base")
-model = TPRLForConditionalGeneration.from_base_model(f"{path}/base", latent_dim=8, keep_ratio=0.4).eval()
-TPRLConfig.register_for_auto_class()
-TPRLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-model.save_pretrained(f"{path}/policy")
-model.save_pretrained(f"{path}/merged", save_base_model=True)
-batch = collate("llava", [sample("llava", 1, 1), sample("llava", 2, 2), sample("llava", 0, 3)])
-torch.save((batch, model(**batch).logits), f"{path}/expected.pt")
-"""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
-    for script, folder, arguments in (
-        (made, root, [tmp_path]),
-        (code, tmp_path, [tmp_path, "policy"]),
-        (code, tmp_path, [tmp_path, "merged"]),
-    ):
-        command = [sys.executable, "-c", script, *map(str, arguments)]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
