@@ -55,11 +55,14 @@ class TPRLPPOConfig(PolicyTrainingConfig):
 
         advantages (`"gae"`, `"leave_one_out"`, `"group"` or `"counterfactual"`, defaults to `"gae"`):
             By the value head; or against the other rollouts of the question, by their mean, or mean and deviation; or
-            a bit for itself: against the same keep mask with this one bit drawn anew (Foerster et al. 2018, COMA),
-            by scoring masks in which the bit is flipped. The last wants `ratio="token"` and `num_steps=1`.
+            a bit for itself: what keeping it earns more than pruning it while all other bits stay as they were drawn,
+            which is the derivative of the expected reward by the bit's probability. For this masks are scored in
+            which one bit is flipped (as Foerster et al. 2018 and Titsias and Lazaro-Gredilla 2015 do); the ratio
+            that is clipped is then that of the probability's change. Wants `ratio="token"` and `num_steps=1`.
         num_flips (`int`, defaults to 16):
             Bits of each trajectory that are flipped for counterfactual advantages, drawn by their variance
-            `p * (1 - p)`; the others' advantages are 0.
+            `p * (1 - p)`; the others' advantages are 0. Trajectories whose score cannot rise by `min_spread` are not
+            flipped.
         gamma (`float`, defaults to 0.99), lam (`float`, defaults to 0.95):
             Discount and trace decay.
         whiten_advantages (`bool`, defaults to `True`):

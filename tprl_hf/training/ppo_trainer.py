@@ -190,18 +190,16 @@ class TPRLPPOTrainer(PolicyTrainer):
         spread = torch.full_like(kept, torch.inf)
         if args.advantages == "counterfactual":
             returns = rewards
-            advantages, spread = self.counterfactual_advantages(batch, rollouts, rewards[0], generator)
+            advantages, spread = self.counterfactual_advantages(batch, rollouts, rewards[0], scores[-1], generator)
         elif args.advantages != "gae":
             returns = discounted_returns(rewards, exists, args.gamma)
             of_group = leave_one_out_advantages if args.advantages == "leave_one_out" else group_advantages
             advantages = of_group(returns, args.num_rollouts) * exists
             spread = returns[0].view(-1, args.num_rollouts).std(1).repeat_interleave(args.num_rollouts)
         if args.whiten_advantages:
-            tested = advantages != 0
+            size = (advantages.square().sum() / (advantages != 0).sum().clamp(min=1)).sqrt()  # bits not flipped have 0
             advantages = (
-                advantages / (advantages[tested].square().mean().sqrt() + 1e-8)  # of bits: 0 is as good as not tested
-                if args.advantages == "counterfactual"
-                else whiten(advantages, exists)
+                advantages / (size + 1e-8) if args.advantages == "counterfactual" else whiten(advantages, exists)
             )
         self.buffer = {"advantages": advantages, "returns": returns, "learned_from": self.learned_from(spread)}
         if args.kl_coef > 0:
@@ -226,18 +224,18 @@ class TPRLPPOTrainer(PolicyTrainer):
         return rewards
 
     def counterfactual_advantages(
-        self, batch: AnswerBatch, rollouts: Rollouts, rewards: Tensor, generator: torch.Generator
+        self, batch: AnswerBatch, rollouts: Rollouts, rewards: Tensor, scores: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """
-        What the drawn value of a bit earns more than a value drawn anew, all other bits as they are: the probability
-        of the other value times what flipping it costs.
+        What keeping a token earns more than pruning it, all other bits as they were drawn.
 
         Args:
-            rewards (`[S]`): of the trajectories.
+            rewards, scores (`[S]`): of the trajectories.
 
         Returns:
-            Advantages `[1, S, N]`, 0 of bits that were not flipped, and each trajectory's largest difference `[S]`.
+            Advantages `[1, S, N]`, 0 of bits that were not flipped, and each trajectory's largest one in size `[S]`.
         """
+        best = torch.inf if self.reward_funcs else float(self.args.score == "correct")  # log-probabilities end at 0
         asked, keep_mask, of = rollouts.asked[0], rollouts.keep_masks[1], rollouts.of
         prob_drawn = rollouts.logprobs[0].exp()
         variance = prob_drawn * (1 - prob_drawn) * asked
@@ -245,17 +243,17 @@ class TPRLPPOTrainer(PolicyTrainer):
         # the largest of log(u) / w are draws without replacement, with weights w
         bits = (noise / variance.clamp(min=1e-12)).topk(min(self.args.num_flips, variance.shape[1])).indices  # (S, M)
         rows = torch.arange(len(of), device=bits.device)[:, None].expand_as(bits)
-        tested = variance.gather(1, bits) > 1e-6
+        tested = (variance.gather(1, bits) > 1e-6) & (best - scores > self.args.min_spread)[:, None]
         rows, bits = rows[tested], bits[tested]
         flipped = keep_mask[rows]
         flipped[torch.arange(len(bits), device=bits.device), bits] ^= True
-        scores, right = self.score_masks(batch, flipped, of[rows].tolist())
-        start = torch.zeros_like(scores), rollouts.num_kept[0][rows], torch.ones_like(right)
-        after = scores, flipped.sum(1), right
+        flipped_scores, right = self.score_masks(batch, flipped, of[rows].tolist())
+        start = torch.zeros_like(flipped_scores), rollouts.num_kept[0][rows], torch.ones_like(right)
+        after = flipped_scores, flipped.sum(1), right
         others = self.rewards(*[torch.stack(pair) for pair in zip(start, after, strict=True)])[0]
-        differences = torch.zeros_like(prob_drawn)
-        differences[rows, bits] = rewards[rows] - others
-        return ((1 - prob_drawn) * differences)[None], differences.abs().amax(1)
+        advantages = torch.zeros_like(prob_drawn)
+        advantages[rows, bits] = torch.where(keep_mask[rows, bits], rewards[rows] - others, others - rewards[rows])
+        return advantages[None], advantages.abs().amax(1)
 
     def score_masks(self, batch: AnswerBatch, keep_masks: Tensor, of: list[int]) -> tuple[Tensor, Tensor]:
         """Score and rightness `[M]` of `keep_masks [M, N]` of samples `of`."""
@@ -337,7 +335,11 @@ class TPRLPPOTrainer(PolicyTrainer):
             approxkl, clipfrac = 0.5 * logratio.square(), clipped.float()
         else:
             advantages = buffer["advantages"]
-            if advantages.dim() == 2:  # of steps
+            if args.advantages == "counterfactual":
+                old = rollouts.logprobs.exp()
+                old = torch.where(rollouts.keep_masks[1:], old, 1 - old)
+                logratio = (logits.sigmoid() - old).clamp(min=-0.999).log1p()  # to first order the change itself
+            else:
                 advantages = advantages[..., None].expand_as(logratio)
             losses, clipped = clipped_policy_loss(logratio, advantages, args.cliprange)
             losses, clipfrac = mean_over_tokens(losses, asked), mean_over_tokens(clipped.float(), asked)

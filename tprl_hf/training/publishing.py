@@ -38,8 +38,7 @@ from tprl_hf.modeling.publishing_tprl import (
 )
 
 STAGES = ("autoencoder", "demonstrations", "lfd", "ppo", "grpo")
-# What is published of a directory besides weights and config. By name, so that nothing goes along that lies there by
-# chance.
+# What is published of a directory besides weights and config: by name, so that nothing goes along by chance.
 PROCESSOR_FILES = (
     *(
         "processor_config.json",
@@ -48,7 +47,15 @@ PROCESSOR_FILES = (
         "image_processor_config.json",
     ),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    *(
+        "spiece.model",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_template.json",
+        "additional_chat_templates/*.jinja",
+    ),
 )
 
 
@@ -145,7 +152,7 @@ def files_to_publish(
     files: dict[str, Path | bytes] = {path.name: path for path in code_files()}
     files[CONFIG_NAME] = (json.dumps(written, indent=2, sort_keys=True) + "\n").encode()
     for pattern in (*WEIGHT_PATTERNS, GENERATION_CONFIG_NAME, *PROCESSOR_FILES):
-        files.update({path.name: path for path in directory.glob(pattern)})
+        files.update({path.relative_to(directory).as_posix(): path for path in directory.glob(pattern)})
     for number, (dataset_id, task_id) in (benchmarks or {}).items():
         name = re.sub(r"[^\w-]+", "-", f"{dataset_id} {task_id}")  # nobody's name is a path here
         files[f".eval_results/{name}.yaml"] = eval_results_yaml(results[number], dataset_id, task_id).encode()
