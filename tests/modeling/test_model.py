@@ -90,6 +90,19 @@ def test_auto_classes_load_both_kinds(tmp_path, model, batch):
 
 
 @torch.no_grad()
+def test_another_policy_around_the_lvlm_of_a_tprl_model(tmp_path, model, batch):
+    model.save_pretrained(tmp_path / "merged", save_base_model=True)
+    expected = model(**batch, prune=False).logits
+    for base in (model, tmp_path / "merged"):
+        other = TPRLForConditionalGeneration.from_base_model(base, latent_dim=4, policy_num_heads=2)
+        assert type(other.lvlm) is type(model.lvlm) and other.config.latent_dim == 4
+        assert torch.equal(other(**batch, prune=False).logits, expected)
+    other.save_pretrained(tmp_path / "policy")  # names the merged checkpoint as its base
+    loaded = TPRLForConditionalGeneration.from_pretrained(tmp_path / "policy")
+    assert type(loaded.lvlm) is type(model.lvlm)
+    assert torch.equal(loaded(**batch, keep_ratio=0.5).logits, other(**batch, keep_ratio=0.5).logits)
+
+
 def test_loaded_again_is_saved_alike(tmp_path, model, batch):
     model.lvlm.save_pretrained(tmp_path / "base")
     first = TPRLForConditionalGeneration.from_base_model(str(tmp_path / "base"), latent_dim=8, keep_ratio=0.4)

@@ -205,8 +205,8 @@ class TPRLPreTrainedModel(PreTrainedModel):
         model.eval()
         return (model, {}) if kwargs.get("output_loading_info") else model
 
-    @staticmethod
-    def _load_base(name: str, config: TPRLConfig, source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    @classmethod
+    def _load_base(cls, name: str, config: TPRLConfig, source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
         """The base model `name`, at the pinned revision if it is the one that `config` names."""
         base_kwargs = {key: value for key, value in kwargs.items() if key not in NOT_FOR_THE_BASE}
         # Auto classes put this argument into the config before they call us.
@@ -220,7 +220,8 @@ class TPRLPreTrainedModel(PreTrainedModel):
         hub_kwargs = {key: base_kwargs[key] for key in HUB_NAMES if base_kwargs.get(key) is not None}
         try:
             check_weight_files(name, hub_kwargs, base_kwargs.get("variant"), are_needed=False)
-            return AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
+            base = AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
+            return base.lvlm if isinstance(base, cls) else base
         except OSError as error:
             revision = "" if pinned is None else f" at revision {pinned}"
             raise OSError(

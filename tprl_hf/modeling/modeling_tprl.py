@@ -86,7 +86,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
 
         Args:
             base_model (`str`, `os.PathLike` or `PreTrainedModel`): a name on the Hub, a path, or a live model, which
-                is used as it is.
+                is used as it is. Of a TPRL model the LVLM is taken, without its policy.
             settings: fields of [`TPRLConfig`]; for a name or a path, everything else goes to the base model's
                 `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
 
@@ -108,6 +108,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             base = AutoModelForImageTextToText.from_pretrained(base_model, **settings)
             fields.setdefault("base_model_name_or_path", str(base_model))
             fields.setdefault("base_model_revision", loaded_commit(str(base_model), hub_kwargs))
+        base = base.lvlm if isinstance(base, cls) else base
         config = TPRLConfig(base_config=copy.deepcopy(base.config), **fields)
         if (config.keep_ratio, config.num_keep, config.threshold) != (None, None, None):
             logger.warning(
