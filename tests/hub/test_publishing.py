@@ -58,7 +58,7 @@ push_demonstrations(folder / "shown", "me/shown", **facts)
 
 trainer = LfDTrainer(model, LfDConfig(str(folder / "lfd"), keep_ratio=0.5, **common), processor, demonstrations)
 trainer.train()
-trainer.push_to_hub(commit_message="by hand")
+trainer.push_to_hub(commit_message="by hand", blocking=False).result()
 
 config = TPRLPPOConfig(str(folder / "ppo"), num_mini_batches=1, num_ppo_epochs=1, num_steps=1, **common)
 trainer = TPRLPPOTrainer(model, config, processor, dataset)
@@ -86,6 +86,11 @@ card.data.license, card.data.language = "apache-2.0", "en"
 card.push_to_hub("me/by-command")
 assert main([*push, "--results", results]) == 0
 assert main([*push, "--revision", "later", "--message", "again"]) == 0
+# the Hub says no: to a card, to a name, to another user's repository
+before = HfApi().model_info("me/by-command").sha
+for words in (["me/by-command", "--license", "my own"], ["me/a--b"], ["other/name"]):
+    assert main([*push[:2], *words]) == 2, words
+assert HfApi().model_info("me/by-command").sha == before
 """
 
 
@@ -236,13 +241,14 @@ def test_results_without_baselines_are_refused():
         policy_card("me/name", {"includes_base_model": True}, [{"command": "", "rows": rows}])
 
 
-def test_a_merged_checkpoint_takes_no_path_along(tmp_path):
+def test_a_merged_checkpoint_takes_no_path_along(tmp_path, capsys):
     """Sharded, made from a directory of this machine."""
     model = TPRLForConditionalGeneration.from_base_model(build("llava"), latent_dim=8)
     model.config.base_model_name_or_path = str(tmp_path)
     model.lvlm.config._name_or_path = str(tmp_path)
     model.save_pretrained(tmp_path / "merged", save_base_model=True, max_shard_size="40KB")
     (tmp_path / "merged" / "credentials.json").write_text("{}")
+    (tmp_path / "README.md").write_text("---\nlicense: llama2\n---\n")  # the base model's
     files = files_to_publish(tmp_path / "merged", "me/merged", HfApi())
     shards = {name for name in files if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
     assert len(shards) > 2
@@ -250,6 +256,10 @@ def test_a_merged_checkpoint_takes_no_path_along(tmp_path):
     assert set(files) == CODE | shards | others
     written = b"".join(content for content in files.values() if isinstance(content, bytes))
     assert str(tmp_path).encode() not in written and b"base_model_relation" not in written
+    assert b"license: llama2" in files["README.md"]
+    assert main(["push", str(tmp_path / "merged"), "me/merged", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {name}\n" in printed for name in files) and "# merged" in printed
 
 
 def test_what_cannot_be_pushed(tmp_path, capsys):

@@ -262,3 +262,4 @@ def test_a_card_without_our_text_keeps_its_own():
     assert update_card(again, new, replace=False).count("newer") == 1
     assert update_card(None, new) == update_card("\n", new) == new
     assert "# No header" in update_card("# No header\n", new)
+    assert ModelCard(update_card(card, new, explicit=("license",))).data.license == "mit"

@@ -126,7 +126,7 @@ def full_card(metadata: dict[str, Any], body: str | None = None, repo_id: str = 
     return f"---\n{header}\n---\n\n{BEGIN}\n{body.strip()}\n{END}\n"
 
 
-def update_card(existing: str | None, new: str, replace: bool = True) -> str:
+def update_card(existing: str | None, new: str, replace: bool = True, explicit: tuple[str, ...] = ()) -> str:
     """
     A card that is there already, brought up to date.
 
@@ -134,6 +134,7 @@ def update_card(existing: str | None, new: str, replace: bool = True) -> str:
         existing (`str`, *optional*): the card that is there.
         new (`str`): the card as it would be written from nothing; its text lies between our marks.
         replace (`bool`, defaults to `True`): whether text between our marks in `existing` gives way to that of `new`.
+        explicit (`tuple[str]`, *optional*): metadata that the user asked for now, and which replaces earlier one.
 
     Returns:
         `str`: the user's text and metadata as they were, tags of both, and what `new` says besides.
@@ -145,7 +146,7 @@ def update_card(existing: str | None, new: str, replace: bool = True) -> str:
     merged = {**ours, **{key: value for key, value in old.items() if value is not None}}
     if "tags" in ours or "tags" in old:
         merged["tags"] = list(dict.fromkeys([*(old.get("tags") or ()), *ours.get("tags", ())]))
-    for name in ("model-index", "base_model", "base_model_relation"):  # of what is pushed now
+    for name in ("model-index", "base_model", "base_model_relation", *explicit):  # of what is pushed now
         if name in ours:
             merged[name] = ours[name]
     block = new_card.text[new_card.text.index(BEGIN) : new_card.text.index(END) + len(END)]

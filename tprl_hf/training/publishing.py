@@ -142,7 +142,8 @@ def files_to_publish(
         name, revision = str(config.base_model_name_or_path), config.base_model_revision
         base = AutoConfig.from_pretrained(name, revision=revision, token=api.token, trust_remote_code=False)
         refuse_other_base(config, base, str(directory), name)
-    elif not is_hub_name(config.base_model_name_or_path):  # a path is of this machine only
+    found_licence = {"license": licence} if licence else base_licence(api, config)
+    if not is_hub_name(config.base_model_name_or_path):  # a path is of this machine only
         config.base_model_name_or_path = config.base_model_revision = None
     written["base_config"].pop("_name_or_path", None)
     written["auto_map"] = AUTO_MAP
@@ -157,7 +158,7 @@ def files_to_publish(
         name = re.sub(r"[^\w-]+", "-", f"{dataset_id} {task_id}")  # nobody's name is a path here
         files[f".eval_results/{name}.yaml"] = eval_results_yaml(results[number], dataset_id, task_id).encode()
 
-    metadata = card_metadata(config, {"license": licence} if licence else base_licence(api, config), list(tags))
+    metadata = card_metadata(config, found_licence, list(tags))
     if results or benchmark_results:
         index = model_index(repo_id, results, benchmark_results)
         metadata.update({"model-index": index, "model_name": repo_id.split("/")[-1]})
@@ -166,7 +167,8 @@ def files_to_publish(
     readme = directory / "README.md"
     if existing_card is None and readme.is_file():
         existing_card = readme.read_text(encoding="utf-8")
-    files["README.md"] = update_card(existing_card, card).encode()
+    explicit = ("license",) if licence else ()
+    files["README.md"] = update_card(existing_card, card, explicit=explicit).encode()
     return files
 
 
@@ -277,7 +279,8 @@ def push_demonstrations(
         name, dataset["keep_masks"], dataset.column_names, teacher, without_paths(base_model), without_paths(source)
     )
     path = api.hf_hub_download(name, "README.md", repo_type="dataset", revision=revision)
-    card = update_card(Path(path).read_text(encoding="utf-8"), full_card(metadata, text))
+    explicit = ("license",) if licence else ()
+    card = update_card(Path(path).read_text(encoding="utf-8"), full_card(metadata, text), explicit=explicit)
     DatasetCard(card).validate()
     return api.upload_file(
         repo_id=name,
