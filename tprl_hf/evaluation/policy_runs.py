@@ -1,0 +1,187 @@
+"""Policies of one LVLM, trained in several ways, each under several seeds: do ways differ by more than the seeds?
+
+`python -m tprl_hf.evaluation.policy_runs OUT.json lfd=DIR,DIR,DIR ppo=DIR,DIR,DIR` answers the same Mosaic-VQA
+questions with the policy of each directory, at fixed budgets and, `--adaptive`, with a threshold that is calibrated on
+validation questions. An answer is right when greedy decoding gives exactly the reference: teacher-forced, in one pass.
+"""
+
+import argparse
+import json
+import shlex
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoProcessor
+
+from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.data import mosaic_vqa
+from tprl_hf.modeling.keep_mask import Budget
+from tprl_hf.modeling.token_pruner import LearnedPruner, TokenPruner
+from tprl_hf.pruners import DivPrune, RandomPruner, VisPruner
+from tprl_hf.training import calibrate_threshold
+from tprl_hf.training.answer_batches import SampleEncoder, undecoded
+from tprl_hf.training.answer_scores import score_answers
+
+from .intervals import bootstrap_mean
+
+POINTING_BASELINES = {"random": RandomPruner, "vispruner": VisPruner, "divprune": DivPrune}
+
+
+def on_boxes(boxes: Sequence[Sequence[float]], num_visual: int, image_size: int) -> Tensor:
+    """Which tokens of a square grid touch one of `boxes` (pixels, left, top, right, bottom), `bool [N]`."""
+    side = round(num_visual**0.5)
+    edges = torch.arange(side) * image_size / side
+    inside = torch.zeros(side, side, dtype=torch.bool)
+    for left, top, right, bottom in boxes:
+        columns = (edges < right) & (edges + image_size / side > left)
+        rows = (edges < bottom) & (edges + image_size / side > top)
+        inside |= rows[:, None] & columns
+    return inside.flatten()
+
+
+class Questions:
+    """
+    The same questions for all policies: each image is encoded once.
+
+    Args:
+        model ([`TPRLForConditionalGeneration`]): whose LVLM answers.
+        processor: its processor.
+        dataset (`datasets.Dataset`): Mosaic-VQA, with boxes.
+        batch_size (`int`, defaults to 60): questions at once.
+    """
+
+    def __init__(self, model: TPRLForConditionalGeneration, processor: Any, dataset: Dataset, batch_size: int = 60):
+        self.model = model
+        self.rows = undecoded(dataset)
+        self.encoder = SampleEncoder(model, processor, with_attention=True)
+        self.batch_size = batch_size
+        self.types = dataset["question_type"]
+        self.units = dataset["image_id"]
+        self.image_size = dataset[0]["images"][0].width
+
+    @torch.no_grad()
+    def answer(self, settings: dict[Any, tuple[TokenPruner, Budget]]) -> dict[Any, dict[str, list[float]]]:
+        """For each setting, for each question: `right` (0 or 1), `kept` tokens, and the share of them `on_boxes`."""
+        found: dict[Any, dict[str, list[float]]] = {key: defaultdict(list) for key in settings}
+        for start in tqdm(range(0, len(self.rows), self.batch_size), unit="batch"):
+            rows = [self.rows[i] for i in range(start, min(start + self.batch_size, len(self.rows)))]
+            batch = self.encoder(rows)
+            num_visual = batch.inputs.valid.shape[1]
+            boxes = torch.stack([on_boxes(row["boxes"], num_visual, self.image_size) for row in rows])
+            for key, (pruner, budget) in settings.items():
+                keep_mask, _ = pruner.choose(batch.inputs, budget)
+                scores = score_answers(self.model, batch, keep_mask, list(range(len(rows))), 96)
+                found[key]["right"] += scores.right.float().tolist()
+                found[key]["kept"] += keep_mask.sum(1).tolist()
+                found[key]["on_boxes"] += ((keep_mask & boxes).sum(1) / keep_mask.sum(1).clamp(min=1)).tolist()
+        return found
+
+    def by_type(self, values: Sequence[float], digits: int = 4) -> dict[str, float]:
+        """Means by question type."""
+        groups = defaultdict(list)
+        for kind, value in zip(self.types, values, strict=True):
+            groups[kind].append(value)
+        return {kind: round(fmean(group), digits) for kind, group in sorted(groups.items())}
+
+    def estimate(self, values: Sequence[float]) -> dict[str, float]:
+        """Mean and bootstrap interval, over images."""
+        return {k: round(v, 5) for k, v in asdict(bootstrap_mean(values, self.units)).items() if k != "count"}
+
+
+def mean_of(runs: Sequence[Sequence[float]]) -> list[float]:
+    """Of each question, over the runs."""
+    return [fmean(values) for values in zip(*runs, strict=True)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("ways", nargs="+", metavar="NAME=DIR,DIR,...", help="checkpoints of each way, a seed each")
+    parser.add_argument("--keep-ratios", default="1/3,2/9,1/9,1/18")
+    parser.add_argument("--adaptive", default="1/3,1/9", metavar="FRACTION,...", help="mean budgets of thresholds")
+    parser.add_argument("--num-samples", type=int, default=4200)
+    parser.add_argument("--num-validation", type=int, default=1200)
+    parser.add_argument("--seed", type=int, default=7)
+    arguments = parser.parse_args(argv)
+
+    ways = {name: paths.split(",") for name, _, paths in (way.partition("=") for way in arguments.ways)}
+    first = next(iter(ways.values()))[0]
+    model = TPRLForConditionalGeneration.from_pretrained(first, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(first)
+    ratios = {name: float(Fraction(name)) for name in arguments.keep_ratios.split(",")}
+    adaptive = {name: float(Fraction(name)) for name in arguments.adaptive.split(",") if name}
+    validation = mosaic_vqa("validation", seed=1, num_samples=arguments.num_validation)
+    questions = Questions(model, processor, mosaic_vqa("test", arguments.seed, arguments.num_samples))
+
+    settings: dict[Any, tuple[TokenPruner, Budget]] = {"none": (RandomPruner(), Budget(keep_ratio=1.0))}
+    thresholds: dict[str, list[float]] = defaultdict(list)
+    for way, paths in ways.items():
+        for run, path in enumerate(paths):
+            trained = TPRLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+            parts = trained.policy, trained.autoencoder, trained.config.num_steps
+            for name, ratio in ratios.items():
+                settings[way, run, name] = LearnedPruner(*parts), Budget(keep_ratio=ratio)
+            for name, ratio in adaptive.items():
+                threshold = calibrate_threshold(trained, processor, validation, ratio)
+                thresholds[f"{way} {name}"].append(threshold)
+                settings[way, run, f"{name} on average"] = LearnedPruner(*parts, ratio), Budget(threshold=threshold)
+    for name, pruner in POINTING_BASELINES.items():
+        for ratio in ratios:
+            settings[name, 0, ratio] = pruner(), Budget(keep_ratio=ratios[ratio])
+    found = questions.answer(settings)
+
+    unpruned = found["none"]["right"]
+    rows = []
+    for way in [*ways, *POINTING_BASELINES]:
+        for budget in [*ratios, *(f"{name} on average" for name in adaptive)]:
+            runs = [values for key, values in found.items() if key[0] == way and key[2] == budget]
+            if not runs:
+                continue
+            right = mean_of([run["right"] for run in runs])
+            kept = mean_of([run["kept"] for run in runs])
+            row = {
+                "way": way,
+                "budget": budget,
+                "accuracy": questions.estimate(right),
+                "difference": questions.estimate([a - b for a, b in zip(right, unpruned, strict=True)]),
+                "accuracy_by_run": [round(fmean(run["right"]), 5) for run in runs],
+                "spread": round(stdev(fmean(run["right"]) for run in runs), 5) if len(runs) > 1 else None,
+                "by_type": questions.by_type(right),
+                "mean_kept": round(fmean(kept), 2),
+                "kept_by_type": questions.by_type(kept, 2),
+                "on_boxes": round(fmean(mean_of([run["on_boxes"] for run in runs])), 4),
+            }
+            for other in ways:
+                if other != way and way in ways:
+                    others = [v["right"] for key, v in found.items() if key[0] == other and key[2] == budget]
+                    paired = [a - b for a, b in zip(right, mean_of(others), strict=True)]
+                    row[f"less {other}"] = questions.estimate(paired)
+            rows.append(row)
+    result = {
+        "command": f"python -m tprl_hf.evaluation.policy_runs {shlex.join(argv)}" if argv else "",
+        "num_samples": arguments.num_samples,
+        "split": "test",
+        "seed": arguments.seed,
+        "unpruned": questions.estimate(unpruned),
+        "unpruned_by_type": questions.by_type(unpruned),
+        "thresholds": thresholds,
+        "rows": rows,
+    }
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for row in rows:
+        print(row["way"], row["budget"], row["accuracy"], row["difference"], row["accuracy_by_run"], row["on_boxes"])
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])
