@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from tests.more_families import OTHERS
 from tests.reference import delete_by_hand
 from tests.tiny_models import FAMILIES, Sample, build, collate, entry, sample
+from tests.ways_to_generate import CANNOT, WAYS
 from tprl_hf.modeling import TPRLForConditionalGeneration, adapter_for
 from tprl_hf.modeling.lvlm_adapters import REFUSED
 
@@ -115,6 +116,16 @@ def attention_of_tower(family: str) -> str:
     return "yes"
 
 
+def exceptions() -> dict[tuple[str, tuple[str, ...]], list[str]]:
+    """Families by what their base models cannot, and why."""
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for family, ways in CANNOT.items():
+        for reason in dict.fromkeys(ways.values()):
+            key = (reason, tuple(way for way, why in ways.items() if why == reason))
+            found.setdefault(key, []).append(family)
+    return found
+
+
 def registered() -> dict[str, str]:
     """All registered image-text-to-text types with the name of their model class."""
     return dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
@@ -165,6 +176,15 @@ def table() -> str:
             "|---|---|" + "---|" * len(COLUMNS) + "---|",
             *rows,
             "",
+            "## Ways to generate",
+            f"{', '.join(WAYS).capitalize()}: the answer is that of plain greedy decoding, a batch answers as its "
+            "samples, keeping all is the base model (`tests/ways_to_generate.py`). What a base model itself cannot:",
+            "",
+            *(
+                f"- {', '.join(families)}: {', '.join(ways)} ({reason})"
+                for (reason, ways), families in exceptions().items()
+            ),
+            "",
             "## Others",
             "| type | status | why |",
             "|---|---|---|",
@@ -173,7 +193,7 @@ def table() -> str:
             "## Adding one",
             "A family of the default kind costs one entry with a tiny config in `tests/more_families.py` and its name "
             "in `SUPPORTED` (`tprl_hf/modeling/lvlm_adapters.py`). Run the command above; where a number is not "
-            "small, the family needs an adapter, which says only what differs.",
+            "small, the family needs an adapter in `family_adapters.py`, which says only what differs.",
             "",
         ]
     )

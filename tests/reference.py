@@ -24,8 +24,10 @@ def full_positions(base: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     return torch.arange(ids.shape[1])[None]
 
 
-def caught_by_decoder(base: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """What the base model gives its decoder for the full prompt."""
+def caught_by_decoder(
+    base: PreTrainedModel, inputs: dict[str, Any], call: PreTrainedModel | None = None
+) -> dict[str, Any]:
+    """What the base model gives its decoder for the full prompt; in the call of another model around it, if given."""
     caught: dict[str, Any] = {}
 
     def catch(module, args, kwargs):
@@ -38,7 +40,7 @@ def caught_by_decoder(base: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[
     hooks = [decoder.register_forward_pre_hook(catch, with_kwargs=True)]
     if decoder is base.base_model:  # it merges by itself
         hooks.append(decoder.layers[0].register_forward_pre_hook(catch_embeddings))
-    base(**inputs)
+    (call or base)(**inputs)
     for hook in hooks:
         hook.remove()
     return caught

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.reference import delete_by_hand
+from tests.reference import caught_by_decoder, delete_by_hand
 from tests.tiny_models import FAMILIES, build, collate, sample
 from tprl_hf.modeling import TPRLForConditionalGeneration
 
@@ -100,3 +100,14 @@ def test_returned_sequences_begin_with_the_original_prompt(family):
         length = inputs["input_ids"].shape[1]
         assert made.shape == (2, length + 3)
         assert torch.equal(made[:, :length], inputs["input_ids"])
+
+
+@pytest.mark.parametrize("family", ["paligemma", "qwen3_vl"])
+@torch.no_grad()
+def test_a_direct_forward_counts_positions_as_the_base_does(family):
+    """A shift of all positions would not be seen in the logits, but in a cache that another call goes on from."""
+    base, model = wrap(family)
+    inputs = collate(family, [sample(family, 2, 4)])
+    expected = caught_by_decoder(base, inputs)["position_ids"]
+    found = caught_by_decoder(base, {**inputs, "keep_ratio": 1.0}, call=model)["position_ids"]
+    assert torch.equal(found[-expected.shape[0] :], expected)
