@@ -7,13 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
+from tprl_hf.modeling import Block, TokenLayout
 from tprl_hf.visualization import (
     Figure,
     Panel,
     draw_figures,
     draw_kept_tokens,
+    figures_by_block,
     figures_to_html,
     image_from_pixel_values,
+    tile_pictures,
 )
 
 PATCH = 12
@@ -123,3 +126,40 @@ class TestFigures:
         page = figures_to_html([figure], "<Kept>", ["a < b"])
         assert "<title>&lt;Kept&gt;</title>" in page and "a &lt; b" in page
         assert "&lt;random&gt;" in page and "a &amp; b" in page and "Is &quot;x&quot; &lt; y?" in page
+
+
+class TestFiguresByBlock:
+    """An overview of 2 × 2 and crops of 3 × 4 with newlines, then an image of 2 × 3."""
+
+    @pytest.fixture
+    def blocks(self) -> TokenLayout:
+        crops = [Block(2, 2), Block(3, 4, row_newline=True), Block(1, 1, separator=True)]
+        return TokenLayout.from_blocks([crops, [Block(2, 3)]])
+
+    @pytest.fixture
+    def panels(self, blocks) -> list[Panel]:
+        count = len(blocks.row)
+        return [Panel("whole"), Panel("some", "", torch.arange(count) % 2 == 0, torch.arange(count) / count)]
+
+    def test_each_grid_has_its_figure_without_separators(self, blocks, panels, image):
+        figures = figures_by_block([image, image.rotate(90)], blocks, panels, "Where?", [[1, 1, 5, 5]])
+        assert [len(figure.rows) for figure in figures] == [4, 12, 6]
+        assert [figure.image.size for figure in figures] == [image.size, image.size, image.size]
+        assert figures[1].title == "Where?  [2 of 3: 3 × 4 tokens]"
+        assert figures[1].panels[0].keep_mask is None and all(figure.boxes for figure in figures)
+        kept = sum(int(figure.panels[1].keep_mask.sum()) for figure in figures)
+        assert kept == int((panels[1].keep_mask & ~blocks.protected).sum())
+        page = figures_to_html(figures, "Kept")
+        assert page.count('class="patch kept"') == kept
+        assert page.count('class="patch') == 22
+        assert draw_figures(figures).height > draw_figures(figures[:2]).height
+
+    def test_tiles_have_pictures_of_their_own(self, blocks, panels):
+        tiles = tile_pictures(torch.rand(1, 3, 3, 12, 18), [0.5] * 3, [0.5] * 3)
+        figures = figures_by_block(tiles, blocks, panels, boxes=[[1, 1, 5, 5]])
+        assert [figure.image.tobytes() for figure in figures] == [tile.tobytes() for tile in tiles]
+        assert not any(figure.boxes for figure in figures)
+
+    def test_pictures_that_fit_neither_are_refused(self, blocks, panels, image):
+        with pytest.raises(ValueError, match="3 grids of 2 images, but there are 4 pictures"):
+            figures_by_block([image] * 4, blocks, panels)

@@ -5,11 +5,15 @@ import html
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from tprl_hf.modeling import TokenLayout
 
 INK, GREY, RIM, RIGHT, WRONG, BOX = "#1f2933", "#66727f", "#c4ccd4", "#1a7f4b", "#c0392b", "#ff9f1c"
 PAPER = (255, 255, 255)
@@ -95,6 +99,79 @@ def image_from_pixel_values(
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (image_mean, image_std))
     pixels = (pixel_values.detach().float().cpu() * std + mean).clamp(0, 1) * 255
     return Image.fromarray(pixels.round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def tile_pictures(
+    pixel_values: torch.Tensor, image_mean: Sequence[float], image_std: Sequence[float]
+) -> list[Image.Image]:
+    """
+    The pictures of all crops or tiles that a processor made of one image.
+
+    Args:
+        pixel_values (`torch.Tensor`):
+            Float [..., 3, H, W].
+        image_mean, image_std (`Sequence[float]`):
+            As for [`image_from_pixel_values`].
+    """
+    tiles = pixel_values.reshape(-1, *pixel_values.shape[-3:])
+    return [image_from_pixel_values(tile, image_mean, image_std) for tile in tiles]
+
+
+def figures_by_block(
+    pictures: Sequence[Image.Image],
+    layout: "TokenLayout",
+    panels: Sequence[Panel],
+    title: str = "",
+    boxes: Sequence[Sequence[float]] = (),
+) -> list[Figure]:
+    """
+    A figure for each grid of tokens: of an image that stays whole, or of its overview, crops, tiles or frames.
+    Separators have no place in an image and are left out.
+
+    Args:
+        pictures (`Sequence[PIL.Image.Image]`):
+            One for each grid, or one for each image, over which all its grids are then drawn.
+        layout ([`TokenLayout`]):
+            Where all N tokens lie: the `layout` of a [`PrunePlan`].
+        panels (`Sequence[Panel]`):
+            With masks and scores of all N tokens.
+        title (`str`, *optional*, defaults to `""`):
+            The line above; which grid it is is added where there are several.
+        boxes (`Sequence`, *optional*):
+            Boxes to outline, in pixels of the pictures; only on pictures of whole images.
+
+    Raises:
+        `ValueError`: If there are neither as many pictures as grids nor as many as images.
+
+    Example:
+
+    ```python
+    >>> figures = figures_by_block([image], plan.layout, [Panel("kept", keep_mask=plan.keep_mask)])
+    >>> draw_figures(figures).save("kept.png")
+    ```
+    """
+    content = ~layout.protected
+    grids = torch.stack([layout.image[content], layout.block[content]], 1).unique(dim=0).tolist()
+    images = sorted({image for image, _ in grids})
+    if len(pictures) not in (len(images), len(grids)):
+        raise ValueError(
+            f"The tokens lie in {len(grids)} grids of {len(images)} images, but there are {len(pictures)} pictures: "
+            "pass one for each image or one for each grid."
+        )
+    figures = []
+    for number, (image, block) in enumerate(grids):
+        inside = content & (layout.image == image) & (layout.block == block)
+        shares = len(pictures) == len(images)
+        picture = pictures[images.index(image)] if shares else pictures[number]
+        height, width = int(layout.height[inside][0]), int(layout.width[inside][0])
+        name = f"{title}  [{number + 1} of {len(grids)}: {height} × {width} tokens]" if len(grids) > 1 else title
+        placed = [
+            replace(panel, keep_mask=_part(panel.keep_mask, inside), scores=_part(panel.scores, inside))
+            for panel in panels
+        ]
+        rows, columns = layout.row[inside], layout.column[inside]
+        figures.append(Figure(picture, rows, columns, placed, name, boxes if shares else ()))
+    return figures
 
 
 def draw_kept_tokens(
@@ -290,6 +367,10 @@ def _framed(drawing: Image.Image, image: Image.Image, boxes: Sequence[Sequence[f
         pen.rounded_rectangle(corners, radius=4, outline=BOX, width=max(2, drawing.width // 88))
     pen.rectangle([0, 0, drawing.width - 1, drawing.height - 1], outline=RIM)
     return drawing
+
+
+def _part(values: torch.Tensor | Sequence | None, inside: torch.Tensor) -> torch.Tensor | None:
+    return None if values is None else torch.as_tensor(values).to(inside.device)[inside]
 
 
 def _array(values: torch.Tensor | Sequence) -> np.ndarray:

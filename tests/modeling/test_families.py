@@ -1,21 +1,24 @@
 """All supported types hold the invariants, and docs/families.md says what is true."""
 
 import inspect
+import itertools
 import re
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from PIL import Image
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from tests.families_table import measure, registered
 from tests.more_families import OTHERS
 from tests.shrunk_configs import shrunk
 from tests.tiny_models import FAMILIES, MODEL_TYPES, build, collate, entry, sample
-from tprl_hf.modeling import TPRLForConditionalGeneration
+from tprl_hf.modeling import TokenLayout, TPRLForConditionalGeneration, adapter_for
 from tprl_hf.modeling.lvlm_adapters import REFUSED, SUPPORTED
 from tprl_hf.pruners import ToMePruner
+from tprl_hf.visualization import Panel, draw_kept_tokens, figures_by_block
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
@@ -24,6 +27,37 @@ PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 def test_invariants(family):
     for name, deviation in measure(family).items():
         assert deviation <= 2e-5, name
+
+
+WITH_SEPARATORS = (
+    *("llava_next", "llava_onevision", "llava_next_video", "granite4_vision", "emu3"),
+    *("hunyuan_vl", "unlimited_ocr", "deepseek_ocr2"),
+)
+# Whose projector makes tokens that stand for no place, or, in so small an image, only one.
+WITHOUT_PLACES = ("aria", "deepseek_ocr2", "got_ocr2", "idefics2", "pp_chart2table", "step3p7")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@torch.no_grad()
+def test_layout_serves_grid_pruners_and_pictures(family):
+    """Each token has a place of its own in a grid that it fills; row ends are kept, whatever the budget."""
+    adapter = adapter_for(build(family))
+    samples = [sample(family, 1, 1), sample(family, 2, 2)]
+    batch = collate(family, samples)
+    features = adapter.encode(batch["input_ids"], batch).modalities["image"]
+    layout = TokenLayout.from_blocks(features.blocks)
+    assert len(layout.row) == len(features.rows)
+    panel = Panel("kept", keep_mask=torch.arange(len(layout.row)) % 2 == 0)
+    pictures = [Image.new("RGB", (24, 24))] * len(layout.image.unique())
+    figures = figures_by_block(pictures, layout, [panel])
+    for figure in figures:
+        height, width = int(figure.rows.max()) + 1, int(figure.columns.max()) + 1
+        places = list(zip(figure.rows.tolist(), figure.columns.tolist(), strict=True))
+        assert places == list(itertools.product(range(height), range(width)))
+        assert (height > 1 and width > 1) or family in WITHOUT_PLACES
+    assert draw_kept_tokens(pictures[0], figures[0].panels[0].keep_mask, figures[0].rows, figures[0].columns)
+    # newline, end-of-row and view separators are all that is protected
+    assert bool(layout.protected.any()) == (family in WITH_SEPARATORS)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])

@@ -120,7 +120,7 @@ def draw(
     from tprl_hf.visualization import Panel
 
     from .loading import using_pruner
-    from .pictures import make_figure
+    from .pictures import make_figures
 
     figures, kept = [], {}
     for number in shown:
@@ -137,7 +137,7 @@ def draw(
             )
         title = f"{sample['prompt']}  ({sample['answer']})"
         image = sample["images"][0].convert("RGB")
-        figures.append(make_figure(image, processor, inputs["pixel_values"], plan, panels, title, sample["boxes"]))
+        figures += make_figures(image, processor, inputs["pixel_values"], plan, panels, title, sample["boxes"])
     return figures, kept
 
 

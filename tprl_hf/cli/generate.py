@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.visualization import Panel
 
     from .loading import load_model, pruner_and_budget, using_pruner
-    from .pictures import make_figure, write_pictures
+    from .pictures import make_figures, write_pictures
 
     model, processor = load_model(arguments.model)
     pruner, budget = pruner_and_budget(model, arguments)
@@ -56,9 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output_dir:
         kept = f"{pruner}, {int(plan.num_kept)} of {int(plan.num_visual)} kept"
         panels = [Panel("the image"), Panel(kept, "", plan.keep_mask, plan.scores)]
-        figure = make_figure(image, processor, inputs["pixel_values"], plan, panels, f"{arguments.question}  {answer}")
+        title = f"{arguments.question}  {answer}"
+        figures = make_figures(image, processor, inputs["pixel_values"], plan, panels, title)
         for path in write_pictures(
-            [figure], arguments.output_dir, "Kept visual tokens", [f"model: {model.name_or_path}"]
+            figures, arguments.output_dir, "Kept visual tokens", [f"model: {model.name_or_path}"]
         ):
             print(path, file=sys.stderr)
     return 0

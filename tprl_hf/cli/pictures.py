@@ -1,7 +1,6 @@
 """From prune plans to pictures. The functions import torch, this module does not."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ if TYPE_CHECKING:
     from tprl_hf.visualization import Figure, Panel
 
 
-def make_figure(
+def make_figures(
     image: "Image.Image",
     processor: Any,
     pixel_values: Any,
@@ -20,9 +19,10 @@ def make_figure(
     panels: Sequence["Panel"],
     title: str,
     boxes: Sequence[Sequence[float]] = (),
-) -> "Figure":
+) -> "list[Figure]":
     """
-    A figure of one image, over the square that the vision tower sees.
+    The figures of one image: over the square that the vision tower sees, or over each tile that it sees. Where tokens
+    of several grids lie over the whole image, as of an overview and of crops, each grid has its figure.
 
     Args:
         image (`PIL.Image.Image`):
@@ -38,34 +38,20 @@ def make_figure(
         title (`str`):
             The line above.
         boxes (`Sequence`, *optional*):
-            Boxes to outline, [x0, y0, x1, y1] in pixels of `image`.
-
-    Raises:
-        `ValueError`: If the model cuts the image into several tiles, which no one picture can show.
+            Boxes to outline, [x0, y0, x1, y1] in pixels of `image`; not on tiles.
     """
     import torch
 
-    from tprl_hf.visualization import Figure, image_from_pixel_values
+    from tprl_hf.visualization import figures_by_block, tile_pictures
 
-    layout = plan.layout
-    num_blocks = int(layout.block.max()) + 1
-    if num_blocks > 1:
-        raise ValueError(f"This model cuts the image into {num_blocks} tiles; pictures show images that stay whole.")
-    seen = image
-    if pixel_values.ndim == 4:  # a processor may crop; one that hands over flattened patches takes the whole image
+    content = ~plan.layout.protected
+    grids = torch.stack([plan.layout.image[content], plan.layout.block[content]], 1).unique(dim=0)
+    seen = [image]
+    # a processor may crop and cut; one that hands over flattened patches takes the whole image
+    if pixel_values.ndim in (4, 5) and pixel_values.shape[:-3].numel() == len(grids):
         image_processor = processor.image_processor
-        seen = image_from_pixel_values(pixel_values[0], image_processor.image_mean, image_processor.image_std)
-    # row ends are tokens without a place in the image
-    inside = ~layout.protected
-    placed = [
-        replace(
-            panel,
-            keep_mask=None if panel.keep_mask is None else torch.as_tensor(panel.keep_mask)[inside],
-            scores=None if panel.scores is None else torch.as_tensor(panel.scores)[inside],
-        )
-        for panel in panels
-    ]
-    return Figure(seen, layout.row[inside], layout.column[inside], placed, title, boxes)
+        seen = tile_pictures(pixel_values, image_processor.image_mean, image_processor.image_std)
+    return figures_by_block(seen, plan.layout, panels, title, boxes)
 
 
 def write_pictures(figures: Sequence["Figure"], directory: str | Path, title: str, notes: Sequence[str]) -> list[Path]:
