@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from transformers import PreTrainedModel
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.utils import ModelOutput, logging
 
 from .lvlm_adapters import SUPPORTED, LVLMAdapter, RopeIndexAdapter
@@ -43,6 +42,9 @@ class NewlineAdapter(LVLMAdapter):
                 f"Attention to videos cannot be read in models of type {self.config.model_type!r}. Use a pruner "
                 "without `needs_attention`."
             )
+        # not above: a model's module takes time to import, and few need this one
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
         vision, sizes = self.config.vision_config, inputs["image_sizes"]
         num_tiles = [
             image_size_to_num_patches(size, self.config.image_grid_pinpoints, vision.image_size) for size in sizes

@@ -63,7 +63,7 @@ def observed_attention(
     if layers is not None:
         if not layers or layers[-1].module is not module:
             layers.append(ObservedLayer(module))
-        over_heads = weights.mean(1)
+        over_heads = weights.detach().mean(1)
         layers[-1].mean.append(mean_over_queries(over_heads))
         layers[-1].first.append(over_heads[:, 0])
         layers[-1].last.append(over_heads[:, -1])
