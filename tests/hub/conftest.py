@@ -21,13 +21,13 @@ sys.meta_path.insert(0, NotInstalled())
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def hub() -> Iterator[HubStandIn]:
     with HubStandIn(dict(USERS)) as server:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def run(hub, tmp_path_factory) -> Callable[..., str]:
     """Runs Python code, or a command, in a fresh process whose Hub is the stand-in, and returns what it prints."""
 
