@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
@@ -55,6 +55,15 @@ def cast_base(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
             value = cast.setdefault(value.data_ptr(), value.to(dtype))
         state[name] = value
     return state
+
+
+def has_policy_names(directory: Path, policy: dict[str, Tensor]) -> bool:
+    """Whether the weight files in `directory` hold the policy under its own names."""
+    held: set[str] = set()
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            held.update(file.keys())
+    return held >= set(policy)
 
 
 def move_into(source: Path, target: Path) -> None:
@@ -263,6 +272,10 @@ class TPRLPreTrainedModel(PreTrainedModel):
                     if base_dtype is not None:
                         kwargs["state_dict"] = cast_base(self, base_dtype)
                     super().save_pretrained(scratch, **kwargs)
+                    # Some families' conversions to their original names rename whatever looks like theirs.
+                    own = "save_original_format" in kwargs or has_policy_names(Path(scratch), policy_state(self))
+                    if not own:
+                        super().save_pretrained(scratch, save_original_format=False, **kwargs)
                 else:
                     self._save_policy(Path(scratch))
                 set_code(Path(scratch), include_code or self._auto_class is not None)
