@@ -37,8 +37,6 @@ UNTESTED = {
     "fast_vlm": "its tower needs timm, which is none of our dependencies",
     "gemma3n": "its tower needs timm, which is none of our dependencies",
     "inkling_mm_model": "its tower needs scipy, which is none of our dependencies",
-    "mistral_large4": "exact, but the conversion of its weights renames the policy's in a merged checkpoint, which "
-    "then does not load; a policy-only one does",
     "perception_lm": "its tower needs timm, which is none of our dependencies",
     "shieldgemma2": "exact, but transformers does not load again what it saves of it",
 }

@@ -267,6 +267,9 @@ OTHERS: dict[str, Family] = {
     "minicpmv4_6": Family(lambda: shrunk("minicpmv4_6", **MINICPM), in_a_row, join_strips),
     "minicpmv4_7": Family(lambda: shrunk("minicpmv4_7", **MINICPM), in_a_row, join_strips, modality_types),
     "minimax_m3_vl": Family(lambda: shrunk("minimax_m3_vl", vision_config=SMALL_PATCHES), grid, concatenate),
+    "mistral_large4": Family(
+        lambda: shrunk("mistral_large4", text_config={**LATENT, "kv_source_layers": [0, 1]}), sized, concatenate
+    ),
     "muse_glimmer": Family(
         lambda: shrunk("muse_glimmer", vision_config=WINDOWS_OF_PATCHES, out_hidden_size=128), grid, concatenate
     ),
