@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors import safe_open
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tprl_hf
 from tests.reference import delete_by_hand
 from tprl_hf.data import easy_vqa, mosaic_vqa
 from tprl_hf.evaluation.answers import chat_inputs
-from tprl_hf.pruners import CDPruner, QuerySimilarityPruner, VisPruner
+from tprl_hf.pruners import CDPruner, DivPrune, QuerySimilarityPruner, VisPruner
 from tprl_hf.training.answer_batches import SampleEncoder
 
 TOLERANCE = 2e-5
@@ -31,7 +32,7 @@ def processor(path):
 
 @pytest.fixture(scope="module")
 def model(path):
-    return tprl_hf.TPRLForConditionalGeneration.from_base_model(path, dtype=torch.float32).eval()
+    return AutoModelForImageTextToText.from_pretrained(path).eval()
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,8 @@ def test_it_is_small_and_in_half_precision(path):
     assert sum(file.stat().st_size for file in files if file.is_file()) <= MAX_MEGABYTES * 1e6
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".pkl", ".py")]
     with safe_open(Path(path) / "model.safetensors", "pt") as weights:
-        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F16"}
+        dtypes = {name.startswith("lvlm."): weights.get_slice(name).get_dtype() for name in weights.keys()}
+    assert dtypes == {True: "F16", False: "F32"}  # the policy stays in float32
 
 
 @torch.no_grad()
@@ -114,12 +116,13 @@ def test_batch_equals_singles_on_either_padding_side(model, processor, samples):
 
 
 @torch.no_grad()
-def test_saved_equals_loaded(model, processor, samples, tmp_path):
+def test_saved_equals_loaded(path, model, processor, samples, tmp_path):
     inputs = encode(processor, samples.select(range(3)))
     expected = model(**inputs, keep_ratio=1 / 3)
     for name, whole in (("policy", False), ("merged", True)):
         model.save_pretrained(tmp_path / name, save_base_model=whole)
-        loaded = tprl_hf.TPRLForConditionalGeneration.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+        base = {} if whole else {"base_model": path}  # the LVLM of a checkpoint that holds it has no other name
+        loaded = tprl_hf.TPRLForConditionalGeneration.from_pretrained(tmp_path / name, dtype=torch.float32, **base)
         output = loaded(**inputs, keep_ratio=1 / 3)
         assert torch.equal(output.keep_mask, expected.keep_mask)
         assert torch.equal(output.logits, expected.logits)
@@ -143,12 +146,12 @@ def test_text_without_an_image_is_answered(model, processor):
     assert torch.equal(model.generate(**inputs, max_new_tokens=3, keep_ratio=1 / 3), expected)
 
 
-def accuracy(model, processor, samples):
+def accuracy(model, processor, samples, **budget):
     right = []
     for start in range(0, len(samples), 40):
         part = samples.select(range(start, min(start + 40, len(samples))))
         inputs = encode(processor, part)
-        sequences = model.generate(**inputs, max_new_tokens=4)
+        sequences = model.generate(**inputs, max_new_tokens=4, **budget)
         answers = processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += [answer == row["answer"] for answer, row in zip(answers, part, strict=True)]
     return sum(right) / len(right)
@@ -157,15 +160,32 @@ def accuracy(model, processor, samples):
 @torch.no_grad()
 def test_it_answers(model, processor, samples):
     # The card says how well; here it is enough that answers come from the image.
-    full = accuracy(model, processor, samples)
+    full = accuracy(model, processor, samples, prune=False)
     assert full >= 0.75
-    with model.using(VisPruner(keep_ratio=1 / 3)):
-        pruned = accuracy(model, processor, samples)
+    pruned = accuracy(model, processor, samples, keep_ratio=1 / 3)
     with model.using(VisPruner(num_keep=1)):
         blind = accuracy(model, processor, samples)
     assert blind < pruned <= full + 0.05
     pytest.importorskip("easy_vqa")
-    assert accuracy(model, processor, easy_vqa("test", num_samples=80)) >= 0.85
+    assert accuracy(model, processor, easy_vqa("test", num_samples=80), prune=False) >= 0.85
+
+
+@torch.no_grad()
+def test_its_policy_prunes_by_default_and_beats_rules(model, processor, samples):
+    assert model.prune(**encode(processor, samples.select([0]))).num_kept.tolist() == [48]
+    learned = accuracy(model, processor, samples, keep_ratio=1 / 9)
+    for pruner in (VisPruner(keep_ratio=1 / 9), DivPrune(keep_ratio=1 / 9)):
+        with model.using(pruner):
+            assert accuracy(model, processor, samples) < learned
+
+
+@torch.no_grad()
+def test_its_policy_reads_the_question(model, processor, samples):
+    image, prompts = samples[0]["images"], [row["prompt"] for row in samples.select(range(6))]
+    assert len(set(prompts)) == 6
+    rows = Dataset.from_list([{"images": image, "prompt": prompt} for prompt in prompts])
+    masks = model.prune(**encode(processor, rows), keep_ratio=1 / 9).keep_mask.view(6, -1)
+    assert len({tuple(mask.tolist()) for mask in masks}) == 6
 
 
 def test_trainers_commands_and_plain_calls_read_the_same_question(model, processor, samples):
@@ -176,12 +196,7 @@ def test_trainers_commands_and_plain_calls_read_the_same_question(model, process
     trained = SampleEncoder(model, processor)(rows).inputs
     words = model.get_input_embeddings()(asked["input_ids"][asked["query_mask"]])
     assert torch.equal(trained.query[trained.query_mask], words)
-    before = model.config.special_token_ids
-    model.config.special_token_ids = sorted(processor.tokenizer.all_special_ids)  # as the trainers set it
-    try:
-        for pruner in (QuerySimilarityPruner(keep_ratio=0.2), CDPruner(keep_ratio=0.2)):
-            with model.using(pruner):
-                plain = model.prune(**encode(processor, rows)).keep_mask
-                assert torch.equal(plain, model.prune(**asked).keep_mask)
-    finally:
-        model.config.special_token_ids = before
+    for pruner in (QuerySimilarityPruner(keep_ratio=0.2), CDPruner(keep_ratio=0.2), model.pruner):
+        with model.using(pruner):
+            plain = model.prune(**encode(processor, rows)).keep_mask
+            assert torch.equal(plain, model.prune(**asked).keep_mask)
