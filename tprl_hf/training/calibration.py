@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from tprl_hf.modeling.keep_mask import Budget
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
-from tprl_hf.modeling.token_pruner import LearnedPruner
+from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs
 
 from .answer_batches import AnswerBatch, SampleEncoder, undecoded
 
@@ -50,14 +51,15 @@ def calibrate_threshold(
         encoder([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         for start in range(0, len(rows), batch_size)
     ]
+    pruner = FirstStepOnce(model.policy, model.autoencoder, model.config.num_steps, keep_ratio)
     # in log-odds: where a policy is sure, thresholds lie close to 0 or 1
     low, high = -15.0, 15.0
     for _ in range(NUM_BISECTIONS):
         middle = (low + high) / 2
-        kept = mean_keep_ratio(model, batches, torch.tensor(middle).sigmoid().item(), keep_ratio)
+        kept = mean_keep_ratio(model, pruner, batches, torch.tensor(middle).sigmoid().item())
         low, high = (middle, high) if kept > keep_ratio else (low, middle)
     threshold = torch.tensor((low + high) / 2).sigmoid().item()
-    reached = mean_keep_ratio(model, batches, threshold, keep_ratio)
+    reached = mean_keep_ratio(model, pruner, batches, threshold)
     if abs(reached - keep_ratio) > 0.05:
         raise ValueError(
             f"No threshold keeps {keep_ratio:.3f} of the tokens: the nearest, {threshold:.4f}, keeps {reached:.3f}. "
@@ -69,13 +71,27 @@ def calibrate_threshold(
     return threshold
 
 
+class FirstStepOnce(LearnedPruner):
+    """Remembers the log-odds of the first step, which no threshold changes."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.known: dict[int, Tensor] = {}  # by the identity of a batch's tokens
+
+    def logits(self, inputs: PruningInputs, codes: Tensor, keep_mask: Tensor, step: int) -> Tensor:
+        if step > 0:
+            return super().logits(inputs, codes, keep_mask, step)
+        key = id(inputs.tokens)
+        if key not in self.known:
+            self.known[key] = super().logits(inputs, codes, keep_mask, step)
+        return self.known[key]
+
+
 def mean_keep_ratio(
-    model: TPRLForConditionalGeneration, batches: list[AnswerBatch], threshold: float, told: float
+    model: TPRLForConditionalGeneration, pruner: LearnedPruner, batches: list[AnswerBatch], threshold: float
 ) -> float:
-    """Kept tokens over all tokens, with `threshold`, where the policy is told a budget of `told`."""
-    config = model.config
-    budget = Budget(threshold=threshold, min_keep=config.min_keep, max_keep=config.max_keep)
-    pruner = LearnedPruner(model.policy, model.autoencoder, config.num_steps, told)
+    """Kept tokens over all tokens, with `threshold`."""
+    budget = Budget(threshold=threshold, min_keep=model.config.min_keep, max_keep=model.config.max_keep)
     kept = total = 0
     for batch in batches:
         keep_mask, _ = pruner.choose(batch.inputs, budget)
