@@ -1,0 +1,48 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import tprl_hf
+from tprl_hf.data import mosaic_vqa
+from tprl_hf.evaluation.answers import generate_answers
+from tprl_hf.evaluation.policy_runs import main, on_boxes
+
+NUM_QUESTIONS = 36
+
+
+def test_tokens_on_boxes():
+    # 4 tokens of 10 pixels: the first box touches two columns of the upper row, the second only ends at an edge
+    assert on_boxes([(5, 0, 12, 9)], 4, 20).tolist() == [True, True, False, False]
+    assert on_boxes([(0, 10, 10, 20)], 4, 20).tolist() == [False, False, True, False]
+    assert not on_boxes([], 4, 20).any()
+
+
+@torch.no_grad()
+def test_what_it_counts_right_is_what_greedy_decoding_gets_right(tmp_path, capsys):
+    path = tprl_hf.embedded_checkpoint()
+    arguments = [str(tmp_path / "runs.json"), f"one={path},{path}", f"two={path}", "--keep-ratios", "1/9"]
+    main([*arguments, "--adaptive", "1/9", "--num-samples", str(NUM_QUESTIONS), "--num-validation", "24"])
+    found = json.loads((tmp_path / "runs.json").read_text())
+    rows = {(row["way"], row["budget"]): row for row in found["rows"]}
+
+    samples = list(mosaic_vqa("test", 7, NUM_QUESTIONS))
+    model, processor = AutoModelForImageTextToText.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
+    for budget, row in (
+        ({"prune": False}, found["unpruned"]),
+        ({"keep_ratio": 1 / 9}, rows["one", "1/9"]["accuracy"]),
+    ):
+        answers = generate_answers(model, processor, samples, max_new_tokens=8, **budget)
+        right = [answer == sample["answer"] for answer, sample in zip(answers, samples, strict=True)]
+        assert row["value"] == pytest.approx(sum(right) / NUM_QUESTIONS, abs=1e-4)
+
+    fixed = rows["one", "1/9"]
+    assert fixed["mean_kept"] == 16 and fixed["spread"] == 0 and len(fixed["accuracy_by_run"]) == 2
+    assert fixed["less two"] == {"value": 0, "low": 0, "high": 0}  # the same policy
+    assert rows["two", "1/9"]["spread"] is None
+    assert (
+        set(fixed["kept_by_type"]) == set(found["unpruned_by_type"]) == {sample["question_type"] for sample in samples}
+    )
+    assert fixed["on_boxes"] > rows["divprune", "1/9"]["on_boxes"] > rows["random", "1/9"]["on_boxes"]
+    assert abs(rows["one", "1/9 on average"]["mean_kept"] - 16) < 6
