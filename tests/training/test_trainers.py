@@ -22,6 +22,7 @@ from tprl_hf.training import (
     calibrate_threshold,
     generate_demonstrations,
 )
+from tprl_hf.training.answer_scores import score_answers
 from tprl_hf.training.rollouts import logits_at_budget, replayed_logprobs
 
 QUIET = {"disable_tqdm": True, "use_cpu": True, "per_device_eval_batch_size": 4}
@@ -245,6 +246,55 @@ def test_reward_functions_see_what_trl_shows_them(make_model, processor, dataset
     assert "question_type" in columns and "images" not in columns
     scores = trainer.metrics["objective/score"][0]
     assert scores == pytest.approx(sum(len(text.split()) for text in completions[-4:]) / 4)
+
+
+def test_counterfactual_advantages_are_what_keeping_a_token_earns(make_model, processor, dataset, tmp_path):
+    settings = {"advantages": "counterfactual", "ratio": "token", "num_steps": 1, "num_flips": 5}
+    config = TPRLPPOConfig(
+        str(tmp_path), **{**PPO, **settings, "score": "logprob", "beta": 0.5, "whiten_advantages": False}
+    )
+    trainer = TPRLPPOTrainer(make_model(), config, processor, dataset)
+    trainer.collect(0)
+    (advantages,), rollouts, batch = trainer.buffer["advantages"], trainer.rollouts, trainer.batch
+    flipped = advantages.nonzero().tolist()
+    assert len(flipped) == 5 * len(rollouts.of)
+    for row, bit in flipped:
+        kept, sample = rollouts.keep_masks[1, row].clone(), int(rollouts.of[row])
+        rewards = []
+        for keep in (True, False):
+            kept[bit] = keep
+            (score,) = score_answers(trainer.tprl_model, batch, kept[None], [sample]).logprobs.clamp(min=-4)
+            rewards.append(score - 0.5 * kept.sum() / batch.inputs.valid[sample].sum())
+        torch.testing.assert_close(advantages[row, bit], rewards[0] - rewards[1], atol=1e-5, rtol=1e-4)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    assert any(not value.equal(before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_a_budget_has_the_gradient_of_its_shift(make_model, processor, dataset, tmp_path):
+    settings = {"rollout_keep_ratios": [0.5, 0.25], "num_steps": 2}
+    trainer = TPRLPPOTrainer(make_model(), TPRLPPOConfig(str(tmp_path), **{**PPO, **settings}), processor, dataset)
+    trainer.collect(0)
+    rollouts = trainer.rollouts
+    generator = torch.Generator().manual_seed(0)
+    logits, direction = torch.randn(2, *rollouts.asked.shape, generator=generator, dtype=torch.float64)
+    rollouts.targets = rollouts.targets.double()
+
+    def at_budget(x):
+        return logits_at_budget(rollouts, x, trainer.args.lambda_disc)
+
+    for step, asked in enumerate(rollouts.asked):
+        probs = trainer.args.lambda_disc**step * at_budget(logits)[step].sigmoid()
+        reachable = rollouts.targets[step] < 0.99 * trainer.args.lambda_disc**step * asked.sum(1)
+        torch.testing.assert_close((probs * asked).sum(1)[reachable], rollouts.targets[step][reachable])
+    torch.testing.assert_close(at_budget(logits + 0.7)[:1], at_budget(logits)[:1])  # a common offset is no difference
+    moved = logits.clone().requires_grad_()
+    weights = torch.randn(rollouts.asked[0].shape, generator=generator, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((at_budget(moved)[0] * weights).sum(), moved)
+    step = 1e-5
+    change = at_budget(logits + step * direction)[0] - at_budget(logits - step * direction)[0]
+    expected = (change * weights).sum() / (2 * step)
+    torch.testing.assert_close((gradient * direction).sum(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_path):

@@ -190,7 +190,7 @@ class TPRLPPOTrainer(PolicyTrainer):
         spread = torch.full_like(kept, torch.inf)
         if args.advantages == "counterfactual":
             returns = rewards
-            advantages, spread = self.counterfactual_advantages(batch, rollouts, rewards[0], scores[-1], generator)
+            advantages, spread = self.counterfactual_advantages(batch, rollouts, scores[-1], right[-1], generator)
         elif args.advantages != "gae":
             returns = discounted_returns(rewards, exists, args.gamma)
             of_group = leave_one_out_advantages if args.advantages == "leave_one_out" else group_advantages
@@ -224,13 +224,13 @@ class TPRLPPOTrainer(PolicyTrainer):
         return rewards
 
     def counterfactual_advantages(
-        self, batch: AnswerBatch, rollouts: Rollouts, rewards: Tensor, scores: Tensor, generator: torch.Generator
+        self, batch: AnswerBatch, rollouts: Rollouts, scores: Tensor, right: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """
         What keeping a token earns more than pruning it, all other bits as they were drawn.
 
         Args:
-            rewards, scores (`[S]`): of the trajectories.
+            scores (`[S]`), right (`bool [S]`): of the keep masks that were drawn.
 
         Returns:
             Advantages `[1, S, N]`, 0 of bits that were not flipped, and each trajectory's largest one in size `[S]`.
@@ -247,12 +247,16 @@ class TPRLPPOTrainer(PolicyTrainer):
         rows, bits = rows[tested], bits[tested]
         flipped = keep_mask[rows]
         flipped[torch.arange(len(bits), device=bits.device), bits] ^= True
-        flipped_scores, right = self.score_masks(batch, flipped, of[rows].tolist())
-        start = torch.zeros_like(flipped_scores), rollouts.num_kept[0][rows], torch.ones_like(right)
-        after = flipped_scores, flipped.sum(1), right
-        others = self.rewards(*[torch.stack(pair) for pair in zip(start, after, strict=True)])[0]
+
+        def reward(scores: Tensor, right: Tensor, keep_masks: Tensor, of: Tensor) -> Tensor:
+            start = torch.zeros_like(scores), batch.inputs.valid[of].sum(1), torch.ones_like(right)
+            after = scores, keep_masks.sum(1), right
+            return self.rewards(*[torch.stack(pair) for pair in zip(start, after, strict=True)])[0]
+
+        gain = reward(scores, right, keep_mask, of)[rows]
+        gain = gain - reward(*self.score_masks(batch, flipped, of[rows].tolist()), flipped, of[rows])
         advantages = torch.zeros_like(prob_drawn)
-        advantages[rows, bits] = torch.where(keep_mask[rows, bits], rewards[rows] - others, others - rewards[rows])
+        advantages[rows, bits] = torch.where(keep_mask[rows, bits], gain, -gain)
         return advantages[None], advantages.abs().amax(1)
 
     def score_masks(self, batch: AnswerBatch, keep_masks: Tensor, of: list[int]) -> tuple[Tensor, Tensor]:
