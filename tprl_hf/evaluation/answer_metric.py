@@ -1,0 +1,51 @@
+"""What our metrics for free answers share, in the terms of `evaluate`: the mean of a score over the answers."""
+
+from typing import Any, ClassVar
+
+import datasets
+import evaluate
+
+_TEXT = datasets.Value("string")
+
+# For each answer one reference, or a list of them.
+ANSWER_FEATURES = [
+    datasets.Features({"predictions": _TEXT, "references": datasets.Sequence(_TEXT)}),
+    datasets.Features({"predictions": _TEXT, "references": _TEXT}),
+]
+
+INPUTS = """
+Args:
+    predictions (list of str): Answers.
+    references (list of str, or list of list of str): For each answer what is right.
+Returns:
+    {result} (float): Mean over the answers, in [0, 1].
+"""
+
+
+class AnswerMetric(evaluate.Metric):
+    """
+    Base of a metric whose value is a mean over the answers. A subclass says which score.
+
+    `evaluate.load` takes the first metric that a file names, so such a file imports this module, not this class.
+    """
+
+    result: ClassVar[str]
+    about: ClassVar[str]
+    source: ClassVar[str] = ""
+
+    @staticmethod
+    def score(answer: str, right: Any, /) -> float:
+        """How right an answer is, in [0, 1]; `right` is a reference, or several."""
+        raise NotImplementedError
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=self.about,
+            citation=self.source,
+            inputs_description=INPUTS.format(result=self.result),
+            features=ANSWER_FEATURES,
+        )
+
+    def _compute(self, predictions, references):
+        scores = [self.score(answer, right) for answer, right in zip(predictions, references, strict=True)]
+        return {self.result: sum(scores) / len(scores)}
