@@ -5,18 +5,25 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tprl_hf
+from tests.pruners.test_formulas import make_inputs
 from tprl_hf.data import mosaic_vqa
 from tprl_hf.evaluation.answers import generate_answers
-from tprl_hf.evaluation.policy_runs import main, on_boxes
+from tprl_hf.evaluation.policy_runs import main
+from tprl_hf.pruners.oracle import covered
 
 NUM_QUESTIONS = 36
 
 
 def test_tokens_on_boxes():
+    inputs = make_inputs(num_samples=1, height=2, width=2)
+
+    def on_boxes(boxes):
+        return covered(inputs, 0, boxes, (20, 20)) > 0
+
     # 4 tokens of 10 pixels: the first box touches two columns of the upper row, the second only ends at an edge
-    assert on_boxes([(5, 0, 12, 9)], 4, 20).tolist() == [True, True, False, False]
-    assert on_boxes([(0, 10, 10, 20)], 4, 20).tolist() == [False, False, True, False]
-    assert not on_boxes([], 4, 20).any()
+    assert on_boxes([(5, 0, 12, 9)]).tolist() == [True, True, False, False]
+    assert on_boxes([(0, 10, 10, 20)]).tolist() == [False, False, True, False]
+    assert not on_boxes([]).any()
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
@@ -27,6 +26,7 @@ from tprl_hf.data import mosaic_vqa
 from tprl_hf.modeling.keep_mask import Budget
 from tprl_hf.modeling.token_pruner import LearnedPruner, TokenPruner
 from tprl_hf.pruners import DivPrune, RandomPruner, VisPruner
+from tprl_hf.pruners.oracle import covered
 from tprl_hf.training import calibrate_threshold
 from tprl_hf.training.answer_batches import SampleEncoder, undecoded
 from tprl_hf.training.answer_scores import score_answers
@@ -34,18 +34,6 @@ from tprl_hf.training.answer_scores import score_answers
 from .intervals import bootstrap_mean
 
 POINTING_BASELINES = {"random": RandomPruner, "vispruner": VisPruner, "divprune": DivPrune}
-
-
-def on_boxes(boxes: Sequence[Sequence[float]], num_visual: int, image_size: int) -> Tensor:
-    """Which tokens of a square grid touch one of `boxes` (pixels, left, top, right, bottom), `bool [N]`."""
-    side = round(num_visual**0.5)
-    edges = torch.arange(side) * image_size / side
-    inside = torch.zeros(side, side, dtype=torch.bool)
-    for left, top, right, bottom in boxes:
-        columns = (edges < right) & (edges + image_size / side > left)
-        rows = (edges < bottom) & (edges + image_size / side > top)
-        inside |= rows[:, None] & columns
-    return inside.flatten()
 
 
 class Questions:
@@ -66,7 +54,7 @@ class Questions:
         self.batch_size = batch_size
         self.types = dataset["question_type"]
         self.units = dataset["image_id"]
-        self.image_size = dataset[0]["images"][0].width
+        self.image_size = dataset[0]["images"][0].size  # that of all of Mosaic-VQA
 
     @torch.no_grad()
     def answer(self, settings: dict[Any, tuple[TokenPruner, Budget]]) -> dict[Any, dict[str, list[float]]]:
@@ -75,8 +63,8 @@ class Questions:
         for start in tqdm(range(0, len(self.rows), self.batch_size), unit="batch"):
             rows = [self.rows[i] for i in range(start, min(start + self.batch_size, len(self.rows)))]
             batch = self.encoder(rows)
-            num_visual = batch.inputs.valid.shape[1]
-            boxes = torch.stack([on_boxes(row["boxes"], num_visual, self.image_size) for row in rows])
+            shares = [covered(batch.inputs, i, row["boxes"], self.image_size) for i, row in enumerate(rows)]
+            boxes = torch.stack(shares) > 0
             for key, (pruner, budget) in settings.items():
                 keep_mask, _ = pruner.choose(batch.inputs, budget)
                 scores = score_answers(self.model, batch, keep_mask, list(range(len(rows))), 96)
