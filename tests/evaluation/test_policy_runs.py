@@ -26,6 +26,13 @@ def test_tokens_on_boxes():
     assert not on_boxes([]).any()
 
 
+@pytest.mark.parametrize("way", ["ppo", "ppo=", "ppo=nowhere", "=nowhere"])
+def test_ways_without_checkpoints_are_refused(way, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "runs.json"), way])
+    assert "with a checkpoint in each DIR" in capsys.readouterr().err
+
+
 @torch.no_grad()
 def test_what_it_counts_right_is_what_greedy_decoding_gets_right(tmp_path, capsys):
     path = tprl_hf.embedded_checkpoint()

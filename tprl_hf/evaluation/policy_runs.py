@@ -100,6 +100,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-validation", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args(argv)
+    for way in arguments.ways:
+        name, _, paths = way.partition("=")
+        if not name or not all(Path(path, "config.json").is_file() for path in paths.split(",")):
+            parser.error(f"{way!r} is not NAME=DIR,DIR,... with a checkpoint in each DIR")
 
     ways = {name: paths.split(",") for name, _, paths in (way.partition("=") for way in arguments.ways)}
     first = next(iter(ways.values()))[0]

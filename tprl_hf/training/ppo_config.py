@@ -146,6 +146,8 @@ class TPRLPPOConfig(PolicyTrainingConfig):
             raise ValueError(f"advantages={self.advantages!r} compare rollouts: num_rollouts={self.num_rollouts} < 2.")
         if self.advantages == "gae" and self.min_spread > 0:
             raise ValueError(f"min_spread={self.min_spread} compares rollouts or flips: advantages='gae' has none.")
+        if self.num_flips < 1:
+            raise ValueError(f"num_flips is at least 1: without a flip nothing is learned; got {self.num_flips}.")
         if self.advantages == "counterfactual" and (self.ratio, self.num_steps) != ("token", 1):
             raise ValueError(
                 "advantages='counterfactual' are of single bits of one step: set ratio='token' and num_steps=1; got "
