@@ -8,6 +8,8 @@ from huggingface_hub import HfApi
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
 from tprl_hf.cli.recipe_file import as_number, read_recipe
+from tprl_hf.cli.train import load_data
+from tprl_hf.data import easy_vqa, mosaic_vqa
 from tprl_hf.training.publishing import files_to_publish
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -60,6 +62,16 @@ def test_all_stages_from_one_recipe(recipe, tmp_path, capsys):
     assert "other settings" in capsys.readouterr().err
 
 
+def test_several_sources_are_shuffled_together():
+    sections = [{"seed": 100, "num_samples": 40}, {"source": "easy-vqa", "num_samples": 20}]
+    mixture = load_data({"data": {"train": sections}}, "train")
+    assert sorted(mixture["image_id"]) == sorted(
+        [*mosaic_vqa("train", 100, 40)["image_id"], *easy_vqa("train", 20)["image_id"]]
+    )
+    assert load_data({"data": {"train": sections}}, "train", 12)["prompt"] == mixture["prompt"][:12]
+    assert {name.split("-")[0] for name in mixture["image_id"][:12]} == {"mosaic", "easy"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -69,6 +81,11 @@ def test_all_stages_from_one_recipe(recipe, tmp_path, capsys):
         (["all", "--set", "lfdd.max_steps=1"], "no setting 'lfdd'; did you mean 'lfd'?"),
         (["all", "--set", "policy.latent=1"], "policy has no setting 'latent'"),
         (["all", "--set", "data.train.source=nowhere"], "There are no data 'nowhere'"),
+        (["all", "--set", "data.train=[]"], "data.train.source"),
+        (
+            ["all", "--set", "data.train=[{sourc: mosaic}]"],
+            "data.train has no setting 'sourc'; did you mean 'source'?",
+        ),
         (["all", "--set", "seed"], "no override"),
         (["all", "--set", "base_model.x=1"], "base_model is no section"),
     ],

@@ -112,13 +112,25 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
 
 
 def load_data(recipe: dict[str, Any], name: str, num_samples: int | None = None) -> "Dataset":
-    """The samples of `data.train` or `data.validation`, the first `num_samples` of them."""
+    """The samples of `data.train` or `data.validation`, the first `num_samples` of them; of several sources, shuffled
+    together."""
+    from datasets import concatenate_datasets
+
+    sources = recipe.get("data", {}).get(name)
+    sources = sources if isinstance(sources, list) and sources else [sources]
+    if not all(isinstance(source, dict) for source in sources):
+        raise ValueError(f"The recipe must say where its samples come from: data.{name}.source.")
+    if len(sources) == 1:
+        return load_source(sources[0], name, num_samples)
+    mixture = concatenate_datasets([load_source(source, name) for source in sources]).shuffle(seed=0)
+    return mixture if num_samples is None else mixture.select(range(min(num_samples, len(mixture))))
+
+
+def load_source(section: dict[str, Any], name: str, num_samples: int | None = None) -> "Dataset":
+    """The samples of one source, the first `num_samples` of them."""
     from tprl_hf.data import easy_vqa, mosaic_vqa
     from tprl_hf.evaluation.jsonl_samples import jsonl_samples
 
-    section = recipe.get("data", {}).get(name)
-    if not isinstance(section, dict):
-        raise ValueError(f"The recipe must say where its samples come from: data.{name}.source.")
     check_names(section, DATA_SETTINGS, f"data.{name}")
     source = section.get("source", "mosaic")
     count = num_samples or section.get("num_samples")

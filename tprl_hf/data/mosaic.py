@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from PIL import Image
 
 from .samples import SAMPLE_FEATURES, png_bytes
@@ -40,6 +40,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 QUESTION_TYPES = ("existence", "color", "shape", "relation", "counting", "reading")
 SPLITS = ("train", "validation", "test")
 MAX_COUNT = 5
+ROWS_PER_PART = 10_000  # of a dataset
 MIN_RELATION_DISTANCE = 18  # pixels between the centers along the axis asked about
 
 # Digits on 5 x 7 dots, one string a row.
@@ -371,4 +372,6 @@ def mosaic_vqa(split: str = "test", seed: int = 0, num_samples: int = 2000) -> D
             )
         if len(rows) == num_samples:
             break
-    return Dataset.from_list(rows, features=SAMPLE_FEATURES)
+    # Arrow's offsets into bytes end at 2 GiB for each part.
+    parts = [rows[start : start + ROWS_PER_PART] for start in range(0, num_samples, ROWS_PER_PART)]
+    return concatenate_datasets([Dataset.from_list(part, features=SAMPLE_FEATURES) for part in parts])
