@@ -11,6 +11,7 @@ from tprl_hf.cli.recipe_file import as_number, read_recipe
 from tprl_hf.cli.train import load_data
 from tprl_hf.data import easy_vqa, mosaic_vqa
 from tprl_hf.training.publishing import files_to_publish
+from tprl_hf.training.training_record import training_record
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 POLICY_STAGE = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True, "eval_strategy": "steps", "eval_steps": 1}
@@ -51,6 +52,15 @@ def test_all_stages_from_one_recipe(recipe, tmp_path, capsys):
     for stage in reports:
         assert f"- **{stage}** (0 minutes): `" in card
     assert "save_base_model=true" in card and "accuracy@0.111=" in card and str(tmp_path) not in card
+
+    record = training_record(tmp_path / "run" / "ppo")
+    assert list(record["stages"]) == ["autoencoder", "demonstrations", "lfd", "ppo"]
+    needed = [*model.policy.parameters(), *model.autoencoder.encoder.parameters()]
+    assert record["num_parameters"] == sum(parameter.numel() for parameter in needed)
+    assert [row["step"] for row in record["stages"]["ppo"]["validation"]] == [1, 2, 2]
+    assert record["stages"]["lfd"]["metrics"] == reports["lfd"]["metrics"]
+    with pytest.raises(ValueError, match="holds no training"):
+        training_record(tmp_path)
 
     # what is finished stays; what was cut off goes on
     (tmp_path / "run" / "ppo" / "training.json").unlink()

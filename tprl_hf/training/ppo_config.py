@@ -63,9 +63,6 @@ class TPRLPPOConfig(PolicyTrainingConfig):
             Bits of each trajectory that are flipped for counterfactual advantages, drawn by their variance
             `p * (1 - p)`; the others' advantages are 0. Trajectories whose score cannot rise by `min_spread` are not
             flipped.
-        answerable_only (`bool`, defaults to `False`):
-            Flip nothing where the frozen LVLM is wrong with all its tokens: what makes such an answer right is chance,
-            and such questions have the largest advantages. Wants counterfactual advantages.
         gamma (`float`, defaults to 0.99), lam (`float`, defaults to 0.95):
             Discount and trace decay.
         whiten_advantages (`bool`, defaults to `True`):
@@ -115,7 +112,6 @@ class TPRLPPOConfig(PolicyTrainingConfig):
 
     advantages: str = field(default="gae", metadata={"help": "gae, leave_one_out, group, counterfactual"})
     num_flips: int = 16
-    answerable_only: bool = field(default=False, metadata={"help": "Learn where the LVLM is right unpruned."})
     gamma: float = 0.99
     lam: float = 0.95
     whiten_advantages: bool = True
@@ -157,8 +153,6 @@ class TPRLPPOConfig(PolicyTrainingConfig):
                 "advantages='counterfactual' are of single bits of one step: set ratio='token' and num_steps=1; got "
                 f"{self.ratio!r} and {self.num_steps}."
             )
-        if self.answerable_only and self.advantages != "counterfactual":
-            raise ValueError(f"answerable_only says what is flipped: advantages={self.advantages!r} flip nothing.")
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} has no meaning here: set "

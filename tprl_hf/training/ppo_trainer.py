@@ -243,11 +243,7 @@ class TPRLPPOTrainer(PolicyTrainer):
         # the largest of log(u) / w are draws without replacement, with weights w
         bits = (noise / variance.clamp(min=1e-12)).topk(min(self.args.num_flips, variance.shape[1])).indices  # (S, M)
         rows = torch.arange(len(of), device=bits.device)[:, None].expand_as(bits)
-        can_rise = best - scores > self.args.min_spread
-        if self.args.answerable_only:
-            hopeful = of[can_rise]
-            can_rise[can_rise.clone()] = self.score_masks(batch, batch.inputs.valid[hopeful], hopeful.tolist())[1]
-        tested = (variance.gather(1, bits) > 1e-6) & can_rise[:, None]
+        tested = (variance.gather(1, bits) > 1e-6) & (best - scores > self.args.min_spread)[:, None]
         rows, bits = rows[tested], bits[tested]
         flipped = keep_mask[rows]
         flipped[torch.arange(len(bits), device=bits.device), bits] ^= True

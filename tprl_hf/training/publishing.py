@@ -64,7 +64,8 @@ def recorded_stages(directory: str | Path) -> list[dict[str, Any]]:
     The stages of `tprl train` that led to `directory`, as they were recorded.
 
     Returns:
-        `list[dict]`: `stage`, `settings`, `metrics` and `seconds` of each; empty for a directory that no stage wrote.
+        `list[dict]`: `stage`, `settings`, `metrics`, `seconds` and `history` (rows of the log) of each; empty for a
+        directory that no stage wrote.
     """
     directory = Path(directory)
     if not (directory / "training.json").exists():
@@ -79,8 +80,9 @@ def recorded_stages(directory: str | Path) -> list[dict[str, Any]]:
             done = json.loads((folder / "training.json").read_text(encoding="utf-8"))
             settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
             used = {**settings.get(name, {}), "data": settings.get("data", {}).get("train", {})}
+            metrics, history = done.get("metrics", {}), done.get("log_history", [])
             stages.append(
-                {"stage": name, "settings": used, "metrics": done.get("metrics", {}), "seconds": done["seconds"]}
+                {"stage": name, "settings": used, "metrics": metrics, "seconds": done["seconds"], "history": history}
             )
     return stages
 
@@ -263,7 +265,9 @@ def push_demonstrations(
             done = json.loads((folder / "training.json").read_text(encoding="utf-8"))
             settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
             teacher, base_model = done["teacher"], base_model or settings.get("base_model")
-            source = source or settings.get("data", {}).get("train", {}).get("source", "mosaic")
+            sections = settings.get("data", {}).get("train", {})
+            sections = sections if isinstance(sections, list) else [sections]
+            source = source or ", ".join(section.get("source", "mosaic") for section in sections)
             folder = folder / "dataset"
         dataset = load_from_disk(str(folder))
     if "keep_masks" not in dataset.column_names:

@@ -1,0 +1,76 @@
+"""One JSON file of what `tprl train` recorded on the way to a checkpoint: settings, seconds, curves.
+
+`python -m tprl_hf.training.training_record runs/mosaic_llava_policy/ppo policy_training.json`
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from .publishing import recorded_stages
+
+TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "learning_rate")
+
+
+def training_record(directory: str | Path) -> dict[str, Any]:
+    """
+    The stages that led to a checkpoint.
+
+    Args:
+        directory (`str` or `Path`): The last stage's directory, which `tprl train` wrote.
+
+    Returns:
+        `dict`: `num_parameters` that pruning needs (policy, and encoder of the codes), `minutes` of all stages, and
+        `stages` by name: `settings`, `seconds`, `metrics`, and the curves `training` and `validation`, lists of dicts
+        with `step`.
+
+    Raises:
+        `ValueError`: If no stage wrote `directory`.
+    """
+    directory = Path(directory)
+    stages = recorded_stages(directory)
+    if not stages:
+        raise ValueError(f"{directory} holds no training.json: pass the directory of a stage of `tprl train`.")
+    num_parameters = 0
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as weights:
+            for name in weights.keys():
+                if name.startswith(("policy.", "autoencoder.encoder.")):
+                    num_parameters += math.prod(weights.get_slice(name).get_shape())
+    return {
+        "num_parameters": num_parameters,
+        "minutes": round(sum(stage["seconds"] for stage in stages) / 60),
+        "stages": {stage["stage"]: _stage(stage) for stage in stages},
+    }
+
+
+def _stage(stage: Mapping[str, Any]) -> dict[str, Any]:
+    history = [{name: _short(value) for name, value in row.items() if name not in TIMES} for row in stage["history"]]
+    is_validation = [any(name.startswith("eval_") for name in row) for row in history]
+    rows = list(zip(history, is_validation, strict=True))
+    return {
+        **{name: stage[name] for name in ("settings", "seconds", "metrics")},
+        "training": [row for row, validates in rows if not validates and "train_runtime" not in row],
+        "validation": [row for row, validates in rows if validates],
+    }
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("output", type=Path)
+    arguments = parser.parse_args()
+    arguments.output.write_text(json.dumps(training_record(arguments.directory), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
