@@ -15,6 +15,7 @@ from tprl_hf.training import TPRLPPOConfig
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "accelerate").glob("*.yaml"))
 SHARDED = """
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -62,8 +63,10 @@ found = {
     "left_whole": sorted({n.split(".")[0] for n, p in model.named_parameters() if not isinstance(p, DTensor)}),
 }
 if dist.get_rank() == 0:
-    print(json.dumps(found))
+    print(json.dumps(found), flush=True)
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # gloo's threads sometimes abort a process that Python takes down
 """
 
 

@@ -1,6 +1,7 @@
 """Wall-clock of a model, part by part: unpruned, pruned, and the floor of feeding the LLM as few tokens."""
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -18,6 +19,9 @@ RATIOS = {
     "prefill speed-up of the floor": ("prefill unpruned", "prefill floor"),
     "answer speed-up": ("answer unpruned", "answer pruned"),
 }
+
+# Beside the wall: the time that others' work cannot lengthen, by the kind of device. See `Times`.
+SECOND_CLOCKS = {"cpu": "cpu", "cuda": "cuda"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +155,7 @@ def surroundings(model) -> dict[str, Any]:
 
 
 def time_parts(model, inputs, num_keep: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every part, and the ratios that the targets are stated in, by the wall and, on a CPU, by CPU time."""
+    """Every part, and the ratios that the targets are stated in, by the wall and by CPU time or the GPU's clock."""
     from dataclasses import asdict
 
     from tprl_hf.evaluation.benchmark import Spread, benchmark_calls, ratio, time_in_turns
@@ -159,8 +163,8 @@ def time_parts(model, inputs, num_keep: int, arguments: argparse.Namespace) -> d
     print(f"Timing {2 + arguments.rounds} rounds ...", file=sys.stderr)
     times = time_in_turns(benchmark_calls(model, inputs, num_keep, arguments.new_tokens), arguments.rounds)
     found: dict[str, Any] = {}
-    clocks = {"": "wall", "cpu_": "cpu"} if model.device.type == "cpu" else {"": "wall"}
-    for prefix, clock in clocks.items():
+    second = SECOND_CLOCKS.get(model.device.type)
+    for prefix, clock in {"": "wall", **({f"{second}_": second} if second else {})}.items():
         values = {name: getattr(one, clock) for name, one in times.items()}
         found[f"{prefix}milliseconds"] = {name: asdict(Spread.of(one)) for name, one in values.items()}
         found[f"{prefix}ratios"] = {
@@ -217,15 +221,17 @@ def as_text(found: dict[str, Any]) -> str:
     """The tables, and the lines below them."""
     from .demo import format_table
 
-    on_cpu = "cpu_ratios" in found
-    rows = [["part", "ms (median)", "middle half", *(["CPU ms"] if on_cpu else [])]]
+    clocks = [clock for clock in SECOND_CLOCKS.values() if f"{clock}_ratios" in found]
+    rows = [["part", "ms (median)", "middle half", *(f"{clock.upper()} ms" for clock in clocks)]]
     for name, one in found["milliseconds"].items():
-        cpu = [f"{found['cpu_milliseconds'][name]['median']:.1f}"] if on_cpu else []
-        rows.append([name, f"{one['median']:.1f}", f"{one['low']:.1f} to {one['high']:.1f}", *cpu])
+        others = [f"{found[f'{clock}_milliseconds'][name]['median']:.1f}" for clock in clocks]
+        rows.append([name, f"{one['median']:.1f}", f"{one['low']:.1f} to {one['high']:.1f}", *others])
     tables = [format_table(rows)]
-    rows = [["ratio, round by round", "median", "middle half", *(["by CPU time", "middle half"] if on_cpu else [])]]
+    headings = [heading for clock in clocks for heading in (f"by {clock.upper()} time", "middle half")]
+    rows = [["ratio, round by round", "median", "middle half", *headings]]
     for name, one in found["ratios"].items():
-        rows.append([name, *spread_words(one), *(spread_words(found["cpu_ratios"][name]) if on_cpu else [])])
+        words = [spread_words(found[f"{clock}_ratios"][name]) for clock in clocks]
+        rows.append([name, *spread_words(one), *itertools.chain(*words)])
     tables.append(format_table(rows))
     if "load" in found:
         rows = [["batch", "requests/s unpruned", "middle half", "pruned", "middle half", "speed-up"]]

@@ -37,10 +37,12 @@ class Times:
         wall (`list[float]`): By the clock on the wall.
         cpu (`list[float]`): Time that this process was given by its processors, all threads together. With one
             thread it is the wall-clock of a machine that has nothing else to do.
+        cuda (`list[float]`): By CUDA events, the GPU's own clock. Empty without one.
     """
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+    cuda: list[float] = field(default_factory=list)
 
 
 def time_in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int = 7, warmup: int = 2) -> dict[str, Times]:
@@ -65,14 +67,25 @@ def time_in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int = 7, warmu
     with torch.no_grad():
         for number in range(warmup + rounds):
             for name in list(calls)[:: -1 if number % 2 else 1]:
-                synchronize()
-                start, cpu_start = time.perf_counter(), time.process_time()
-                calls[name]()
-                synchronize()
-                if number >= warmup:
-                    times[name].wall.append(1000 * (time.perf_counter() - start))
-                    times[name].cpu.append(1000 * (time.process_time() - cpu_start))
+                for clock, milliseconds in time_once(calls[name]).items():
+                    if number >= warmup:
+                        getattr(times[name], clock).append(milliseconds)
     return times
+
+
+def time_once(call: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of one call, by each clock of [`Times`] that there is."""
+    synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if torch.cuda.is_available() else []
+    start, cpu_start = time.perf_counter(), time.process_time()
+    if events:
+        events[0].record()
+    call()
+    if events:
+        events[1].record()
+    synchronize()
+    taken = {"wall": 1000 * (time.perf_counter() - start), "cpu": 1000 * (time.process_time() - cpu_start)}
+    return {**taken, "cuda": events[0].elapsed_time(events[1])} if events else taken
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
