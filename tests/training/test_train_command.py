@@ -7,7 +7,7 @@ from huggingface_hub import HfApi
 
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
-from tprl_hf.cli.recipe_file import as_number, read_recipe
+from tprl_hf.cli.recipe_file import STAGES, as_number, read_recipe
 from tprl_hf.cli.train import load_data
 from tprl_hf.data import easy_vqa, mosaic_vqa
 from tprl_hf.training.publishing import files_to_publish
@@ -70,6 +70,11 @@ def test_all_stages_from_one_recipe(recipe, tmp_path, capsys):
     assert out.count("is finished") == 3
     assert main(["train", "lfd", "--config", str(recipe), "--set", "lfd.max_steps=3"]) == 2
     assert "other settings" in capsys.readouterr().err
+
+
+def test_a_stage_may_be_left_out(recipe):
+    sections = read_recipe(str(recipe), ["lfd=false", "demonstrations=false"])
+    assert [stage for stage in STAGES if stage in sections] == ["autoencoder", "ppo"]
 
 
 def test_several_sources_are_shuffled_together():
@@ -139,7 +144,9 @@ def test_our_recipes_hold_settings_that_exist(path, tmp_path):
         assert {type(getattr(config, f.name)) for f in fields(config) if f.name == "learning_rate"} == {float}
     assert set(recipe["demonstrations"]) <= set(DEMONSTRATION_SETTINGS)
     assert set(recipe["policy"]) <= set(TPRLConfig().to_dict())
-    assert all(set(section) <= set(DATA_SETTINGS) for section in recipe["data"].values())
+    for sections in recipe["data"].values():
+        sources = sections if isinstance(sections, list) else [sections]
+        assert all(set(section) <= set(DATA_SETTINGS) for section in sources)
 
 
 def test_the_paper_recipe_is_the_default_of_the_code(tmp_path):

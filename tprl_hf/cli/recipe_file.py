@@ -56,6 +56,7 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     Args:
         path (`str`): a YAML file with some of the sections of `SECTIONS`.
         overrides (`Iterable[str]`, *optional*): `"lfd.learning_rate=1e-4"` and the like; values are YAML.
+            `"lfd=false"` leaves a stage out.
 
     Returns:
         `dict`: the sections; numbers are numbers.
@@ -88,6 +89,8 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     for section in ("policy", "data", *STAGES):
         if section in recipe and recipe[section] is None:
             recipe[section] = {}  # a section of defaults
+        elif section in STAGES and recipe.get(section) is False:
+            del recipe[section]
         elif section in recipe and not isinstance(recipe[section], dict):
             raise ValueError(f"{section} in {path} must be a section of settings; got {recipe[section]!r}.")
     return {
