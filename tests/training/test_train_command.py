@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
 from tprl_hf.cli.recipe_file import STAGES, as_number, read_recipe
-from tprl_hf.cli.train import load_data
+from tprl_hf.cli.train import load_data, settings_of, training_data
 from tprl_hf.data import easy_vqa, mosaic_vqa
 from tprl_hf.training.publishing import files_to_publish
 from tprl_hf.training.training_record import training_record
@@ -87,6 +87,21 @@ def test_several_sources_are_shuffled_together():
     assert {name.split("-")[0] for name in mixture["image_id"][:12]} == {"mosaic", "easy"}
 
 
+def test_a_stage_may_have_its_own_data():
+    own = {"seed": 101, "num_samples": 12, "question_types": ["counting", "relation"]}
+    recipe = {"data": {"train": {"num_samples": 6}, "ppo": own, "validation": {}}, "lfd": {}, "ppo": {}}
+    dataset = load_data(recipe, training_data("ppo", recipe))
+    assert sorted(dataset["question_type"]) == ["counting"] * 2 + ["relation"] * 2
+    assert all(name.startswith("mosaic-train-101") for name in dataset["image_id"])
+    assert len(load_data(recipe, training_data("lfd", recipe))) == 6
+    # other stages do not depend on it
+    assert settings_of("ppo", recipe)["data"].keys() == {"ppo", "validation"}
+    assert settings_of("lfd", recipe)["data"].keys() == {"train", "validation"}
+    own["question_types"] = ["taste"]
+    with pytest.raises(ValueError, match=r"of types \['taste'\], but of color, counting,"):
+        load_data(recipe, "ppo")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -97,6 +112,7 @@ def test_several_sources_are_shuffled_together():
         (["all", "--set", "policy.latent=1"], "policy has no setting 'latent'"),
         (["all", "--set", "data.train.source=nowhere"], "There are no data 'nowhere'"),
         (["all", "--set", "data.train=[]"], "data.train.source"),
+        (["all", "--set", "data.lfdd={}"], "data has no setting 'lfdd'; did you mean 'lfd'?"),
         (
             ["all", "--set", "data.train=[{sourc: mosaic}]"],
             "data.train has no setting 'sourc'; did you mean 'source'?",

@@ -26,7 +26,7 @@ STARTS = {
     "ppo": ("lfd", "autoencoder"),
     "grpo": ("lfd", "autoencoder"),
 }
-DATA_SETTINGS = ("source", "split", "seed", "num_samples")
+DATA_SETTINGS = ("source", "split", "seed", "num_samples", "question_types")
 DEMONSTRATION_SETTINGS = ("teacher", "seed", "keep_ratios", "num_samples", "batch_size", "feature_cache_mb")
 
 
@@ -95,8 +95,15 @@ def write(path: Path, text: str) -> None:
 
 def settings_of(stage: str, recipe: dict[str, Any]) -> dict[str, Any]:
     """What the result of a stage depends on, besides the stages before it."""
-    names = ("base_model", "policy", "data", stage)
-    return {name: recipe[name] for name in names if name in recipe}
+    names = ("base_model", "policy", stage)
+    data = recipe.get("data", {})
+    used = {name: data[name] for name in (training_data(stage, recipe), "validation") if name in data}
+    return {name: recipe[name] for name in names if name in recipe} | ({"data": used} if "data" in recipe else {})
+
+
+def training_data(stage: str, recipe: dict[str, Any]) -> str:
+    """Which section of `data` a stage learns from: its own, or `train`."""
+    return stage if stage in recipe.get("data", {}) else "train"
 
 
 def claim(directory: Path, settings: dict[str, Any]) -> None:
@@ -112,10 +119,10 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
 
 
 def load_data(recipe: dict[str, Any], name: str, num_samples: int | None = None) -> "Dataset":
-    """The samples of `data.train` or `data.validation`, the first `num_samples` of them; of several sources, shuffled
-    together."""
+    """The samples of `data.NAME`, the first `num_samples` of them; of several sources, shuffled together."""
     from datasets import concatenate_datasets
 
+    check_names(recipe.get("data", {}), ("train", "validation", *STAGES), "data")
     sources = recipe.get("data", {}).get(name)
     sources = sources if isinstance(sources, list) and sources else [sources]
     if not all(isinstance(source, dict) for source in sources):
@@ -127,14 +134,25 @@ def load_data(recipe: dict[str, Any], name: str, num_samples: int | None = None)
 
 
 def load_source(section: dict[str, Any], name: str, num_samples: int | None = None) -> "Dataset":
-    """The samples of one source, the first `num_samples` of them."""
+    """Of the first `num_samples` samples of one source, those of the question types that the recipe wants."""
+    check_names(section, DATA_SETTINGS, f"data.{name}")
+    dataset = read_source(section, name, num_samples or section.get("num_samples"))
+    if "question_types" not in section:
+        return dataset
+    rows = [i for i, kind in enumerate(dataset["question_type"]) if kind in section["question_types"]]
+    if not rows:
+        known = ", ".join(sorted(set(dataset["question_type"])))
+        raise ValueError(f"data.{name} has no questions of types {section['question_types']}, but of {known}.")
+    return dataset.select(rows)
+
+
+def read_source(section: dict[str, Any], name: str, count: int | None) -> "Dataset":
+    """The first `count` samples of one source."""
     from tprl_hf.data import easy_vqa, mosaic_vqa
     from tprl_hf.evaluation.jsonl_samples import jsonl_samples
 
-    check_names(section, DATA_SETTINGS, f"data.{name}")
     source = section.get("source", "mosaic")
-    count = num_samples or section.get("num_samples")
-    split = section.get("split", name)
+    split = section.get("split", "validation" if name == "validation" else "train")
     if source == "mosaic":
         return mosaic_vqa(split=split, seed=section.get("seed", 0), num_samples=count or 6000)
     if source == "easy-vqa":
@@ -215,7 +233,7 @@ def make_demonstrations(stage, recipe, model, processor, directory: Path) -> dic
         raise ValueError(f"There is no teacher {name!r}; choose from {', '.join(names)}.")
     teacher = teachers[name]() if name in teachers else make_pruner(model, name, seed)
     assert teacher is not None
-    dataset = load_data(recipe, "train", settings.pop("num_samples", None))
+    dataset = load_data(recipe, training_data(stage, recipe), settings.pop("num_samples", None))
     made = generate_demonstrations(
         teacher, model, processor, dataset, output_dir=str(directory / "dataset"), **settings
     )
@@ -244,7 +262,7 @@ def train_stage(stage, recipe, model, processor, directory: Path) -> dict[str, A
             raise ValueError(f"lfd learns from {path}, which is not there: run `tprl train demonstrations` first.")
         dataset = load_from_disk(str(path / "dataset"))
     else:
-        dataset = load_data(recipe, "train")
+        dataset = load_data(recipe, training_data(stage, recipe))
     validation = load_data(recipe, "validation") if "validation" in recipe.get("data", {}) else None
     trainer = trainer_class(model, config, processor, dataset, validation)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(directory)) is not None)

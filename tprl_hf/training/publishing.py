@@ -79,7 +79,8 @@ def recorded_stages(directory: str | Path) -> list[dict[str, Any]]:
         if (folder / "training.json").exists():
             done = json.loads((folder / "training.json").read_text(encoding="utf-8"))
             settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-            used = {**settings.get(name, {}), "data": settings.get("data", {}).get("train", {})}
+            data = settings.get("data", {})
+            used = {**settings.get(name, {}), "data": data.get(name, data.get("train", {}))}
             metrics, history = done.get("metrics", {}), done.get("log_history", [])
             stages.append(
                 {"stage": name, "settings": used, "metrics": metrics, "seconds": done["seconds"], "history": history}
@@ -265,7 +266,8 @@ def push_demonstrations(
             done = json.loads((folder / "training.json").read_text(encoding="utf-8"))
             settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
             teacher, base_model = done["teacher"], base_model or settings.get("base_model")
-            sections = settings.get("data", {}).get("train", {})
+            data = settings.get("data", {})
+            sections = data.get("demonstrations", data.get("train", {}))
             sections = sections if isinstance(sections, list) else [sections]
             source = source or ", ".join(section.get("source", "mosaic") for section in sections)
             folder = folder / "dataset"
