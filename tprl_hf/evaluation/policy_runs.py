@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
@@ -96,9 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("ways", nargs="+", metavar="NAME=DIR,DIR,...", help="checkpoints of each way, a seed each")
     parser.add_argument("--keep-ratios", default="1/3,2/9,1/9,1/18")
     parser.add_argument("--adaptive", default="1/3,1/9", metavar="FRACTION,...", help="mean budgets of thresholds")
-    parser.add_argument("--num-samples", type=int, default=4200)
+    parser.add_argument("--num-samples", type=int, default=4200, help="questions of each seed")
     parser.add_argument("--num-validation", type=int, default=1200)
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--seeds", default="7", metavar="SEED,...", help="of the test questions")
     arguments = parser.parse_args(argv)
     for way in arguments.ways:
         name, _, paths = way.partition("=")
@@ -112,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ratios = {name: float(Fraction(name)) for name in arguments.keep_ratios.split(",")}
     adaptive = {name: float(Fraction(name)) for name in arguments.adaptive.split(",") if name}
     validation = mosaic_vqa("validation", seed=1, num_samples=arguments.num_validation)
-    questions = Questions(model, processor, mosaic_vqa("test", arguments.seed, arguments.num_samples))
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    dataset = concatenate_datasets([mosaic_vqa("test", seed, arguments.num_samples) for seed in seeds])
+    questions = Questions(model, processor, dataset)
 
     settings: dict[Any, tuple[TokenPruner, Budget]] = {"none": (RandomPruner(), Budget(keep_ratio=1.0))}
     thresholds: dict[str, list[float]] = defaultdict(list)
@@ -160,9 +162,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append(row)
     result = {
         "command": f"python -m tprl_hf.evaluation.policy_runs {shlex.join(argv)}" if argv else "",
-        "num_samples": arguments.num_samples,
+        "num_samples": len(dataset),
         "split": "test",
-        "seed": arguments.seed,
+        "seeds": seeds,
         "unpruned": questions.estimate(unpruned),
         "unpruned_by_type": questions.by_type(unpruned),
         "thresholds": thresholds,
