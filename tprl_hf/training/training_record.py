@@ -25,9 +25,9 @@ def training_record(directory: str | Path) -> dict[str, Any]:
         directory (`str` or `Path`): The last stage's directory, which `tprl train` wrote.
 
     Returns:
-        `dict`: `num_parameters` that pruning needs (policy, and encoder of the codes), `minutes` of all stages, and
-        `stages` by name: `settings`, `seconds`, `metrics`, and the curves `training` and `validation`, lists of dicts
-        with `step`.
+        `dict`: `num_parameters` that pruning needs (policy, and encoder of the codes), and `stages` by name:
+        `settings`, `seconds` (since the last start, where it was cut off), `metrics`, and the curves `training` and
+        `validation`, lists of dicts with `step`.
 
     Raises:
         `ValueError`: If no stage wrote `directory`.
@@ -44,7 +44,6 @@ def training_record(directory: str | Path) -> dict[str, Any]:
                     num_parameters += math.prod(weights.get_slice(name).get_shape())
     return {
         "num_parameters": num_parameters,
-        "minutes": round(sum(stage["seconds"] for stage in stages) / 60),
         "stages": {stage["stage"]: _stage(stage) for stage in stages},
     }
 
