@@ -26,7 +26,7 @@ from tprl_hf.data import mosaic_vqa
 from tprl_hf.evaluation.answers import generate_answers
 
 MAX_TOKENS = 4
-BUDGETS = [{}, {"keep_ratio": 1 / 9}, {"num_keep": 3}, {"threshold": 0.5}, {"prune": False}]
+BUDGETS = [{}, {"keep_ratio": 1 / 9}, {"num_keep": 1}, {"threshold": 0.5}, {"prune": False}]
 
 
 @pytest.fixture(scope="module")
