@@ -100,6 +100,10 @@ def test_a_stage_may_have_its_own_data():
     own["question_types"] = ["taste"]
     with pytest.raises(ValueError, match=r"of types \['taste'\], but of color, counting,"):
         load_data(recipe, "ppo")
+    for mistaken in (["counting", "relations"], "counting", []):
+        own["question_types"] = mistaken
+        with pytest.raises(ValueError, match="but of color, counting,"):
+            load_data(recipe, "ppo")
 
 
 @pytest.mark.parametrize(

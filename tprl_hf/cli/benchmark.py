@@ -20,8 +20,8 @@ RATIOS = {
     "answer speed-up": ("answer unpruned", "answer pruned"),
 }
 
-# Beside the wall: the time that others' work cannot lengthen, by the kind of device. See `Times`.
-SECOND_CLOCKS = {"cpu": "cpu", "cuda": "cuda"}
+# Beside the wall, on the device of that name: the time that others' work hardly lengthens. See `Times`.
+SECOND_CLOCKS = ("cpu", "cuda")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,8 +163,8 @@ def time_parts(model, inputs, num_keep: int, arguments: argparse.Namespace) -> d
     print(f"Timing {2 + arguments.rounds} rounds ...", file=sys.stderr)
     times = time_in_turns(benchmark_calls(model, inputs, num_keep, arguments.new_tokens), arguments.rounds)
     found: dict[str, Any] = {}
-    second = SECOND_CLOCKS.get(model.device.type)
-    for prefix, clock in {"": "wall", **({f"{second}_": second} if second else {})}.items():
+    second = {f"{clock}_": clock for clock in SECOND_CLOCKS if clock == model.device.type}
+    for prefix, clock in {"": "wall", **second}.items():
         values = {name: getattr(one, clock) for name, one in times.items()}
         found[f"{prefix}milliseconds"] = {name: asdict(Spread.of(one)) for name, one in values.items()}
         found[f"{prefix}ratios"] = {
@@ -221,7 +221,7 @@ def as_text(found: dict[str, Any]) -> str:
     """The tables, and the lines below them."""
     from .demo import format_table
 
-    clocks = [clock for clock in SECOND_CLOCKS.values() if f"{clock}_ratios" in found]
+    clocks = [clock for clock in SECOND_CLOCKS if f"{clock}_ratios" in found]
     rows = [["part", "ms (median)", "middle half", *(f"{clock.upper()} ms" for clock in clocks)]]
     for name, one in found["milliseconds"].items():
         others = [f"{found[f'{clock}_milliseconds'][name]['median']:.1f}" for clock in clocks]

@@ -139,11 +139,13 @@ def load_source(section: dict[str, Any], name: str, num_samples: int | None = No
     dataset = read_source(section, name, num_samples or section.get("num_samples"))
     if "question_types" not in section:
         return dataset
-    rows = [i for i, kind in enumerate(dataset["question_type"]) if kind in section["question_types"]]
-    if not rows:
-        known = ", ".join(sorted(set(dataset["question_type"])))
-        raise ValueError(f"data.{name} has no questions of types {section['question_types']}, but of {known}.")
-    return dataset.select(rows)
+    kinds, wanted = dataset["question_type"], section["question_types"]
+    known = sorted(set(kinds))
+    if not isinstance(wanted, list) or not wanted or not set(wanted) <= set(known):
+        raise ValueError(
+            f"data.{name} has no questions of types {wanted}, but of {', '.join(known)}: list some of them."
+        )
+    return dataset.select([i for i, kind in enumerate(kinds) if kind in wanted])
 
 
 def read_source(section: dict[str, Any], name: str, count: int | None) -> "Dataset":

@@ -79,13 +79,18 @@ def recorded_stages(directory: str | Path) -> list[dict[str, Any]]:
         if (folder / "training.json").exists():
             done = json.loads((folder / "training.json").read_text(encoding="utf-8"))
             settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-            data = settings.get("data", {})
-            used = {**settings.get(name, {}), "data": data.get(name, data.get("train", {}))}
+            used = {**settings.get(name, {}), "data": learned_from(name, settings)}
             metrics, history = done.get("metrics", {}), done.get("log_history", [])
             stages.append(
                 {"stage": name, "settings": used, "metrics": metrics, "seconds": done["seconds"], "history": history}
             )
     return stages
+
+
+def learned_from(stage: str, settings: Mapping[str, Any]) -> Any:
+    """The section of `data`, or the list of sections, that a stage learned from: its own, or `train`."""
+    data = settings.get("data", {})
+    return data.get(stage, data.get("train", {}))
 
 
 def changed_settings(args: TrainingArguments) -> dict[str, Any]:
@@ -266,8 +271,7 @@ def push_demonstrations(
             done = json.loads((folder / "training.json").read_text(encoding="utf-8"))
             settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
             teacher, base_model = done["teacher"], base_model or settings.get("base_model")
-            data = settings.get("data", {})
-            sections = data.get("demonstrations", data.get("train", {}))
+            sections = learned_from("demonstrations", settings)
             sections = sections if isinstance(sections, list) else [sections]
             source = source or ", ".join(section.get("source", "mosaic") for section in sections)
             folder = folder / "dataset"

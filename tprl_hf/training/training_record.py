@@ -42,21 +42,20 @@ def training_record(directory: str | Path) -> dict[str, Any]:
             for name in weights.keys():
                 if name.startswith(("policy.", "autoencoder.encoder.")):
                     num_parameters += math.prod(weights.get_slice(name).get_shape())
-    return {
-        "num_parameters": num_parameters,
-        "stages": {stage["stage"]: _stage(stage) for stage in stages},
-    }
+    return {"num_parameters": num_parameters, "stages": {stage["stage"]: _stage(stage) for stage in stages}}
 
 
 def _stage(stage: Mapping[str, Any]) -> dict[str, Any]:
-    history = [{name: _short(value) for name, value in row.items() if name not in TIMES} for row in stage["history"]]
-    is_validation = [any(name.startswith("eval_") for name in row) for row in history]
-    rows = list(zip(history, is_validation, strict=True))
+    rows = [{name: _short(value) for name, value in row.items() if name not in TIMES} for row in stage["history"]]
     return {
         **{name: stage[name] for name in ("settings", "seconds", "metrics")},
-        "training": [row for row, validates in rows if not validates and "train_runtime" not in row],
-        "validation": [row for row, validates in rows if validates],
+        "training": [row for row in rows if not _validates(row) and "train_runtime" not in row],
+        "validation": [row for row in rows if _validates(row)],
     }
+
+
+def _validates(row: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval_") for name in row)
 
 
 def _short(value: Any) -> Any:
