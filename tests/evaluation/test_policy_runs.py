@@ -8,10 +8,11 @@ import tprl_hf
 from tests.pruners.test_formulas import make_inputs
 from tprl_hf.data import mosaic_vqa
 from tprl_hf.evaluation.answers import generate_answers
-from tprl_hf.evaluation.policy_runs import main
+from tprl_hf.evaluation.policy_runs import Questions, main
 from tprl_hf.pruners.oracle import covered
 
 NUM_QUESTIONS = 36  # 18 of each seed
+AVERAGES = ("1/3 on average", "1/9 on average")
 
 
 def test_tokens_on_boxes():
@@ -31,6 +32,30 @@ def test_ways_without_checkpoints_are_refused(way, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "runs.json"), way])
     assert "with a checkpoint in each DIR" in capsys.readouterr().err
+
+
+def test_a_run_that_was_cut_off_asks_only_what_it_had_not(tmp_path, monkeypatch):
+    path = tprl_hf.embedded_checkpoint()
+    arguments = [str(tmp_path / "runs.json"), "--keep-ratios", "1/9", "--num-samples", "6", "--num-validation", "6"]
+    settings = []
+    monkeypatch.setattr(Questions, "answer", spy(settings, Questions.answer))
+    main([*arguments, f"one={path}"])
+    alone = json.loads((tmp_path / "runs.json").read_text())
+    assert len(settings) == 2 and "divprune 1/9" in settings[0] and set(settings[1]) == {"1/9", *AVERAGES}
+    main([*arguments, f"one={path}", f"two={path}"])
+    both = json.loads((tmp_path / "runs.json").read_text())
+    assert len(settings) == 2  # nothing new
+    assert next(row for row in both["rows"] if row["way"] == "two")["accuracy"] == alone["rows"][0]["accuracy"]
+    main([*arguments, f"one={path}", "--seeds", "8"])
+    assert len(settings) == 4  # other questions
+
+
+def spy(seen, function):
+    def spied(self, settings):
+        seen.append(list(settings))
+        return function(self, settings)
+
+    return spied
 
 
 @torch.no_grad()

@@ -271,6 +271,31 @@ def test_counterfactual_advantages_are_what_keeping_a_token_earns(make_model, pr
     assert any(not value.equal(before[name]) for name, value in trainer.model.state_dict().items())
 
 
+def test_at_a_shared_budget_tokens_compete(make_model, processor, dataset, tmp_path):
+    settings = {"advantages": "counterfactual", "ratio": "token", "num_steps": 1, "num_flips": 5, "lambda_disc": 1.0}
+    settings = {**settings, "rollout_keep_ratios": [0.5], "whiten_advantages": False, "score": "logprob", "beta": 0.0}
+    settings["min_logprob"] = -100.0  # an untrained model is below the default
+
+    def collected(shared_budget, **changed):
+        config = TPRLPPOConfig(str(tmp_path), **{**PPO, **settings, "shared_budget": shared_budget, **changed})
+        trainer = TPRLPPOTrainer(make_model(policy_budget=True), config, processor, dataset)
+        trainer.collect(0)
+        return trainer
+
+    trainer = collected(1.0, min_spread=0.0)
+    (advantages,), rollouts = trainer.buffer["advantages"], trainer.rollouts
+    probs = rollouts.logprobs[0].exp()
+    weights = probs * (1 - probs) * rollouts.asked[0]
+    assert advantages[rollouts.asked[0]].abs().min() > 0  # also of bits that were not flipped
+    torch.testing.assert_close((advantages * weights).sum(), torch.tensor(0.0), atol=1e-6, rtol=0)
+
+    few = collected(1.0, min_spread=trainer.buffer["advantages"].abs().amax(-1).median().item())
+    assert few.buffer["learned_from"].all()  # they give way, whoever gains nothing
+    alone = collected(0.0).buffer["advantages"]
+    assert (alone == 0).any()
+    torch.testing.assert_close(collected(0.0, weight_by_budget=True).buffer["advantages"], 0.5 * alone)
+
+
 def test_a_budget_has_the_gradient_of_its_shift(make_model, processor, dataset, tmp_path):
     settings = {"rollout_keep_ratios": [0.5, 0.25], "num_steps": 2}
     trainer = TPRLPPOTrainer(make_model(), TPRLPPOConfig(str(tmp_path), **{**PPO, **settings}), processor, dataset)
@@ -316,6 +341,7 @@ def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_pa
         ({"ratio": "geometric"}, "joint, token; got 'geometric'"),
         ({"num_mini_batches": 3}, "4 trajectories cannot be cut"),
         ({"shared_budget": 0.5}, "share of buffers"),
+        ({"weight_by_budget": True}, "rollout_keep_ratios"),
         ({"num_flips": 0}, "at least 1"),
         ({"min_spread": 0.1}, "'gae' has none"),
         ({"advantages": "counterfactual", "ratio": "joint"}, "ratio='token' and num_steps=1; got 'joint'"),

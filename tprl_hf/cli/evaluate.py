@@ -295,6 +295,7 @@ def describe_run(arguments: argparse.Namespace, model, num_samples: int, metric:
     import transformers
 
     import tprl_hf
+    from tprl_hf.evaluation.fingerprint import fingerprint
 
     from .demo import describe_device
     from .loading import has_trained_policy
@@ -325,20 +326,6 @@ def describe_run(arguments: argparse.Namespace, model, num_samples: int, metric:
         # an untrained policy is drawn anew each time, and no setting asks it
         "weights": fingerprint(model if has_trained_policy(model) else model.lvlm),
     }
-
-
-def fingerprint(model) -> str:
-    """A digest of some entries of every weight: another model, or the same one trained on, has another."""
-    import hashlib
-
-    import torch
-
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        flat = weight.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float64)
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def claim_folder(folder: Path, described: dict[str, Any]) -> None:

@@ -3,15 +3,19 @@
 `python -m tprl_hf.evaluation.policy_runs OUT.json lfd=DIR,DIR,DIR ppo=DIR,DIR,DIR` answers the same Mosaic-VQA
 questions with the policy of each directory, at fixed budgets and, `--adaptive`, with a threshold that is calibrated on
 validation questions. An answer is right when greedy decoding gives exactly the reference: teacher-forced, in one pass.
+What each checkpoint answered is kept in the directory OUT.answers: a run that was cut off goes on, and one with
+further checkpoints asks only these.
 """
 
 import argparse
+import hashlib
 import json
 import shlex
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -31,6 +35,7 @@ from tprl_hf.training import calibrate_threshold
 from tprl_hf.training.answer_batches import SampleEncoder, undecoded
 from tprl_hf.training.answer_scores import score_answers
 
+from .fingerprint import fingerprint
 from .intervals import bootstrap_mean
 
 POINTING_BASELINES = {"random": RandomPruner, "vispruner": VisPruner, "divprune": DivPrune}
@@ -85,6 +90,17 @@ class Questions:
         return {k: round(v, 5) for k, v in asdict(bootstrap_mean(values, self.units)).items() if k != "count"}
 
 
+def once(directory: Path, what: list[Any], compute: Callable[[], Any]) -> Any:
+    """What `compute` returns; for the same `what`, which must tell all that it depends on, it is called but once."""
+    path = directory / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(compute()), encoding="utf-8")
+        unfinished.replace(path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def mean_of(runs: Sequence[Sequence[float]]) -> list[float]:
     """Of each question, over the runs."""
     return [fmean(values) for values in zip(*runs, strict=True)]
@@ -116,24 +132,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = concatenate_datasets([mosaic_vqa("test", seed, arguments.num_samples) for seed in seeds])
     questions = Questions(model, processor, dataset)
 
-    settings: dict[Any, tuple[TokenPruner, Budget]] = {"none": (RandomPruner(), Budget(keep_ratio=1.0))}
+    def answers_of(trained: TPRLForConditionalGeneration) -> dict[str, Any]:
+        """Of its policy, by budget, with the threshold of each budget that is met on average."""
+        parts = trained.policy, trained.autoencoder, trained.config.num_steps
+        settings: dict[Any, tuple[TokenPruner, Budget]] = {}
+        for name, ratio in ratios.items():
+            settings[name] = LearnedPruner(*parts), Budget(keep_ratio=ratio)
+        thresholds = {}
+        for name, ratio in adaptive.items():
+            thresholds[name] = calibrate_threshold(trained, processor, validation, ratio)
+            settings[f"{name} on average"] = LearnedPruner(*parts, ratio), Budget(threshold=thresholds[name])
+        return {"thresholds": thresholds, "answers": questions.answer(settings)}
+
+    def answers_of_rules() -> dict[str, Any]:
+        """Unpruned, and of each rule by budget."""
+        rules: dict[Any, tuple[TokenPruner, Budget]] = {"none": (RandomPruner(), Budget(keep_ratio=1.0))}
+        for name, pruner in POINTING_BASELINES.items():
+            rules |= {f"{name} {budget}": (pruner(), Budget(keep_ratio=ratio)) for budget, ratio in ratios.items()}
+        return questions.answer(rules)
+
+    asked = [seeds, arguments.num_samples, arguments.num_validation, ratios, adaptive]
+    directory = arguments.output.with_suffix(".answers")
+    rules = once(directory, [fingerprint(model.lvlm), *asked], answers_of_rules)
+    found: dict[tuple[str, int, str], dict[str, list[float]]] = {}
     thresholds: dict[str, list[float]] = defaultdict(list)
     for way, paths in ways.items():
         for run, path in enumerate(paths):
             trained = TPRLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
-            parts = trained.policy, trained.autoencoder, trained.config.num_steps
-            for name, ratio in ratios.items():
-                settings[way, run, name] = LearnedPruner(*parts), Budget(keep_ratio=ratio)
-            for name, ratio in adaptive.items():
-                threshold = calibrate_threshold(trained, processor, validation, ratio)
+            what = [fingerprint(trained), trained.config.num_steps, trained.config.position_ids, *asked]
+            answered = once(directory, what, partial(answers_of, trained))
+            for name, threshold in answered["thresholds"].items():
                 thresholds[f"{way} {name}"].append(threshold)
-                settings[way, run, f"{name} on average"] = LearnedPruner(*parts, ratio), Budget(threshold=threshold)
-    for name, pruner in POINTING_BASELINES.items():
-        for ratio in ratios:
-            settings[name, 0, ratio] = pruner(), Budget(keep_ratio=ratios[ratio])
-    found = questions.answer(settings)
+            found |= {(way, run, budget): values for budget, values in answered["answers"].items()}
+    for name in POINTING_BASELINES:
+        found |= {(name, 0, budget): rules[f"{name} {budget}"] for budget in ratios}
 
-    unpruned = found["none"]["right"]
+    unpruned = rules["none"]["right"]
     rows = []
     for way in [*ways, *POINTING_BASELINES]:
         for budget in [*ratios, *(f"{name} on average" for name in adaptive)]:

@@ -55,6 +55,23 @@ def group_advantages(returns: Tensor, num_rollouts: int, epsilon: float = 1e-4) 
     return (deviation / (groups.std(2, keepdim=True) + epsilon)).flatten(1)
 
 
+def competing_advantages(advantages: Tensor, weights: Tensor) -> Tensor:
+    """
+    What each bit earns more than the bits of all trajectories do on average: at a budget that they share, a token is
+    kept in place of another one's.
+
+    Args:
+        advantages (`[T, S, N]`): what keeping a token earns more than pruning it, 0 where that is unknown.
+        weights (`[T, S, N]`): `p * (1 - p)` of each bit, what its logit does to the number of tokens kept; 0 where no
+            bit was drawn.
+
+    Returns:
+        `[T, S, N]`, whose mean with these weights is 0; 0 where no bit was drawn.
+    """
+    mean = (advantages * weights).sum() / weights.sum().clamp(min=1e-12)
+    return (advantages - mean) * (weights > 0)
+
+
 def whiten(values: Tensor, exists: Tensor) -> Tensor:
     """`values [T, S]` with mean 0 and variance 1 over the steps that exist, 0 elsewhere."""
     present = values[exists]

@@ -28,7 +28,8 @@ class TPRLPPOConfig(PolicyTrainingConfig):
             trained on the sets that a budget at inference asks for. Not in the paper. Wants `lambda_disc=1`.
         shared_budget (`float`, defaults to 0):
             Share of the buffers that meet one of `rollout_keep_ratios` on average only, so that questions compete for
-            tokens: for policies that are used with a threshold.
+            tokens: for policies that are used with a threshold. With counterfactual advantages those that need none
+            give way, also where nothing was flipped.
 
         > Reward
 
@@ -67,6 +68,9 @@ class TPRLPPOConfig(PolicyTrainingConfig):
             Discount and trace decay.
         whiten_advantages (`bool`, defaults to `True`):
             Standardise them over the buffer.
+        weight_by_budget (`bool`, defaults to `False`):
+            Multiply advantages by the budget that a mask was drawn at. A token matters the more the fewer there are:
+            without this, small budgets decide almost alone what is learned. Wants `rollout_keep_ratios`.
         min_spread (`float`, defaults to 0):
             Leave a question out of the updates when the returns of its rollouts have a smaller standard deviation, or
             no flip changes them by as much: what is right, or wrong, whatever is pruned teaches nothing, and its
@@ -115,6 +119,7 @@ class TPRLPPOConfig(PolicyTrainingConfig):
     gamma: float = 0.99
     lam: float = 0.95
     whiten_advantages: bool = True
+    weight_by_budget: bool = False
     min_spread: float = 0.0
 
     num_ppo_epochs: int = 4
@@ -163,6 +168,8 @@ class TPRLPPOConfig(PolicyTrainingConfig):
                 f"shared_budget is the share of buffers, in [0, 1], that meet rollout_keep_ratios on average; got "
                 f"{self.shared_budget} and {self.rollout_keep_ratios}."
             )
+        if self.weight_by_budget and not self.rollout_keep_ratios:
+            raise ValueError("weight_by_budget=True multiplies by the budgets of rollout_keep_ratios: set these too.")
         trajectories = self.per_device_train_batch_size * self.num_rollouts
         if trajectories % self.num_mini_batches != 0:
             raise ValueError(

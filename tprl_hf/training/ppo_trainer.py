@@ -17,6 +17,7 @@ from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from .advantages import (
     clipped_policy_loss,
     clipped_value_loss,
+    competing_advantages,
     discounted_returns,
     generalized_advantages,
     group_advantages,
@@ -196,12 +197,23 @@ class TPRLPPOTrainer(PolicyTrainer):
             of_group = leave_one_out_advantages if args.advantages == "leave_one_out" else group_advantages
             advantages = of_group(returns, args.num_rollouts) * exists
             spread = returns[0].view(-1, args.num_rollouts).std(1).repeat_interleave(args.num_rollouts)
+        if args.weight_by_budget:
+            assert batch.inputs.keep_ratio is not None
+            weights = batch.inputs.keep_ratio[rollouts.of]
+            advantages = advantages * (weights[:, None] if advantages.dim() == 3 else weights)
         if args.whiten_advantages:
             size = (advantages.square().sum() / (advantages != 0).sum().clamp(min=1)).sqrt()  # bits not flipped have 0
             advantages = (
                 advantages / (size + 1e-8) if args.advantages == "counterfactual" else whiten(advantages, exists)
             )
-        self.buffer = {"advantages": advantages, "returns": returns, "learned_from": self.learned_from(spread)}
+        learned_from = self.learned_from(spread)
+        if args.advantages == "counterfactual" and self.keep_ratios(buffer)[1]:
+            # Whoever gains nothing from its tokens gives way to others; the loss is then a mean over all of them.
+            probs = rollouts.logprobs.exp()
+            advantages = competing_advantages(advantages, probs * (1 - probs) * rollouts.asked)
+            advantages = advantages * (len(learned_from) / learned_from.sum())
+            learned_from = torch.ones_like(learned_from)
+        self.buffer = {"advantages": advantages, "returns": returns, "learned_from": learned_from}
         if args.kl_coef > 0:
             self.buffer["start_logits"] = self.start_logits(batch, rollouts, self.keep_ratios(buffer)[1])
 
