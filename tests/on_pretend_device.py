@@ -1,0 +1,118 @@
+"""`python -m tests.on_pretend_device PART`: the package on a device that is not the CPU, in a process of its own."""
+
+import sys
+import tempfile
+
+import accelerate
+import torch
+from transformers import TrainingArguments
+
+from tests.cli.conftest import make_processor
+from tests.more_families import OTHERS
+from tests.pretend_device import DEVICE, PretendMode, inner_of, on_device
+from tests.tiny_models import FAMILIES, build, collate, entry, sample
+from tests.training.conftest import POLICY, make_dataset
+from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.cli.arguments import METHODS
+from tprl_hf.cli.main import main
+from tprl_hf.pruners import VisPruner
+from tprl_hf.training import (
+    AutoencoderConfig,
+    AutoencoderTrainer,
+    GradientTeacher,
+    LeaveOutTeacher,
+    LfDConfig,
+    LfDTrainer,
+    TPRLGRPOConfig,
+    TPRLGRPOTrainer,
+    TPRLPPOConfig,
+    TPRLPPOTrainer,
+    calibrate_threshold,
+    generate_demonstrations,
+)
+
+
+def control() -> None:
+    """The device does notice."""
+    layer = on_device(torch.nn.Linear(4, 2))
+    with PretendMode():
+        assert layer(torch.zeros(1, 4, device=DEVICE)).device == DEVICE
+        try:
+            layer(torch.zeros(1, 4))
+        except RuntimeError as error:
+            assert "same device" in str(error)
+        else:
+            raise AssertionError("A layer there took a tensor from here.")
+
+
+@torch.no_grad()
+def families() -> None:
+    """Logits and answers are those of the CPU."""
+    for family in (*FAMILIES, *OTHERS):
+        numbering = "contiguous" if entry(family).numbered_anew else "original"
+        model = TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8, position_ids=numbering)
+        batch = collate(family, [sample(family, 1, 1), sample(family, 2, 2)])
+        choice = {"keep_ratio": 0.5, "max_new_tokens": 2, "do_sample": False}
+        logits, sequences = model.eval()(**batch, keep_ratio=0.5).logits, model.generate(**batch, **choice)
+        on_device(model)
+        batch = {name: on_device(value) for name, value in batch.items()}
+        with PretendMode():
+            output = model(**batch, keep_ratio=0.5)
+            assert output.logits.device == output.num_kept.device == DEVICE, family
+            torch.testing.assert_close(inner_of(output.logits), logits, atol=1e-4, rtol=1e-4)
+            assert inner_of(model.generate(**batch, **choice)).equal(sequences), family
+
+
+def commands() -> None:
+    """The embedded model, by the command line, which takes the accelerator there is; every pruner."""
+    with tempfile.TemporaryDirectory() as folder, PretendMode():
+        pruners = ",".join(METHODS)
+        sizes = ["--num-samples", "6", "--keep-ratios", "1/3"]
+        assert main(["evaluate", "--pruners", pruners, *sizes, "--output-dir", folder]) == 0
+        assert main(["benchmark", "--rounds", "2", "--new-tokens", "2", "--load", "1,2"]) == 0
+        assert main(["demo", "--num-shown", "1", "--output-dir", folder]) == 0
+
+
+def training() -> None:
+    """Each stage, its loss, gradients and measurements; checkpoints and random streams stay on the CPU."""
+    accelerate.Accelerator.device = property(lambda self: DEVICE)
+    TrainingArguments.device = property(lambda self: (self._setup_devices, DEVICE)[1])
+    stream = TPRLPPOTrainer.generator
+    TPRLPPOTrainer.generator = lambda self, *numbers, device="cpu": stream(self, *numbers)  # type: ignore[method-assign]
+    processor, dataset = make_processor(), make_dataset()
+    common = {"disable_tqdm": True, "save_strategy": "no", "max_steps": 3, "per_device_train_batch_size": 2}
+
+    def model() -> TPRLForConditionalGeneration:
+        base = build("llava")
+        base.generation_config.eos_token_id = 2
+        return TPRLForConditionalGeneration.from_base_model(base, **POLICY, policy_budget=True, policy_positions=True)
+
+    def run(trainer_class, config_class, data, reward_funcs=None, **settings) -> None:
+        config = config_class(folder, **{**common, **settings})
+        extra = {} if reward_funcs is None else {"reward_funcs": reward_funcs}
+        trainer = trainer_class(model(), config, processor, data, dataset, **extra)
+        trainer.train()
+        assert trainer.evaluate()
+        assert all(weight.device == DEVICE for weight in trainer.model.parameters())
+
+    def length(prompts, completions, **columns):
+        return [float(len(completion)) for completion in completions]
+
+    with tempfile.TemporaryDirectory() as folder, PretendMode():
+        run(AutoencoderTrainer, AutoencoderConfig, dataset)
+        for teacher in (VisPruner(), GradientTeacher(), LeaveOutTeacher()):
+            demonstrations = generate_demonstrations(teacher, on_device(model()), processor, dataset)
+        run(LfDTrainer, LfDConfig, demonstrations, keep_ratio=0.5)
+        small = {"num_mini_batches": 2, "num_ppo_epochs": 1, "kl_coef": 0.1}
+        run(TPRLPPOTrainer, TPRLPPOConfig, dataset, target_keep_ratio=0.5, **small)
+        run(TPRLGRPOTrainer, TPRLGRPOConfig, dataset, length, num_rollouts=2, **small)
+        run(
+            TPRLPPOTrainer, TPRLPPOConfig, dataset, advantages="counterfactual", ratio="token", num_steps=1,
+            lambda_disc=1.0, rollout_keep_ratios=[0.5, 0.25], shared_budget=0.5, weight_by_budget=True,
+            score="logprob", **small,
+        )  # fmt: skip
+        assert 0 < calibrate_threshold(on_device(model()), processor, dataset, keep_ratio=0.5) < 1
+
+
+if __name__ == "__main__":
+    {part.__name__: part for part in (control, families, commands, training)}[sys.argv[1]]()

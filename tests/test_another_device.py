@@ -1,0 +1,14 @@
+"""Nothing assumes that tensors lie on the CPU. Speed and numbers of a GPU are not tested here."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("part", ["control", "families", "commands", "training"])
+def test_on_another_device(part):
+    command = [sys.executable, "-m", "tests.on_pretend_device", part]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-4000:]
