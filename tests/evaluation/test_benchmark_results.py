@@ -52,3 +52,11 @@ def test_the_page_says_what_was_measured():
             assert as_written(spread) in page
     for one in RESULTS["mosaic-llava-cpu"]["load"]:
         assert f"| {one['batch']} | {as_written(one['unpruned'])} | {as_written(one['pruned'])} |" in page
+
+
+def test_readme_says_what_was_measured():
+    ratios = {name: spread["median"] for name, spread in RESULTS["llava-0.5b-cpu"]["ratios"].items()}
+    readme = " ".join((DOCS.parent / "README.md").read_text().split())
+    assert f"reads a prompt {ratios['prefill speed-up']:.1f} times as fast" in readme
+    assert f"choosing the tokens takes {100 * ratios['pruner / prefill unpruned']:.1f} % of the time" in readme
+    assert f"comes {ratios['answer speed-up']:.1f} times as fast" in readme

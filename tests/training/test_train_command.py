@@ -146,7 +146,7 @@ def test_numbers_that_yaml_leaves_as_text():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
-def test_our_recipes_hold_settings_that_exist(path, tmp_path):
+def test_our_recipes_hold_settings_that_exist(path, base, tmp_path):
     from dataclasses import fields
 
     from tprl_hf import TPRLConfig, training
@@ -164,6 +164,7 @@ def test_our_recipes_hold_settings_that_exist(path, tmp_path):
         assert {type(getattr(config, f.name)) for f in fields(config) if f.name == "learning_rate"} == {float}
     assert set(recipe["demonstrations"]) <= set(DEMONSTRATION_SETTINGS)
     assert set(recipe["policy"]) <= set(TPRLConfig().to_dict())
+    TPRLForConditionalGeneration.from_base_model(base, **recipe["policy"])  # settings that go together
     for sections in recipe["data"].values():
         sources = sections if isinstance(sections, list) else [sections]
         assert all(set(section) <= set(DATA_SETTINGS) for section in sources)
