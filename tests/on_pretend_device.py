@@ -9,12 +9,13 @@ from transformers import TrainingArguments
 
 from tests.cli.conftest import make_processor
 from tests.more_families import OTHERS
-from tests.pretend_device import DEVICE, PretendMode, inner_of, on_device
+from tests.pretend_device import DEVICE, PretendMode, inner_of, launches, on_device, waits
 from tests.tiny_models import FAMILIES, build, collate, entry, sample
 from tests.training.conftest import POLICY, make_dataset
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.arguments import METHODS
 from tprl_hf.cli.main import main
+from tprl_hf.evaluation.benchmark import benchmark_calls
 from tprl_hf.pruners import VisPruner
 from tprl_hf.training import (
     AutoencoderConfig,
@@ -61,6 +62,29 @@ def families() -> None:
             assert output.logits.device == output.num_kept.device == DEVICE, family
             torch.testing.assert_close(inner_of(output.logits), logits, atol=1e-4, rtol=1e-4)
             assert inner_of(model.generate(**batch, **choice)).equal(sequences), family
+
+
+@torch.no_grad()
+def steps() -> None:
+    """What pruning gives a GPU to do: few launches, and hardly anything to wait for, whatever the batch."""
+    for family in ("llava", "qwen2_5_vl"):
+        model = on_device(TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8).eval())
+        for samples in ([sample(family, 1, 1)], [sample(family, number, 1 + number) for number in range(3)]):
+            batch = {name: on_device(value) for name, value in collate(family, samples).items()}
+            with PretendMode():
+                took = {}
+                for name, call in benchmark_calls(model, batch, num_keep=3, new_tokens=2).items():
+                    launches.clear()
+                    waits.clear()
+                    call()
+                    took[name] = launches.total(), waits.total()
+            print(family, len(samples), took)
+            # the ids, their mask and the choice come to the CPU
+            assert took["pruner"][0] <= 80 and took["pruner"][1] <= 3, (family, took, waits)
+            more = [a - b for a, b in zip(took["prefill pruned"], took["prefill floor"], strict=True)]
+            assert more[0] <= 45 and more[1] <= 8, (family, took)
+            more = [a - b for a, b in zip(took["answer pruned"], took["answer unpruned"], strict=True)]
+            assert more[0] <= 90 and more[1] <= 6, (family, took)
 
 
 def commands() -> None:
@@ -115,4 +139,4 @@ def training() -> None:
 
 
 if __name__ == "__main__":
-    {part.__name__: part for part in (control, families, commands, training)}[sys.argv[1]]()
+    {part.__name__: part for part in (control, families, steps, commands, training)}[sys.argv[1]]()

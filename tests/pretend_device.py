@@ -3,6 +3,7 @@
 Importing this registers the device, as the accelerator of this process; code runs on it within `PretendMode()`.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ INDEXING = {
     *(aten.index.Tensor, aten._unsafe_index.Tensor),
     *(aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default),
 }
+# whose result has a size that only the device knows
+SIZED_BY_VALUES = {
+    *(aten.nonzero.default, aten.masked_select.default, aten.bincount.default, aten.repeat_interleave.Tensor),
+    *(aten._unique2.default, aten.unique_dim.default, aten.equal.default),
+}
+# What a GPU would have been given, by operation, and what the program would have waited for.
+launches: Counter[str] = Counter()
+waits: Counter[str] = Counter()
 
 
 class PretendTensor(Tensor):
@@ -45,6 +54,7 @@ class PretendTensor(Tensor):
         return f"PretendTensor({self.inner})"
 
     def tolist(self) -> Any:
+        waits["tolist"] += 1
         return self.inner.tolist()
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,6 +87,7 @@ def compute(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": "cpu"}
     if func == aten.copy_.default:
         goes_there = isinstance(args[0], PretendTensor)
+    count(func, args, tensors, goes_there)
     inner_args, inner_kwargs = tree_map(inner_of, (args, kwargs))
     if func == aten.histc.default and not inner_args[0].is_floating_point():  # the CPU's is for floats only
         result = func(inner_args[0].double(), *inner_args[1:], **inner_kwargs).to(inner_args[0].dtype)
@@ -92,6 +103,21 @@ def compute(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return outer[id(value)] if id(value) in outer else PretendTensor(value)
 
     return tree_map(outer_of, result)
+
+
+def count(func: Any, args: tuple, tensors: list[Tensor], goes_there: bool) -> None:
+    """Notes what is started on the device, and where the program has to wait for it."""
+    comes_from = any(isinstance(value, PretendTensor) for value in tensors)
+    if not (goes_there or comes_from) or func.is_view or func == aten.detach.default:
+        return
+    if func == aten._local_scalar_dense.default:
+        waits[str(func)] += 1
+        return
+    launches[str(func)] += 1
+    indices = args[1] if func in INDEXING else ()
+    by_mask = any(isinstance(index, PretendTensor) and index.dtype == torch.bool for index in indices)
+    if func in SIZED_BY_VALUES or by_mask or (comes_from and not goes_there):
+        waits[str(func)] += 1
 
 
 def inner_of(value: Any) -> Any:
@@ -120,10 +146,16 @@ def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memor
 
 def _copy_from(source, target, non_blocking=False):
     inner_of(target).copy_(inner_of(source))
+    count(aten.copy_.default, (target, source), [source, target], isinstance(target, PretendTensor))
     return target
+
+
+def _local_scalar_dense(tensor):
+    waits["_local_scalar_dense"] += 1
+    return tensor.inner.item()
 
 
 _library.impl("empty_strided", _empty_strided, "PrivateUse1")
 _library.impl("empty.memory_format", _empty, "PrivateUse1")
 _library.impl("_copy_from", _copy_from, "PrivateUse1")
-_library.impl("_local_scalar_dense", lambda tensor: tensor.inner.item(), "PrivateUse1")
+_library.impl("_local_scalar_dense", _local_scalar_dense, "PrivateUse1")

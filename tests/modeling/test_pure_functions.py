@@ -114,6 +114,6 @@ def test_padding_of_rows():
     right, valid = pad_rows(rows, counts)
     assert right[..., 0].tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5]]
     assert valid.sum(1).tolist() == [2, 0, 3]
-    assert pad_rows_left(rows, counts, 3)[..., 0].tolist() == [[0, 1, 2], [0, 0, 0], [3, 4, 5]]
+    assert pad_rows_left(rows, counts, 3)[0][..., 0].tolist() == [[0, 1, 2], [0, 0, 0], [3, 4, 5]]
     assert run_lengths(torch.tensor([[1, 1, 0, 1], [1, 0, 1, 1]]).bool()) == [2, 1, 1, 2]
     assert run_lengths(torch.zeros(2, 3, dtype=torch.bool)) == []

@@ -16,6 +16,8 @@ _ATTRIBUTE = "tprl_cached_prompt"
 @dataclass
 class CachedPrompt:
     """
+    All of it on the CPU.
+
     Args:
         input_ids (`int64 [B, C]`): ids of the cached columns.
         attention_mask (`int64 [B, C]`): 0 in their padding.

@@ -149,7 +149,7 @@ class FuyuAdapter(LVLMAdapter):
     def encode(self, input_ids: Tensor, inputs: dict[str, Any], with_attention: bool = False) -> VisualFeatures:
         features = super().encode(input_ids, inputs, with_attention)
         for encoded in features.modalities.values():
-            rows = run_lengths(input_ids == self.token_ids["image"])
+            rows = run_lengths(input_ids.cpu() == self.token_ids["image"])
             encoded.blocks = join_rows(rows, [sum(b.num_tokens for b in blocks) for blocks in encoded.blocks])
         return features
 

@@ -88,12 +88,12 @@ def clamp_counts(counts: Tensor, num_visual: Tensor, budget: Budget) -> Tensor:
 
 
 def keep_top_k(scores: Tensor, valid: Tensor, counts: Tensor, protected: Tensor | None = None) -> Tensor:
-    """Keeps the `counts [B]` highest `scores [B, N]` of each sample; returns `bool [B, N]`.
+    """Keeps the `counts [B]` (on any device) highest `scores [B, N]` of each sample; returns `bool [B, N]`.
 
     Among equal scores the earlier token is kept. `protected` tokens (row separators) come first and count in the
     budget; a sample that has tokens besides them keeps at least one of those.
     """
-    scores = scores.masked_fill(~valid, -torch.inf)
+    scores, counts = scores.masked_fill(~valid, -torch.inf), counts.to(scores.device)
     if protected is not None:
         protected = protected & valid
         scores = scores.masked_fill(protected, torch.inf)

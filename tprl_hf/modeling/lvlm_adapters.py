@@ -98,6 +98,7 @@ class LVLMAdapter:
                 f"Supported are, among others: {', '.join(SUPPORTED)}."
             )
         self.encoders = {}
+        self.encoder_names: dict[str, list[str]] = {}  # inputs of each
         self.token_ids: dict[str, int] = {}
         for modality in ("image", "video"):
             token_id = getattr(base.config, f"{modality}_token_id", None)
@@ -106,6 +107,9 @@ class LVLMAdapter:
                 continue
             if token_id is not None and encoder is not None:
                 self.encoders[modality] = encoder
+                self.encoder_names[modality] = [
+                    name for name in inspect.signature(encoder).parameters if name != "kwargs"
+                ]
                 self.token_ids[modality] = token_id
         if not self.encoders:
             raise ValueError(
@@ -117,8 +121,7 @@ class LVLMAdapter:
 
     def encoder_inputs(self, modality: str, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs that the encoder of `modality` takes, by its signature; empty when its pixels are absent."""
-        names = inspect.signature(self.encoders[modality]).parameters
-        taken = {name: inputs[name] for name in names if inputs.get(name) is not None}
+        taken = {name: inputs[name] for name in self.encoder_names[modality] if inputs.get(name) is not None}
         pixels = [name for name in taken if name.startswith("pixel_values")]
         return taken if pixels else {}
 
@@ -128,10 +131,7 @@ class LVLMAdapter:
 
     def consumed_names(self) -> set[str]:
         """Names of inputs that encoding or positions use up, so that the base model must not see them again."""
-        names = set(self.geometry_names)
-        for encoder in self.encoders.values():
-            names.update(inspect.signature(encoder).parameters)
-        return names - {"kwargs"}
+        return set(self.geometry_names).union(*self.encoder_names.values())
 
     def encode(self, input_ids: Tensor, inputs: dict[str, Any], with_attention: bool = False) -> VisualFeatures:
         """Runs the vision tower and the projector on what `inputs` holds.
@@ -146,6 +146,7 @@ class LVLMAdapter:
             `ValueError`: for pixels that are not finite, when features and placeholders differ in number, and when
                 attention is wanted and cannot be read.
         """
+        input_ids = input_ids.cpu()  # see `PromptBatch`
         modalities = {}
         for modality, encoder in self.encoders.items():
             counts = (input_ids == self.token_ids[modality]).sum(1)
@@ -261,7 +262,10 @@ class LVLMAdapter:
     # ---- positions ----
 
     def position_ids(self, input_ids: Tensor, attention_mask: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Positions of the full prompt, `[B, L]`, or `[R, B, L]` with R axes for multi-axis rotary embeddings."""
+        """Positions of the full prompt, `[B, L]`, or `[R, B, L]` with R axes for multi-axis rotary embeddings.
+
+        Ids, mask and positions lie on the CPU.
+        """
         return count_positions(attention_mask)
 
     def spread_positions(self, positions: Tensor, valid: Tensor) -> Tensor:
@@ -319,6 +323,7 @@ class RopeIndexAdapter(LVLMAdapter):
     def position_ids(self, input_ids: Tensor, attention_mask: Tensor, inputs: dict[str, Any]) -> Tensor:
         names = inspect.signature(self.core.get_rope_index).parameters
         taken = {name: inputs[name] for name in names if inputs.get(name) is not None}
+        taken = {name: value.cpu() if torch.is_tensor(value) else value for name, value in taken.items()}
         if "mm_token_type_ids" in names and "mm_token_type_ids" not in taken:
             types = torch.zeros_like(input_ids)
             for index, modality in enumerate(("image", "video"), start=1):
@@ -343,12 +348,12 @@ class RopeIndexAdapter(LVLMAdapter):
         return positions[int(self.has_text_axis) :, :, -1].max(dim=0).values
 
     def remember_positions(self, next_position: Tensor, num_attended: Tensor) -> None:
-        self.core.rope_deltas = (next_position - num_attended)[:, None]
+        self.core.rope_deltas = (next_position - num_attended)[:, None].to(self.base.device)
 
 
 def pack_rows(rows: Tensor, counts: Tensor, encoded: EncodedModality, same_length: bool) -> Any:
     """Rows `[K, D]` in the container that the base model's own encoder returns."""
     if encoded.container == "tensor":
-        return pad_rows_left(rows, counts, int(counts.max())) if same_length else rows[None]
+        return pad_rows_left(rows, counts, int(counts.max()))[0] if same_length else rows[None]
     entries = list(rows.split(counts.tolist()))
     return [entry[None] for entry in entries] if encoded.container == "list3d" else entries

@@ -20,7 +20,7 @@ from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .keep_mask import Budget
 from .prune_plan import PrunePlan, TPRLOutput, budget_of_call, call_settings, layout_of, pruning_inputs
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
-from .pruned_inputs import find_visual, restore_prompt
+from .pruned_inputs import find_visual, restore_prompt, unpad_rows
 from .pruning_policy import PruningPolicy
 from .text_query import config_special_ids, default_query_mask
 from .token_autoencoder import TokenAutoencoder
@@ -173,9 +173,10 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
                 f"attention_mask must be two-dimensional as input_ids, {tuple(input_ids.shape)}; got "
                 f"{tuple(attention_mask.shape)}."
             )
+        device, input_ids, attention_mask = input_ids.device, input_ids.cpu(), attention_mask.cpu()
         visual = find_visual(input_ids, list(self.adapter.token_ids.values()))
-        batch = PromptBatch(input_ids, attention_mask, visual, visual_features, inputs, record)
-        if not batch.cached_visual().all() or (not visual.any() and self.adapter.has_pixels(inputs)):
+        batch = PromptBatch(input_ids, attention_mask, visual, visual_features, inputs, device, record)
+        if batch.new.any() or (not visual.any() and self.adapter.has_pixels(inputs)):
             if batch.features is None:
                 batch.features = self.adapter.encode(input_ids, inputs, with_attention)
             else:
@@ -192,11 +193,9 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _plan(self, batch: PromptBatch, call: dict[str, Any], budget: Budget | None, query_mask: Tensor | None):
-        num_visual = batch.num_visual
-        total = int(num_visual.sum())
-        device = batch.input_ids.device
-        keep_mask = torch.ones(total, dtype=torch.bool, device=device)
-        scores = torch.ones(total, device=device)
+        """The plan on the CPU, but for its scores, which nothing waits for."""
+        total = len(batch.visual_ids)
+        keep_mask, scores = torch.ones(total, dtype=torch.bool), torch.ones(total)
         layout = layout_of(batch, self.adapter)
         if call["keep_mask"] is not None:
             given = call["keep_mask"]
@@ -205,7 +204,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
                     f"keep_mask must be bool of shape ({total},), one entry for each visual token of the batch in "
                     f"placeholder order; got {given.dtype} of shape {tuple(given.shape)}."
                 )
-            keep_mask = given.to(device).clone()
+            keep_mask = given.cpu().clone()
             scores = keep_mask.float()
         elif budget is not None and batch.features is not None:
             query_mask = self._query_mask(batch, query_mask)
@@ -213,14 +212,14 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             chosen, chosen_scores = self.pruner.choose(inputs, budget)
             merged = self.pruner.merge(inputs, chosen)
             if merged is not None:
-                batch.replace_rows(merged[inputs.valid], new, self.adapter)
-            keep_mask[new] = chosen[inputs.valid].to(device)
-            scores[new] = chosen_scores[inputs.valid].to(device, scores.dtype)
+                batch.replace_rows(unpad_rows(merged, inputs.num_visual), new, self.adapter)
+            chosen_scores = unpad_rows(chosen_scores, inputs.num_visual).float()
+            scores = chosen_scores if new.all() else chosen_scores.new_ones(total).index_put((new,), chosen_scores)
+            keep_mask[new] = unpad_rows(chosen.cpu(), inputs.num_visual)
         if batch.record is not None:
-            keep_mask[batch.cached_visual()] = torch.cat(batch.record.keep_masks).to(device)
-        sample_of = batch.visual.nonzero()[:, 0]
-        num_kept = torch.bincount(sample_of[keep_mask], minlength=len(num_visual))
-        return PrunePlan(keep_mask, scores, num_kept, num_visual, layout)
+            keep_mask[~batch.new] = torch.cat(batch.record.keep_masks)
+        num_kept = torch.tensor([int(mask.sum()) for mask in keep_mask.split(batch.num_visual.tolist())])
+        return PrunePlan(keep_mask, scores, num_kept, batch.num_visual, layout)
 
     def _query_mask(self, batch: PromptBatch, query_mask: Tensor | None) -> Tensor:
         if self.config.query_agnostic:
@@ -234,7 +233,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
                 f"query_mask must have the shape of input_ids, {tuple(batch.input_ids.shape)}; got "
                 f"{tuple(query_mask.shape)}."
             )
-        return query_mask.bool() & ~batch.visual
+        return query_mask.cpu().bool() & ~batch.visual
 
     @torch.no_grad()
     def prune(
@@ -265,7 +264,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         call = call_settings(keep_ratio, num_keep, threshold, prune, keep_mask)
         budget = self._budget(call)
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(call, budget))
-        return self._plan(batch, call, budget, query_mask)
+        return self._plan(batch, call, budget, query_mask).to(batch.device)
 
     # ---- running the base model ----
 
@@ -286,7 +285,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             return False
         if budget is None and call["keep_mask"] is None:
             return True
-        return input_ids is not None and not find_visual(input_ids, list(self.adapter.token_ids.values())).any()
+        return input_ids is not None and not find_visual(input_ids.cpu(), list(self.adapter.token_ids.values())).any()
 
     def forward(
         self,
@@ -344,10 +343,9 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             pruned.inputs["past_key_values"] = past_key_values
         pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
         output = self._output(self.lvlm(**pruned.inputs, return_dict=True), plan, pruned)
-        attended = pruned.inputs["attention_mask"]
-        self.adapter.remember_positions(pruned.next_position, attended.sum(1))
+        self.adapter.remember_positions(pruned.next_position, pruned.attention_mask.sum(1))
         if output.past_key_values is not None:
-            record = CachedPrompt(pruned.inputs["input_ids"], attended, pruned.keep_masks, pruned.next_position)
+            record = CachedPrompt(pruned.input_ids, pruned.attention_mask, pruned.keep_masks, pruned.next_position)
             record.attach(output.past_key_values)
         return output if return_dict else output.to_tuple()
 
@@ -355,44 +353,42 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         """New tokens behind a cache: positions and mask go on from what the cache holds."""
         record = CachedPrompt.of(past_key_values)
         assert record is not None
-        if find_visual(input_ids, list(self.adapter.token_ids.values())).any():
+        device, ids = input_ids.device, input_ids.cpu()
+        if find_visual(ids, list(self.adapter.token_ids.values())).any():
             raise ValueError(
                 "New images behind a filled cache are for `generate`: pass it the whole conversation with "
                 "`past_key_values`. `forward` takes new text tokens only."
             )
-        new = torch.ones_like(input_ids)
+        new = torch.ones_like(ids)
         if attention_mask is not None:
-            new = attention_mask[:, -input_ids.shape[1] :].long()
+            new = attention_mask[:, -ids.shape[1] :].cpu().long()
         positions = record.next_position[:, None] + new.cumsum(1) - 1
         attended = torch.cat([record.attention_mask, new], 1)
-        inputs.setdefault("position_ids", self.adapter.spread_positions(positions, new))
+        inputs.setdefault("position_ids", self.adapter.spread_positions(positions, new).to(device))
         inputs["position_ids"] = inputs["position_ids"] + self.adapter.forward_position_offset
         for name in self.adapter.consumed_names():
             inputs.pop(name, None)
         output = self.lvlm(
             input_ids=input_ids,
-            attention_mask=attended,
+            attention_mask=attended.to(device),
             past_key_values=past_key_values,
             return_dict=True,
             **inputs,
         )
-        record = record.extend(input_ids, new, positions[:, -1] + 1)
+        record = record.extend(ids, new, positions[:, -1] + 1)
         record.attach(output.past_key_values)
         self.adapter.remember_positions(record.next_position, attended.sum(1))
         output = self._output(output)
         return output if return_dict else output.to_tuple()
 
     def _output(self, output: ModelOutput, plan: PrunePlan | None = None, pruned: PrunedBatch | None = None):
-        return TPRLOutput(
-            loss=output.get("loss"),
-            logits=output["logits"],
-            past_key_values=output.get("past_key_values"),
-            hidden_states=output.get("hidden_states"),
-            attentions=output.get("attentions"),
-            keep_mask=None if plan is None else plan.keep_mask,
-            num_kept=None if plan is None else plan.num_kept,
-            columns=None if pruned is None else pruned.columns,
-        )
+        given = ("loss", "logits", "past_key_values", "hidden_states", "attentions")
+        whole = TPRLOutput(**{name: output.get(name) for name in given})
+        if plan is not None and pruned is not None:
+            device = pruned.inputs["input_ids"].device
+            whole["keep_mask"], whole["num_kept"] = plan.keep_mask.to(device), plan.num_kept.to(device)
+            whole["columns"] = pruned.columns.to(device)
+        return whole
 
     @torch.no_grad()
     def generate(
@@ -442,7 +438,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
         no_cache = setting("use_cache", kwargs, *configs) is False
         pruned = self._pruned(batch, plan, same_length=copies > 1, min_padding=int(no_cache))
-        prompt, length = batch.input_ids, pruned.inputs["input_ids"].shape[1]
+        prompt, length = batch.input_ids.to(batch.device), pruned.input_ids.shape[1]
         arguments = pruned.inputs
         generation_config = convert_lengths(
             arguments, generation_config, self.generation_config, prompt.shape[1], length
@@ -458,16 +454,17 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         if torch.is_tensor(output):
             return restored
         output.sequences = restored
-        output["keep_mask"], output["num_kept"], output["num_visual"] = plan.keep_mask, plan.num_kept, plan.num_visual
+        for name in ("keep_mask", "num_kept", "num_visual"):
+            output[name] = getattr(plan, name).to(batch.device)
         return output
 
     def _remember(self, cache: Any, sequences: Tensor, pruned: PrunedBatch, length: int) -> None:
         """Notes on the cache what it holds after `generate`."""
         held = int(cache.get_seq_length())
-        attended = pruned.inputs["attention_mask"]
+        attended = pruned.attention_mask
         attended = torch.cat([attended, attended.new_ones(len(attended), max(held - length, 0))], 1)[:, :held]
         next_position = pruned.next_position + held - length
-        CachedPrompt(sequences[:, :held], attended, pruned.keep_masks, next_position).attach(cache)
+        CachedPrompt(sequences[:, :held].cpu(), attended, pruned.keep_masks, next_position).attach(cache)
         self.adapter.remember_positions(next_position, attended.sum(1))
 
     # ---- the base model's embeddings are ours ----

@@ -1,7 +1,7 @@
 """What a pruner gets to see of a batch, and what comes out of it."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 from .configuration_tprl import TPRLConfig
 from .keep_mask import Budget
 from .lvlm_adapters import LVLMAdapter
-from .pruned_batch import PromptBatch, merge_rows
+from .pruned_batch import PromptBatch
 from .pruned_inputs import gather_columns, left_padded_index, pad_rows
 from .token_layout import TokenLayout
 from .token_pruner import PruningInputs
@@ -34,6 +34,11 @@ class PrunePlan:
     num_kept: Tensor
     num_visual: Tensor
     layout: TokenLayout
+
+    def to(self, device: torch.device) -> "PrunePlan":
+        """The same plan, all of it on `device`."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(self, **moved, layout=self.layout.to(device))
 
 
 @dataclass
@@ -113,18 +118,20 @@ def budget_of_call(
 
 
 def layout_of(batch: PromptBatch, adapter: LVLMAdapter) -> TokenLayout:
-    """Layout of all visual tokens in placeholder order; images and videos are counted in one row."""
-    ids = batch.input_ids[batch.visual]
-    merged = torch.zeros(7, len(ids), dtype=torch.long)
-    merged[4:6] = 1
+    """Layout of all visual tokens in placeholder order, on the CPU; images and videos are counted in one row."""
+    modalities = batch.features.modalities if batch.features else {}
+    if not modalities:
+        nowhere = torch.tensor([0, 0, 0, 0, 1, 1, 0])
+        return TokenLayout.from_stacked(nowhere[:, None].repeat(1, len(batch.visual_ids)))
+    layouts = {modality: TokenLayout.from_blocks(encoded.blocks) for modality, encoded in modalities.items()}
+    if len(layouts) == 1:
+        return next(iter(layouts.values()))
     num_images = 0
-    for modality, encoded in (batch.features.modalities if batch.features else {}).items():
-        layout = TokenLayout.from_blocks(encoded.blocks)
-        stacked = layout.stacked()
-        stacked[0] += num_images
-        merged[:, (ids == adapter.token_ids[modality]).cpu()] = stacked
-        num_images += sum(bool(blocks) for blocks in encoded.blocks)
-    return TokenLayout.from_stacked(merged.to(ids.device))
+    for modality, layout in layouts.items():
+        layout.image += num_images
+        num_images += sum(bool(blocks) for blocks in modalities[modality].blocks)
+    stacked = {modality: layout.stacked().T for modality, layout in layouts.items()}
+    return TokenLayout.from_stacked(batch.in_order(stacked, adapter).T)
 
 
 def attention_of(batch: PromptBatch, adapter: LVLMAdapter) -> Tensor:
@@ -134,16 +141,15 @@ def attention_of(batch: PromptBatch, adapter: LVLMAdapter) -> Tensor:
         `ValueError`: when the features were encoded without it.
     """
     assert batch.features is not None
-    ids = batch.input_ids[batch.visual]
-    attention = torch.zeros(len(ids), device=ids.device)
+    attention: dict[str, Tensor] = {}
     for modality, encoded in batch.features.modalities.items():
         if encoded.attention is None:
             raise ValueError(
                 "This pruner needs the vision tower's attention, but the visual_features were encoded without it: "
                 "call encode_images inside `with model.using(pruner)`."
             )
-        attention[ids == adapter.token_ids[modality]] = encoded.attention.to(attention)
-    return attention
+        attention[modality] = encoded.attention.float()
+    return batch.in_order(attention, adapter)
 
 
 def pruning_inputs(
@@ -159,29 +165,34 @@ def pruning_inputs(
         query_mask (`bool [B, L]`): which tokens are the question.
 
     Returns:
-        [`PruningInputs`], and which of the V visual tokens these are, `bool [V]`.
+        [`PruningInputs`], and which of the V visual tokens these are, `bool [V]` on the CPU.
     """
     assert batch.features is not None
-    new = ~batch.cached_visual()
-    counts = torch.bincount(batch.visual.nonzero()[new][:, 0], minlength=len(batch.input_ids))
-    rows = merge_rows(batch.features, batch.input_ids, adapter.token_ids)[new]
+    new = batch.new
+    counts = torch.bincount(batch.sample_of[new], minlength=len(batch.input_ids))
+    rows = batch.in_order({name: encoded.rows for name, encoded in batch.features.modalities.items()}, adapter)
+    attention = attention_of(batch, adapter) if with_attention else None
+    if not new.all():
+        rows, layout = rows[new], layout[new]
+        attention = None if attention is None else attention[new]
     tokens, valid = pad_rows(rows, counts)
-    padded = {name: pad_rows(value[new].to(rows.device), counts)[0] for name, value in vars(layout).items()}
-    padded["height"], padded["width"] = padded["height"].clamp(min=1), padded["width"].clamp(min=1)
+    padded = pad_rows(layout.stacked().T, counts)[0].permute(2, 0, 1)
+    padded[4:6].clamp_(min=1)  # heights and widths, of padding too
     index, query_valid = left_padded_index(query_mask)
-    query = adapter.base.get_input_embeddings()(gather_columns(batch.input_ids, index, query_valid))
+    query_ids = gather_columns(batch.input_ids, index, query_valid).to(batch.device)
     keys = [
         zlib.crc32(repr((ids[mask.bool()].tolist(), count)).encode())
-        for ids, mask, count in zip(batch.input_ids.cpu(), batch.attention_mask.cpu(), counts.tolist(), strict=True)
+        for ids, mask, count in zip(batch.input_ids, batch.attention_mask, counts.tolist(), strict=True)
     ]
-    attention = pad_rows(attention_of(batch, adapter)[new], counts)[0] if with_attention else None
     inputs = PruningInputs(
         tokens=tokens,
-        valid=valid,
-        layout=TokenLayout(**padded),
-        query=query.to(tokens.device),
+        valid=valid.to(tokens.device),
+        layout=TokenLayout.from_stacked(padded.to(tokens.device)),
+        query=adapter.base.get_input_embeddings()(query_ids).to(tokens.device),
         query_mask=query_valid.to(tokens.device),
         sample_keys=keys,
-        attention=attention,
+        attention=None if attention is None else pad_rows(attention, counts)[0],
     )
+    inputs.num_visual = counts
+    inputs.protected = inputs.layout.protected if padded[6].any() else None
     return inputs, new

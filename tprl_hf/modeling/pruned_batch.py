@@ -1,6 +1,12 @@
-"""One batch of prompts with its visual tokens pruned: everything the base model needs, and the way back."""
+"""One batch of prompts with its visual tokens pruned: everything the base model needs, and the way back.
 
+Ids, masks and positions are worked out on the CPU, wherever the model is. They are many small steps, of which a GPU
+would get a kernel each, and be waited for at every second one.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,10 +23,11 @@ class PromptBatch:
     """The prompts as the user passed them, with their visual tokens.
 
     Args:
-        input_ids, attention_mask (`int64 [B, L]`): the full prompts.
-        visual (`bool [B, L]`): placeholders.
+        input_ids, attention_mask (`int64 [B, L]`, on the CPU): the full prompts.
+        visual (`bool [B, L]`, on the CPU): placeholders.
         features: tokens of the images and videos, or `None` where they are not needed.
         inputs: all other inputs of the call.
+        device: where the base model gets its inputs.
         record: what the cache already holds.
     """
 
@@ -29,20 +36,33 @@ class PromptBatch:
     visual: Tensor
     features: VisualFeatures | None
     inputs: dict[str, Any]
+    device: torch.device
     record: CachedPrompt | None = None
 
-    @property
+    @cached_property
     def num_visual(self) -> Tensor:
+        """Visual tokens of each sample, `int64 [B]` on the CPU."""
         return self.visual.sum(1)
 
-    def cached_visual(self) -> Tensor:
-        """Which of the V visual tokens the cache already decided, `bool [V]`."""
-        cached = torch.zeros(int(self.visual.sum()), dtype=torch.bool, device=self.visual.device)
+    @cached_property
+    def visual_ids(self) -> Tensor:
+        """Ids of the placeholders, `int64 [V]` on the CPU."""
+        return self.input_ids[self.visual]
+
+    @cached_property
+    def sample_of(self) -> Tensor:
+        """The sample of each visual token, `int64 [V]` on the CPU."""
+        return self.visual.nonzero()[:, 0]
+
+    @cached_property
+    def new(self) -> Tensor:
+        """Which of the V visual tokens no cache has decided yet, `bool [V]` on the CPU."""
+        new = torch.ones(len(self.visual_ids), dtype=torch.bool)
         if self.record is not None:
             starts = self.num_visual.cumsum(0) - self.num_visual
             for start, mask in zip(starts.tolist(), self.record.keep_masks, strict=True):
-                cached[start : start + len(mask)] = True
-        return cached
+                new[start : start + len(mask)] = False
+        return new
 
     def replace_rows(self, rows: Tensor, where: Tensor, adapter: LVLMAdapter) -> None:
         """Puts `rows` in the place of the visual tokens `where` (`bool [V]`). Features that were passed stay whole.
@@ -56,15 +76,24 @@ class PromptBatch:
                 f"Models of type {adapter.config.model_type!r} project visual features themselves, so that merged "
                 "tokens cannot be handed to them: use a pruner that does not merge, or merge=False."
             )
-        token_ids = adapter.token_ids
-        ids = self.input_ids[self.visual]
-        merged = merge_rows(self.features, self.input_ids, token_ids)
+        merged = self.in_order({name: encoded.rows for name, encoded in self.features.modalities.items()}, adapter)
+        merged = merged.clone()
         merged[where] = rows.to(merged)
         modalities = {
-            name: replace(encoded, rows=merged[ids == token_ids[name]].to(encoded.rows))
+            name: replace(encoded, rows=merged[self.visual_ids == adapter.token_ids[name]].to(encoded.rows))
             for name, encoded in self.features.modalities.items()
         }
         self.features = replace(self.features, modalities=modalities)
+
+    def in_order(self, values: Mapping[str, Tensor], adapter: LVLMAdapter) -> Tensor:
+        """Values of each modality's tokens, `[n, ...]`, as those of all tokens in placeholder order, `[V, ...]`."""
+        first = next(iter(values.values()))
+        if len(first) == len(self.visual_ids):
+            return first
+        ordered = first.new_empty(len(self.visual_ids), *first.shape[1:])
+        for modality, one in values.items():
+            ordered[self.visual_ids == adapter.token_ids[modality]] = one.to(ordered)
+        return ordered
 
 
 @dataclass
@@ -72,26 +101,19 @@ class PrunedBatch:
     """What goes to the base model.
 
     Args:
-        inputs: keyword arguments of the base model's `forward` or `generate`.
+        inputs: keyword arguments of the base model's `forward` or `generate`, on its device; all else is on the CPU.
+        input_ids, attention_mask (`int64 [B, P]`): two of them.
         columns (`int64 [B, P]`): column of the original prompt that each pruned column comes from, -1 for padding.
         next_position (`int64 [B]`): position of the first token after the prompt.
         keep_masks: for each sample, its bits of the keep mask.
     """
 
     inputs: dict[str, Any]
+    input_ids: Tensor
+    attention_mask: Tensor
     columns: Tensor
     next_position: Tensor
     keep_masks: list[Tensor]
-
-
-def merge_rows(features: VisualFeatures, input_ids: Tensor, token_ids: dict[str, int]) -> Tensor:
-    """Rows of all modalities in placeholder order, `[V, D]`."""
-    ids = input_ids[find_visual(input_ids, list(token_ids.values()))]
-    first = next(iter(features.modalities.values())).rows
-    rows = first.new_empty(len(ids), first.shape[-1])
-    for modality, encoded in features.modalities.items():
-        rows[ids == token_ids[modality]] = encoded.rows.to(rows)
-    return rows
 
 
 def prune_batch(
@@ -112,20 +134,18 @@ def prune_batch(
         min_padding: at least so many padding columns. One is enough to keep `generate` from dropping the mask, without
             which gapped positions would be read as several packed prompts.
     """
-    ids, visual = batch.input_ids, batch.visual
-    ids_v = ids[visual]
+    ids, visual, keep_mask = batch.input_ids, batch.visual, keep_mask.cpu()
     keep_masks = list(keep_mask.split(batch.num_visual.tolist()))
     keep, counts, extra = {}, {}, {}
-    sample_of = visual.nonzero()[:, 0]
-    new = ~batch.cached_visual()
+    chosen = keep_mask & batch.new
     if batch.features is not None:
         for modality, encoded in batch.features.modalities.items():
-            of_modality = ids_v == adapter.token_ids[modality]
-            keep[modality] = (keep_mask & new)[of_modality]
-            counts[modality] = torch.bincount(sample_of[of_modality & keep_mask & new], minlength=len(ids))
+            of_modality = batch.visual_ids == adapter.token_ids[modality]
+            keep[modality] = chosen[of_modality]
+            counts[modality] = torch.bincount(batch.sample_of[of_modality & chosen], minlength=len(ids))
             if same_length and encoded.container == "tensor":
                 extra[modality] = counts[modality].max() - counts[modality]
-    padding = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+    padding = torch.zeros(len(ids), dtype=torch.long)
     for missing in extra.values():
         padding = padding + missing
     padding = padding.clamp(min=min_padding)
@@ -139,7 +159,7 @@ def prune_batch(
 
     inputs = dict(batch.inputs)
     full_positions = inputs.pop("position_ids", None)
-    if batch.record is not None and not new.any() and full_positions is None:
+    if batch.record is not None and not batch.new.any() and full_positions is None:
         steps = valid[:, past:].long().cumsum(1) - 1
         positions = torch.cat([torch.zeros_like(index[:, :past]), batch.record.next_position[:, None] + steps], 1)
         positions = adapter.spread_positions(positions, valid)
@@ -149,15 +169,16 @@ def prune_batch(
         if full_positions is None:
             geometry = {} if batch.features is None else batch.features.geometry
             full_positions = adapter.position_ids(ids, batch.attention_mask, {**geometry, **batch.inputs})
-        positions = adapter.renumber_text_axis(gather_columns(full_positions, index, valid), valid)
+        positions = adapter.renumber_text_axis(gather_columns(full_positions.cpu(), index, valid), valid)
 
     for name in adapter.consumed_names():
         inputs.pop(name, None)
     for name, value in inputs.items():
         if torch.is_tensor(value) and value.shape == ids.shape:
-            inputs[name] = gather_columns(value, index, valid, -100 if name == "labels" else 0)
+            padding_value = -100 if name == "labels" else 0
+            inputs[name] = gather_columns(value, index, valid, padding_value).to(batch.device)
     pruned_ids = gather_columns(ids, index, valid, pad_token_id)
-    column = torch.arange(index.shape[1], device=ids.device)
+    column = torch.arange(index.shape[1])
     start = torch.zeros_like(padding)[:, None]
     for modality, missing in extra.items():
         end = start + missing[:, None]
@@ -168,13 +189,15 @@ def prune_batch(
         cached = pruned_ids[:, :past]
         cached[find_visual(cached, list(adapter.token_ids.values()))] = pad_token_id
 
-    inputs["input_ids"] = pruned_ids
-    inputs["attention_mask"] = valid.long()
-    inputs["position_ids"] = positions
+    attention_mask = valid.long()
+    inputs["input_ids"] = pruned_ids.to(batch.device)
+    inputs["attention_mask"] = attention_mask.to(batch.device)
+    inputs["position_ids"] = positions.to(batch.device)
     if batch.features is not None and any(mask.any() for mask in keep.values()):
         inputs["mm_encoder_outputs"] = adapter.mm_encoder_outputs(batch.features, keep, counts, same_length)
     next_position = adapter.last_position(positions) + 1
-    return PrunedBatch(inputs, index.masked_fill(~valid, -1), next_position, keep_masks)
+    columns = index.masked_fill(~valid, -1)
+    return PrunedBatch(inputs, pruned_ids, attention_mask, columns, next_position, keep_masks)
 
 
 def align_with_cache(batch: PromptBatch, kept: Tensor) -> tuple[Tensor, Tensor, int]:

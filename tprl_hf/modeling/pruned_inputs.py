@@ -46,13 +46,7 @@ def left_padded_index(kept: Tensor, padding: Tensor | int = 0) -> tuple[Tensor, 
     """
     counts = kept.sum(1)
     width = int((counts + padding).max())
-    order = kept.long().argsort(dim=1, stable=True)  # dropped columns first, kept ones last and in their order
-    missing = width - order.shape[1]
-    if missing > 0:
-        order = torch.cat([order.new_zeros(order.shape[0], missing), order], dim=1)
-    index = order[:, order.shape[1] - width :]
-    valid = torch.arange(width, device=kept.device) >= width - counts[:, None]
-    return index.masked_fill(~valid, 0), valid
+    return pad_rows_left(kept.nonzero()[:, 1], counts, width)
 
 
 def gather_columns(values: Tensor, index: Tensor, valid: Tensor, padding: float | int = 0) -> Tensor:
@@ -75,21 +69,32 @@ def pad_rows(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         counts (`int64 [B]`): rows of each sample.
 
     Returns:
-        `[B, N, ...]` with zeros for padding on the right, and `valid bool [B, N]`.
+        `[B, N, ...]` with zeros for padding on the right, and `valid bool [B, N]`, which lies where `counts` lies.
     """
     longest = int(counts.max()) if len(counts) else 0
-    valid = torch.arange(longest, device=rows.device) < counts.to(rows.device)[:, None]
-    padded = rows.new_zeros(len(counts), longest, *rows.shape[1:])
-    padded[valid] = rows
-    return padded, valid
+    valid = torch.arange(longest, device=counts.device) < counts[:, None]
+    return fill_rows(rows, valid), valid
 
 
-def pad_rows_left(rows: Tensor, counts: Tensor, longest: int) -> Tensor:
-    """As `pad_rows`, with the zeros before each sample's rows: `[B, longest, ...]`."""
-    valid = torch.arange(longest, device=rows.device) >= longest - counts.to(rows.device)[:, None]
-    padded = rows.new_zeros(len(counts), longest, *rows.shape[1:])
-    padded[valid] = rows
-    return padded
+def unpad_rows(padded: Tensor, counts: Tensor) -> Tensor:
+    """The first `counts [B]` rows of each sample of `padded [B, N, ...]`, sample by sample: `[V, ...]`."""
+    valid = torch.arange(padded.shape[1], device=counts.device) < counts[:, None]
+    return padded.flatten(0, 1) if valid.all() else padded[valid]
+
+
+def pad_rows_left(rows: Tensor, counts: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """As `pad_rows`, with the zeros before each sample's rows: `[B, longest, ...]`, and `valid bool [B, longest]`."""
+    valid = torch.arange(longest, device=counts.device) >= longest - counts[:, None]
+    return fill_rows(rows, valid), valid
+
+
+def fill_rows(rows: Tensor, valid: Tensor) -> Tensor:
+    """`rows [V, ...]` at the places of `valid [B, N]`, zeros elsewhere: `[B, N, ...]`."""
+    if len(rows) == valid.numel():
+        return rows.reshape(*valid.shape, *rows.shape[1:])
+    filled = rows.new_zeros(*valid.shape, *rows.shape[1:])
+    filled[valid] = rows
+    return filled
 
 
 def restore_prompt(sequences: Tensor, prompt: Tensor, pruned_length: int) -> Tensor:

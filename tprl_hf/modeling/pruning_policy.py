@@ -132,6 +132,26 @@ class PruningPolicy(Float32Module):
         Returns:
             [`PolicyOutput`] with `logits [B, N]` and `values [B]`.
         """
+        features = self.features(codes, keep_mask, query, query_mask, step, positions, keep_ratio)
+        kept = keep_mask[..., None].to(features.dtype)
+        pooled = (features * kept).sum(1) / kept.sum(1).clamp(min=1)
+        return PolicyOutput(self.logits(features), self.value_head(self.value_mlp(pooled)).squeeze(-1))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Log-odds of keeping each token, float32 `[B, N]`, from [`features`]: all that pruning needs."""
+        return self.policy_head(self.policy_mlp(features)).squeeze(-1)
+
+    def features(
+        self,
+        codes: Tensor,
+        keep_mask: Tensor,
+        query: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        step: int = 0,
+        positions: Tensor | None = None,
+        keep_ratio: Tensor | None = None,
+    ) -> Tensor:
+        """What attention makes of each token, f_i of eq. 10: float32 `[B, N, Z]`. Arguments as in [`forward`]."""
         x = codes.float()
         num_tokens = x.shape[1]
         if self.position_proj is not None:
@@ -156,13 +176,7 @@ class PruningPolicy(Float32Module):
         seen = seen | ~seen.any(dim=1, keepdim=True)
         for layer in self.layers:
             x = layer(x, seen)
-        features = x[:, :num_tokens]  # f_i of eq. 10
-
-        logits = self.policy_head(self.policy_mlp(features)).squeeze(-1)
-        kept = keep_mask[..., None].to(features.dtype)
-        pooled = (features * kept).sum(1) / kept.sum(1).clamp(min=1)
-        values = self.value_head(self.value_mlp(pooled)).squeeze(-1)
-        return PolicyOutput(logits, values)
+        return x[:, :num_tokens]
 
 
 class BudgetEmbedding(nn.Module):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -53,6 +54,10 @@ class TokenLayout:
     def __getitem__(self, index: Tensor) -> "TokenLayout":
         return TokenLayout(**{name: value[index] for name, value in vars(self).items()})
 
+    def to(self, device: torch.device) -> "TokenLayout":
+        """The same layout on `device`."""
+        return self if self.image.device == device else self.from_stacked(self.stacked().to(device))
+
     def positions(self) -> Tensor:
         """Row and column in [0, 1], float `[V, 2]`."""
         row = (self.row + 0.5) / self.height
@@ -62,17 +67,7 @@ class TokenLayout:
     @classmethod
     def from_blocks(cls, entries: list[list[Block]]) -> "TokenLayout":
         """Layout of all tokens from the blocks of each image."""
-        columns: list[Tensor] = []
-        for image, blocks in enumerate(blocks for blocks in entries if blocks):
-            for index, block in enumerate(blocks):
-                width = block.width + block.row_newline
-                row = torch.arange(block.height).repeat_interleave(width)
-                column = torch.arange(width).repeat(block.height)
-                protected = torch.full_like(row, block.separator) | (column == block.width)
-                sizes = [torch.full_like(row, value) for value in (image, index, block.height, block.width)]
-                columns.append(torch.stack([sizes[0], sizes[1], row, column, sizes[2], sizes[3], protected.long()]))
-        merged = torch.cat(columns, dim=1) if columns else torch.zeros(7, 0, dtype=torch.long)
-        return cls.from_stacked(merged)
+        return cls.from_stacked(stacked_fields(tuple(tuple(blocks) for blocks in entries if blocks)).clone())
 
     def stacked(self) -> Tensor:
         """All fields as one tensor, `int64 [7, V]`."""
@@ -83,6 +78,21 @@ class TokenLayout:
         """The layout of which `stacked [7, ...]` are the fields."""
         image, block, row, column, height, width, protected = stacked
         return cls(image, block, row, column, height, width, protected.bool())
+
+
+@lru_cache(maxsize=8)  # most models cut all images alike
+def stacked_fields(entries: tuple[tuple[Block, ...], ...]) -> Tensor:
+    """[`TokenLayout.stacked`] of the blocks of each image, `int64 [7, V]`. Not to be changed."""
+    columns = []
+    for image, blocks in enumerate(entries):
+        for index, block in enumerate(blocks):
+            width = block.width + block.row_newline
+            row = torch.arange(block.height).repeat_interleave(width)
+            column = torch.arange(width).repeat(block.height)
+            protected = torch.full_like(row, block.separator) | (column == block.width)
+            sizes = [torch.full_like(row, value) for value in (image, index, block.height, block.width)]
+            columns.append(torch.stack([sizes[0], sizes[1], row, column, sizes[2], sizes[3], protected.long()]))
+    return torch.cat(columns, dim=1) if columns else torch.zeros(7, 0, dtype=torch.long)
 
 
 def square_block(length: int) -> Block:

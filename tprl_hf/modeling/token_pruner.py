@@ -5,6 +5,7 @@ with `select`, when they have to be chosen together.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,6 +41,17 @@ class PruningInputs:
     keep_ratio: Tensor | None = None
     attention: Tensor | None = None
 
+    @cached_property
+    def num_visual(self) -> Tensor:
+        """Visual tokens of each sample, `int64 [B]`, on the CPU: what is decided by them needs no wait for a GPU."""
+        return self.valid.sum(1).cpu()
+
+    @cached_property
+    def protected(self) -> Tensor | None:
+        """The separators, `bool [B, N]`; `None` where there are none."""
+        protected = self.layout.protected & self.valid
+        return protected if protected.any() else None
+
 
 class TokenPruner:
     """Chooses which visual tokens stay. A method that judges tokens one by one overrides [`score`].
@@ -71,11 +83,10 @@ class TokenPruner:
     def choose(self, inputs: PruningInputs, budget: Budget) -> tuple[Tensor, Tensor]:
         """Keep mask `bool [B, N]` within `budget`, and the scores `[B, N]` it follows."""
         scores = self.score(inputs)
-        protected = inputs.layout.protected
         if budget.threshold is not None:
-            return keep_above_threshold(scores, inputs.valid, budget, protected), scores
-        counts = keep_counts(inputs.valid.sum(1), budget)
-        return keep_top_k(scores, inputs.valid, counts, protected), scores
+            return keep_above_threshold(scores, inputs.valid, budget, inputs.protected), scores
+        counts = keep_counts(inputs.num_visual, budget)
+        return keep_top_k(scores, inputs.valid, counts, inputs.protected), scores
 
     def merge(self, inputs: PruningInputs, keep_mask: Tensor) -> Tensor | None:
         """What the LLM gets in place of the tokens, `[B, N, D]`, for methods that merge what goes into what stays.
@@ -89,7 +100,7 @@ class SetPruner(TokenPruner):
     """Base of methods that choose their tokens together, such as for diversity; they override [`select`]."""
 
     def select(self, inputs: PruningInputs, counts: Tensor) -> Tensor:
-        """`bool [B, N]` with `counts [B]` tokens of each sample. Separators are not among `inputs.valid`."""
+        """`bool [B, N]` with `counts [B]` (on the CPU) tokens of each sample; `inputs.valid` has no separators."""
         raise NotImplementedError(f"{type(self).__name__} must define `select`.")
 
     def choose(self, inputs: PruningInputs, budget: Budget) -> tuple[Tensor, Tensor]:
@@ -98,11 +109,13 @@ class SetPruner(TokenPruner):
                 f"{type(self).__name__} chooses tokens together and has no scores to compare with "
                 f"threshold={budget.threshold}: pass keep_ratio or num_keep."
             )
-        protected = inputs.layout.protected & inputs.valid
-        free = inputs.valid & ~protected
-        counts = keep_counts(inputs.valid.sum(1), budget) - protected.sum(1)
-        counts = torch.minimum(counts.clamp(min=1), free.sum(1))
-        keep_mask = self.select(replace(inputs, valid=free), counts) | protected
+        counts, protected = keep_counts(inputs.num_visual, budget), inputs.protected
+        if protected is None:
+            keep_mask = self.select(inputs, counts)
+        else:
+            free = replace(inputs, valid=inputs.valid & ~protected)
+            counts = torch.minimum((counts - protected.sum(1).cpu()).clamp(min=1), free.num_visual)
+            keep_mask = self.select(free, counts) | protected
         return keep_mask, keep_mask.float()
 
 
@@ -133,9 +146,10 @@ class LearnedPruner(TokenPruner):
 
     def logits(self, inputs: PruningInputs, codes: Tensor, keep_mask: Tensor, step: int) -> Tensor:
         """Log-odds of keeping each token at `step`, given what is still kept: float32 `[B, N]`."""
-        positions = inputs.layout.positions()
+        positions = inputs.layout.positions() if self.policy.position_proj is not None else None
         query, words = inputs.query, inputs.query_mask
-        return self.policy(codes, keep_mask, query, words, step, positions, inputs.keep_ratio).logits
+        features = self.policy.features(codes, keep_mask, query, words, step, positions, inputs.keep_ratio)
+        return self.policy.logits(features)
 
     def score(self, inputs: PruningInputs) -> Tensor:
         """Log-odds of the first step."""
@@ -144,13 +158,13 @@ class LearnedPruner(TokenPruner):
     def choose(self, inputs: PruningInputs, budget: Budget) -> tuple[Tensor, Tensor]:
         """As the base does; the scores are the keep probability, plus 1 for each step that the token survived."""
         codes = self.autoencoder.encode(inputs.tokens)
-        num_visual, protected = inputs.valid.sum(1), inputs.layout.protected
+        num_visual, protected = inputs.num_visual, inputs.protected
         keep_mask, scores = inputs.valid, torch.zeros(inputs.valid.shape, device=codes.device)
         if budget.threshold is None:
             share = (keep_counts(num_visual, budget) / num_visual.clamp(min=1)).masked_fill(num_visual == 0, 1.0)
         else:
-            share = torch.full(num_visual.shape, self.threshold_keep_ratio or 1.0, device=codes.device)
-        inputs = replace(inputs, keep_ratio=share)
+            share = torch.full(num_visual.shape, self.threshold_keep_ratio or 1.0)
+        inputs = replace(inputs, keep_ratio=share.to(codes.device))
         for step in range(self.num_steps):
             logits = self.logits(inputs, codes, keep_mask, step)
             scores = torch.where(keep_mask, step + logits.sigmoid(), scores)

@@ -29,7 +29,7 @@ MAX_CACHED_TEXTS = 100_000
 
 @dataclass
 class EncodedSample:
-    """One sample without batch mates.
+    """One sample without batch mates, on the CPU but for its features.
 
     Args:
         prompt_ids (`int64 [L]`): the prompt with all its placeholders.
@@ -140,6 +140,7 @@ class SampleEncoder:
             visual=find_visual(input_ids, list(adapter.token_ids.values())) & attention_mask.bool(),
             features=join_features([sample.features for sample in samples]),
             inputs={name: left_pad([sample.types[name] for sample in samples]) for name in samples[0].types},
+            device=self.model.device,
         )
         query_mask = left_pad([sample.query_mask for sample in samples])
         if self.model.config.query_agnostic:
@@ -181,9 +182,9 @@ class SampleEncoder:
         self, row: dict[str, Any], processed: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Ids of prompt and answer, which of the prompt's are the question, and what else runs along the prompt."""
-        prompt_ids = processed["input_ids"]
+        prompt_ids = processed["input_ids"].cpu()
         rest = {name: value for name, value in processed.items() if name not in ("input_ids", "attention_mask")}
-        types = {n: v[0] for n, v in rest.items() if torch.is_tensor(v) and v.shape == prompt_ids.shape}
+        types = {n: v[0].cpu() for n, v in rest.items() if torch.is_tensor(v) and v.shape == prompt_ids.shape}
         tokenizer = self.processor.tokenizer
         answer_ids = tokenizer(self.render(row)[1], add_special_tokens=False).input_ids
         end = self.model.generation_config.eos_token_id
@@ -194,7 +195,7 @@ class SampleEncoder:
             answer_ids = [*answer_ids, ends[0]]
         chat = chat_messages(row["prompt"], len(row["images"]))
         query_mask = question_mask(self.processor, [chat], prompt_ids)
-        return prompt_ids[0], torch.tensor(answer_ids, device=self.model.device), query_mask[0], types
+        return prompt_ids[0], torch.tensor(answer_ids), query_mask[0], types
 
     @torch.no_grad()
     def encode_images(self, processed: dict[str, Any]) -> VisualFeatures:

@@ -44,6 +44,7 @@ def answered_prompts(model: TPRLForConditionalGeneration, batch: AnswerBatch, of
         visual=find_visual(input_ids, list(model.adapter.token_ids.values())) & attention_mask.bool(),
         features=batch.prompts.features.take(of),
         inputs={**inputs, "labels": left_pad(labels, -100)},
+        device=model.device,
     )
 
 
@@ -55,8 +56,8 @@ def answer_logits(
     contiguous = model.config.position_ids == "contiguous"
     pruned = prune_batch(prompts, keep_mask, model.adapter, contiguous, 0 if pad is None else pad)
     labels = pruned.inputs.pop("labels")
+    length = int((prompts.inputs["labels"] != -100).sum(1).max())
     pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + model.adapter.forward_position_offset
-    length = int((labels != -100).sum(1).max())
     logits = model.lvlm(**pruned.inputs, use_cache=False, logits_to_keep=length + 1, return_dict=True).logits
     return logits[:, -length - 1 : -1].float(), labels[:, -length:]
 
@@ -119,9 +120,8 @@ def gradient_saliency(model: TPRLForConditionalGeneration, batch: AnswerBatch, k
     with torch.enable_grad():
         logits, labels = answer_logits(model, prompts, keep_mask[batch.inputs.valid])
         score_logits(logits, labels).logprobs.sum().backward(inputs=list(leaves.values()))
-    ids = prompts.input_ids[prompts.visual]
-    saliency = torch.zeros(len(ids), device=ids.device)
+    saliency = {}
     for name, rows in leaves.items():
         assert rows.grad is not None
-        saliency[ids == model.adapter.token_ids[name]] = (rows.grad * rows.detach()).sum(-1).abs().float()
-    return pad_rows(saliency, prompts.num_visual)[0]
+        saliency[name] = (rows.grad * rows.detach()).sum(-1).abs().float()
+    return pad_rows(prompts.in_order(saliency, model.adapter), prompts.num_visual)[0]

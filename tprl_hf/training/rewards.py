@@ -71,13 +71,13 @@ def reward_function_scores(
         prompts = batch.prompts
         assert prompts.features is not None
         sequences = model.generate(
-            input_ids=prompts.input_ids[samples],
-            attention_mask=prompts.attention_mask[samples],
+            input_ids=prompts.input_ids[samples].to(prompts.device),
+            attention_mask=prompts.attention_mask[samples].to(prompts.device),
             keep_mask=keep_mask[start : start + batch_size][valid[samples]],
             visual_features=prompts.features.take(samples),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            **{name: value[samples] for name, value in prompts.inputs.items()},
+            **{name: value[samples].to(prompts.device) for name, value in prompts.inputs.items()},
         )
         new_tokens = sequences[:, prompts.input_ids.shape[1] :]
         completions += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
