@@ -140,7 +140,7 @@ class PolicyShape:
         step = 2 * query_length * self.token_dim * self.latent_dim
         step += self.num_layers * (8 * length * self.latent_dim**2 + 4 * length**2 * self.latent_dim)
         step += (self.num_layers - 1) * length * mlp
-        step += (num_visual + 1) * (mlp + 2 * self.latent_dim)  # the policy's head, and the value's on the mean
+        step += num_visual * (mlp + 2 * self.latent_dim)
         return codes + self.num_steps * step
 
 
