@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from tests.more_families import OTHERS
+from tests.pretend_flash import BASE_DIFFERS, BASE_FAILS, BEAR_NO_PADDING
 from tests.reference import delete_by_hand
 from tests.tiny_models import FAMILIES, Sample, build, collate, entry, sample
 from tests.ways_to_generate import CANNOT, WAYS
@@ -182,6 +183,15 @@ def table() -> str:
                 f"- {', '.join(families)}: {', '.join(ways)} ({reason})"
                 for (reason, ways), families in exceptions().items()
             ),
+            "",
+            "## Flash Attention",
+            'With `attn_implementation="flash_attention_2"` logits and answers are those of sdpa, alone and in '
+            "batches, and with a new image in a second turn. What transformers does around the kernels is its own; the "
+            "kernels are plain torch in the tests (`tests/pretend_flash.py`), which have no GPU. What cannot be:",
+            "",
+            f"- {', '.join(BASE_FAILS)}: the base model itself fails with it",
+            f"- {', '.join(BASE_DIFFERS)}: the base model itself answers otherwise than with sdpa",
+            f"- {', '.join(BEAR_NO_PADDING)}: a new image behind a cache is refused, as layers carry a state",
             "",
             "## Others",
             "| type | status | why |",

@@ -233,6 +233,41 @@ def test_conversation_goes_on_from_a_returned_cache(family, position_ids):
     assert torch.equal(model.generate(**bare, past_key_values=again, max_new_tokens=NEW), afresh)
 
 
+def of_different_length(model, family):
+    """The second turns of two samples, of which one says more, and the cache of their first."""
+    batch = collate(family, [sample(family, 1, 1), sample(family, 2, 2)])
+    first = model.generate(**batch, max_new_tokens=3, return_dict_in_generate=True)
+    inputs = second_turn(first, [[0, 0, 7, 8], [9, 8, 7, 6]], batch)
+    inputs["attention_mask"][0, -4:-2] = 0
+    order = inputs["attention_mask"].argsort(dim=1, stable=True)  # padding goes to the left
+    along = {name: value.gather(1, order) for name, value in inputs.items() if value.shape == order.shape}
+    return {**inputs, **along}, first
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if not FAMILIES[f].uncached_differs])
+@torch.no_grad()
+def test_second_turns_of_different_length(family):
+    _, model = wrap(family)
+    inputs, first = of_different_length(model, family)
+    settings = {"max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
+    made = model.generate(**inputs, past_key_values=first.past_key_values, **settings)
+    afresh = model.generate(**inputs, keep_mask=first.keep_mask, **settings)
+    assert (torch.stack(made.logits) - torch.stack(afresh.logits)).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("family", ["lfm3_vl", "nemotron_h_omni", "qwen3_5"])
+@torch.no_grad()
+def test_padding_behind_a_state_is_refused(family):
+    _, model = wrap(family)
+    inputs, first = of_different_length(model, family)
+    with pytest.raises(ValueError, match="carry a state"):
+        model.generate(**inputs, past_key_values=first.past_key_values, max_new_tokens=NEW)
+    output = model(**collate(family, [sample(family, 1, 1), sample(family, 2, 2)]), use_cache=True)
+    mask = torch.cat([output.columns >= 0, torch.tensor([[False, True], [True, True]])], 1).long()
+    with pytest.raises(ValueError, match="carry a state"):
+        model(input_ids=torch.tensor([[0, 7], [8, 9]]), attention_mask=mask, past_key_values=output.past_key_values)
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if not FAMILIES[f].uncached_differs])
 @torch.no_grad()
 def test_new_image_in_the_second_turn(family):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 _ATTRIBUTE = "tprl_cached_prompt"
 
@@ -23,14 +23,17 @@ class CachedPrompt:
         attention_mask (`int64 [B, C]`): 0 in their padding.
         keep_masks: for each sample, which of its visual tokens so far were kept, `bool [N]`.
         next_position (`int64 [B]`): position of the token after the last cached one.
+        carries_state (`bool`): whether some layers read all columns in their order, padding too.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     keep_masks: list[Tensor]
     next_position: Tensor
+    carries_state: bool = False
 
     def attach(self, cache: Cache) -> None:
+        self.carries_state = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
         setattr(cache, _ATTRIBUTE, self)
 
     @staticmethod
@@ -58,6 +61,15 @@ class CachedPrompt:
             self.keep_masks,
             next_position,
         )
+
+    def check_padding(self, valid: Tensor) -> None:
+        """Raises `ValueError` for padding among the new columns `valid [B, S]` that would change a layer's state."""
+        if self.carries_state and not valid.all():
+            raise ValueError(
+                "Some layers of this LLM carry a state, which padding behind a cache would change: give all samples "
+                "new texts of one length, or pass the whole conversation without `past_key_values`. With Flash "
+                "Attention new images need padding, too; attn_implementation='sdpa' does without."
+            )
 
     def check_prefix(self, sample: int, tokens: Tensor) -> None:
         """Raises `ValueError` unless the pruned prompt `tokens [n]` begins with the sample's cached tokens."""

@@ -75,6 +75,8 @@ class LVLMAdapter:
     takes_projected = True
     # Where the tower has its [CLS] token, if it has one: 0 before the patches, -1 behind them.
     class_token = 0
+    # Whether a first axis of the positions counts text, gaps closed, as the base model's `generate` adds it.
+    has_text_axis = False
     # Added to position ids in a direct forward, where the base model's `generate` adds it itself.
     forward_position_offset = 0
     # Inputs that only serve to compute positions; the gathered positions replace them.
@@ -317,7 +319,6 @@ class LVLMAdapter:
 class RopeIndexAdapter(LVLMAdapter):
     """Families with multi-axis rotary positions: the base model counts them on the full prompt."""
 
-    # Whether a first axis counts text positions, as the base model's `generate` adds it.
     has_text_axis = True
 
     def position_ids(self, input_ids: Tensor, attention_mask: Tensor, inputs: dict[str, Any]) -> Tensor:

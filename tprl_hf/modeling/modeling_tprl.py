@@ -362,6 +362,7 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         new = torch.ones_like(ids)
         if attention_mask is not None:
             new = attention_mask[:, -ids.shape[1] :].cpu().long()
+        record.check_padding(new)
         positions = record.next_position[:, None] + new.cumsum(1) - 1
         attended = torch.cat([record.attention_mask, new], 1)
         inputs.setdefault("position_ids", self.adapter.spread_positions(positions, new).to(device))

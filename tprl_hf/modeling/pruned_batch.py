@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import is_flash_attention_requested
 
 from .cached_prompt import CachedPrompt
 from .lvlm_adapters import LVLMAdapter
@@ -153,7 +154,12 @@ def prune_batch(
     kept = kept_columns(batch.attention_mask, visual, keep_mask)
     index, valid = left_padded_index(kept, padding)
     if batch.record is not None:
-        index, valid, past = align_with_cache(batch, kept)
+        # Flash Attention gets no mask of ones, and reads gaps in the positions of one sample as packed prompts. LLMs
+        # that carry a state bear no padding; those that count text on an axis of its own show it no gaps.
+        gaps = not contiguous and len(ids) == 1 and bool((batch.new & ~keep_mask).any())
+        shown = gaps and not (batch.record.carries_state and adapter.has_text_axis)
+        needs_mask = shown and is_flash_attention_requested(adapter.config.get_text_config())
+        index, valid, past = align_with_cache(batch, kept, padding=int(needs_mask))
     else:
         past = 0
 
@@ -200,14 +206,20 @@ def prune_batch(
     return PrunedBatch(inputs, pruned_ids, attention_mask, columns, next_position, keep_masks)
 
 
-def align_with_cache(batch: PromptBatch, kept: Tensor) -> tuple[Tensor, Tensor, int]:
+def align_with_cache(batch: PromptBatch, kept: Tensor, padding: int) -> tuple[Tensor, Tensor, int]:
     """Index of a pruned batch whose first columns are those of the cache.
 
     The cached tokens of each sample stay in their columns; what is new is left-padded behind them, so that samples may
     go on with texts of different length.
 
+    Args:
+        padding: at least so many columns of padding.
+
     Returns:
         `index [B, C + S]`, `valid [B, C + S]` and the number C of cached columns.
+
+    Raises:
+        `ValueError`: where the prompt does not begin with what the cache holds, and where the LLM bears no padding.
     """
     assert batch.record is not None
     cached_valid = batch.record.attention_mask.bool()
@@ -220,5 +232,6 @@ def align_with_cache(batch: PromptBatch, kept: Tensor) -> tuple[Tensor, Tensor, 
         cached_columns = where[: int(num_cached[sample])]
         cached_index[sample, cached_valid[sample]] = cached_columns
         new[sample, cached_columns] = False
-    index, valid = left_padded_index(new)
+    index, valid = left_padded_index(new, padding)
+    batch.record.check_padding(valid)
     return torch.cat([cached_index, index], 1), torch.cat([cached_valid, valid], 1), cached_valid.shape[1]
