@@ -186,8 +186,8 @@ def table() -> str:
             "",
             "## Flash Attention",
             'With `attn_implementation="flash_attention_2"` logits and answers are those of sdpa, alone and in '
-            "batches, and with a new image in a second turn. What transformers does around the kernels is its own; the "
-            "kernels are plain torch in the tests (`tests/pretend_flash.py`), which have no GPU. What cannot be:",
+            "batches, and with a new image in a second turn. What transformers does around the kernels is its own; "
+            "the kernels are plain torch in the tests (`tests/pretend_flash.py`), which have no GPU. What cannot be:",
             "",
             f"- {', '.join(BASE_FAILS)}: the base model itself fails with it",
             f"- {', '.join(BASE_DIFFERS)}: the base model itself answers otherwise than with sdpa",
