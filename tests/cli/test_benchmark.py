@@ -3,10 +3,19 @@ import time
 from functools import partial
 
 import pytest
+import torch
 
 from tests.cli.test_demo import table_under
 from tprl_hf.cli.main import main
-from tprl_hf.evaluation.benchmark import Spread, random_prompts, ratio, requests_per_second, time_in_turns
+from tprl_hf.evaluation.benchmark import (
+    LiveTensors,
+    Spread,
+    peak_bytes,
+    random_prompts,
+    ratio,
+    requests_per_second,
+    time_in_turns,
+)
 from tprl_hf.evaluation.presets import preset_config
 
 PARTS = [
@@ -33,12 +42,15 @@ def test_every_part_is_timed_and_the_floor_stands_beside(benchmark):
     assert [row[0] for row in rows[1:]] == PARTS and all(float(row[1]) > 0 for row in rows[1:])
     assert "4 of 16 visual tokens kept by learned" in out and "batch 2" in out and "cpu, float32" in out
     assert "Command: tprl benchmark" in out and "prefill pruned / floor" in out
+    assert rows[0][-1] == "peak MB" and all(float(row[-1]) >= 0 for row in rows[1:])
 
 
 def test_json_and_another_pruner(benchmark):
     code, out, _ = benchmark("--json", "--pruner", "divprune")
     found = json.loads(out)
     assert code == 0 and found["pruner"] == "divprune" and list(found["milliseconds"]) == PARTS
+    peaks = found["peak_bytes"]
+    assert list(peaks) == PARTS and peaks["prefill pruned"] < peaks["prefill unpruned"]
     assert found["kv_bytes_unpruned"] - found["kv_bytes_pruned"] == 12 * 2 * 2 * 2 * 8 * 4
     assert found["ratios"].keys() == found["cpu_ratios"].keys() >= {"prefill pruned / floor", "answer speed-up"}
     assert found["versions"].keys() == {"tprl_hf", "torch", "transformers"} and "load" not in found
@@ -53,6 +65,23 @@ def test_requests_per_second_against_batch_size(benchmark):
     code, out, _ = benchmark("--load", "2")
     rows = table_under(out, "batch")
     assert rows[1][0] == "2" and float(rows[1][1]) > 0 and "--load 2" in out
+
+
+def test_peak_is_of_what_is_alive_at_once():
+    given = torch.zeros(1000)
+
+    def call():
+        for _ in range(5):
+            one = given + 1
+            view = one[1:].view(9, 111)  # takes nothing
+            del one
+            view.add_(1)
+        return view * 2
+
+    assert peak_bytes(call) == 8000  # the last round's and this one's; the result is smaller
+    with LiveTensors() as live:
+        call()
+    assert live.now == 0
 
 
 def test_spreads_and_ratios_round_by_round():

@@ -155,14 +155,15 @@ def surroundings(model) -> dict[str, Any]:
 
 
 def time_parts(model, inputs, num_keep: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every part, and the ratios that the targets are stated in, by the wall and by CPU time or the GPU's clock."""
+    """Every part, its memory, and the ratios of the targets, by the wall and by CPU time or the GPU's clock."""
     from dataclasses import asdict
 
-    from tprl_hf.evaluation.benchmark import Spread, benchmark_calls, ratio, time_in_turns
+    from tprl_hf.evaluation.benchmark import Spread, benchmark_calls, peak_bytes, ratio, time_in_turns
 
     print(f"Timing {2 + arguments.rounds} rounds ...", file=sys.stderr)
-    times = time_in_turns(benchmark_calls(model, inputs, num_keep, arguments.new_tokens), arguments.rounds)
-    found: dict[str, Any] = {}
+    calls = benchmark_calls(model, inputs, num_keep, arguments.new_tokens)
+    times = time_in_turns(calls, arguments.rounds)
+    found: dict[str, Any] = {"peak_bytes": {name: peak_bytes(call) for name, call in calls.items()}}
     second = {f"{clock}_": clock for clock in SECOND_CLOCKS if clock == model.device.type}
     for prefix, clock in {"": "wall", **second}.items():
         values = {name: getattr(one, clock) for name, one in times.items()}
@@ -201,7 +202,7 @@ def time_load(model, make_inputs, num_keep: int, arguments: argparse.Namespace) 
 
 
 def memory(model, length: int, num_removed: int, batch: int) -> dict[str, int]:
-    """KV cache of the prompts in bytes, in the model's own precision, and the peak on a GPU."""
+    """KV cache of the prompts in bytes, in the model's own precision, and all that was allocated on a GPU at most."""
     import torch
 
     from tprl_hf.evaluation.flops import llm_shape
@@ -213,7 +214,7 @@ def memory(model, length: int, num_removed: int, batch: int) -> dict[str, int]:
         "kv_bytes_pruned": batch * llm.kv_bytes(length - num_removed, size),
     }
     if model.device.type == "cuda":
-        found["peak_bytes"] = torch.cuda.max_memory_allocated(model.device)
+        found["allocated_bytes"] = torch.cuda.max_memory_allocated(model.device)
     return found
 
 
@@ -222,10 +223,11 @@ def as_text(found: dict[str, Any]) -> str:
     from .demo import format_table
 
     clocks = [clock for clock in SECOND_CLOCKS if f"{clock}_ratios" in found]
-    rows = [["part", "ms (median)", "middle half", *(f"{clock.upper()} ms" for clock in clocks)]]
+    rows = [["part", "ms (median)", "middle half", *(f"{clock.upper()} ms" for clock in clocks), "peak MB"]]
     for name, one in found["milliseconds"].items():
         others = [f"{found[f'{clock}_milliseconds'][name]['median']:.1f}" for clock in clocks]
-        rows.append([name, f"{one['median']:.1f}", f"{one['low']:.1f} to {one['high']:.1f}", *others])
+        peak = f"{found['peak_bytes'][name] / 1e6:.1f}"
+        rows.append([name, f"{one['median']:.1f}", f"{one['low']:.1f} to {one['high']:.1f}", *others, peak])
     tables = [format_table(rows)]
     headings = [heading for clock in clocks for heading in (f"by {clock.upper()} time", "middle half")]
     rows = [["ratio, round by round", "median", "middle half", *headings]]
@@ -254,7 +256,8 @@ def notes(found: dict[str, Any]) -> list[str]:
         f"{found['length']} tokens, batch {found['batch']}, {found['new_tokens']} new tokens; KV cache {kv} MB; "
         f"weights {found['weights']}.",
         "Parts take turns; prefill: one row of logits, features given; floor: the base model fed as many embeddings; "
-        "answer: from pixels to the last token; requests: whole answers, one batch after the other.",
+        "answer: from pixels to the last token; requests: whole answers, one batch after the other; peak: bytes of "
+        "the tensors made that are alive at once.",
         f"Device: {found['device']}, {found['machine']}; "
         + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
         + ".",

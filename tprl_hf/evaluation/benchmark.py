@@ -1,12 +1,16 @@
-"""Wall-clock of one prompt, part by part: unpruned, pruned, and the floor that no pruner can go below."""
+"""Wall-clock and memory of one prompt, part by part: unpruned, pruned, and the floor that no pruner can go below."""
 
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,52 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
 def requests_per_second(batch_size: int, milliseconds: Sequence[float]) -> Spread:
     """Requests that are answered in a second, when one batch follows the other."""
     return Spread.of([1000 * batch_size / one for one in milliseconds])
+
+
+class LiveTensors(TorchDispatchMode):
+    """
+    Inside the `with`, counts the bytes of the tensors that operations make, for as long as these are alive.
+
+    What was there before, such as weights, does not count, nor what an operation uses within itself.
+
+    Attributes:
+        now, peak (`int`): Bytes that are alive, and the most that were at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.note((args, kwargs), is_new=False)
+        output = func(*args, **(kwargs or {}))
+        self.note(output, is_new=True)
+        return output
+
+    def note(self, values: Any, is_new: bool) -> None:
+        """Counts the storages of `values` that were not seen before, if an operation has just made them."""
+        for tensor in tree_leaves(values):
+            if not isinstance(tensor, Tensor) or tensor.untyped_storage()._cdata in self.known:
+                continue
+            storage = tensor.untyped_storage()
+            size = storage.nbytes() if is_new else 0
+            self.known.add(storage._cdata)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, storage._cdata, size)
+
+    def forget(self, address: int, size: int) -> None:
+        """A storage is gone."""
+        self.known.discard(address)
+        self.now -= size
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """The most bytes that tensors made in `call` take at once: activations, logits and KV cache, without weights."""
+    with torch.no_grad(), LiveTensors() as live:
+        call()
+    return live.peak
 
 
 def synchronize() -> None:
