@@ -16,7 +16,7 @@ from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.arguments import METHODS
 from tprl_hf.cli.main import main
 from tprl_hf.evaluation.benchmark import benchmark_calls
-from tprl_hf.pruners import VisPruner
+from tprl_hf.pruners import RandomPruner, ToMePruner, VisionZip, VisPruner
 from tprl_hf.training import (
     AutoencoderConfig,
     AutoencoderTrainer,
@@ -62,6 +62,31 @@ def families() -> None:
             assert output.logits.device == output.num_kept.device == DEVICE, family
             torch.testing.assert_close(inner_of(output.logits), logits, atol=1e-4, rtol=1e-4)
             assert inner_of(model.generate(**batch, **choice)).equal(sequences), family
+
+
+@torch.no_grad()
+def default_device() -> None:
+    """A program may make all its tensors on the device by default; what is worked out on the CPU stays there."""
+    for family in ("llava", "qwen2_5_vl", "llava_next"):
+        model = TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8).eval()
+        batch = collate(family, [sample(family, 1, 1), sample(family, 2, 2)])
+        pruners = (model.pruner, RandomPruner(), *(() if family == "llava_next" else (ToMePruner(), VisionZip())))
+        expected = []
+        for pruner in pruners:
+            with model.using(pruner):
+                expected.append(model.generate(**batch, keep_ratio=0.5, max_new_tokens=2, do_sample=False))
+        features = model.encode_images(**batch).take([1, 0]).modalities["image"].rows
+        on_device(model)
+        batch = {name: on_device(value) for name, value in batch.items()}
+        with PretendMode():
+            torch.set_default_device(DEVICE)
+            for pruner, sequences in zip(pruners, expected, strict=True):
+                with model.using(pruner):
+                    made = model.generate(**batch, keep_ratio=0.5, max_new_tokens=2, do_sample=False)
+                    assert inner_of(made).equal(sequences), (family, pruner)
+            taken = model.encode_images(**batch).take([1, 0]).modalities["image"].rows
+            torch.testing.assert_close(inner_of(taken), features, atol=1e-4, rtol=1e-4)
+            torch.set_default_device(None)
 
 
 @torch.no_grad()
@@ -139,4 +164,4 @@ def training() -> None:
 
 
 if __name__ == "__main__":
-    {part.__name__: part for part in (control, families, steps, commands, training)}[sys.argv[1]]()
+    {part.__name__: part for part in (control, families, default_device, steps, commands, training)}[sys.argv[1]]()

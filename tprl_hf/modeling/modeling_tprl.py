@@ -195,7 +195,8 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
     def _plan(self, batch: PromptBatch, call: dict[str, Any], budget: Budget | None, query_mask: Tensor | None):
         """The plan on the CPU, but for its scores, which nothing waits for."""
         total = len(batch.visual_ids)
-        keep_mask, scores = torch.ones(total, dtype=torch.bool), torch.ones(total)
+        keep_mask = torch.ones(total, dtype=torch.bool, device="cpu")
+        scores = keep_mask.float()
         layout = layout_of(batch, self.adapter)
         if call["keep_mask"] is not None:
             given = call["keep_mask"]
@@ -218,7 +219,8 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             keep_mask[new] = unpad_rows(chosen.cpu(), inputs.num_visual)
         if batch.record is not None:
             keep_mask[~batch.new] = torch.cat(batch.record.keep_masks)
-        num_kept = torch.tensor([int(mask.sum()) for mask in keep_mask.split(batch.num_visual.tolist())])
+        kept = [int(mask.sum()) for mask in keep_mask.split(batch.num_visual.tolist())]
+        num_kept = torch.tensor(kept, device="cpu")
         return PrunePlan(keep_mask, scores, num_kept, batch.num_visual, layout)
 
     def _query_mask(self, batch: PromptBatch, query_mask: Tensor | None) -> Tensor:

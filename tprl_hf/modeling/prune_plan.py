@@ -121,7 +121,7 @@ def layout_of(batch: PromptBatch, adapter: LVLMAdapter) -> TokenLayout:
     """Layout of all visual tokens in placeholder order, on the CPU; images and videos are counted in one row."""
     modalities = batch.features.modalities if batch.features else {}
     if not modalities:
-        nowhere = torch.tensor([0, 0, 0, 0, 1, 1, 0])
+        nowhere = torch.tensor([0, 0, 0, 0, 1, 1, 0], device="cpu")
         return TokenLayout.from_stacked(nowhere[:, None].repeat(1, len(batch.visual_ids)))
     layouts = {modality: TokenLayout.from_blocks(encoded.blocks) for modality, encoded in modalities.items()}
     if len(layouts) == 1:

@@ -58,7 +58,7 @@ class PromptBatch:
     @cached_property
     def new(self) -> Tensor:
         """Which of the V visual tokens no cache has decided yet, `bool [V]` on the CPU."""
-        new = torch.ones(len(self.visual_ids), dtype=torch.bool)
+        new = torch.ones(len(self.visual_ids), dtype=torch.bool, device="cpu")
         if self.record is not None:
             starts = self.num_visual.cumsum(0) - self.num_visual
             for start, mask in zip(starts.tolist(), self.record.keep_masks, strict=True):
@@ -146,7 +146,7 @@ def prune_batch(
             counts[modality] = torch.bincount(batch.sample_of[of_modality & chosen], minlength=len(ids))
             if same_length and encoded.container == "tensor":
                 extra[modality] = counts[modality].max() - counts[modality]
-    padding = torch.zeros(len(ids), dtype=torch.long)
+    padding = torch.zeros(len(ids), dtype=torch.long, device="cpu")
     for missing in extra.values():
         padding = padding + missing
     padding = padding.clamp(min=min_padding)
@@ -184,7 +184,7 @@ def prune_batch(
             padding_value = -100 if name == "labels" else 0
             inputs[name] = gather_columns(value, index, valid, padding_value).to(batch.device)
     pruned_ids = gather_columns(ids, index, valid, pad_token_id)
-    column = torch.arange(index.shape[1])
+    column = torch.arange(index.shape[1], device="cpu")
     start = torch.zeros_like(padding)[:, None]
     for modality, missing in extra.items():
         end = start + missing[:, None]

@@ -87,12 +87,12 @@ def stacked_fields(entries: tuple[tuple[Block, ...], ...]) -> Tensor:
     for image, blocks in enumerate(entries):
         for index, block in enumerate(blocks):
             width = block.width + block.row_newline
-            row = torch.arange(block.height).repeat_interleave(width)
-            column = torch.arange(width).repeat(block.height)
+            row = torch.arange(block.height, device="cpu").repeat_interleave(width)
+            column = torch.arange(width, device="cpu").repeat(block.height)
             protected = torch.full_like(row, block.separator) | (column == block.width)
             sizes = [torch.full_like(row, value) for value in (image, index, block.height, block.width)]
             columns.append(torch.stack([sizes[0], sizes[1], row, column, sizes[2], sizes[3], protected.long()]))
-    return torch.cat(columns, dim=1) if columns else torch.zeros(7, 0, dtype=torch.long)
+    return torch.cat(columns, dim=1) if columns else torch.zeros(7, 0, dtype=torch.long, device="cpu")
 
 
 def square_block(length: int) -> Block:

@@ -163,13 +163,13 @@ class LearnedPruner(TokenPruner):
         if budget.threshold is None:
             share = (keep_counts(num_visual, budget) / num_visual.clamp(min=1)).masked_fill(num_visual == 0, 1.0)
         else:
-            share = torch.full(num_visual.shape, self.threshold_keep_ratio or 1.0)
+            share = torch.full(num_visual.shape, self.threshold_keep_ratio or 1.0, device="cpu")
         inputs = replace(inputs, keep_ratio=share.to(codes.device))
         for step in range(self.num_steps):
             logits = self.logits(inputs, codes, keep_mask, step)
             scores = torch.where(keep_mask, step + logits.sigmoid(), scores)
             if budget.threshold is not None:
-                above = replace(budget, threshold=float(torch.tensor(budget.threshold).logit()))
+                above = replace(budget, threshold=float(torch.tensor(budget.threshold, device="cpu").logit()))
                 keep_mask = keep_above_threshold(logits, keep_mask, above, protected)
             else:
                 counts = (num_visual * share ** ((step + 1) / self.num_steps)).round().long()

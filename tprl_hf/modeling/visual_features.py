@@ -51,9 +51,8 @@ class EncodedModality:
         """The tokens of `samples`, which may repeat."""
         starts = (self.counts.cumsum(0) - self.counts).tolist()
         sizes = self.counts.tolist()
-        index = torch.cat([torch.arange(starts[s], starts[s] + sizes[s]) for s in samples] or [torch.arange(0)]).to(
-            self.rows.device
-        )
+        rows = [row for sample in samples for row in range(starts[sample], starts[sample] + sizes[sample])]
+        index = torch.tensor(rows, dtype=torch.long, device=self.rows.device)
         entries = self.entries_of_samples()
         return replace(
             self,

@@ -24,9 +24,9 @@ class RandomPruner(TokenPruner):
         self.seed = seed
 
     def score(self, inputs: PruningInputs) -> Tensor:
-        scores = torch.zeros(inputs.valid.shape)
+        scores = torch.zeros(inputs.valid.shape, device="cpu")
         for row, (key, count) in enumerate(zip(inputs.sample_keys, inputs.valid.sum(1).tolist(), strict=True)):
             # torch takes 32 bits of a seed, so both numbers are mixed down to these
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {key}".encode()))
-            scores[row, inputs.valid[row].cpu()] = torch.rand(count, generator=generator)
+            generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{self.seed} {key}".encode()))
+            scores[row, inputs.valid[row].cpu()] = torch.rand(count, generator=generator, device="cpu")
         return scores.to(inputs.tokens.device)
