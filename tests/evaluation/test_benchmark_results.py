@@ -50,6 +50,10 @@ def test_the_page_says_what_was_measured():
     for name, clocks in {"llava-0.5b-cpu": ("ratios", "cpu_ratios"), "mosaic-llava-cpu": ("cpu_ratios",)}.items():
         for spread in [RESULTS[name][clock][ratio] for clock in clocks for ratio in told]:
             assert as_written(spread) in page
+    for found in RESULTS.values():
+        for part in ("prefill", "answer"):
+            peaks = [found["peak_bytes"][f"{part} {name}"] / 1e6 for name in ("unpruned", "pruned")]
+            assert f"{peaks[0]:.1f} to {peaks[1]:.1f}" in page and peaks[1] < peaks[0]
     for one in [one for found in RESULTS.values() for one in found["load"]]:
         speed_ups = f"{one['speed_up']['median']:.3f} | {one['cpu_speed_up']['median']:.3f} |"
         assert f"| {one['batch']} | {as_written(one['unpruned'])} | {as_written(one['pruned'])} | {speed_ups}" in page

@@ -11,6 +11,8 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 from huggingface_hub import ModelCardData
 
+from tests.cli.conftest import make_processor
+from tests.tiny_models import build
 from tprl_hf.data import mosaic_vqa
 from tprl_hf.evaluation.lmms_eval_results import lmms_eval_results
 
@@ -149,13 +151,15 @@ def test_tprl_evaluate_takes_a_task(results, tasks, tmp_path, capsys):
     assert "'nope' is no task of lmms-eval" in capsys.readouterr().err
 
 
-def test_what_cannot_be_run_is_refused():
+def test_what_cannot_be_run_is_refused(tmp_path):
     from tprl_hf.evaluation.lmms_eval_model import TPRL
 
+    build("llava").save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="needs a pruner"):
         TPRL(keep_ratio="1/3", pruner="none")
     with pytest.raises(ValueError, match="'vispruner' needs a budget"):
-        TPRL(pruner="vispruner")
+        TPRL(pretrained=str(tmp_path), pruner="vispruner")
     with pytest.raises(ValueError, match="no pruner 'magic'"):
         TPRL(pruner="magic", num_keep=3)
 

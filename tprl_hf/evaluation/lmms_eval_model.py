@@ -70,8 +70,8 @@ class TPRL(lmms):
         if pruner == "none":
             if self.budget:
                 raise ValueError(
-                    f"A budget, {self.budget}, needs a pruner, and this checkpoint's policy is not trained: add "
-                    "pruner=vispruner, or another that docs/pruners.md names, to --model_args."
+                    f"A budget, {self.budget}, needs a pruner, and there is none: add pruner=vispruner, or another "
+                    "that docs/pruners.md names, to --model_args; without a trained policy none is the default."
                 )
             self.budget = {"prune": False}
         elif not self.budget and not trained:
