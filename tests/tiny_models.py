@@ -6,6 +6,7 @@ right-padded. How many placeholders an image needs is asked from the base model'
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -399,6 +400,14 @@ def sample(family: str, num_images: int = 1, seed: int = 0, text: int = 5) -> Sa
         images.append(pixels)
         ids += [image_token(family)] * num_placeholders(family, pixels) + words(2)
     return Sample(ids + words(text), images)
+
+
+def before_second_image(family: str) -> tuple[Sample, Sample, list[int]]:
+    """A sample with two images, what comes before the second of them, and the ids that follow."""
+    both = sample(family, 2, 2)
+    where = [i for i, token in enumerate(both.ids) if token == image_token(family)]
+    gap = next(a for a, b in itertools.pairwise(where) if b != a + 1)
+    return both, Sample(both.ids[: gap + 2], both.images[:1]), both.ids[gap + 2 :]
 
 
 def collate(family: str, samples: list[Sample], side: str = "left") -> dict[str, Any]:

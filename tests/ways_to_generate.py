@@ -3,7 +3,6 @@
 `CANNOT` names what a base model itself cannot do, with or without pruning.
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.tiny_models import Sample, build, collate, entry, image_token, sample
+from tests.tiny_models import Sample, before_second_image, build, collate, entry, sample
 from tprl_hf.modeling import TPRLForConditionalGeneration
 
 NEW = 4
@@ -123,12 +122,10 @@ def conversation(trial: Trial) -> bool:
 
 def new_image(trial: Trial) -> bool:
     """A second image comes in the second turn."""
-    both = sample(trial.family, 2, 2)
-    where = [i for i, token in enumerate(both.ids) if token == image_token(trial.family)]
-    gap = next(a for a, b in itertools.pairwise(where) if b != a + 1)
-    batch = collate(trial.family, [Sample(both.ids[: gap + 2], both.images[:1])])
+    both, start, rest = before_second_image(trial.family)
+    batch = collate(trial.family, [start])
     first = trial.model.generate(**batch, max_new_tokens=3, return_dict_in_generate=True)
-    inputs = collate(trial.family, [Sample(first.sequences[0].tolist() + both.ids[gap + 2 :], both.images)])
+    inputs = collate(trial.family, [Sample(first.sequences[0].tolist() + rest, both.images)])
     output = trial.made(inputs, past_key_values=first.past_key_values, return_dict_in_generate=True)
     return torch.equal(output.sequences, trial.made(inputs, keep_mask=output.keep_mask))
 

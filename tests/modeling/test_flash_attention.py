@@ -1,7 +1,6 @@
 """`attn_implementation="flash_attention_2"`: its kernels are plain torch here, see `tests.pretend_flash`."""
 
 import functools
-import itertools
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from tests import pretend_flash
 from tests.more_families import OTHERS
 from tests.pretend_flash import BASE_DIFFERS, BASE_FAILS, BEAR_NO_PADDING, flash_attention
 from tests.reference import delete_by_hand
-from tests.tiny_models import FAMILIES, build, collate, entry, image_token, sample
+from tests.tiny_models import FAMILIES, before_second_image, build, collate, entry, sample
 from tests.ways_to_generate import CANNOT
 from tprl_hf.modeling import TPRLForConditionalGeneration
 from tprl_hf.pruners import FastVPruner, VisPruner
@@ -61,14 +60,12 @@ def test_pruned_equals_deletion_by_hand(family):
 def test_new_image_in_the_second_turn(family):
     """A mask of ones is dropped; gaps in positions would then be read as packed prompts over the wrong keys."""
     _, model = wrap(family)
-    both = sample(family, 2, 2)
-    where = [i for i, token in enumerate(both.ids) if token == image_token(family)]
-    gap = next(a for a, b in itertools.pairwise(where) if b != a + 1)
-    one = collate(family, [type(both)(both.ids[: gap + 2], both.images[:1])])
+    both, start, rest = before_second_image(family)
+    one = collate(family, [start])
     settings = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
     with flash_attention(model):
         first = model.generate(**one, max_new_tokens=3, return_dict_in_generate=True)
-        more = collate(family, [type(both)(first.sequences[0].tolist() + both.ids[gap + 2 :], both.images)])
+        more = collate(family, [type(both)(first.sequences[0].tolist() + rest, both.images)])
         if family in BEAR_NO_PADDING:
             with pytest.raises(ValueError, match="carry a state"):
                 model.generate(**more, past_key_values=first.past_key_values, **settings)

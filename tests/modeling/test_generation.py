@@ -1,13 +1,12 @@
 """Every way to generate: pruned prompts behave as the base model's own, and the user sees the original prompt."""
 
 import copy
-import itertools
 
 import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria, TextStreamer
 
-from tests.tiny_models import BOS, FAMILIES, build, collate, image_token, sample
+from tests.tiny_models import BOS, FAMILIES, before_second_image, build, collate, sample
 from tests.ways_to_generate import CANNOT
 from tprl_hf.modeling import TPRLForConditionalGeneration
 from tprl_hf.pruners import RandomPruner, TokenPruner
@@ -272,13 +271,10 @@ def test_padding_behind_a_state_is_refused(family):
 @torch.no_grad()
 def test_new_image_in_the_second_turn(family):
     _, model = wrap(family)
-    both = sample(family, 2, 2)
-    where = [i for i, token in enumerate(both.ids) if token == image_token(family)]
-    gap = next(a for a, b in itertools.pairwise(where) if b != a + 1)
-    one = type(both)(both.ids[: gap + 2], both.images[:1])
-    batch = collate(family, [one])
+    both, start, rest = before_second_image(family)
+    batch = collate(family, [start])
     first = model.generate(**batch, max_new_tokens=3, return_dict_in_generate=True)
-    more = type(both)(first.sequences[0].tolist() + both.ids[gap + 2 :], both.images)
+    more = type(both)(first.sequences[0].tolist() + rest, both.images)
     inputs = collate(family, [more])
     output = model.generate(
         **inputs, past_key_values=first.past_key_values, max_new_tokens=NEW, return_dict_in_generate=True
