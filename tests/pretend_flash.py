@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, modeling_flash_attention_utils
 
-# Of these the base model itself, unpruned, fails with Flash Attention or answers otherwise than with sdpa.
-BASE_FAILS = ("dots3_note", "glm5_next", "mistral_large4", "qwen4_exp")
+# Of these the base model itself, unpruned, fails with Flash Attention or answers otherwise than with sdpa. Ernie and
+# GLM-4V-MoE hand it positions of three axes, which it reads as three packed prompts.
+BASE_FAILS = ("dots3_note", "ernie4_5_vl_moe", "glm4v_moe", "glm5_next", "mistral_large4", "qwen4_exp")
 BASE_DIFFERS = ("deepseek_ocr2", "gemma3", "gemma4_unified", "inkling2", "molmo2")
 # Layers with a state, and positions with gaps: a new image behind a cache is refused.
 BEAR_NO_PADDING = ("lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "nemotron_h_omni")
@@ -58,7 +59,9 @@ def flash_attn_varlen_func(
     options = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size, "softcap": softcap}
     output = torch.zeros_like(q)
     of_q, of_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for a, b, c, d in zip(of_q, of_q[1:], of_k, of_k[1:], strict=False):
+    if (of_q[0], of_q[-1], of_k[0], of_k[-1]) != (0, len(q), 0, len(k)):  # the kernels would read what lies behind
+        raise ValueError(f"Sequences end at {of_q} and {of_k}, but there are {len(q)} queries and {len(k)} keys.")
+    for a, b, c, d in zip(of_q[:-1], of_q[1:], of_k[:-1], of_k[1:], strict=True):
         output[a:b] = flash_attn_func(q[None, a:b], k[None, c:d], v[None, c:d], **options)[0]
     return output
 

@@ -54,6 +54,8 @@ def test_the_page_says_what_was_measured():
         for part in ("prefill", "answer"):
             peaks = [found["peak_bytes"][f"{part} {name}"] / 1e6 for name in ("unpruned", "pruned")]
             assert f"{peaks[0]:.1f} to {peaks[1]:.1f}" in page and peaks[1] < peaks[0]
+        kv = [found[f"kv_bytes_{name}"] / 1e6 for name in ("unpruned", "pruned")]
+        assert f"{kv[0]:.2f} to {kv[1]:.2f}" in page
     for one in [one for found in RESULTS.values() for one in found["load"]]:
         speed_ups = f"{one['speed_up']['median']:.3f} | {one['cpu_speed_up']['median']:.3f} |"
         assert f"| {one['batch']} | {as_written(one['unpruned'])} | {as_written(one['pruned'])} | {speed_ups}" in page

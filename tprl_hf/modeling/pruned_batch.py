@@ -1,7 +1,7 @@
 """One batch of prompts with its visual tokens pruned: everything the base model needs, and the way back.
 
 Ids, masks and positions are worked out on the CPU, wherever the model is. They are many small steps, of which a GPU
-would get a kernel each, and be waited for at every second one.
+would get a kernel each, and be waited for at many.
 """
 
 from collections.abc import Mapping
@@ -152,16 +152,15 @@ def prune_batch(
     padding = padding.clamp(min=min_padding)
 
     kept = kept_columns(batch.attention_mask, visual, keep_mask)
-    index, valid = left_padded_index(kept, padding)
-    if batch.record is not None:
-        # Flash Attention gets no mask of ones, and reads gaps in the positions of one sample as packed prompts. LLMs
-        # that carry a state bear no padding; those that count text on an axis of its own show it no gaps.
-        gaps = not contiguous and len(ids) == 1 and bool((batch.new & ~keep_mask).any())
-        shown = gaps and not (batch.record.carries_state and adapter.has_text_axis)
-        needs_mask = shown and is_flash_attention_requested(adapter.config.get_text_config())
-        index, valid, past = align_with_cache(batch, kept, padding=int(needs_mask))
-    else:
+    if batch.record is None:
         past = 0
+        index, valid = left_padded_index(kept, padding)
+    else:
+        # Flash Attention gets no mask of ones, and reads gaps in the positions of one sample as packed prompts; none
+        # are shown to it where an axis of its own counts text.
+        gaps = not contiguous and not adapter.has_text_axis and len(ids) == 1 and bool((batch.new & ~keep_mask).any())
+        needs_mask = gaps and is_flash_attention_requested(adapter.config.get_text_config())
+        index, valid, past = align_with_cache(batch, kept, padding=int(needs_mask))
 
     inputs = dict(batch.inputs)
     full_positions = inputs.pop("position_ids", None)
