@@ -54,7 +54,9 @@ def measure(family: str) -> dict[str, float]:
     """Largest deviation of each invariant; infinity where greedy tokens differ."""
     base = build(family)
     numbering = "contiguous" if entry(family).numbered_anew else "original"
-    model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, position_ids=numbering).eval()
+    model = TPRLForConditionalGeneration.from_base_model(
+        base, latent_dim=8, policy_training={"stage": "lfd"}, position_ids=numbering
+    ).eval()
     samples = [sample(family, 1, 1, text=3), sample(family, 2, 2), sample(family, 0, 3, text=9)]
     batch = collate(family, samples)
     found = {}

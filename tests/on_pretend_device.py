@@ -51,7 +51,9 @@ def families() -> None:
     """Logits and answers are those of the CPU."""
     for family in (*FAMILIES, *OTHERS):
         numbering = "contiguous" if entry(family).numbered_anew else "original"
-        model = TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8, position_ids=numbering)
+        model = TPRLForConditionalGeneration.from_base_model(
+            build(family), latent_dim=8, policy_training={"stage": "lfd"}, position_ids=numbering
+        )
         batch = collate(family, [sample(family, 1, 1), sample(family, 2, 2)])
         choice = {"keep_ratio": 0.5, "max_new_tokens": 2, "do_sample": False}
         logits, sequences = model.eval()(**batch, keep_ratio=0.5).logits, model.generate(**batch, **choice)
@@ -68,7 +70,9 @@ def families() -> None:
 def default_device() -> None:
     """A program may make all its tensors on the device by default; what is worked out on the CPU stays there."""
     for family in ("llava", "qwen2_5_vl", "llava_next"):
-        model = TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8).eval()
+        model = TPRLForConditionalGeneration.from_base_model(
+            build(family), latent_dim=8, policy_training={"stage": "lfd"}
+        ).eval()
         batch = collate(family, [sample(family, 1, 1), sample(family, 2, 2)])
         pruners = (model.pruner, RandomPruner(), ToMePruner(), VisionZip())
         expected = []
@@ -93,7 +97,11 @@ def default_device() -> None:
 def steps() -> None:
     """What pruning gives a GPU to do: few launches, and hardly anything to wait for, whatever the batch."""
     for family in ("llava", "qwen2_5_vl"):
-        model = on_device(TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8).eval())
+        model = on_device(
+            TPRLForConditionalGeneration.from_base_model(
+                build(family), latent_dim=8, policy_training={"stage": "lfd"}
+            ).eval()
+        )
         for samples in ([sample(family, 1, 1)], [sample(family, number, 1 + number) for number in range(3)]):
             batch = {name: on_device(value) for name, value in collate(family, samples).items()}
             with PretendMode():

@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving": {"", "modeling"},
     "cli": {"", "modeling", "pruners", "training", "evaluation", "visualization", "data", "model_cards", "serving"},
     # the root: `tprl_hf/__init__.py` and what it needs to offer our classes to transformers
-    "": {"", "modeling"},
+    "": {"", "modeling", "pruners"},
 }
 # What modeling may import from outside: it travels with the weights and must run where only these are.
 MODELING_NEEDS = {"torch", "transformers", "huggingface_hub", "safetensors"}  # the last two come with transformers

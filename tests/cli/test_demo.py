@@ -72,7 +72,9 @@ def test_pictures_show_each_question_with_each_pruner(demo, tmp_path):
 
 
 def test_a_trained_policy_has_a_column_of_its_own(demo, tmp_path):
-    model = TPRLForConditionalGeneration.from_base_model(build("llava"), keep_ratio=0.5, policy_num_heads=2)
+    model = TPRLForConditionalGeneration.from_base_model(
+        build("llava"), keep_ratio=0.5, policy_training={"stage": "lfd"}, policy_num_heads=2
+    )
     model.save_pretrained(tmp_path / "model", save_base_model=True)
     make_processor().save_pretrained(tmp_path / "model")
     _, out, _ = demo(model=tmp_path / "model")

@@ -193,7 +193,9 @@ def test_broken_data_is_one_line_and_exit_code_2(evaluate, tmp_path, line, messa
 
 
 def test_a_trained_policy_has_rows_of_its_own(evaluate, tmp_path):
-    model = TPRLForConditionalGeneration.from_base_model(build("llava"), keep_ratio=0.5, policy_num_heads=2)
+    model = TPRLForConditionalGeneration.from_base_model(
+        build("llava"), keep_ratio=0.5, policy_training={"stage": "lfd"}, policy_num_heads=2
+    )
     model.save_pretrained(tmp_path / "model", save_base_model=True)
     make_processor().save_pretrained(tmp_path / "model")
     command = [

@@ -16,7 +16,9 @@ QUESTION = "word7 word8"
 def trained_checkpoint(tmp_path_factory):
     """A TPRL checkpoint that names a budget, as one with a trained policy does."""
     path = tmp_path_factory.mktemp("trained")
-    model = TPRLForConditionalGeneration.from_base_model(build("llava"), keep_ratio=0.5, policy_num_heads=2)
+    model = TPRLForConditionalGeneration.from_base_model(
+        build("llava"), keep_ratio=0.5, policy_training={"stage": "lfd"}, policy_num_heads=2
+    )
     model.save_pretrained(path, save_base_model=True)
     make_processor().save_pretrained(path)
     return path
@@ -161,7 +163,9 @@ def test_answers_do_not_depend_on_the_batch_size(base_checkpoint):
     import numpy as np
     from PIL import Image
 
-    model = TPRLForConditionalGeneration.from_base_model(base_checkpoint, keep_ratio=0.5)
+    model = TPRLForConditionalGeneration.from_base_model(
+        base_checkpoint, keep_ratio=0.5, policy_training={"stage": "lfd"}
+    )
     noise = np.random.default_rng(1).integers(0, 255, (5, 24, 24, 3), dtype=np.uint8)
     samples = [
         {"images": [Image.fromarray(pixels)], "prompt": " ".join(f"word{number}" for number in range(7, 9 + length))}

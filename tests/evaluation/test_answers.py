@@ -41,7 +41,9 @@ def test_chat_messages_are_taken_as_they_are(images):
 
 
 def test_answers_are_the_new_tokens_only(images):
-    model = TPRLForConditionalGeneration.from_base_model(build("llava"), keep_ratio=0.5)
+    model = TPRLForConditionalGeneration.from_base_model(
+        build("llava"), keep_ratio=0.5, policy_training={"stage": "lfd"}
+    )
     sample = {"images": images[:1], "prompt": "word7 word8"}
     (answer,) = generate_answers(model, make_processor(), [sample], max_new_tokens=3)
     assert len(answer.split()) == 3

@@ -83,7 +83,9 @@ def test_presets_have_the_sizes_of_their_names(name):
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "qwen3_vl"])
 @torch.no_grad()
 def test_torch_counts_the_same_early_layers(family):
-    model = TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8).eval()
+    model = TPRLForConditionalGeneration.from_base_model(
+        build(family), latent_dim=8, policy_training={"stage": "lfd"}
+    ).eval()
     llm = shape_of(model.config, image_size=32).llm
     tokens, query = torch.randn(1, 12, llm.width), torch.randn(1, 5, llm.width)
     for layer in (1, 2):
@@ -96,7 +98,9 @@ def test_torch_counts_the_same_early_layers(family):
 @pytest.mark.parametrize("family", ["llava", "paligemma", "internvl", "gemma3", "idefics3", "smolvlm", *QWEN])
 @torch.no_grad()
 def test_torch_counts_the_same(family):
-    model = TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8).eval()
+    model = TPRLForConditionalGeneration.from_base_model(
+        build(family), latent_dim=8, policy_training={"stage": "lfd"}
+    ).eval()
     one = next(s for s in (sample(family, 1, seed) for seed in range(9)) if is_square(s))
     inputs = collate(family, [one])
     plan = model.prune(**inputs, prune=False)
@@ -122,7 +126,9 @@ def is_square(one) -> bool:
 
 @torch.no_grad()
 def test_torch_counts_the_same_while_decoding():
-    model = TPRLForConditionalGeneration.from_base_model(build("llava"), latent_dim=8).eval()
+    model = TPRLForConditionalGeneration.from_base_model(
+        build("llava"), latent_dim=8, policy_training={"stage": "lfd"}
+    ).eval()
     inputs = collate("llava", [sample("llava", 1, 1)])
     shape = shape_of(model.config)
     text = inputs["input_ids"].shape[1] - 16

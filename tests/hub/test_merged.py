@@ -32,7 +32,9 @@ def test_merged_in_shards_and_tied(family, tmp_path):
     base = tied_base(family)
     assert is_tied(base) == (family not in NEVER_TIED)
     numbering = "contiguous" if entry(family).numbered_anew else "original"
-    model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, position_ids=numbering)
+    model = TPRLForConditionalGeneration.from_base_model(
+        base, latent_dim=8, policy_training={"stage": "lfd"}, position_ids=numbering
+    )
     model.save_pretrained(tmp_path, save_base_model=True, max_shard_size="60KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1

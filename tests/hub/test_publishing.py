@@ -243,7 +243,9 @@ def test_results_without_baselines_are_refused():
 
 def test_a_merged_checkpoint_takes_no_path_along(tmp_path, capsys):
     """Sharded, made from a directory of this machine."""
-    model = TPRLForConditionalGeneration.from_base_model(build("llava"), latent_dim=8)
+    model = TPRLForConditionalGeneration.from_base_model(
+        build("llava"), latent_dim=8, policy_training={"stage": "lfd"}
+    )
     model.config.base_model_name_or_path = str(tmp_path)
     model.lvlm.config._name_or_path = str(tmp_path)
     model.save_pretrained(tmp_path / "merged", save_base_model=True, max_shard_size="40KB")
@@ -263,7 +265,9 @@ def test_a_merged_checkpoint_takes_no_path_along(tmp_path, capsys):
 
 
 def test_what_cannot_be_pushed(tmp_path, capsys):
-    model = TPRLForConditionalGeneration.from_base_model(build("llava"), latent_dim=8)
+    model = TPRLForConditionalGeneration.from_base_model(
+        build("llava"), latent_dim=8, policy_training={"stage": "lfd"}
+    )
     model.config.base_model_name_or_path = "some/where"
     model.save_pretrained(tmp_path / "policy")
     config = TPRLConfig.from_pretrained(tmp_path / "policy")

@@ -26,7 +26,7 @@ processor.push_to_hub("me/base")
 ModelCard("---\\nlicense: llama2\\n---\\nA base model.\\n").push_to_hub("me/base")
 
 torch.manual_seed(1)
-model = TPRLForConditionalGeneration.from_base_model("me/base", latent_dim=8, keep_ratio=0.4).eval()
+model = TPRLForConditionalGeneration.from_base_model("me/base", latent_dim=8, policy_training={"stage": "lfd"}, keep_ratio=0.4).eval()
 assert model.config.base_model_revision == HfApi().model_info("me/base").sha
 bare = model.push_to_hub("me/llava-tprl", private=True).oid  # without a processor
 processor.push_to_hub("me/llava-tprl")

@@ -27,7 +27,9 @@ def made(tmp_path_factory):
     """A base model, its policy and both merged, as directories."""
     folder = tmp_path_factory.mktemp("made")
     build("llava").save_pretrained(folder / "base")
-    model = TPRLForConditionalGeneration.from_base_model(str(folder / "base"), latent_dim=8)
+    model = TPRLForConditionalGeneration.from_base_model(
+        str(folder / "base"), latent_dim=8, policy_training={"stage": "lfd"}
+    )
     model.save_pretrained(folder / "policy")
     model.save_pretrained(folder / "merged", save_base_model=True, max_shard_size="40KB")
     return folder

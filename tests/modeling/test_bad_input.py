@@ -12,7 +12,9 @@ from tprl_hf.pruners import RandomPruner, VisPruner
 
 @pytest.fixture(scope="module")
 def model():
-    return TPRLForConditionalGeneration.from_base_model(build("llava"), latent_dim=8).eval()
+    return TPRLForConditionalGeneration.from_base_model(
+        build("llava"), latent_dim=8, policy_training={"stage": "lfd"}
+    ).eval()
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ BUDGETS = [{"keep_ratio": 1 / 3}, {"num_keep": 3}, {"threshold": 0.5}]
 
 def wrap(family, **settings):
     base = build(family)
-    return base, TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, **settings).eval()
+    return base, TPRLForConditionalGeneration.from_base_model(
+        base, latent_dim=8, policy_training={"stage": "lfd"}, **settings
+    ).eval()
 
 
 def deviation(a, b):

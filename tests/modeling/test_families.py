@@ -66,7 +66,9 @@ def test_pruning_and_pixels_matter(family):
     """Without this, a model that looks at no image would pass everything else."""
     base = build(family)
     numbering = "contiguous" if entry(family).numbered_anew else "original"
-    model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, position_ids=numbering).eval()
+    model = TPRLForConditionalGeneration.from_base_model(
+        base, latent_dim=8, policy_training={"stage": "lfd"}, position_ids=numbering
+    ).eval()
     batch = collate(family, [sample(family, 2, 2)])
     full = base(**batch).logits[:, -1]
     assert (model(**batch, keep_ratio=0.3).logits[:, -1] - full).abs().max() > 1e-4
@@ -106,7 +108,9 @@ def test_types_that_take_features_and_cannot_be_pruned(model_type):
 
 @torch.no_grad()
 def test_merged_tokens_cannot_go_to_a_base_that_projects_itself():
-    model = TPRLForConditionalGeneration.from_base_model(build("llama4"), latent_dim=8).eval()
+    model = TPRLForConditionalGeneration.from_base_model(
+        build("llama4"), latent_dim=8, policy_training={"stage": "lfd"}
+    ).eval()
     batch = collate("llama4", [sample("llama4", 1, 1)])
     with model.using(ToMePruner(keep_ratio=0.5)), pytest.raises(ValueError, match="'llama4' project visual features"):
         model(**batch)
@@ -115,4 +119,4 @@ def test_merged_tokens_cannot_go_to_a_base_that_projects_itself():
 @pytest.mark.parametrize("family", [f for f in [*FAMILIES, *OTHERS] if entry(f).numbered_anew])
 def test_gaps_are_refused_where_they_are_not_respected(family):
     with pytest.raises(ValueError, match="pass position_ids='contiguous'"):
-        TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8)
+        TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8, policy_training={"stage": "lfd"})

@@ -21,7 +21,9 @@ def wrap(family, **settings):
     numbering = "contiguous" if entry(family).numbered_anew else "original"
     settings = {"position_ids": numbering, "keep_ratio": 0.4, **settings}
     base = build(family)
-    return base, TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, **settings).eval()
+    return base, TPRLForConditionalGeneration.from_base_model(
+        base, latent_dim=8, policy_training={"stage": "lfd"}, **settings
+    ).eval()
 
 
 @pytest.mark.parametrize("family", SAME)

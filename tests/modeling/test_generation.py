@@ -24,7 +24,9 @@ SAME_TOKENS = {
 
 def wrap(family, **settings):
     base = build(family)
-    model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, keep_ratio=0.4, **settings)
+    model = TPRLForConditionalGeneration.from_base_model(
+        base, latent_dim=8, policy_training={"stage": "lfd"}, keep_ratio=0.4, **settings
+    )
     return base, model.eval()
 
 

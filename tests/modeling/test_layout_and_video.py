@@ -29,7 +29,9 @@ GRIDS = {
 
 def wrap(family):
     base = build(family)
-    return base, TPRLForConditionalGeneration.from_base_model(base, latent_dim=8).eval()
+    return base, TPRLForConditionalGeneration.from_base_model(
+        base, latent_dim=8, policy_training={"stage": "lfd"}
+    ).eval()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

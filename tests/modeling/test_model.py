@@ -16,7 +16,9 @@ BATCH = [sample("llava", 1, 1), sample("llava", 2, 2), sample("llava", 0, 3)]
 
 def wrap(**settings):
     base = build("llava")
-    return TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, keep_ratio=0.4, **settings).eval()
+    return TPRLForConditionalGeneration.from_base_model(
+        base, latent_dim=8, policy_training={"stage": "lfd"}, keep_ratio=0.4, **settings
+    ).eval()
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_config_round_trip(tmp_path, model):
 def test_config_decides_by_default(batch):
     assert wrap().prune(**batch).num_kept.tolist() == [6, 13, 0]
     base = build("llava")
-    quiet = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8).eval()
+    quiet = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, policy_training={"stage": "lfd"}).eval()
     assert torch.equal(quiet(**batch).logits, base(**batch).logits)
     assert quiet(**batch).keep_mask is None
     assert torch.equal(quiet.generate(**batch, max_new_tokens=3), base.generate(**batch, max_new_tokens=3))
@@ -61,7 +63,7 @@ def test_config_decides_by_default(batch):
 def test_wrapping_leaves_the_live_model_alone(batch):
     base = build("llava")
     expected, config = base(**batch).logits, copy.deepcopy(base.config)
-    wrapped = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8)
+    wrapped = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, policy_training={"stage": "lfd"})
     assert base.config._attn_implementation == config._attn_implementation == "sdpa"
     assert base.config.text_config._attn_implementation == "sdpa"
     assert torch.equal(base(**batch).logits, expected)
@@ -105,7 +107,9 @@ def test_another_policy_around_the_lvlm_of_a_tprl_model(tmp_path, model, batch):
 
 def test_loaded_again_is_saved_alike(tmp_path, model, batch):
     model.lvlm.save_pretrained(tmp_path / "base")
-    first = TPRLForConditionalGeneration.from_base_model(str(tmp_path / "base"), latent_dim=8, keep_ratio=0.4)
+    first = TPRLForConditionalGeneration.from_base_model(
+        str(tmp_path / "base"), latent_dim=8, policy_training={"stage": "lfd"}, keep_ratio=0.4
+    )
     first.save_pretrained(tmp_path / "one")
     second = TPRLForConditionalGeneration.from_pretrained(tmp_path / "one")
     second.save_pretrained(tmp_path / "two")
@@ -225,7 +229,7 @@ def test_wrapping_a_base_that_peft_changed(model, batch):
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
     expected = tuned(**batch).logits
-    wrapped = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8).eval()
+    wrapped = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, policy_training={"stage": "lfd"}).eval()
     assert torch.equal(wrapped(**batch).logits, expected)
 
 

@@ -25,7 +25,9 @@ def tokens(chats, pictures):
 
 @pytest.fixture
 def model():
-    return TPRLForConditionalGeneration.from_base_model(build("llava"), latent_dim=8, keep_ratio=0.4).eval()
+    return TPRLForConditionalGeneration.from_base_model(
+        build("llava"), latent_dim=8, policy_training={"stage": "lfd"}, keep_ratio=0.4
+    ).eval()
 
 
 def words(reader, inputs, mask):

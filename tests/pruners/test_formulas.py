@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.tiny_models import build, collate, sample
-from tprl_hf.modeling import TPRLForConditionalGeneration
+from tprl_hf.modeling import Budget, TPRLForConditionalGeneration
 from tprl_hf.modeling.token_layout import Block, TokenLayout
 from tprl_hf.pruners import (
     CDPruner,
@@ -54,7 +54,7 @@ def cosine(a, b) -> float:
 
 
 def select(pruner, inputs, count):
-    return pruner.select(inputs, torch.full((len(inputs.valid),), count))
+    return pruner.choose(inputs, Budget(num_keep=count))[0]
 
 
 def test_feature_norm_is_the_euclidean_norm():
@@ -291,7 +291,9 @@ def test_an_llm_without_the_parts_is_refused(family, message):
 @pytest.mark.parametrize("family", ["llama4", "chameleon", "gemma3"])
 @torch.no_grad()
 def test_fastv_finds_the_layers_of_other_families(family):
-    model = TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8).eval()
+    model = TPRLForConditionalGeneration.from_base_model(
+        build(family), latent_dim=8, policy_training={"stage": "lfd"}
+    ).eval()
     batch = collate(family, [sample(family, 1, 1), sample(family, 2, 2)])
     before = model.lvlm.config.get_text_config()._attn_implementation
     with model.using(FastVPruner(model.lvlm)):
@@ -303,7 +305,9 @@ def test_fastv_finds_the_layers_of_other_families(family):
 @pytest.mark.parametrize("pruner", [VisionZip(), PruMerge(), ToMePruner()])
 @torch.no_grad()
 def test_merged_tokens_reach_the_llm_and_leave_the_features_alone(pruner):
-    model = TPRLForConditionalGeneration.from_base_model(build("llava"), latent_dim=8).eval()
+    model = TPRLForConditionalGeneration.from_base_model(
+        build("llava"), latent_dim=8, policy_training={"stage": "lfd"}
+    ).eval()
     samples = [sample("llava", 1, 1), sample("llava", 2, 2), sample("llava", 0, 3)]
     batch = collate("llava", samples)
     with model.using(pruner):

@@ -48,7 +48,9 @@ FAMILY = "llava"
 
 @pytest.fixture(scope="module")
 def model():
-    model = TPRLForConditionalGeneration.from_base_model(build(FAMILY), latent_dim=8, num_steps=1)
+    model = TPRLForConditionalGeneration.from_base_model(
+        build(FAMILY), latent_dim=8, policy_training={"stage": "lfd"}, num_steps=1
+    )
     torch.manual_seed(0)
     for weight in (*model.policy.parameters(), *model.autoencoder.parameters()):
         torch.nn.init.normal_(weight, std=0.5)
@@ -170,7 +172,9 @@ def test_attention_is_that_of_the_layer_the_llm_gets(model):
 @pytest.mark.parametrize("family", ["llava", "internvl", "gemma3", "aya_vision", "paligemma", "idefics3"])
 @torch.no_grad()
 def test_attention_lies_over_the_tokens_of_other_towers(family):
-    model = TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8).eval()
+    model = TPRLForConditionalGeneration.from_base_model(
+        build(family), latent_dim=8, policy_training={"stage": "lfd"}
+    ).eval()
     batch = collate(family, [sample(family, 2, 2)])
     with model.using(VisPruner(keep_ratio=0.5)):
         plan = model.prune(**batch)
@@ -180,7 +184,9 @@ def test_attention_lies_over_the_tokens_of_other_towers(family):
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
 @torch.no_grad()
 def test_separators_are_kept_by_all(family):
-    model = TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8).eval()
+    model = TPRLForConditionalGeneration.from_base_model(
+        build(family), latent_dim=8, policy_training={"stage": "lfd"}
+    ).eval()
     batch = collate(family, [sample(family, 1, 1), sample(family, 2, 2)])
     methods = (
         RandomPruner(),

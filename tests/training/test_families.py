@@ -33,7 +33,9 @@ class ReadyEncoder(SampleEncoder):
 def test_a_batch_of_a_family(family):
     torch.manual_seed(0)
     base = build(family)
-    model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=16, policy_num_heads=4, policy_dim=16)
+    model = TPRLForConditionalGeneration.from_base_model(
+        base, latent_dim=16, policy_training={"stage": "lfd"}, policy_num_heads=4, policy_dim=16
+    )
     model.requires_grad_(False)
     samples = [sample(family, num_images=1, seed=0), sample(family, num_images=2, seed=1, text=3)]
     rows = [{"sample": s, "answer": answer} for s, answer in zip(samples, ANSWERS, strict=True)]

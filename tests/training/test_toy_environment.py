@@ -43,7 +43,9 @@ def test_the_known_optimum_is_found(settings, tmp_path):
         {"images": [dark, bright], "prompt": "word20", "answer": "word11", "image_id": "dark first"},
     ]
     torch.manual_seed(0)
-    model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=16, policy_num_heads=2, policy_dim=16)
+    model = TPRLForConditionalGeneration.from_base_model(
+        base, latent_dim=16, policy_training={"stage": "lfd"}, policy_num_heads=2, policy_dim=16
+    )
     settings = {"per_device_train_batch_size": 16, **settings}
     config = TPRLPPOConfig(
         str(tmp_path), max_steps=80, num_steps=1, num_ppo_epochs=2, num_mini_batches=2, learning_rate=1e-2,

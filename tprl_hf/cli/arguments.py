@@ -2,12 +2,8 @@
 
 import argparse
 
-# What `tprl demo` shows, and what can be asked for; hyphens as in options.
-PRUNERS = ("none", "random", "uniform", "vispruner", "learned")
-METHODS = (
-    *("none", "random", "uniform", "feature-norm", "query-similarity", "divprune", "cdpruner", "tome"),
-    *("visionzip", "prumerge", "vispruner", "fastv", "sparsevlm", "learned"),
-)
+from tprl_hf.pruners import DEFAULT_PRUNER, PRUNERS
+
 DEFAULT_KEEP_RATIO = 1 / 3
 
 
@@ -53,6 +49,20 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=float, metavar="P", help="keep the tokens whose keep probability is larger (learned only)"
     )
     budget.add_argument("--no-prune", action="store_true", help="keep all visual tokens")
+
+
+def add_pruner_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pruner",
+        choices=method_names(),
+        help=f"default: the checkpoint's own: learned if its policy is trained; without one, {DEFAULT_PRUNER}",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random pruner (default: 0)")
+
+
+def method_names() -> tuple[str, ...]:
+    """What `--pruner` takes."""
+    return (*PRUNERS, "learned")
 
 
 def budget_of(arguments: argparse.Namespace) -> dict[str, float]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .arguments import METHODS, keep_ratio, positive_int
+from .arguments import keep_ratio, method_names, positive_int
 
 NAME = "benchmark"
 HELP = "time a model's vision tower, pruner, prefill and answers, unpruned and pruned"
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pruner",
-        choices=[name for name in METHODS if name != "none"],
+        choices=[name for name in method_names() if name != "none"],
         default="learned",
         help="default: learned; its cost does not depend on its training",
     )
@@ -64,16 +64,17 @@ def batch_sizes(text: str) -> tuple[int, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import contextlib
-
     from .loading import make_pruner
 
     model, make_inputs, weights = prepare(arguments)
     inputs = make_inputs(arguments.batch)
     num_visual = int(model.prune(**inputs, prune=False).num_visual[0])
     num_keep = max(1, round(arguments.keep * num_visual))
-    pruner = None if arguments.pruner == "learned" else make_pruner(model, arguments.pruner, arguments.seed)
-    with contextlib.nullcontext() if pruner is None else model.using(pruner):
+    if arguments.pruner == "learned":
+        pruner = model.learned_pruner()  # an untrained one takes as long
+    else:
+        pruner = make_pruner(model, arguments.pruner, arguments.seed)
+    with model.using(pruner):
         found = {
             "command": command_of(arguments),
             **surroundings(model),

@@ -5,10 +5,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from .arguments import DEFAULT_KEEP_RATIO, PRUNERS, add_model_argument, keep_ratio, positive_int
+from .arguments import DEFAULT_KEEP_RATIO, add_model_argument, keep_ratio, positive_int
 
 NAME = "demo"
 HELP = "see the embedded model answer with a third of its visual tokens"
+SHOWN = ("none", "random", "uniform", "vispruner")
 TIMED_PROMPTS = 16
 REPETITIONS = 7
 
@@ -44,18 +45,19 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.evaluation.accuracy import is_right
     from tprl_hf.evaluation.answers import generate_answers
 
-    from .loading import has_trained_policy, load_model, using_pruner
+    from .loading import load_model, make_pruner, own_pruner, using_pruner
     from .pictures import write_pictures
 
     model, processor = load_model(arguments.model)
-    pruners = [name for name in PRUNERS if name != "learned" or has_trained_policy(model)]
+    names = [*SHOWN, *(["learned"] if own_pruner(model) == "learned" else [])]
+    pruners = {name: make_pruner(model, name, arguments.seed) for name in names}
     budgets: dict[str, dict[str, Any]] = {name: {"keep_ratio": arguments.keep_ratio} for name in pruners}
     budgets["none"] = {"prune": False}
     samples = list(mosaic_vqa(split="test", seed=arguments.seed, num_samples=arguments.num_samples))
 
     answers = {}
     for name in pruners:
-        with using_pruner(model, name, arguments.seed):
+        with using_pruner(model, pruners[name]):
             answers[name] = generate_answers(model, processor, samples, max_new_tokens=8, **budgets[name])
     right = {
         name: [is_right(answer, sample["answer"]) for answer, sample in zip(answers[name], samples, strict=True)]
@@ -70,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"Some of the questions, and the answers at keep ratio {arguments.keep_ratio:.3g}; x is wrong\n")
     print(format_table(rows))
 
-    figures, kept = draw(model, processor, samples, shown, pruners, budgets, answers, right, arguments.seed)
-    times = time_prefill(model, processor, samples[:TIMED_PROMPTS], pruners, budgets, arguments.seed)
+    figures, kept = draw(model, processor, samples, shown, pruners, budgets, answers, right)
+    times = time_prefill(model, processor, samples[:TIMED_PROMPTS], pruners, budgets)
     rows = [["pruner", "tokens kept", "right answers", "LLM prefill", "whole prefill"]]
     for name in pruners:
         count = sum(right[name])
@@ -113,7 +115,7 @@ def pick_shown(samples: Sequence[dict[str, Any]], count: int) -> list[int]:
 
 
 def draw(
-    model, processor, samples, shown: Sequence[int], pruners: Sequence[str], budgets, answers, right, seed: int
+    model, processor, samples, shown: Sequence[int], pruners: dict[str, Any], budgets, answers, right
 ) -> tuple[list[Any], dict[str, str]]:
     """The figures of the samples in `shown`, and by pruner how many tokens of one of them were kept."""
     from tprl_hf.evaluation.answers import chat_inputs
@@ -128,7 +130,7 @@ def draw(
         inputs = chat_inputs(processor, [sample], model.device)
         panels = []
         for name in pruners:
-            with using_pruner(model, name, seed):
+            with using_pruner(model, pruners[name]):
                 plan = model.prune(**inputs, **budgets[name])
             kept[name] = f"{int(plan.num_kept)} of {int(plan.num_visual)}"
             mask = None if name == "none" else plan.keep_mask
@@ -141,7 +143,7 @@ def draw(
     return figures, kept
 
 
-def time_prefill(model, processor, samples, pruners: Sequence[str], budgets, seed: int):
+def time_prefill(model, processor, samples, pruners: dict[str, Any], budgets):
     """[`PrefillTime`] by pruner, of one batch of `samples`."""
     from tprl_hf.evaluation.answers import chat_inputs
     from tprl_hf.evaluation.latency import measure_prefill
@@ -151,7 +153,7 @@ def time_prefill(model, processor, samples, pruners: Sequence[str], budgets, see
     inputs = chat_inputs(processor, samples, model.device)
 
     def prefill(name: str):
-        with using_pruner(model, name, seed):
+        with using_pruner(model, pruners[name]):
             return model(**inputs, **budgets[name], logits_to_keep=1)
 
     calls = {name: lambda name=name: prefill(name) for name in pruners}

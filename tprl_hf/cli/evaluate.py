@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import METHODS, add_model_argument, keep_ratio, positive_int
+from .arguments import add_model_argument, keep_ratio, method_names, positive_int
 
 if TYPE_CHECKING:
     from tprl_hf.evaluation.compare_pruners import Setting
@@ -25,7 +25,6 @@ METRICS = {
     "yes-no": ("yes_no_score", "POPE's accuracy: no if the first sentence has no or not, else yes"),
 }
 # The oracle needs data with boxes, so that only this command has it.
-NAMES = (*METHODS, "oracle")
 # behind the names of rows whose scores were trained with boxes
 MARK = "*"
 
@@ -46,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pruners",
         type=pruner_names,
         metavar="NAME,...",
-        help=f"of {', '.join(NAMES)}; none and random are always there (default: uniform, vispruner, and "
-        "learned if the policy is trained)",
+        help=f"of {', '.join(method_names())}, oracle; none and random are always there (default: uniform, vispruner, "
+        "and the checkpoint's own)",
     )
     parser.add_argument(
         "--keep-ratios",
@@ -93,8 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def pruner_names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in NAMES:
-            raise argparse.ArgumentTypeError(f"there is no pruner {name!r}; choose from {', '.join(NAMES)}")
+        if name not in (*method_names(), "oracle"):
+            known = ", ".join((*method_names(), "oracle"))
+            raise argparse.ArgumentTypeError(f"there is no pruner {name!r}; choose from {known}")
     return names
 
 
@@ -240,9 +240,10 @@ def default_pruners(model, processor, sample: dict[str, Any]) -> list[str]:
     from tprl_hf.evaluation.compare_pruners import encode_once
     from tprl_hf.pruners import VisPruner
 
-    from .loading import has_trained_policy
+    from .loading import own_pruner
 
-    names = ["uniform", "vispruner", *(["learned"] if has_trained_policy(model) else [])]
+    own = own_pruner(model)
+    names = list(dict.fromkeys(["uniform", "vispruner", *([] if own is None else [own])]))
     try:
         encode_once(model, processor, [sample], VisPruner())
     except ValueError as error:
@@ -298,7 +299,6 @@ def describe_run(arguments: argparse.Namespace, model, num_samples: int, metric:
     from tprl_hf.evaluation.fingerprint import fingerprint
 
     from .demo import describe_device
-    from .loading import has_trained_policy
 
     config = model.config.to_dict()
     ratios = ",".join(text for text, _ in arguments.keep_ratios)
@@ -324,7 +324,7 @@ def describe_run(arguments: argparse.Namespace, model, num_samples: int, metric:
         "pruners": arguments.pruners or [],
         "settings": {name: config[name] for name in ("num_steps", "query_agnostic", "position_ids")},
         # an untrained policy is drawn anew each time, and no setting asks it
-        "weights": fingerprint(model if has_trained_policy(model) else model.lvlm),
+        "weights": fingerprint(model.lvlm if model.config.policy_training is None else model),
     }
 
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .arguments import METHODS, add_budget_arguments, add_model_argument, positive_int
+from .arguments import add_budget_arguments, add_model_argument, add_pruner_arguments, positive_int
 
 NAME = "generate"
 HELP = "ask your own question about your own image"
@@ -15,8 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--question", required=True, metavar="TEXT", help="the question")
     add_model_argument(parser)
     add_budget_arguments(parser)
-    parser.add_argument("--pruner", choices=METHODS, help="default: learned if the policy is trained, else vispruner")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random pruner (default: 0)")
+    add_pruner_arguments(parser)
     parser.add_argument(
         "--max-new-tokens", type=positive_int, default=64, metavar="N", help="longest answer (default: 64)"
     )
@@ -34,9 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
     from .pictures import make_figures, write_pictures
 
     model, processor = load_model(arguments.model)
-    pruner, budget = pruner_and_budget(model, arguments)
+    name, pruner, budget = pruner_and_budget(model, arguments)
     inputs = chat_inputs(processor, [{"images": [image], "prompt": arguments.question}], model.device)
-    with using_pruner(model, pruner, arguments.seed):
+    with using_pruner(model, pruner):
         plan = model.prune(**inputs, **budget)
         sequences = model.generate(**inputs, **budget, do_sample=False, max_new_tokens=arguments.max_new_tokens)
         calls = {
@@ -47,14 +46,14 @@ def run(arguments: argparse.Namespace) -> int:
     answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     print(answer, flush=True)
     print(
-        f"{pruner}: {int(plan.num_kept)} of {int(plan.num_visual)} visual tokens kept; LLM prefill "
+        f"{name}: {int(plan.num_kept)} of {int(plan.num_visual)} visual tokens kept; LLM prefill "
         f"{times['pruned'].llm_ms:.1f} ms, unpruned {times['unpruned'].llm_ms:.1f} ms; with vision tower and pruner "
         f"{times['pruned'].total_ms:.1f} ms, unpruned {times['unpruned'].total_ms:.1f} ms "
         f"(medians of 3, {model.device.type}, {str(model.dtype).removeprefix('torch.')})",
         file=sys.stderr,
     )
     if arguments.output_dir:
-        kept = f"{pruner}, {int(plan.num_kept)} of {int(plan.num_visual)} kept"
+        kept = f"{name}, {int(plan.num_kept)} of {int(plan.num_visual)} kept"
         panels = [Panel("the image"), Panel(kept, "", plan.keep_mask, plan.scores)]
         title = f"{arguments.question}  {answer}"
         figures = make_figures(image, processor, inputs["pixel_values"], plan, panels, title)

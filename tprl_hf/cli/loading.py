@@ -4,56 +4,48 @@ import argparse
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from tprl_hf.evaluation.by_name import has_trained_policy, load_model, make_pruner
+from tprl_hf.evaluation.by_name import has_budget, load_model, make_pruner, own_pruner
+from tprl_hf.pruners import DEFAULT_PRUNER
 
 from .arguments import DEFAULT_KEEP_RATIO, budget_of
 
 if TYPE_CHECKING:
     from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+    from tprl_hf.modeling.token_pruner import TokenPruner
 
-__all__ = ["has_trained_policy", "load_model", "make_pruner", "pruner_and_budget", "using_pruner"]
+
+__all__ = ["load_model", "make_pruner", "own_pruner", "pruner_and_budget", "using_pruner"]
 
 
 def pruner_and_budget(
     model: "TPRLForConditionalGeneration", arguments: argparse.Namespace
-) -> tuple[str, dict[str, Any]]:
+) -> "tuple[str, TokenPruner | None, dict[str, Any]]":
     """
     What `--pruner` and the options of [`add_budget_arguments`] ask for.
 
     Returns:
-        `tuple`: The name of a pruner, by default learned where the policy is trained, else vispruner; and keyword
+        `tuple`: The name of a pruner; the pruner itself, or `None` where the checkpoint's own is used; and keyword
         arguments of `generate`, empty where the checkpoint's own budget counts.
 
     Raises:
-        `ValueError`: If the pruner that keeps everything is given a budget.
+        `ValueError`: If the pruner that keeps everything is given a budget, or the policy is wanted and not trained.
     """
-    pruner = arguments.pruner or ("learned" if has_trained_policy(model) else "vispruner")
     budget: dict[str, Any] = budget_of(arguments)
-    if arguments.no_prune or pruner == "none":
+    own = own_pruner(model)
+    name = arguments.pruner or own or DEFAULT_PRUNER
+    if arguments.no_prune or name == "none":
         if budget:
-            (name,) = budget
-            raise ValueError(f"--pruner none keeps all tokens: leave out --{name.replace('_', '-')}.")
-        return "none", {"prune": False}
-    if not budget and not has_trained_policy(model):
+            (option,) = budget
+            raise ValueError(f"--pruner none keeps all tokens: leave out --{option.replace('_', '-')}.")
+        return "none", None, {"prune": False}
+    if not budget and not has_budget(model):
         budget = {"keep_ratio": DEFAULT_KEEP_RATIO}
-    return pruner, budget
+    uses_own = arguments.pruner is None and own is not None
+    return name, None if uses_own else make_pruner(model, name, arguments.seed), budget
 
 
-def using_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0) -> contextlib.AbstractContextManager:
-    """
-    Args:
-        model ([`TPRLForConditionalGeneration`]):
-            The model.
-        name (`str`):
-            One of the pruners of `--pruner`. "none" and "learned" leave the model as it is.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the random pruner.
-
-    Returns:
-        A context inside which the model prunes with that method.
-
-    Raises:
-        `ValueError`: If the learned pruner is asked of a model whose policy is not trained.
-    """
-    pruner = make_pruner(model, name, seed)
+def using_pruner(
+    model: "TPRLForConditionalGeneration", pruner: "TokenPruner | None"
+) -> contextlib.AbstractContextManager:
+    """A context inside which the model prunes with `pruner`; `None` leaves it as it is."""
     return contextlib.nullcontext() if pruner is None else model.using(pruner)

@@ -5,7 +5,7 @@ import socket
 import sys
 from pathlib import Path
 
-from .arguments import METHODS, add_budget_arguments, positive_int
+from .arguments import add_budget_arguments, add_pruner_arguments, positive_int
 
 NAME = "serve"
 HELP = "answer over HTTP, by the OpenAI protocol"
@@ -28,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     add_budget_arguments(parser)
-    parser.add_argument("--pruner", choices=METHODS, help="default: learned if the policy is trained, else vispruner")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random pruner (default: 0)")
+    add_pruner_arguments(parser)
     parser.add_argument(
         "--max-request-mb", type=positive_int, default=20, metavar="MB", help="larger ones get 413 (default: 20)"
     )
@@ -56,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     # bound before the model is loaded, so that a port that is taken is told at once
     listener = bind(arguments.host, arguments.port)
     model, processor = load_model(arguments.model)
-    pruner, budget = pruner_and_budget(model, arguments)
+    pruner_name, pruner, budget = pruner_and_budget(model, arguments)
     path = arguments.model or tprl_hf.embedded_checkpoint()
     name = arguments.name or (Path(path).resolve().name if Path(path).is_dir() else path)
     limits = Limits(arguments.max_request_mb * 1_000_000, arguments.allow_remote_images)
@@ -67,10 +66,11 @@ def run(arguments: argparse.Namespace) -> int:
     words = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in budget.items()]
     default = ", ".join(words) or "as the checkpoint says"
     print(
-        f"Serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1 ({pruner}, {default})", flush=True
+        f"Serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1 ({pruner_name}, {default})",
+        flush=True,
     )
     config = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
-    with using_pruner(model, pruner, arguments.seed):
+    with using_pruner(model, pruner):
         uvicorn.Server(config).run(sockets=[listener])
     return 0
 

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import METHODS
 from .recipe_file import STAGES, check_names, read_recipe
 
 if TYPE_CHECKING:
@@ -221,6 +220,7 @@ def base_directory(recipe: dict[str, Any]) -> str:
 def make_demonstrations(stage, recipe, model, processor, directory: Path) -> dict[str, Any]:
     from transformers import set_seed
 
+    from tprl_hf.pruners import PRUNERS
     from tprl_hf.training import GradientTeacher, LeaveOutTeacher, generate_demonstrations
 
     from .loading import make_pruner
@@ -230,7 +230,7 @@ def make_demonstrations(stage, recipe, model, processor, directory: Path) -> dic
     name, seed = settings.pop("teacher", "vispruner"), settings.pop("seed", 0)
     set_seed(seed)
     teachers = {"gradient": GradientTeacher, "leave-out": LeaveOutTeacher}
-    names = [*teachers, *(method for method in METHODS if method not in ("none", "learned"))]
+    names = [*teachers, *(method for method in PRUNERS if method != "none")]
     if name not in names:
         raise ValueError(f"There is no teacher {name!r}; choose from {', '.join(names)}.")
     teacher = teachers[name]() if name in teachers else make_pruner(model, name, seed)

@@ -57,10 +57,18 @@ def load_model(
     return model.to(device).eval(), AutoProcessor.from_pretrained(path)
 
 
-def has_trained_policy(model: "TPRLForConditionalGeneration") -> bool:
-    """A checkpoint whose policy is trained names a budget in its config; a fresh policy comes without one."""
+def own_pruner(model: "TPRLForConditionalGeneration") -> str | None:
+    """The name of the pruner that the checkpoint comes with: "learned" where its policy is trained, or `None`."""
     config = model.config
-    return any(budget is not None for budget in (config.keep_ratio, config.num_keep, config.threshold))
+    if isinstance(config.pruner, dict):
+        return config.pruner["name"]
+    return None if config.policy_training is None else "learned"
+
+
+def has_budget(model: "TPRLForConditionalGeneration") -> bool:
+    """Whether the checkpoint says how much it keeps."""
+    config, own = model.config, model.pruner.budget
+    return own is not None or (config.keep_ratio, config.num_keep, config.threshold) != (None, None, None)
 
 
 def make_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0) -> "TokenPruner | None":
@@ -69,38 +77,25 @@ def make_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0)
         model ([`TPRLForConditionalGeneration`]):
             The model.
         name (`str`):
-            A pruner's name in the shell; docs/pruners.md lists them.
+            A pruner's name: "learned", or one of [`~tprl_hf.pruners.PRUNERS`].
         seed (`int`, *optional*, defaults to 0):
             Seed of the random pruner.
 
     Returns:
-        [`TokenPruner`]: The pruner, without a budget; `None` for "none" and "learned", which leave the model as it is.
+        [`TokenPruner`]: The pruner with its default settings and without a budget. `None` where the model needs none
+        set: for "none", and for "learned" where its policy chooses anyway.
 
     Raises:
         `ValueError`: For an unknown name, and for "learned" where the policy is not trained.
     """
-    from tprl_hf import pruners
+    from tprl_hf.modeling.checkpoint_checks import refuse_untrained
+    from tprl_hf.pruners import PRUNERS
 
-    if name == "learned" and not has_trained_policy(model):
-        raise ValueError("This checkpoint has no trained policy: pass --pruner vispruner, uniform or random.")
-    if name in ("none", "learned"):
+    if name == "none":
         return None
-    if name == "random":
-        return pruners.RandomPruner(seed=seed)
-    if name in ("fastv", "sparsevlm"):
-        return (pruners.FastVPruner if name == "fastv" else pruners.SparseVLMPruner)(model.lvlm)
-    classes: dict[str, type[TokenPruner]] = {
-        "uniform": pruners.UniformPruner,
-        "feature-norm": pruners.FeatureNormPruner,
-        "query-similarity": pruners.QuerySimilarityPruner,
-        "divprune": pruners.DivPrune,
-        "cdpruner": pruners.CDPruner,
-        "tome": pruners.ToMePruner,
-        "visionzip": pruners.VisionZip,
-        "prumerge": pruners.PruMerge,
-        "vispruner": pruners.VisPruner,
-    }
-    if name not in classes:
-        known = ("none", "learned", "random", "fastv", "sparsevlm", *classes)
-        raise ValueError(f"There is no pruner {name!r}; choose from {', '.join(known)}.")
-    return classes[name]()
+    if name == "learned":
+        refuse_untrained(model.config)
+        return None if model.config.pruner is None else model.learned_pruner()
+    if name not in PRUNERS:
+        raise ValueError(f"There is no pruner {name!r}; choose from learned, {', '.join(PRUNERS)}.")
+    return PRUNERS[name](**({"seed": seed} if name == "random" else {}))

@@ -21,7 +21,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .answers import chat_inputs
 from .benchmark import synchronize
-from .by_name import has_trained_policy, load_model, make_pruner
+from .by_name import has_budget, load_model, make_pruner, own_pruner
 
 # for tasks that say no `max_new_tokens`
 MAX_NEW_TOKENS = 1024
@@ -32,8 +32,8 @@ class TPRL(lmms):
     Args, as lmms-eval's `--model_args` hand them over:
         pretrained (`str`, *optional*): A TPRL checkpoint or any LVLM, as for [`load_model`]; the embedded one if
             absent.
-        pruner (`str`, *optional*): Its name, as for [`make_pruner`]. Defaults to "learned" where the policy is
-            trained, else to "none".
+        pruner (`str`, *optional*): Its name, as for [`make_pruner`]. Defaults to the checkpoint's own, which is
+            "learned" where its policy is trained; else to "none".
         keep_ratio (`float` or `str`, *optional*): Fraction of the visual tokens to keep, such as 0.333 or 1/3.
         num_keep (`int`, *optional*), threshold (`float`, *optional*): The other budgets; at most one of the three.
             Without any, that of the checkpoint.
@@ -65,18 +65,18 @@ class TPRL(lmms):
         self.budget: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
         if "keep_ratio" in self.budget:
             self.budget["keep_ratio"] = float(Fraction(str(keep_ratio)))
-        trained = has_trained_policy(self.model)
-        pruner = pruner or ("learned" if trained else "none")
+        own = own_pruner(self.model)
+        uses_own, pruner = pruner is None and own is not None, pruner or own or "none"
         if pruner == "none":
             if self.budget:
                 raise ValueError(
-                    f"A budget, {self.budget}, needs a pruner, and there is none: add pruner=vispruner, or another "
+                    f"A budget, {self.budget}, needs a pruner, and there is none: add pruner=divprune, or another "
                     "that docs/pruners.md names, to --model_args; without a trained policy none is the default."
                 )
             self.budget = {"prune": False}
-        elif not self.budget and not trained:
+        elif not self.budget and not has_budget(self.model):
             raise ValueError(f"The pruner {pruner!r} needs a budget: add keep_ratio=1/3 to --model_args.")
-        self.pruner = make_pruner(self.model, pruner, seed)
+        self.pruner = None if uses_own else make_pruner(self.model, pruner, seed)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers of the requests, in their order; numbers of tokens and times go to lmms-eval's `throughput`."""

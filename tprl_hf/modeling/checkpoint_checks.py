@@ -82,6 +82,51 @@ def check_weight_files(
             raise ValueError(f"{index_name} in {source} names {shard!r}: only safetensors files are read.")
 
 
+def refuse_untrained(config: TPRLConfig) -> None:
+    """Raises `ValueError` for a policy that was never trained, whose choice would be random."""
+    if config.policy_training is None:
+        raise ValueError(
+            "This model's policy has not been trained: it would keep random tokens. Choose a pruner that needs no "
+            'training, model.set_pruner("divprune", keep_ratio=1 / 3), or train the policy (docs/training.md).'
+        )
+
+
+def absolute_path(name: str | None) -> str | None:
+    """`name`, as an absolute path where it is that of a directory, so that it holds in any working directory."""
+    return os.path.abspath(name) if name is not None and os.path.isdir(name) else name
+
+
+def relative_path(name: str | None, directory: Path) -> str | None:
+    """The directory `name`, seen from `directory`; `None` where it is none, or lies on another drive."""
+    if name is None or not os.path.isdir(name):
+        return None
+    try:
+        return Path(os.path.relpath(os.path.realpath(name), os.path.realpath(directory))).as_posix()
+    except ValueError:
+        return None
+
+
+def find_base(config: TPRLConfig, source: str) -> str | None:
+    """
+    Where the base model of the checkpoint `source` is now: a directory, or a name on the Hub.
+
+    Raises:
+        `OSError`: when its config names a directory, and it is neither there nor as far from the checkpoint as it was.
+    """
+    name, relative = config.base_model_name_or_path, config.base_model_relative_path
+    if relative is not None and os.path.isdir(source):
+        beside = os.path.normpath(os.path.join(os.path.realpath(source), relative))
+        if os.path.isfile(os.path.join(beside, CONFIG_NAME)):
+            return beside
+    if name is not None and os.path.isabs(name) and not os.path.isdir(name):
+        places = name if relative is None else f"{name}, and not in {relative} seen from the checkpoint"
+        raise OSError(
+            f"The base model of {source} is not in {places}. Pass base_model=NAME_OR_PATH, "
+            "or set base_model_name_or_path in its config.json."
+        )
+    return name
+
+
 def no_safetensors(source: str, what: str) -> OSError:
     """The error for a checkpoint without safetensors, which says what lies there instead."""
     endings = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")

@@ -14,13 +14,24 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from .checkpoint_checks import cached, check_weight_files, no_safetensors, refuse_other_base, refuse_other_formats
+from .checkpoint_checks import (
+    absolute_path,
+    cached,
+    check_weight_files,
+    find_base,
+    no_safetensors,
+    refuse_other_base,
+    refuse_other_formats,
+    refuse_untrained,
+    relative_path,
+)
 from .configuration_tprl import TPRLConfig
 from .publishing_tprl import (
     WEIGHT_PATTERNS,
     base_licence,
     card_metadata,
     card_on_hub,
+    code_files,
     full_card,
     is_hub_name,
     pinned_revision,
@@ -205,6 +216,8 @@ class TPRLPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"{source} holds a policy only and does not say for which base model: pass base_model=NAME_OR_PATH."
             )
+        if base_model is None:
+            config.base_model_name_or_path = find_base(config, source)
         if not isinstance(base_model, PreTrainedModel):
             base_model = cls._load_base(str(base_model or config.base_model_name_or_path), config, source, kwargs)
         refuse_other_base(config, base_model.config, source, base_model.config.name_or_path or "this model")
@@ -264,8 +277,11 @@ class TPRLPreTrainedModel(PreTrainedModel):
                     "The base model has no name or path, so the saved policy cannot find it again: load it with "
                     "from_pretrained(..., base_model=MODEL), or save with save_base_model=True."
                 )
-        before = self.config.includes_base_model
-        self.config.includes_base_model = save_base_model
+        config = self.config
+        before = config.includes_base_model, config.base_model_relative_path
+        config.includes_base_model = save_base_model
+        config.base_model_name_or_path = absolute_path(config.base_model_name_or_path)
+        config.base_model_relative_path = relative_path(config.base_model_name_or_path, directory)
         try:
             with scratch_directory(directory) as scratch:
                 if save_base_model:
@@ -278,10 +294,11 @@ class TPRLPreTrainedModel(PreTrainedModel):
                         super().save_pretrained(scratch, save_original_format=False, **kwargs)
                 else:
                     self._save_policy(Path(scratch))
-                set_code(Path(scratch), include_code or self._auto_class is not None)
+                takes_code = include_code or self._auto_class is not None
+                set_code(Path(scratch), code_files(self.config, self.pruner_classes) if takes_code else {})
                 move_into(Path(scratch), directory)
         finally:
-            self.config.includes_base_model = before
+            config.includes_base_model, config.base_model_relative_path = before
         if upload:
             hub.setdefault("repo_id", directory.name)
             self.push_to_hub(**hub, save_base_model=save_base_model, base_dtype=base_dtype)
@@ -320,8 +337,11 @@ class TPRLPreTrainedModel(PreTrainedModel):
                 [`~transformers.PreTrainedModel.push_to_hub`].
 
         Raises:
-            `ValueError`: when the policy alone is pushed and its base model has no name that others can load.
+            `ValueError`: when the policy was never trained and no pruner stands in for it; and when the policy alone
+                is pushed and its base model has no name that others can load.
         """
+        if self.config.pruner is None:
+            refuse_untrained(self.config)
         api = HfApi(token=token)
         before = self.config.base_model_name_or_path, self.config.base_model_revision
         if save_base_model:

@@ -10,7 +10,7 @@ class TPRLConfig(PreTrainedConfig):
     Configuration of [`TPRLForConditionalGeneration`].
 
     A checkpoint prunes by default with the budget that its config names. Without one (no `keep_ratio`, `num_keep` or
-    `threshold`, as long as no policy has been trained) the model answers unpruned unless a call names a budget.
+    `threshold`) the model answers unpruned unless a call names a budget.
 
     Args:
         base_config (`PreTrainedConfig` or `dict`, *optional*):
@@ -19,6 +19,9 @@ class TPRLConfig(PreTrainedConfig):
             Where the wrapped LVLM comes from; a policy-only checkpoint loads it from there.
         base_model_revision (`str`, *optional*):
             Its revision on the Hub.
+        base_model_relative_path (`str`, *optional*):
+            The same directory as `base_model_name_or_path`, seen from the checkpoint's, so that both can be moved
+            together. Set by `save_pretrained`.
         includes_base_model (`bool`, defaults to `True`):
             Whether the checkpoint holds the LVLM's weights too. Set by `save_pretrained`.
         keep_ratio (`float`, *optional*):
@@ -38,6 +41,12 @@ class TPRLConfig(PreTrainedConfig):
             Whether kept tokens keep the positions they had in the full prompt or are numbered anew without gaps.
         query_agnostic (`bool`, defaults to `False`):
             Hide the question from the policy.
+        pruner (`str` or `dict`, *optional*):
+            A pruner that needs no training and chooses in place of the policy: its name in `tprl_hf.pruners.PRUNERS`,
+            or `{"name": name, **settings}`. Set by [`~TPRLForConditionalGeneration.set_pruner`].
+        policy_training (`dict`, *optional*):
+            How the policy was trained: stage, recipe, digest of the data, version. `None`: it was not, and it would
+            keep random tokens. Set by the trainers.
         special_token_ids (`list[int]`, *optional*):
             Token ids that are never part of a question, besides those that the LVLM's own configs name: the markers of
             its chat template. Our trainers take them from the tokenizer.
@@ -71,6 +80,7 @@ class TPRLConfig(PreTrainedConfig):
     base_config: dict | PreTrainedConfig | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
+    base_model_relative_path: str | None = None
     includes_base_model: bool = True
     keep_ratio: float | int | None = None
     num_keep: int | None = None
@@ -80,6 +90,8 @@ class TPRLConfig(PreTrainedConfig):
     max_keep: int | None = None
     position_ids: Literal["original", "contiguous"] = "original"
     query_agnostic: bool = False
+    pruner: str | dict[str, Any] | None = None
+    policy_training: dict[str, Any] | None = None
     special_token_ids: list[int] | None = None
     token_dim: int | None = None
     autoencoder_dim: int | None = None
@@ -103,6 +115,10 @@ class TPRLConfig(PreTrainedConfig):
                     "model brings along is never run: update transformers, or use another base model."
                 )
             self.base_config = AutoConfig.for_model(model_type, **base)
+        if isinstance(self.pruner, str):
+            self.pruner = {"name": self.pruner}
+        if self.pruner is not None and not isinstance(self.pruner.get("name"), str):
+            raise ValueError(f"TPRLConfig.pruner is a name or a dict with a name; got {self.pruner!r}.")
         if self.token_dim is None and isinstance(self.base_config, PreTrainedConfig):
             self.token_dim = self.base_config.get_text_config().hidden_size
         if self.token_dim is not None:

@@ -2,8 +2,6 @@
 
 import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,25 +10,31 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Generati
 from transformers.utils import ModelOutput, logging
 
 from .cached_prompt import CachedPrompt
-from .checkpoint_checks import check_weight_files, loaded_commit, refuse_other_formats
+from .checkpoint_checks import (
+    absolute_path,
+    check_weight_files,
+    loaded_commit,
+    refuse_other_formats,
+)
 from .checkpoint_tprl import HUB_NAMES, TPRLPreTrainedModel
 from .configuration_tprl import TPRLConfig
 from .family_adapters import adapter_for
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .keep_mask import Budget
-from .prune_plan import PrunePlan, TPRLOutput, budget_of_call, call_settings, layout_of, pruning_inputs
+from .prune_plan import PrunePlan, TPRLOutput, layout_of, pruning_inputs
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
 from .pruned_inputs import find_visual, restore_prompt, unpad_rows
+from .pruner_choice import PrunerChoiceMixin
 from .pruning_policy import PruningPolicy
 from .text_query import config_special_ids, default_query_mask
 from .token_autoencoder import TokenAutoencoder
-from .token_pruner import LearnedPruner, TokenPruner
+from .token_pruner import TokenPruner
 from .visual_features import VisualFeatures
 
 logger = logging.get_logger(__name__)
 
 
-class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
+class TPRLForConditionalGeneration(PrunerChoiceMixin, TPRLPreTrainedModel, GenerationMixin):
     r"""
     An LVLM whose visual tokens are pruned before its LLM.
 
@@ -46,7 +50,8 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
     ```python
     >>> from tprl_hf import TPRLForConditionalGeneration
 
-    >>> model = TPRLForConditionalGeneration.from_base_model("llava-hf/llava-1.5-7b-hf", keep_ratio=1 / 3)
+    >>> name = "llava-hf/llava-1.5-7b-hf"
+    >>> model = TPRLForConditionalGeneration.from_base_model(name, pruner="divprune", keep_ratio=1 / 3)
     >>> output = model.generate(**inputs, max_new_tokens=16)
     ```
     """
@@ -76,71 +81,45 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
                 f"Models of type {self.lvlm.config.model_type!r} do not respect gaps in positions, so that kept "
                 "tokens cannot keep theirs: pass position_ids='contiguous'."
             )
-        self._pruner: TokenPruner | None = None
+        self._init_pruner()
         self.post_init()
 
     @classmethod
     def from_base_model(cls, base_model: str | os.PathLike | PreTrainedModel, **settings) -> Any:
         r"""
-        Wraps a base model with a new, untrained policy.
+        Wraps a base model with a new, untrained policy. Until it is trained, choose a `pruner`.
 
         Args:
             base_model (`str`, `os.PathLike` or `PreTrainedModel`): a name on the Hub, a path, or a live model, which
                 is used as it is. Of a TPRL model the LVLM is taken, without its policy.
-            settings: fields of [`TPRLConfig`]; for a name or a path, everything else goes to the base model's
-                `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
+            settings: fields of [`TPRLConfig`], such as `keep_ratio` and `pruner` (a name or a [`TokenPruner`]); for a
+                name or a path, all else goes to the base model's `from_pretrained` (`dtype`, `device_map`, ...).
 
         Raises:
             `ValueError`: for a base model of an unsupported kind.
         """
+        given = settings.pop("pruner") if isinstance(settings.get("pruner"), TokenPruner) else None
         known = set(TPRLConfig().to_dict()) | {"base_model_revision"}
         fields = {name: settings.pop(name) for name in list(settings) if name in known and name != "dtype"}
         if isinstance(base_model, PreTrainedModel):
             if settings:
                 raise TypeError(f"Unknown settings {sorted(settings)}; TPRLConfig has {sorted(known)}.")
             base = base_model
-            fields.setdefault("base_model_name_or_path", base.config.name_or_path or None)
+            fields.setdefault("base_model_name_or_path", absolute_path(base.config.name_or_path or None))
         else:
             refuse_other_formats(settings.get("use_safetensors"))
             settings["use_safetensors"] = True
             hub_kwargs = {name: settings[name] for name in HUB_NAMES if name in settings}
             check_weight_files(str(base_model), hub_kwargs, settings.get("variant"), are_needed=False)
             base = AutoModelForImageTextToText.from_pretrained(base_model, **settings)
-            fields.setdefault("base_model_name_or_path", str(base_model))
+            fields.setdefault("base_model_name_or_path", absolute_path(str(base_model)))
             fields.setdefault("base_model_revision", loaded_commit(str(base_model), hub_kwargs))
         base = base.lvlm if isinstance(base, cls) else base
         config = TPRLConfig(base_config=copy.deepcopy(base.config), **fields)
-        if (config.keep_ratio, config.num_keep, config.threshold) != (None, None, None):
-            logger.warning(
-                "The policy is new and untrained, and the config prunes with it: train it, or use a pruner."
-            )
-        return cls._around(base, config)
-
-    # ---- which pruner, which budget ----
-
-    @property
-    def pruner(self) -> TokenPruner:
-        """The pruner in use: that of `using`, else the policy."""
-        if self._pruner is not None:
-            return self._pruner
-        config = self.config
-        return LearnedPruner(self.policy, self.autoencoder, config.num_steps, config.threshold_keep_ratio)
-
-    @contextmanager
-    def using(self, pruner: TokenPruner) -> Iterator["TPRLForConditionalGeneration"]:
-        """Inside the `with`, `pruner` chooses the tokens; afterwards all is as before."""
-        before, self._pruner = self._pruner, pruner
-        try:
-            yield self
-        finally:
-            self._pruner = before
-
-    def _budget(self, call: dict[str, Any]) -> Budget | None:
-        return budget_of_call(call, self.pruner.budget, self._pruner is not None, self.config)
-
-    def _looks(self, call: dict[str, Any], budget: Budget | None) -> bool:
-        """Whether this call's pruner reads the tower's attention."""
-        return budget is not None and call["keep_mask"] is None and self.pruner.needs_attention
+        model = cls._around(base, config)
+        if given is not None:
+            model.set_pruner(given)
+        return model
 
     # ---- encoding and planning ----
 
@@ -192,25 +171,24 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
 
     @torch.no_grad()
-    def _plan(self, batch: PromptBatch, call: dict[str, Any], budget: Budget | None, query_mask: Tensor | None):
+    def _plan(self, batch: PromptBatch, choice: Budget | Tensor | None, query_mask: Tensor | None) -> PrunePlan:
         """The plan on the CPU, but for its scores, which nothing waits for."""
         total = len(batch.visual_ids)
         keep_mask = torch.ones(total, dtype=torch.bool, device="cpu")
         scores = keep_mask.float()
         layout = layout_of(batch, self.adapter)
-        if call["keep_mask"] is not None:
-            given = call["keep_mask"]
-            if given.dtype != torch.bool or given.shape != (total,):
+        if isinstance(choice, Tensor):
+            if choice.dtype != torch.bool or choice.shape != (total,):
                 raise ValueError(
                     f"keep_mask must be bool of shape ({total},), one entry for each visual token of the batch in "
-                    f"placeholder order; got {given.dtype} of shape {tuple(given.shape)}."
+                    f"placeholder order; got {choice.dtype} of shape {tuple(choice.shape)}."
                 )
-            keep_mask = given.cpu().clone()
+            keep_mask = choice.cpu().clone()
             scores = keep_mask.float()
-        elif budget is not None and batch.features is not None:
+        elif choice is not None and batch.features is not None:
             query_mask = self._query_mask(batch, query_mask)
             inputs, new = pruning_inputs(batch, self.adapter, layout, query_mask, self.pruner.needs_attention)
-            chosen, chosen_scores = self.pruner.choose(inputs, budget)
+            chosen, chosen_scores = self.pruner.choose(inputs, choice)
             merged = self.pruner.merge(inputs, chosen)
             if merged is not None:
                 batch.replace_rows(unpad_rows(merged, inputs.num_visual), new, self.adapter)
@@ -263,10 +241,9 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         Returns:
             [`PrunePlan`]
         """
-        call = call_settings(keep_ratio, num_keep, threshold, prune, keep_mask)
-        budget = self._budget(call)
-        batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(call, budget))
-        return self._plan(batch, call, budget, query_mask).to(batch.device)
+        choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
+        batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
+        return self._plan(batch, choice, query_mask).to(batch.device)
 
     # ---- running the base model ----
 
@@ -281,11 +258,11 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
             **options,
         )
 
-    def _leaves_alone(self, input_ids: Tensor | None, call: dict[str, Any], budget, features, record) -> bool:
+    def _leaves_alone(self, input_ids: Tensor | None, choice: Budget | Tensor | None, features, record) -> bool:
         """Whether the base model can have the inputs as they are."""
         if features is not None or record is not None:
             return False
-        if budget is None and call["keep_mask"] is None:
+        if choice is None:
             return True
         return input_ids is not None and not find_visual(input_ids.cpu(), list(self.adapter.token_ids.values())).any()
 
@@ -325,21 +302,20 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         given = {"pixel_values": pixel_values, "position_ids": position_ids, "labels": labels}
         inputs = kwargs | {name: value for name, value in given.items() if value is not None}
-        call = call_settings(keep_ratio, num_keep, threshold, prune, keep_mask)
-        budget = self._budget(call)
+        choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         filled = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
         if filled and (prune is not False or hasattr(past_key_values, "tprl_cached_prompt")):
             assert input_ids is not None
             return self._forward_cached(input_ids, attention_mask, past_key_values, inputs, return_dict)
-        if self._leaves_alone(input_ids, call, budget, visual_features, None):
+        if self._leaves_alone(input_ids, choice, visual_features, None):
             if past_key_values is not None:
                 inputs["past_key_values"] = past_key_values
             output = self.lvlm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **inputs)
             output = self._output(output)
             return output if return_dict else output.to_tuple()
 
-        batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(call, budget))
-        plan = self._plan(batch, call, budget, query_mask)
+        batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
+        plan = self._plan(batch, choice, query_mask)
         pruned = self._pruned(batch, plan)
         if past_key_values is not None:
             pruned.inputs["past_key_values"] = past_key_values
@@ -424,19 +400,18 @@ class TPRLForConditionalGeneration(TPRLPreTrainedModel, GenerationMixin):
         """
         self.lvlm.generation_config = self.generation_config
         input_ids = kwargs.pop("input_ids", inputs)
-        call = call_settings(keep_ratio, num_keep, threshold, prune, keep_mask)
-        budget = self._budget(call)
+        choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         cache = kwargs.get("past_key_values")
         record = None
         if cache is not None and (prune is not False or hasattr(cache, "tprl_cached_prompt")):
             record = CachedPrompt.of(cache)
-        if self._leaves_alone(input_ids, call, budget, visual_features, record):
+        if self._leaves_alone(input_ids, choice, visual_features, record):
             return self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
 
         batch = self._batch(
-            input_ids, kwargs.pop("attention_mask", None), visual_features, kwargs, record, self._looks(call, budget)
+            input_ids, kwargs.pop("attention_mask", None), visual_features, kwargs, record, self._looks(choice)
         )
-        plan = self._plan(batch, call, budget, query_mask)
+        plan = self._plan(batch, choice, query_mask)
         configs = (generation_config, self.generation_config)
         copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
         no_cache = setting("use_cache", kwargs, *configs) is False

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import AutoProcessor, ProcessorMixin
 
+from .checkpoint_checks import find_base
 from .configuration_tprl import TPRLConfig
 
 
@@ -17,6 +18,7 @@ class TPRLProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: when the config names no base model.
+            `OSError`: when the base model is not where the config says.
         """
         hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         hub_kwargs = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
@@ -31,4 +33,4 @@ class TPRLProcessor(ProcessorMixin):
         if config.base_model_revision is not None:
             kwargs["revision"] = config.base_model_revision
         kwargs["trust_remote_code"] = False  # code beside a base model that a config names is never run
-        return AutoProcessor.from_pretrained(config.base_model_name_or_path, **kwargs)
+        return AutoProcessor.from_pretrained(find_base(config, str(pretrained_model_name_or_path)), **kwargs)

@@ -66,51 +66,46 @@ class TPRLOutput(ModelOutput):
     columns: Tensor | None = None
 
 
-def call_settings(
+def refuse_several(given: dict[str, Any]) -> None:
+    """Raises `ValueError` when a call says several things about pruning."""
+    if len(given) > 1:
+        listed = ", ".join(f"{name}={'...' if torch.is_tensor(v) else v}" for name, v in given.items())
+        raise ValueError(f"Pass only one of keep_ratio, num_keep, threshold, prune and keep_mask; got {listed}.")
+
+
+def resolve_choice(
     keep_ratio: float | None,
     num_keep: int | None,
     threshold: float | None,
     prune: bool | None,
     keep_mask: Tensor | None,
-) -> dict[str, Any]:
-    """What a call of `prune`, `forward` or `generate` says about pruning.
+    pruner_budget: Budget | None,
+    pruner_was_chosen: bool,
+    config: TPRLConfig,
+) -> Budget | Tensor | None:
+    """What a call of `prune`, `forward` or `generate` does with the visual tokens.
+
+    Returns:
+        A [`Budget`] for the pruner: that of the call, else the pruner's own, else the config's. Or the user's
+        `keep_mask`. Or `None`: all tokens stay, and nothing is pruned.
 
     Raises:
-        `ValueError`: when it says several things.
+        `ValueError`: when the call says several things, or pruning was asked for and nobody names a budget.
     """
-    call = {
-        "keep_ratio": keep_ratio,
-        "num_keep": num_keep,
-        "threshold": threshold,
-        "prune": prune,
-        "keep_mask": keep_mask,
-    }
-    given = {name: value for name, value in call.items() if value is not None}
-    if len(given) > 1:
-        listed = ", ".join(f"{name}={'...' if torch.is_tensor(v) else v}" for name, v in given.items())
-        raise ValueError(f"Pass only one of keep_ratio, num_keep, threshold, prune and keep_mask; got {listed}.")
-    return call
-
-
-def budget_of_call(
-    call: dict[str, Any], own: Budget | None, pruner_was_chosen: bool, config: TPRLConfig
-) -> Budget | None:
-    """The budget that the call names, else the pruner's `own`, else the config's; `None` to prune nothing.
-
-    Raises:
-        `ValueError`: when pruning was asked for and nobody names a budget.
-    """
-    if call["prune"] is False or call["keep_mask"] is not None:
-        return None
-    asked = {name: call[name] for name in ("keep_ratio", "num_keep", "threshold")}
-    default = {name: getattr(config, name) for name in asked}
-    if any(value is not None for value in asked.values()):
-        return Budget(**asked, min_keep=config.min_keep, max_keep=config.max_keep)
-    if own is not None:
-        return own
+    budget: dict[str, Any] = {"keep_ratio": keep_ratio, "num_keep": num_keep, "threshold": threshold}
+    given = {n: v for n, v in {**budget, "prune": prune, "keep_mask": keep_mask}.items() if v is not None}
+    refuse_several(given)
+    if keep_mask is not None or prune is False:
+        return keep_mask
+    bounds: dict[str, Any] = {"min_keep": config.min_keep, "max_keep": config.max_keep}
+    if given and prune is None:
+        return Budget(**budget, **bounds)
+    if pruner_budget is not None:
+        return pruner_budget
+    default = {name: getattr(config, name) for name in budget}
     if any(value is not None for value in default.values()):
-        return Budget(**default, min_keep=config.min_keep, max_keep=config.max_keep)
-    if call["prune"] or pruner_was_chosen:
+        return Budget(**default, **bounds)
+    if prune or pruner_was_chosen:
         raise ValueError(
             "No budget: pass keep_ratio, num_keep or threshold in the call, to the pruner, or in the config."
         )

@@ -1,6 +1,9 @@
 """What goes to the Hub besides weights and config: the code of this folder, and a card."""
 
+import inspect
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +43,60 @@ With `import tprl_hf` before, `trust_remote_code` is not needed.
 """
 
 
-def code_files() -> list[Path]:
-    """The files of this folder that a checkpoint needs where `tprl_hf` is not installed."""
-    return sorted(path for path in Path(__file__).parent.glob("*.py") if path.name != "__init__.py")
+def code_files(config: TPRLConfig, pruner_classes: Mapping[str, type]) -> dict[str, str]:
+    """Names and texts of the files that a checkpoint needs where `tprl_hf` is not installed, its pruner's among them.
+
+    Raises:
+        `ValueError`: when the pruner's code needs files that do not travel.
+    """
+    paths = sorted(path for path in Path(__file__).parent.glob("*.py") if path.name != "__init__.py")
+    texts = {path.name: path.read_text(encoding="utf-8") for path in paths}
+    if isinstance(config.pruner, dict):
+        name = config.pruner["name"]
+        pruner_class = pruner_classes[name]
+        texts |= pruner_files(pruner_class)
+        module = Path(inspect.getfile(pruner_class)).stem
+        texts["pruner_classes.py"] = (
+            f"from .{module} import {pruner_class.__name__}\n\n"
+            f"PRUNER_CLASSES = {{{json.dumps(name)}: {pruner_class.__name__}}}\n"
+        )
+    return texts
 
 
-def set_code(directory: Path, include_code: bool) -> None:
-    """Puts our code beside a saved config and names it there, or names none; takes local paths out of it."""
+def pruner_files(pruner_class: type) -> dict[str, str]:
+    """Names and texts of the files that define a pruner, for a folder in which all code lies flat."""
+    texts: dict[str, str] = {}
+    missing = [Path(inspect.getfile(pruner_class))]
+    while missing:
+        path = missing.pop()
+        text = path.read_text(encoding="utf-8")
+        text = re.sub(r"^from tprl_hf\.modeling\.(\w+) import", r"from .\1 import", text, flags=re.M)
+        if re.search(r"^\s*(from|import) tprl_hf", text, re.M):
+            raise ValueError(
+                f"{path.name} imports more of tprl_hf than single modules of its modeling, so the pruner "
+                f"{pruner_class.__name__} cannot travel with a checkpoint: change its imports, or save without code."
+            )
+        texts[path.name] = text
+        siblings = [path.with_name(f"{name}.py") for name in re.findall(r"^from \.(\w+) import", text, re.M)]
+        missing += [one for one in siblings if one.is_file() and one.name not in texts]
+    return texts
+
+
+def set_code(directory: Path, code: Mapping[str, str]) -> None:
+    """Puts code beside a saved config and names it there, or names none where it is empty.
+
+    Takes local paths out of the base model's config.
+    """
     path = directory / CONFIG_NAME
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("auto_map", None)
     config["base_config"].pop("_name_or_path", None)  # it may be a path, and `base_model_name_or_path` says it
     for stale in directory.glob("*.py"):
         stale.unlink()
-    if include_code:
+    if code:
         config["auto_map"] = AUTO_MAP
-        for source in code_files():
-            (directory / source.name).write_bytes(source.read_bytes())
+        for name, text in code.items():
+            (directory / name).write_text(text, encoding="utf-8")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -4,11 +4,14 @@ A method is one small subclass: [`TokenPruner`] with `score`, when tokens can be
 with `select`, when they have to be chosen together.
 """
 
+import inspect
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .keep_mask import Budget, keep_above_threshold, keep_counts, keep_top_k
 from .pruning_policy import PruningPolicy
@@ -53,6 +56,28 @@ class PruningInputs:
         return protected if protected.any() else None
 
 
+@dataclass
+class SampleTokens:
+    """The n tokens of one sample that a [`SetPruner`] chooses from: no padding, no separators.
+
+    Args:
+        tokens (`[n, D]`), attention (`float [n]`, *optional*), layout ([`TokenLayout`] with fields `[n]`),
+        query (`[L, D]`): as in [`PruningInputs`], of this sample alone.
+    """
+
+    tokens: Tensor
+    attention: Tensor | None
+    layout: TokenLayout
+    query: Tensor
+
+    @classmethod
+    def of(cls, inputs: PruningInputs, row: int, free: Tensor) -> "SampleTokens":
+        """The tokens `free` (`int64 [n]`) of sample `row`."""
+        attention = None if inputs.attention is None else inputs.attention[row, free]
+        layout = TokenLayout(**{name: value[row, free] for name, value in vars(inputs.layout).items()})
+        return cls(inputs.tokens[row, free], attention, layout, inputs.query[row, inputs.query_mask[row]])
+
+
 class TokenPruner:
     """Chooses which visual tokens stay. A method that judges tokens one by one overrides [`score`].
 
@@ -64,6 +89,8 @@ class TokenPruner:
 
     # Set by methods that read `PruningInputs.attention`, which costs one more pass through a layer of the tower.
     needs_attention = False
+    # Arguments of `__init__` that a config does not keep.
+    not_settings: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -75,6 +102,33 @@ class TokenPruner:
     ):
         has_budget = keep_ratio is not None or num_keep is not None or threshold is not None
         self.budget = Budget(keep_ratio, num_keep, threshold, min_keep, max_keep) if has_budget else None
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make this pruner again, but for those that have their default: what a config keeps.
+
+        Each argument of `__init__` must be an attribute of the same name; those of the budget lie in `self.budget`.
+        """
+        found: dict[str, Any] = {}
+        for cls in type(self).__mro__:
+            if "__init__" not in vars(cls):
+                continue
+            parameters = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
+            holder = self.budget if cls is TokenPruner else self
+            for parameter in parameters if holder is not None else ():
+                if parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in self.not_settings:
+                    value = getattr(holder, parameter.name)
+                    if value != parameter.default:
+                        found[parameter.name] = value
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+                break
+        return found
+
+    def attach(self, lvlm: PreTrainedModel) -> None:
+        """Called when a model takes this pruner, with its base model, for methods that run a part of it.
+
+        Raises:
+            `ValueError`: for a base model with which the method does not work.
+        """
 
     def score(self, inputs: PruningInputs) -> Tensor:
         """How much each token matters, float `[B, N]`; higher is kept, padding is ignored."""
@@ -97,11 +151,15 @@ class TokenPruner:
 
 
 class SetPruner(TokenPruner):
-    """Base of methods that choose their tokens together, such as for diversity; they override [`select`]."""
+    """Base of methods that choose a sample's tokens together, such as for diversity; they override [`select`]."""
 
-    def select(self, inputs: PruningInputs, counts: Tensor) -> Tensor:
-        """`bool [B, N]` with `counts [B]` (on the CPU) tokens of each sample; `inputs.valid` has no separators."""
+    def select(self, sample: SampleTokens, count: int) -> Tensor:
+        """Indices of `count` of the sample's n tokens, `int64 [count]`, in any order."""
         raise NotImplementedError(f"{type(self).__name__} must define `select`.")
+
+    def join(self, sample: SampleTokens, kept: Tensor) -> Tensor | None:
+        """What the kept tokens become, `[n, D]`, where `kept` (`bool [n]`) is True; `None` leaves them as they are."""
+        return None
 
     def choose(self, inputs: PruningInputs, budget: Budget) -> tuple[Tensor, Tensor]:
         if budget.threshold is not None:
@@ -109,14 +167,30 @@ class SetPruner(TokenPruner):
                 f"{type(self).__name__} chooses tokens together and has no scores to compare with "
                 f"threshold={budget.threshold}: pass keep_ratio or num_keep."
             )
-        counts, protected = keep_counts(inputs.num_visual, budget), inputs.protected
-        if protected is None:
-            keep_mask = self.select(inputs, counts)
-        else:
-            free = replace(inputs, valid=inputs.valid & ~protected)
-            counts = torch.minimum((counts - protected.sum(1).cpu()).clamp(min=1), free.num_visual)
-            keep_mask = self.select(free, counts) | protected
+        keep_mask, counts = torch.zeros_like(inputs.valid), keep_counts(inputs.num_visual, budget)
+        if inputs.protected is not None:
+            keep_mask |= inputs.protected
+            counts = (counts - keep_mask.sum(1).cpu()).clamp(min=1)
+        for row, count in enumerate(counts.tolist()):
+            free = self.free(inputs, row)
+            count = min(count, len(free))
+            if count:
+                keep_mask[row, free[self.select(SampleTokens.of(inputs, row, free), count)]] = True
         return keep_mask, keep_mask.float()
+
+    def merge(self, inputs: PruningInputs, keep_mask: Tensor) -> Tensor | None:
+        merged = None
+        for row, kept in enumerate(keep_mask):
+            free = self.free(inputs, row)
+            joined = self.join(SampleTokens.of(inputs, row, free), kept[free])
+            if joined is not None:
+                merged = inputs.tokens.clone() if merged is None else merged
+                merged[row, free] = joined.to(merged.dtype)
+        return merged
+
+    def free(self, inputs: PruningInputs, row: int) -> Tensor:
+        """Indices of a sample's tokens that are neither padding nor separators."""
+        return (inputs.valid[row] & ~inputs.layout.protected[row]).nonzero()[:, 0]
 
 
 class LearnedPruner(TokenPruner):

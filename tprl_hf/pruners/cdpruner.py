@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tprl_hf.modeling.token_pruner import PruningInputs, SetPruner
-
-from .query_similarity import mean_over_query, query_similarity
+from tprl_hf.modeling.token_pruner import SampleTokens, SetPruner
 
 SMALLEST = 1e-10  # of a token's remaining volume, when the chosen ones already span it
 
@@ -26,18 +24,11 @@ class CDPruner(SetPruner):
         **budget: see [`TokenPruner`]; no threshold.
     """
 
-    def select(self, inputs: PruningInputs, counts: Tensor) -> Tensor:
-        keep_mask = torch.zeros_like(inputs.valid)
-        similarity = mean_over_query(query_similarity(inputs), inputs.query_mask)
-        for row, count in enumerate(counts.tolist()):
-            index = inputs.valid[row].nonzero()[:, 0]
-            if count == 0:
-                continue
-            directions = F.normalize(inputs.tokens[row, index].float(), dim=-1)
-            relevance = to_unit_range(similarity[row, index])
-            kernel = relevance[:, None] * (directions @ directions.T) * relevance
-            keep_mask[row, index[most_probable_set(kernel, count)]] = True
-        return keep_mask
+    def select(self, sample: SampleTokens, count: int) -> Tensor:
+        directions = F.normalize(sample.tokens.float(), dim=-1)
+        words = F.normalize(sample.query.float(), dim=-1)
+        relevance = to_unit_range((directions @ words.T).sum(1) / max(len(words), 1))
+        return most_probable_set(relevance[:, None] * (directions @ directions.T) * relevance, count)
 
 
 def to_unit_range(values: Tensor) -> Tensor:

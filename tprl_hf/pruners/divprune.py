@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tprl_hf.modeling.token_pruner import PruningInputs, SetPruner
+from tprl_hf.modeling.token_pruner import SampleTokens, SetPruner
 
 
 class DivPrune(SetPruner):
@@ -21,12 +21,8 @@ class DivPrune(SetPruner):
         **budget: see [`TokenPruner`]; no threshold.
     """
 
-    def select(self, inputs: PruningInputs, counts: Tensor) -> Tensor:
-        keep_mask = torch.zeros_like(inputs.valid)
-        for row, count in enumerate(counts.tolist()):
-            index = inputs.valid[row].nonzero()[:, 0]
-            keep_mask[row, index[farthest_points(inputs.tokens[row, index], count)]] = True
-        return keep_mask
+    def select(self, sample: SampleTokens, count: int) -> Tensor:
+        return farthest_points(sample.tokens, count)
 
 
 def farthest_points(tokens: Tensor, count: int) -> Tensor:

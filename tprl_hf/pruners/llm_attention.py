@@ -27,7 +27,7 @@ class LLMAttentionPruner(TokenPruner):
     that says whose attention counts, [`raters`].
 
     Args:
-        lvlm (`PreTrainedModel`): the base model, `model.lvlm`.
+        lvlm (`PreTrainedModel`, *optional*): the base model. A model that takes the pruner passes its own.
         layer (`int`, defaults to 2): the layer whose attention is read, counted from 1.
         **budget: see [`TokenPruner`].
 
@@ -36,11 +36,19 @@ class LLMAttentionPruner(TokenPruner):
             on embeddings alone.
     """
 
-    def __init__(self, lvlm: PreTrainedModel, layer: int = 2, **budget):
+    not_settings = ("lvlm",)
+
+    def __init__(self, lvlm: PreTrainedModel | None = None, layer: int = 2, **budget):
         super().__init__(**budget)
+        self.layer = layer
+        self.decoder: Any = None
+        if lvlm is not None:
+            self.attach(lvlm)
+
+    def attach(self, lvlm: PreTrainedModel) -> None:
         # some families call the LLM with its output layer their decoder
-        self.decoder: Any = next(module for module in lvlm.get_decoder().modules() if hasattr(module, "layers"))
-        name, layers = type(self).__name__, self.decoder.layers
+        self.decoder = next(module for module in lvlm.get_decoder().modules() if hasattr(module, "layers"))
+        name, layer, layers = type(self).__name__, self.layer, self.decoder.layers
         if not 1 <= layer <= len(layers):
             raise ValueError(f"layer={layer}, but the LLM has layers 1 to {len(layers)}.")
         if not hasattr(layers[layer - 1], "self_attn"):
@@ -54,7 +62,6 @@ class LLMAttentionPruner(TokenPruner):
                 f"{name} runs the LLM on visual tokens, but every layer of {lvlm.config.model_type!r} also reads the "
                 "prompt's ids: use a pruner that does not need the LLM."
             )
-        self.layer = layer
 
     def raters(self, inputs: PruningInputs) -> Tensor:
         """Whose attention counts: `bool [B, N + L]`, at least one of each sample's visual tokens and question."""

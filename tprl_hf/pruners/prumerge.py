@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tprl_hf.modeling.token_pruner import PruningInputs, SetPruner
+from tprl_hf.modeling.token_pruner import SampleTokens, SetPruner
 
 from .uniform import dither_order
 
@@ -37,32 +37,26 @@ class PruMerge(SetPruner):
             raise ValueError(f"num_neighbors must not be negative; got {num_neighbors}.")
         self.num_neighbors = num_neighbors
 
-    def select(self, inputs: PruningInputs, counts: Tensor) -> Tensor:
-        assert inputs.attention is not None
-        keep_mask = torch.zeros_like(inputs.valid)
-        grid_order = dither_order(inputs.layout.row, inputs.layout.column)
-        for row, count in enumerate(counts.tolist()):
-            index = inputs.valid[row].nonzero()[:, 0]
-            attention = inputs.attention[row, index]
-            is_outlier = outliers(attention)
-            by_attention = attention.argsort(descending=True, stable=True)
-            important = by_attention[is_outlier[by_attention]][:count]
-            rest = grid_order[row, index].argsort(stable=True)
-            rest = rest[~torch.isin(rest, important)][: count - len(important)]
-            keep_mask[row, index[torch.cat([important, rest])]] = True
-        return keep_mask
+    def select(self, sample: SampleTokens, count: int) -> Tensor:
+        assert sample.attention is not None
+        by_attention = sample.attention.argsort(descending=True, stable=True)
+        important = by_attention[outliers(sample.attention)[by_attention]][:count]
+        grid = dither_order(sample.layout.row, sample.layout.column).argsort(stable=True)
+        return torch.cat([important, grid[~torch.isin(grid, important)][: count - len(important)]])
 
-    def merge(self, inputs: PruningInputs, keep_mask: Tensor) -> Tensor | None:
-        if not self.num_neighbors:
+    def join(self, sample: SampleTokens, kept: Tensor) -> Tensor | None:
+        """Each kept token plus the attention-weighted sum of the `num_neighbors` most similar removed ones."""
+        removed = (~kept).nonzero()[:, 0]
+        if not self.num_neighbors or not len(removed):
             return None
-        assert inputs.attention is not None
-        tokens = inputs.tokens.clone()
-        for row, kept in enumerate(keep_mask):
-            free = inputs.valid[row] & ~inputs.layout.protected[row]
-            removed = (free & ~kept).nonzero()[:, 0]
-            if len(removed):
-                add_neighbors(tokens[row], (free & kept).nonzero()[:, 0], removed, inputs, row, self.num_neighbors)
-        return tokens
+        assert sample.attention is not None
+        directions = F.normalize(sample.tokens.float(), dim=-1)
+        similarity = directions[kept] @ directions[removed].T
+        nearest = similarity.topk(min(self.num_neighbors, len(removed)), dim=1).indices
+        weights = torch.zeros_like(similarity).scatter_(1, nearest, 1.0) * sample.attention[removed].float()
+        joined = sample.tokens.clone()
+        joined[kept] += (weights @ sample.tokens[removed].float()).to(joined.dtype)
+        return joined
 
 
 def outliers(values: Tensor) -> Tensor:
@@ -71,13 +65,3 @@ def outliers(values: Tensor) -> Tensor:
         return values.bool()
     low, high = values.float().quantile(values.new_tensor([0.25, 0.75], dtype=torch.float32))
     return values > high + 1.5 * (high - low)
-
-
-def add_neighbors(out: Tensor, kept: Tensor, removed: Tensor, inputs: PruningInputs, row: int, count: int) -> None:
-    """Adds to `out [N, D]` at `kept` the attention-weighted sum of the `count` most similar of `removed`."""
-    assert inputs.attention is not None
-    tokens, weights = inputs.tokens[row, removed].float(), inputs.attention[row, removed].float()
-    directions = F.normalize(inputs.tokens[row].float(), dim=-1)
-    nearest = (directions[kept] @ directions[removed].T).topk(min(count, len(removed)), dim=1).indices
-    chosen = torch.zeros(len(kept), len(removed), device=out.device).scatter_(1, nearest, 1.0)
-    out[kept] += ((chosen * weights) @ tokens).to(out.dtype)

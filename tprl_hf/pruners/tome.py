@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tprl_hf.modeling.token_pruner import PruningInputs, SetPruner
+from tprl_hf.modeling.token_pruner import SampleTokens, SetPruner
 
 
 class ToMePruner(SetPruner):
@@ -23,21 +23,12 @@ class ToMePruner(SetPruner):
         **budget: see [`TokenPruner`]; no threshold.
     """
 
-    def select(self, inputs: PruningInputs, counts: Tensor) -> Tensor:
-        keep_mask = torch.zeros_like(inputs.valid)
-        for row, count in enumerate(counts.tolist()):
-            index = inputs.valid[row].nonzero()[:, 0]
-            left, _ = merge_pairs(inputs.tokens[row, index], count)
-            keep_mask[row, index[left]] = True
-        return keep_mask
+    def select(self, sample: SampleTokens, count: int) -> Tensor:
+        return merge_pairs(sample.tokens, count)[0]
 
-    def merge(self, inputs: PruningInputs, keep_mask: Tensor) -> Tensor | None:
-        tokens = inputs.tokens.clone()
-        for row, kept in enumerate(keep_mask):
-            index = (inputs.valid[row] & ~inputs.layout.protected[row]).nonzero()[:, 0]
-            left, means = merge_pairs(inputs.tokens[row, index], int(kept[index].sum()))
-            tokens[row, index[left]] = means
-        return tokens
+    def join(self, sample: SampleTokens, kept: Tensor) -> Tensor:
+        left, means = merge_pairs(sample.tokens, int(kept.sum()))
+        return sample.tokens.index_copy(0, left, means)
 
 
 def merge_pairs(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,13 @@ Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language M
 looks at the question. The authors also offer a version with a fine-tuned projector; this is the training-free one.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tprl_hf.modeling.token_pruner import PruningInputs, SetPruner
+from tprl_hf.modeling.token_pruner import SampleTokens, SetPruner
 
 
 class VisionZip(SetPruner):
@@ -29,6 +31,7 @@ class VisionZip(SetPruner):
     """
 
     needs_attention = True
+    not_settings = ("merge",)  # the name of a method
 
     def __init__(self, dominant_ratio: float = 27 / 32, merge: bool = True, **budget):
         super().__init__(**budget)
@@ -37,34 +40,27 @@ class VisionZip(SetPruner):
         self.dominant_ratio = dominant_ratio
         self.merges = merge
 
-    def select(self, inputs: PruningInputs, counts: Tensor) -> Tensor:
-        keep_mask = torch.zeros_like(inputs.valid)
-        for row, count in enumerate(counts.tolist()):
-            dominant, rest = self.split(inputs, row, inputs.valid[row], count)
-            targets = even_steps(len(rest), count - len(dominant))
-            keep_mask[row, dominant] = True
-            keep_mask[row, rest[targets.to(rest.device)]] = True
-        return keep_mask
+    def settings(self) -> dict[str, Any]:
+        found = super().settings()
+        return found if self.merges else {**found, "merge": False}
 
-    def split(self, inputs: PruningInputs, row: int, free: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Indices of a sample's dominant tokens for a budget of `count`, and of its others in their order."""
-        assert inputs.attention is not None
-        index = free.nonzero()[:, 0]
-        order = inputs.attention[row, index].argsort(descending=True, stable=True)
+    def select(self, sample: SampleTokens, count: int) -> Tensor:
+        dominant, rest = self.split(sample, count)
+        return torch.cat([dominant, rest[even_steps(len(rest), count - len(dominant)).to(rest.device)]])
+
+    def split(self, sample: SampleTokens, count: int) -> tuple[Tensor, Tensor]:
+        """Indices of the dominant tokens for a budget of `count`, and of the others in their order."""
+        assert sample.attention is not None
+        order = sample.attention.argsort(descending=True, stable=True)
         num_dominant = round(count * self.dominant_ratio)
-        return index[order[:num_dominant]], index[order[num_dominant:]].sort().values
+        return order[:num_dominant], order[num_dominant:].sort().values
 
-    def merge(self, inputs: PruningInputs, keep_mask: Tensor) -> Tensor | None:
-        if not self.merges:
+    def join(self, sample: SampleTokens, kept: Tensor) -> Tensor | None:
+        _, rest = self.split(sample, int(kept.sum()))
+        targets, others = rest[kept[rest]], rest[~kept[rest]]
+        if not self.merges or not len(targets) or not len(others):
             return None
-        tokens = inputs.tokens.clone()
-        for row, kept in enumerate(keep_mask):
-            free = inputs.valid[row] & ~inputs.layout.protected[row]
-            _, rest = self.split(inputs, row, free, int((kept & free).sum()))
-            targets, others = rest[kept[rest]], rest[~kept[rest]]
-            if len(targets) and len(others):
-                tokens[row, targets] = join_most_similar(inputs.tokens[row, targets], inputs.tokens[row, others])
-        return tokens
+        return sample.tokens.index_copy(0, targets, join_most_similar(sample.tokens[targets], sample.tokens[others]))
 
 
 def even_steps(length: int, count: int) -> Tensor:

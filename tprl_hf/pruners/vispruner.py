@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tprl_hf.modeling.token_pruner import PruningInputs, SetPruner
+from tprl_hf.modeling.token_pruner import SampleTokens, SetPruner
 
 
 class VisPruner(SetPruner):
@@ -31,18 +31,13 @@ class VisPruner(SetPruner):
         self.important_ratio = important_ratio
         self.removed_per_round = removed_per_round
 
-    def select(self, inputs: PruningInputs, counts: Tensor) -> Tensor:
-        assert inputs.attention is not None
-        keep_mask = torch.zeros_like(inputs.valid)
-        for row, count in enumerate(counts.tolist()):
-            index = inputs.valid[row].nonzero()[:, 0]
-            num_important = int(count * self.important_ratio)
-            order = inputs.attention[row, index].argsort(descending=True, stable=True)
-            rest = index[order[num_important:]].sort().values
-            diverse = remove_duplicates(inputs.tokens[row, rest], count - num_important, self.removed_per_round)
-            keep_mask[row, index[order[:num_important]]] = True
-            keep_mask[row, rest[diverse]] = True
-        return keep_mask
+    def select(self, sample: SampleTokens, count: int) -> Tensor:
+        assert sample.attention is not None
+        num_important = int(count * self.important_ratio)
+        order = sample.attention.argsort(descending=True, stable=True)
+        important, rest = order[:num_important], order[num_important:].sort().values
+        diverse = remove_duplicates(sample.tokens[rest], count - num_important, self.removed_per_round)
+        return torch.cat([important, rest[diverse]])
 
 
 def remove_duplicates(tokens: Tensor, count: int, per_round: int) -> Tensor:

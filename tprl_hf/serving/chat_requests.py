@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from starlette.exceptions import HTTPException
 
 from tprl_hf.modeling.keep_mask import Budget
-from tprl_hf.modeling.prune_plan import call_settings
+from tprl_hf.modeling.prune_plan import refuse_several
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # readers that start no other program
 MAX_PIXELS = 50_000_000
@@ -80,7 +80,7 @@ def take_budget(body: dict[str, Any]) -> dict[str, Any]:
             kinds = " or ".join(kind.__name__ for kind in BUDGET_TYPES[name])
             raise refuse(f"{name} must be {kinds}; got {value!r}.")
     try:
-        call_settings(**{**dict.fromkeys([*BUDGET_TYPES, "keep_mask"]), **budget})
+        refuse_several(budget)
         if budget and "prune" not in budget:
             Budget(**budget)
     except ValueError as error:

@@ -20,8 +20,9 @@ from transformers import AutoConfig, TrainingArguments
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from tprl_hf.model_cards import dataset_card, eval_results_yaml, model_index, policy_card, without_paths
-from tprl_hf.modeling.checkpoint_checks import check_weight_files, refuse_other_base
+from tprl_hf.modeling.checkpoint_checks import check_weight_files, refuse_other_base, refuse_untrained
 from tprl_hf.modeling.configuration_tprl import TPRLConfig
+from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.publishing_tprl import (
     AUTO_MAP,
     TAGS,
@@ -145,6 +146,8 @@ def files_to_publish(
     config = TPRLConfig.from_pretrained(directory)
     if base_model is not None:
         config.base_model_name_or_path, config.base_model_revision = base_model, None
+    if config.pruner is None:
+        refuse_untrained(config)
     if not config.includes_base_model:
         config.base_model_revision = pinned_revision(api, config)
         name, revision = str(config.base_model_name_or_path), config.base_model_revision
@@ -155,10 +158,12 @@ def files_to_publish(
         config.base_model_name_or_path = config.base_model_revision = None
     written["base_config"].pop("_name_or_path", None)
     written["auto_map"] = AUTO_MAP
-    for key in ("base_model_name_or_path", "base_model_revision"):
+    config.base_model_relative_path = None
+    for key in ("base_model_name_or_path", "base_model_revision", "base_model_relative_path"):
         written[key] = getattr(config, key)
 
-    files: dict[str, Path | bytes] = {path.name: path for path in code_files()}
+    classes = TPRLForConditionalGeneration.pruner_classes
+    files: dict[str, Path | bytes] = {name: text.encode() for name, text in code_files(config, classes).items()}
     files[CONFIG_NAME] = (json.dumps(written, indent=2, sort_keys=True) + "\n").encode()
     for pattern in (*WEIGHT_PATTERNS, GENERATION_CONFIG_NAME, *PROCESSOR_FILES):
         files.update({path.relative_to(directory).as_posix(): path for path in directory.glob(pattern)})

@@ -1,0 +1,115 @@
+"""Which pruner a model uses, and which budget a call has."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .checkpoint_checks import refuse_untrained
+from .keep_mask import Budget
+from .prune_plan import resolve_choice
+from .pruner_classes import PRUNER_CLASSES
+from .pruning_policy import PruningPolicy
+from .token_autoencoder import TokenAutoencoder
+from .token_pruner import LearnedPruner, TokenPruner
+
+
+class PrunerChoiceMixin:
+    """The part of [`TPRLForConditionalGeneration`] that knows its pruner."""
+
+    config: Any
+    lvlm: PreTrainedModel
+    policy: PruningPolicy
+    autoencoder: TokenAutoencoder
+    # Which pruners a config can name.
+    pruner_classes: ClassVar[Mapping[str, type[TokenPruner]]] = PRUNER_CLASSES
+
+    def _init_pruner(self) -> None:
+        self._pruner: TokenPruner | None = None  # that of `using`
+        self._own_pruner = None if self.config.pruner is None else self._make_pruner(**self.config.pruner)
+
+    @property
+    def pruner(self) -> TokenPruner:
+        """The pruner in use: that of `using`, else that of `set_pruner`, else the policy."""
+        return self._pruner or self._own_pruner or self.learned_pruner()
+
+    def learned_pruner(self) -> LearnedPruner:
+        """The policy as a pruner, with the settings of the config."""
+        config = self.config
+        return LearnedPruner(self.policy, self.autoencoder, config.num_steps, config.threshold_keep_ratio)
+
+    def set_pruner(self, pruner: str | TokenPruner | None, **settings) -> None:
+        r"""
+        Lets a pruner that needs no training choose the tokens from now on. It is saved with the model, comes back with
+        `from_pretrained`, and travels with the checkpoint's code.
+
+        Args:
+            pruner (`str` or [`TokenPruner`], *optional*): a name in `tprl_hf.pruners.PRUNERS`, or a pruner of one of
+                these classes. `None` or `"learned"` gives the choice back to the policy.
+            settings: arguments of the named pruner; a budget (`keep_ratio`, ...) among them goes before the config's.
+
+        Raises:
+            `ValueError`: for a pruner that is not in the table, and for one that does not work with this base model.
+
+        Example:
+
+        ```python
+        >>> model.set_pruner("divprune", keep_ratio=1 / 3)
+        >>> model.save_pretrained("llava-divprune")
+        ```
+        """
+        if isinstance(pruner, TokenPruner):
+            if settings:
+                raise ValueError(f"Settings {sorted(settings)} go to a pruner that is named, not to one that is made.")
+            names = [name for name, one in self.pruner_classes.items() if one is type(pruner)]
+            if not names:
+                raise ValueError(
+                    f"{type(pruner).__name__} is not in tprl_hf.pruners.PRUNERS, so a checkpoint could not name it. "
+                    "Put it there under a name of yours, or use it inside `with model.using(pruner)`."
+                )
+            pruner.attach(self.lvlm)
+            self._own_pruner, self.config.pruner = pruner, {"name": names[0], **pruner.settings()}
+        elif pruner is None or pruner == "learned":
+            self._own_pruner = self.config.pruner = None
+        else:
+            self.set_pruner(self._make_pruner(pruner, **settings))
+
+    def _make_pruner(self, name: str, **settings) -> TokenPruner:
+        if name not in self.pruner_classes:
+            raise ValueError(f"There is no pruner {name!r}; choose from {', '.join(sorted(self.pruner_classes))}.")
+        pruner = self.pruner_classes[name](**settings)
+        pruner.attach(self.lvlm)
+        return pruner
+
+    @contextmanager
+    def using(self, pruner: TokenPruner) -> Iterator[Any]:
+        """Inside the `with`, `pruner` chooses the tokens; afterwards all is as before. It is not saved."""
+        pruner.attach(self.lvlm)
+        before, self._pruner = self._pruner, pruner
+        try:
+            yield self
+        finally:
+            self._pruner = before
+
+    def _choice(
+        self,
+        keep_ratio: float | None,
+        num_keep: int | None,
+        threshold: float | None,
+        prune: bool | None,
+        keep_mask: Tensor | None,
+    ) -> Budget | Tensor | None:
+        """What a call does, see [`resolve_choice`]; an untrained policy is refused."""
+        chosen = self._pruner or self._own_pruner
+        budget = None if chosen is None else chosen.budget
+        call = (keep_ratio, num_keep, threshold, prune, keep_mask)
+        choice = resolve_choice(*call, budget, chosen is not None, self.config)
+        if chosen is None and isinstance(choice, Budget) and choice.keep_ratio != 1:
+            refuse_untrained(self.config)
+        return choice
+
+    def _looks(self, choice: Budget | Tensor | None) -> bool:
+        """Whether this call's pruner reads the tower's attention."""
+        return isinstance(choice, Budget) and self.pruner.needs_attention
