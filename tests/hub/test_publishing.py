@@ -256,7 +256,9 @@ def test_a_merged_checkpoint_takes_no_path_along(tmp_path, capsys):
     assert len(shards) > 2
     others = {"README.md", "config.json", "generation_config.json", "model.safetensors.index.json"}
     assert set(files) == CODE | shards | others
-    written = b"".join(content for content in files.values() if isinstance(content, bytes))
+    texts = {name: content for name, content in files.items() if isinstance(content, bytes) and name not in CODE}
+    assert {"README.md", "config.json"} <= set(texts)
+    written = b"".join(texts.values())
     assert str(tmp_path).encode() not in written and b"base_model_relation" not in written
     assert b"license: llama2" in files["README.md"]
     assert main(["push", str(tmp_path / "merged"), "me/merged", "--dry-run"]) == 0

@@ -26,7 +26,8 @@ processor.push_to_hub("me/base")
 ModelCard("---\\nlicense: llama2\\n---\\nA base model.\\n").push_to_hub("me/base")
 
 torch.manual_seed(1)
-model = TPRLForConditionalGeneration.from_base_model("me/base", latent_dim=8, policy_training={"stage": "lfd"}, keep_ratio=0.4).eval()
+settings = {"latent_dim": 8, "keep_ratio": 0.4, "policy_training": {"stage": "lfd"}}
+model = TPRLForConditionalGeneration.from_base_model("me/base", **settings).eval()
 assert model.config.base_model_revision == HfApi().model_info("me/base").sha
 bare = model.push_to_hub("me/llava-tprl", private=True).oid  # without a processor
 processor.push_to_hub("me/llava-tprl")
@@ -192,3 +193,31 @@ model = load(got, base_model=base, **options)  # the later base model, from a di
 assert not torch.equal(model(**inputs).logits, expected["logits"])
 """
     run(CHECK + code, folder, tmp_path / "llava-tprl", tmp_path / "base", token=None)
+
+
+@pytest.mark.parametrize("name", ["vispruner", "fastv"])
+def test_a_pruner_that_was_set_travels_with_its_code(run, tmp_path, name):
+    """One that reads the tower's attention, and one whose code imports a sibling."""
+    make = f"""
+import sys, torch
+from tests.tiny_models import build, collate, sample
+from tprl_hf import TPRLForConditionalGeneration
+build("llava").save_pretrained(sys.argv[1] + "/base")
+model = TPRLForConditionalGeneration.from_base_model(sys.argv[1] + "/base", latent_dim=8, pruner="{name}", num_keep=5)
+inputs = collate("llava", [sample("llava", 1, 1)])
+model.eval().save_pretrained(sys.argv[1] + "/model", include_code=True)
+torch.save((inputs, model.prune(**inputs).keep_mask), sys.argv[1] + "/expected")
+"""
+    load = f"""
+import sys, torch
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1] + "/model", trust_remote_code=True).eval()
+inputs, expected = torch.load(sys.argv[1] + "/expected")
+assert model.config.pruner["name"] == "{name}" and "tprl_hf" not in sys.modules
+assert torch.equal(model.prune(**inputs).keep_mask, expected)
+model.save_pretrained(sys.argv[1] + "/again")  # takes its code along
+"""
+    run(make, tmp_path)
+    run(load, tmp_path, installed=False)
+    again = {path.name: path.read_text() for path in (tmp_path / "again").glob("*.py")}
+    assert again == {path.name: path.read_text() for path in (tmp_path / "model").glob("*.py")}

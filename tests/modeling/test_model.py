@@ -96,7 +96,9 @@ def test_another_policy_around_the_lvlm_of_a_tprl_model(tmp_path, model, batch):
     model.save_pretrained(tmp_path / "merged", save_base_model=True)
     expected = model(**batch, prune=False).logits
     for base in (model, tmp_path / "merged"):
-        other = TPRLForConditionalGeneration.from_base_model(base, latent_dim=4, policy_num_heads=2)
+        other = TPRLForConditionalGeneration.from_base_model(
+            base, latent_dim=4, policy_num_heads=2, policy_training={"stage": "lfd"}
+        )
         assert type(other.lvlm) is type(model.lvlm) and other.config.latent_dim == 4
         assert torch.equal(other(**batch, prune=False).logits, expected)
     other.save_pretrained(tmp_path / "policy")  # names the merged checkpoint as its base

@@ -23,7 +23,7 @@ from tprl_hf.training import generate_demonstrations
 
 stage, base, data, output_dir, resume = sys.argv[1:]
 torch.manual_seed(1)
-model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=16, policy_training={"stage": "lfd"}, policy_num_heads=4, policy_dim=16)
+model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=16, policy_num_heads=4, policy_dim=16)
 processor, dataset = AutoProcessor.from_pretrained(base), load_from_disk(data)
 common = {
     "use_cpu": True, "disable_tqdm": True, "max_steps": 4, "save_steps": 3, "per_device_train_batch_size": 2,

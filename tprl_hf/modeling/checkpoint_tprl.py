@@ -216,8 +216,11 @@ class TPRLPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"{source} holds a policy only and does not say for which base model: pass base_model=NAME_OR_PATH."
             )
+        named = config.base_model_name_or_path
         if base_model is None:
             config.base_model_name_or_path = find_base(config, source)
+        elif not isinstance(base_model, PreTrainedModel) and named is not None and os.path.isabs(named):
+            config.base_model_name_or_path = absolute_path(str(base_model))  # where it is now
         if not isinstance(base_model, PreTrainedModel):
             base_model = cls._load_base(str(base_model or config.base_model_name_or_path), config, source, kwargs)
         refuse_other_base(config, base_model.config, source, base_model.config.name_or_path or "this model")

@@ -20,7 +20,7 @@ from transformers import AutoConfig, TrainingArguments
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from tprl_hf.model_cards import dataset_card, eval_results_yaml, model_index, policy_card, without_paths
-from tprl_hf.modeling.checkpoint_checks import check_weight_files, refuse_other_base, refuse_untrained
+from tprl_hf.modeling.checkpoint_checks import check_weight_files, refuse_other_base
 from tprl_hf.modeling.configuration_tprl import TPRLConfig
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.publishing_tprl import (
@@ -146,8 +146,6 @@ def files_to_publish(
     config = TPRLConfig.from_pretrained(directory)
     if base_model is not None:
         config.base_model_name_or_path, config.base_model_revision = base_model, None
-    if config.pruner is None:
-        refuse_untrained(config)
     if not config.includes_base_model:
         config.base_model_revision = pinned_revision(api, config)
         name, revision = str(config.base_model_name_or_path), config.base_model_revision
