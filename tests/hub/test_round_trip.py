@@ -14,8 +14,8 @@ import sys
 import torch
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
-from tests.cli.conftest import make_processor
-from tests.tiny_models import build
+from tests.families.tiny_processor import make_processor
+from tests.families.tiny_models import build
 from tprl_hf import TPRLForConditionalGeneration
 
 expected = sys.argv[1]

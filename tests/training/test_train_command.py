@@ -10,8 +10,8 @@ from tprl_hf.cli.main import main
 from tprl_hf.cli.recipe_file import STAGES, as_number, read_recipe
 from tprl_hf.cli.train import load_data, settings_of, training_data
 from tprl_hf.data import easy_vqa, mosaic_vqa
-from tprl_hf.training.publishing import files_to_publish
-from tprl_hf.training.training_record import training_record
+from tprl_hf.hub.publishing import files_to_publish
+from tprl_hf.hub.training_record import training_record
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 POLICY_STAGE = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True, "eval_strategy": "steps", "eval_steps": 1}

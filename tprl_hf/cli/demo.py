@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .arguments import DEFAULT_KEEP_RATIO, PRUNERS, add_model_argument, keep_ratio, positive_int
+from .tables import describe_device, format_table
 
 NAME = "demo"
 HELP = "see the embedded model answer with a third of its visual tokens"
@@ -41,10 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     from tprl_hf.data import mosaic_vqa
-    from tprl_hf.evaluation.accuracy import is_right
     from tprl_hf.evaluation.answers import generate_answers
+    from tprl_hf.evaluation.by_name import has_trained_policy
+    from tprl_hf.evaluation.scores import is_right
+    from tprl_hf.loading import load_model
 
-    from .loading import has_trained_policy, load_model, using_pruner
+    from .loading import using_pruner
     from .pictures import write_pictures
 
     model, processor = load_model(arguments.model)
@@ -144,7 +147,7 @@ def draw(
 def time_prefill(model, processor, samples, pruners: Sequence[str], budgets, seed: int):
     """[`PrefillTime`] by pruner, of one batch of `samples`."""
     from tprl_hf.evaluation.answers import chat_inputs
-    from tprl_hf.evaluation.latency import measure_prefill
+    from tprl_hf.evaluation.benchmark import measure_prefill
 
     from .loading import using_pruner
 
@@ -156,20 +159,3 @@ def time_prefill(model, processor, samples, pruners: Sequence[str], budgets, see
 
     calls = {name: lambda name=name: prefill(name) for name in pruners}
     return measure_prefill(model.lvlm.get_decoder(), calls, REPETITIONS)
-
-
-def describe_device(model) -> str:
-    """Device, dtype and threads, for a line below timings."""
-    import torch
-
-    dtype = str(model.dtype).removeprefix("torch.")
-    if model.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(model.device)}, {dtype}"
-    return f"{model.device.type}, {dtype}, {torch.get_num_threads()} threads"
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of texts as aligned columns under a ruled header."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], ""])

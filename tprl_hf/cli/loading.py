@@ -1,17 +1,15 @@
-"""Models and pruners by the names that users write, as the commands need them. Imports no torch."""
+"""The pruner and the budget that the options of a command ask for. Imports no torch."""
 
 import argparse
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from tprl_hf.evaluation.by_name import has_trained_policy, load_model, make_pruner
+from tprl_hf.evaluation.by_name import has_trained_policy, make_pruner
 
 from .arguments import DEFAULT_KEEP_RATIO, budget_of
 
 if TYPE_CHECKING:
     from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
-
-__all__ = ["has_trained_policy", "load_model", "make_pruner", "pruner_and_budget", "using_pruner"]
 
 
 def pruner_and_budget(

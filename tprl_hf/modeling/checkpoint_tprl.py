@@ -16,7 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .checkpoint_checks import cached, check_weight_files, no_safetensors, refuse_other_base, refuse_other_formats
 from .configuration_tprl import TPRLConfig
-from .publishing_tprl import (
+from .hub_tprl import (
     WEIGHT_PATTERNS,
     base_licence,
     card_metadata,

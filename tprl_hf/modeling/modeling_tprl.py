@@ -14,13 +14,13 @@ from transformers.utils import ModelOutput, logging
 from .cached_prompt import CachedPrompt
 from .checkpoint_checks import check_weight_files, loaded_commit, refuse_other_formats
 from .checkpoint_tprl import HUB_NAMES, TPRLPreTrainedModel
+from .columns import find_visual, restore_prompt, unpad_rows
 from .configuration_tprl import TPRLConfig
 from .family_adapters import adapter_for
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .keep_mask import Budget
 from .prune_plan import PrunePlan, TPRLOutput, budget_of_call, call_settings, layout_of, pruning_inputs
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
-from .pruned_inputs import find_visual, restore_prompt, unpad_rows
 from .pruning_policy import PruningPolicy
 from .text_query import config_special_ids, default_query_mask
 from .token_autoencoder import TokenAutoencoder

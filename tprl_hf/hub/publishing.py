@@ -22,7 +22,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from tprl_hf.model_cards import dataset_card, eval_results_yaml, model_index, policy_card, without_paths
 from tprl_hf.modeling.checkpoint_checks import check_weight_files, refuse_other_base
 from tprl_hf.modeling.configuration_tprl import TPRLConfig
-from tprl_hf.modeling.publishing_tprl import (
+from tprl_hf.modeling.hub_tprl import (
     AUTO_MAP,
     TAGS,
     WEIGHT_PATTERNS,

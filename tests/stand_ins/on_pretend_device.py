@@ -1,4 +1,4 @@
-"""`python -m tests.on_pretend_device PART`: the package on a device that is not the CPU, in a process of its own."""
+"""`python -m tests.stand_ins.on_pretend_device PART`: the package on a device other than the CPU, in a new process."""
 
 import sys
 import tempfile
@@ -7,10 +7,10 @@ import accelerate
 import torch
 from transformers import TrainingArguments
 
-from tests.cli.conftest import make_processor
-from tests.more_families import OTHERS
-from tests.pretend_device import DEVICE, PretendMode, inner_of, launches, on_device, waits
-from tests.tiny_models import FAMILIES, build, collate, entry, sample
+from tests.families.more import OTHERS
+from tests.families.tiny_models import FAMILIES, build, collate, entry, sample
+from tests.families.tiny_processor import make_processor
+from tests.stand_ins.device import DEVICE, PretendMode, inner_of, launches, on_device, waits
 from tests.training.conftest import POLICY, make_dataset
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.arguments import METHODS

@@ -1,0 +1,56 @@
+"""A model and its processor by the name that users write. The function imports torch, this module does not."""
+
+from typing import TYPE_CHECKING, Any
+
+import tprl_hf
+
+if TYPE_CHECKING:
+    import torch
+
+    from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+
+
+def load_model(
+    path: str | None = None, device: "torch.device | str | None" = None
+) -> tuple["TPRLForConditionalGeneration", Any]:
+    """
+    A model, ready to answer, and its processor.
+
+    Args:
+        path (`str`, *optional*):
+            A TPRL checkpoint, or any LVLM, which is wrapped; a directory or a name on the Hub. Defaults to the
+            embedded checkpoint.
+        device (`torch.device` or `str`, *optional*):
+            Where it goes. Defaults to the accelerator, if there is one.
+
+    Returns:
+        `tuple`: The model in evaluation mode, in float32 on the CPU or in the checkpoint's own dtype on an
+        accelerator, and its processor.
+
+    Raises:
+        `OSError`, `ValueError`: If there is no such checkpoint, it is damaged, or its family is not supported.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    path = path or tprl_hf.embedded_checkpoint()
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = torch.device(device or "cpu")
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    model_class = tprl_hf.TPRLForConditionalGeneration
+    is_ours = AutoConfig.from_pretrained(path).model_type == tprl_hf.TPRLConfig.model_type
+    load = model_class.from_pretrained if is_ours else model_class.from_base_model
+    try:
+        model = load(path, dtype=dtype)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {path} are truncated or damaged ({error}): download them again.") from error
+    except RuntimeError as error:
+        raise ValueError(
+            f"The weights in {path} do not fit its config.json ({error}): download both again."
+        ) from error
+    return model.to(device).eval(), AutoProcessor.from_pretrained(path)
