@@ -114,7 +114,7 @@ def test_a_stage_may_have_its_own_data():
         (["all", "--set", "autoencoder.learning_rat=1"], "no setting 'learning_rat'; did you mean 'learning_rate'?"),
         (["all", "--set", "lfdd.max_steps=1"], "no setting 'lfdd'; did you mean 'lfd'?"),
         (["all", "--set", "policy.latent=1"], "policy has no setting 'latent'"),
-        (["all", "--set", "data.train.source=nowhere"], "There are no data 'nowhere'"),
+        (["all", "--set", "data.train.source=nowhere"], "There are no data 'nowhere': data.train.source is mosaic"),
         (["all", "--set", "data.train=[]"], "data.train.source"),
         (["all", "--set", "data.lfdd={}"], "data has no setting 'lfdd'; did you mean 'lfd'?"),
         (

@@ -152,8 +152,11 @@ def read_source(section: dict[str, Any], name: str, count: int | None) -> "Datas
     """The first `count` samples of one source."""
     from tprl_hf.data import sources
 
+    source = section.get("source", "mosaic")
     split = section.get("split", "validation" if name == "validation" else "train")
-    return sources.read_source(section.get("source", "mosaic"), split, section.get("seed", 0), count)
+    if not sources.is_source(source):
+        raise ValueError(f"There are no data {source!r}: data.{name}.source is {sources.KINDS}.")
+    return sources.read_source(source, split, section.get("seed", 0), count)
 
 
 def starting_model(stage: str, recipe: dict[str, Any]) -> tuple["TPRLForConditionalGeneration", Any]:

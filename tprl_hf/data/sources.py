@@ -8,9 +8,11 @@ from .easy import easy_vqa
 from .jsonl import jsonl_samples
 from .mosaic import mosaic_vqa
 
+KINDS = "mosaic, easy-vqa, a .jsonl file, or the directory of a saved dataset"
+
 
 def is_source(name: str) -> bool:
-    """Whether [`read_source`] reads it: mosaic, easy-vqa, a .jsonl file, or the directory of a saved dataset."""
+    """Whether `name` is of one of the kinds that [`read_source`] reads."""
     return name in ("mosaic", "easy-vqa") or name.endswith(".jsonl") or (Path(name) / "state.json").is_file()
 
 
@@ -36,10 +38,7 @@ def read_source(name: str, split: str, seed: int = 0, num_samples: int | None = 
         `OSError`: If the file or an image of it is missing.
     """
     if not is_source(name):
-        raise ValueError(
-            f"There are no data {name!r}: a source is mosaic, easy-vqa, a .jsonl file, or the directory of a saved "
-            "dataset."
-        )
+        raise ValueError(f"There are no data {name!r}: a source is {KINDS}.")
     if name == "mosaic":
         return mosaic_vqa(split=split, seed=seed, num_samples=num_samples or 6000)
     if name == "easy-vqa":

@@ -96,7 +96,7 @@ def time_once(call: Callable[[], Any]) -> dict[str, float]:
 @dataclass(frozen=True)
 class PrefillTime:
     """
-    Medians over the repetitions, in milliseconds.
+    Medians over the rounds, in milliseconds.
 
     Args:
         llm_ms (`float`):
