@@ -63,7 +63,7 @@ setup(
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": ["tprl = tprl_hf.cli.main:main"],
-        "lmms_eval.models": ["tprl = tprl_hf.evaluation.lmms_eval_plugin:manifest"],
+        "lmms_eval.models": ["tprl = tprl_hf.evaluation.lmms_eval.plugin:manifest"],
     },
     zip_safe=False,
 )

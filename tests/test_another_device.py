@@ -9,6 +9,6 @@ import pytest
 
 @pytest.mark.parametrize("part", ["control", "families", "default_device", "steps", "commands", "training"])
 def test_on_another_device(part):
-    command = [sys.executable, "-m", "tests.on_pretend_device", part]
+    command = [sys.executable, "-m", "tests.stand_ins.on_pretend_device", part]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-4000:]

@@ -9,20 +9,23 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tprl_hf"
 MAX_LINES = 500
 
-# `modeling <- pruners <- training <- evaluation, visualization <- cli`; data and model_cards stand apart.
+# `modeling <- pruners, hub <- training, serving <- evaluation, visualization <- cli`; `data` and `model_cards` import
+# nothing of ours, and only `cli` uses `test_bed`. A trainer publishes what it saves: `hub` lies below `training`.
 MAY_IMPORT: dict[str, set[str]] = {
     "modeling": set(),
     "data": set(),
     "model_cards": set(),
+    "test_bed": {"", "modeling", "data"},
     "pruners": {"", "modeling"},
-    "training": {"", "modeling", "pruners", "data", "model_cards"},
+    "hub": {"", "modeling", "model_cards"},
+    "training": {"", "modeling", "pruners", "hub", "data"},
+    "serving": {"", "modeling", "pruners"},
     "evaluation": {"", "modeling", "pruners", "training", "data", "model_cards"},
     "visualization": {"", "modeling", "pruners", "training"},
-    "serving": {"", "modeling"},
-    "cli": {"", "modeling", "pruners", "training", "evaluation", "visualization", "data", "model_cards", "serving"},
-    # the root: `tprl_hf/__init__.py` and what it needs to offer our classes to transformers
+    # the root: `tprl_hf/__init__.py`, what it needs to offer our classes to transformers, and loading by name
     "": {"", "modeling", "pruners"},
 }
+MAY_IMPORT["cli"] = {*MAY_IMPORT}
 # What modeling may import from outside: it travels with the weights and must run where only these are.
 MODELING_NEEDS = {"torch", "transformers", "huggingface_hub", "safetensors"}  # the last two come with transformers
 
@@ -91,11 +94,15 @@ def test_the_package_keeps_its_arrows():
         ("modeling/a.py", "from tprl_hf.modeling.keep_mask import top_k", "inside modeling import with one dot"),
         ("modeling/deep/a.py", "", "modeling is flat"),
         ("pruners/a.py", "from tprl_hf.training import PPOConfig", "pruners must not import tprl_hf.training"),
-        ("training/a.py", "import tprl_hf.evaluation.latency", "training must not import tprl_hf.evaluation"),
+        ("training/a.py", "import tprl_hf.evaluation.benchmark", "training must not import tprl_hf.evaluation"),
         ("evaluation/a.py", "from tprl_hf import visualization", "evaluation must not import tprl_hf.visualization"),
-        ("visualization.py", "from tprl_hf.evaluation import latency", "visualization must not import"),
+        ("visualization.py", "from tprl_hf.evaluation import benchmark", "visualization must not import"),
         ("visualization.py", "from .modeling import keep_mask", "not with one dot"),
         ("data/a.py", "from tprl_hf.modeling import keep_mask", "data must not import tprl_hf.modeling"),
+        ("hub/a.py", "from tprl_hf.training import rewards", "hub must not import tprl_hf.training"),
+        ("training/a.py", "from tprl_hf.test_bed import model", "training must not import tprl_hf.test_bed"),
+        ("test_bed/a.py", "from tprl_hf import training", "test_bed must not import tprl_hf.training"),
+        ("loading.py", "from tprl_hf.evaluation import by_name", "the root must not import tprl_hf.evaluation"),
         ("training/a.py", "from tprl_hf.cli.main import main", "training must not import tprl_hf.cli"),
         ("helpers/a.py", "", "the folder helpers has no place"),
         ("pruners/a.py", "x = 1\n" * MAX_LINES, "a module has fewer than 500 lines"),

@@ -2,11 +2,12 @@ import re
 
 import pytest
 
-from tests.cli.conftest import make_processor
-from tests.tiny_models import build
+from tests.families.tiny_models import build
+from tests.families.tiny_processor import make_processor
 from tprl_hf import TPRLForConditionalGeneration
-from tprl_hf.cli.demo import format_table, pick_shown
+from tprl_hf.cli.demo import pick_shown
 from tprl_hf.cli.main import main
+from tprl_hf.cli.tables import format_table
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from tests.cli.conftest import make_processor
 from tests.cli.test_demo import table_under
-from tests.tiny_models import build
+from tests.families.tiny_models import build
+from tests.families.tiny_processor import make_processor
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
 

@@ -3,8 +3,8 @@ import shutil
 import pytest
 import torch
 
-from tests.cli.conftest import make_processor
-from tests.tiny_models import build
+from tests.families.tiny_models import build
+from tests.families.tiny_processor import make_processor
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
 from tprl_hf.evaluation.answers import chat_inputs, generate_answers

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cli.conftest import make_processor
-from tests.tiny_models import IMAGE, build
+from tests.families.tiny_models import IMAGE, build
+from tests.families.tiny_processor import make_processor
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.evaluation.answers import chat_inputs, generate_answers
 

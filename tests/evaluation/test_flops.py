@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.tiny_models import build, collate, sample
+from tests.families.tiny_models import build, collate, sample
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.evaluation.flops import cost_of, flops_by_convention, shape_of
 from tprl_hf.evaluation.presets import PRESETS, preset_config, preset_shape

@@ -11,10 +11,10 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 from huggingface_hub import ModelCardData
 
-from tests.cli.conftest import make_processor
-from tests.tiny_models import build
+from tests.families.tiny_models import build
+from tests.families.tiny_processor import make_processor
 from tprl_hf.data import mosaic_vqa
-from tprl_hf.evaluation.lmms_eval_results import lmms_eval_results
+from tprl_hf.evaluation.lmms_eval.results import lmms_eval_results
 
 try:
     import lmms_eval
@@ -97,7 +97,7 @@ def values(path: Path) -> dict[str, float]:
 def test_the_entry_point_names_our_model():
     from lmms_eval.models import MODEL_REGISTRY_V2
 
-    assert MODEL_REGISTRY_V2.get_manifest("tprl").chat_class_path == "tprl_hf.evaluation.lmms_eval_model.TPRL"
+    assert MODEL_REGISTRY_V2.get_manifest("tprl").chat_class_path == "tprl_hf.evaluation.lmms_eval.model.TPRL"
 
 
 def test_stock_pope_scores_what_the_model_says(results, tasks):
@@ -152,7 +152,7 @@ def test_tprl_evaluate_takes_a_task(results, tasks, tmp_path, capsys):
 
 
 def test_what_cannot_be_run_is_refused(tmp_path):
-    from tprl_hf.evaluation.lmms_eval_model import TPRL
+    from tprl_hf.evaluation.lmms_eval.model import TPRL
 
     build("llava").save_pretrained(tmp_path)
     make_processor().save_pretrained(tmp_path)
@@ -165,7 +165,7 @@ def test_what_cannot_be_run_is_refused(tmp_path):
 
 
 def test_answers_end_where_the_task_says():
-    from tprl_hf.evaluation.lmms_eval_model import cut, generation_arguments
+    from tprl_hf.evaluation.lmms_eval.model import cut, generation_arguments
 
     assert [cut("yes USER: x", ["USER:"]), cut(" yes ", ["USER:"]), cut("a.b;c", [";", "."])] == ["yes", "yes", "a"]
     assert generation_arguments({"temperature": 0, "top_p": 1.0, "num_beams": 1, "image_aspect_ratio": "pad"}) == {

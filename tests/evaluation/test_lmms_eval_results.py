@@ -8,7 +8,7 @@ import sys
 import pytest
 from huggingface_hub import ModelCardData
 
-from tprl_hf.evaluation.lmms_eval_results import lmms_eval_results
+from tprl_hf.evaluation.lmms_eval.results import lmms_eval_results
 
 RESULTS = {
     "results": {
@@ -59,5 +59,5 @@ def test_another_file_is_refused(tmp_path):
 
 
 def test_the_entry_point_is_light_to_import():
-    code = "import sys, tprl_hf.evaluation.lmms_eval_plugin; sys.exit('torch' in sys.modules)"
+    code = "import sys, tprl_hf.evaluation.lmms_eval.plugin; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -14,12 +14,21 @@ from tprl_hf.evaluation.scores import (
     anls_score,
     box_iou,
     edit_distance,
+    is_right,
     normalize_vqa,
     relaxed_score,
     says_yes,
     vqa_score,
     yes_no_score,
 )
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [(" Yes.", "yes", True), ("red", "Red", True), ("yes it is", "yes", False), ("", "no", False), ("12", "1", False)],
+)
+def test_is_right(answer, reference, right):
+    assert is_right(answer, reference) is right
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.stand_in import HubStandIn
+from tests.stand_ins.hub import HubStandIn
 
 ROOT = Path(__file__).parents[2]
 USERS = {"hf_mine": "me", "hf_others": "other"}

@@ -4,8 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
-from tests.cli.conftest import make_processor
-from tests.tiny_models import build
+from tests.families.tiny_models import build
+from tests.families.tiny_processor import make_processor
 from tprl_hf.cli.main import make_parser
 
 PAGE = Path(__file__).parents[2] / "docs" / "hub.md"

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from tests.more_families import OTHERS
-from tests.tiny_models import FAMILIES, build, entry
+from tests.families.more import OTHERS
+from tests.families.tiny_models import FAMILIES, build, entry
 from tprl_hf.modeling import TPRLForConditionalGeneration
 
 # Their output layer is never the input embedding, whatever their config says.

@@ -8,11 +8,11 @@ import pytest
 import yaml
 from huggingface_hub import EvalResult, HfApi
 
-from tests.tiny_models import build
+from tests.families.tiny_models import build
 from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
+from tprl_hf.hub.publishing import files_to_publish, recorded_stages
 from tprl_hf.model_cards import model_index, policy_card
-from tprl_hf.training.publishing import files_to_publish, recorded_stages
 
 MODELING = Path(__file__).parents[2] / "tprl_hf" / "modeling"
 CODE = {path.name for path in MODELING.glob("*.py")} - {"__init__.py"}
@@ -23,15 +23,15 @@ import sys
 from pathlib import Path
 import torch
 from huggingface_hub import HfApi, ModelCard
-from tests.cli.conftest import make_processor
-from tests.tiny_models import build
+from tests.families.tiny_processor import make_processor
+from tests.families.tiny_models import build
 from tests.training.conftest import POLICY, make_dataset
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.pruners import UniformPruner
 from tprl_hf.training import AutoencoderConfig, AutoencoderTrainer, LfDConfig, LfDTrainer
 from tprl_hf.cli.main import main
 from tprl_hf.training import TPRLPPOConfig, TPRLPPOTrainer, generate_demonstrations
-from tprl_hf.training.publishing import push_demonstrations
+from tprl_hf.hub.publishing import push_demonstrations
 
 folder = Path(sys.argv[1])
 processor, dataset = make_processor(), make_dataset()

@@ -14,8 +14,8 @@ import sys
 import torch
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
-from tests.cli.conftest import make_processor
-from tests.tiny_models import build
+from tests.families.tiny_processor import make_processor
+from tests.families.tiny_models import build
 from tprl_hf import TPRLForConditionalGeneration
 
 expected = sys.argv[1]
@@ -200,7 +200,7 @@ def test_a_pruner_that_was_set_travels_with_its_code(run, tmp_path, name):
     """One that reads the tower's attention, and one whose code imports a sibling."""
     make = f"""
 import sys, torch
-from tests.tiny_models import build, collate, sample
+from tests.families.tiny_models import build, collate, sample
 from tprl_hf import TPRLForConditionalGeneration
 build("llava").save_pretrained(sys.argv[1] + "/base")
 model = TPRLForConditionalGeneration.from_base_model(sys.argv[1] + "/base", latent_dim=8, pruner="{name}", num_keep=5)

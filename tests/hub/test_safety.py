@@ -10,13 +10,13 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.tiny_models import build
+from tests.families.tiny_models import build
 from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
 from tprl_hf.model_cards import without_paths
 from tprl_hf.model_cards.render import inline_code, plain_text
 from tprl_hf.modeling import TPRLProcessor
 from tprl_hf.modeling.checkpoint_checks import refuse_unsafe_name
-from tprl_hf.modeling.publishing_tprl import BEGIN, END, full_card, is_hub_name, update_card
+from tprl_hf.modeling.hub_tprl import BEGIN, END, full_card, is_hub_name, update_card
 
 load = TPRLForConditionalGeneration.from_pretrained
 from_base_model = TPRLForConditionalGeneration.from_base_model

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BlipConfig, BlipForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
-from tests.tiny_models import build, collate, sample
+from tests.families.tiny_models import build, collate, sample
 from tprl_hf.modeling import TPRLConfig, TPRLForConditionalGeneration
 from tprl_hf.pruners import RandomPruner, VisPruner
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from tests.families.tiny_models import FAMILIES, build, collate, sample
 from tests.reference import caught_by_decoder, delete_by_hand
-from tests.tiny_models import FAMILIES, build, collate, sample
 from tprl_hf.modeling import TPRLForConditionalGeneration
 
 TOLERANCE = 2e-5

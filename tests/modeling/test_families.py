@@ -11,10 +11,10 @@ import transformers
 from PIL import Image
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from tests.families_table import measure, registered
-from tests.more_families import OTHERS
-from tests.shrunk_configs import shrunk
-from tests.tiny_models import FAMILIES, MODEL_TYPES, build, collate, entry, sample
+from tests.families.more import OTHERS
+from tests.families.shrunk_configs import shrunk
+from tests.families.table import measure, registered
+from tests.families.tiny_models import FAMILIES, MODEL_TYPES, build, collate, entry, sample
 from tprl_hf.modeling import TokenLayout, TPRLForConditionalGeneration, adapter_for
 from tprl_hf.modeling.lvlm_adapters import REFUSED, SUPPORTED
 from tprl_hf.pruners import ToMePruner

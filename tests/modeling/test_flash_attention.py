@@ -1,16 +1,16 @@
-"""`attn_implementation="flash_attention_2"`: its kernels are plain torch here, see `tests.pretend_flash`."""
+"""`attn_implementation="flash_attention_2"`: its kernels are plain torch here, see `tests.stand_ins.flash`."""
 
 import functools
 
 import pytest
 import torch
 
-from tests import pretend_flash
-from tests.more_families import OTHERS
-from tests.pretend_flash import BASE_DIFFERS, BASE_FAILS, BEAR_NO_PADDING, flash_attention
+from tests.families.more import OTHERS
+from tests.families.tiny_models import FAMILIES, before_second_image, build, collate, entry, sample
+from tests.families.ways_to_generate import CANNOT
 from tests.reference import delete_by_hand
-from tests.tiny_models import FAMILIES, before_second_image, build, collate, entry, sample
-from tests.ways_to_generate import CANNOT
+from tests.stand_ins import flash as pretend_flash
+from tests.stand_ins.flash import BASE_DIFFERS, BASE_FAILS, BEAR_NO_PADDING, flash_attention
 from tprl_hf.modeling import TPRLForConditionalGeneration
 from tprl_hf.pruners import FastVPruner, VisPruner
 

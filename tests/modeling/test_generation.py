@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria, TextStreamer
 
-from tests.tiny_models import BOS, FAMILIES, before_second_image, build, collate, sample
-from tests.ways_to_generate import CANNOT
+from tests.families.tiny_models import BOS, FAMILIES, before_second_image, build, collate, sample
+from tests.families.ways_to_generate import CANNOT
 from tprl_hf.modeling import TPRLForConditionalGeneration
 from tprl_hf.pruners import RandomPruner, TokenPruner
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from tests.families.tiny_models import FAMILIES, IMAGE, VIDEO, build, collate, sample
 from tests.reference import delete_by_hand
-from tests.tiny_models import FAMILIES, IMAGE, VIDEO, build, collate, sample
 from tprl_hf.modeling import Block, TokenLayout, TPRLForConditionalGeneration
 from tprl_hf.modeling.token_layout import grid_blocks, join_tiles, sized_block, square_block
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import tprl_hf  # noqa: F401  registers the Auto classes
-from tests.tiny_models import PAD, build, collate, sample
+from tests.families.tiny_models import PAD, build, collate, sample
 from tprl_hf.modeling import TPRLConfig, TPRLForConditionalGeneration
 
 BATCH = [sample("llava", 1, 1), sample("llava", 2, 2), sample("llava", 0, 3)]

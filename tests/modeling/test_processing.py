@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, pipeline
 
-from tests.tiny_models import IMAGE, build
-from tests.tiny_processor import processor
+from tests.families.tiny_models import IMAGE, build
+from tests.families.tiny_processor import make_chat_processor
 from tprl_hf.modeling import TPRLConfig, TPRLForConditionalGeneration, TPRLProcessor, question_mask
 
 PICTURES = [Image.new("RGB", (30, 24), colour) for colour in ("red", "green")]
@@ -18,7 +18,7 @@ def chat(question, image=True, before=()):
 
 
 def tokens(chats, pictures):
-    reader = processor()
+    reader = make_chat_processor()
     prompts = [reader.apply_chat_template(c, add_generation_prompt=True) for c in chats]
     return reader, reader(images=pictures, text=prompts, padding=True, return_tensors="pt")
 
@@ -76,7 +76,7 @@ def test_only_the_question_is_read(model):
 
 @torch.no_grad()
 def test_pipeline(model):
-    reader = processor()
+    reader = make_chat_processor()
     ask = pipeline("image-text-to-text", model=model, processor=reader)
     messages = chat("what colour is the cat ?")
     messages[0]["content"][0]["image"] = PICTURES[0]
@@ -87,13 +87,13 @@ def test_pipeline(model):
 
 
 def test_processor_of_a_checkpoint_is_its_bases(tmp_path, model):
-    processor().save_pretrained(tmp_path / "base")
+    make_chat_processor().save_pretrained(tmp_path / "base")
     model.lvlm.save_pretrained(tmp_path / "base")
     model.config.base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "policy")
     AutoProcessor.register(TPRLConfig, TPRLProcessor, exist_ok=True)
     for path in ("base", "policy"):
-        assert type(AutoProcessor.from_pretrained(tmp_path / path)) is type(processor())
+        assert type(AutoProcessor.from_pretrained(tmp_path / path)) is type(make_chat_processor())
     model.config.base_model_name_or_path = None
     model.save_pretrained(tmp_path / "policy")
     with pytest.raises(ValueError, match="no processor and names no base model"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForImageTextToText
 
-from tests.tiny_models import build, collate, sample
+from tests.families.tiny_models import build, collate, sample
 from tprl_hf import TokenPruner, TPRLConfig, TPRLForConditionalGeneration
 from tprl_hf.pruners import PRUNERS, DivPrune, OraclePruner, VisionZip
 

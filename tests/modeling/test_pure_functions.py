@@ -3,16 +3,7 @@
 import pytest
 import torch
 
-from tprl_hf.modeling.keep_mask import (
-    Budget,
-    keep_above_threshold,
-    keep_counts,
-    keep_entropy,
-    keep_logprobs,
-    keep_top_k,
-    sample_keep_mask,
-)
-from tprl_hf.modeling.pruned_inputs import (
+from tprl_hf.modeling.columns import (
     gather_columns,
     kept_columns,
     left_padded_index,
@@ -21,6 +12,15 @@ from tprl_hf.modeling.pruned_inputs import (
     restore_columns,
     restore_prompt,
     run_lengths,
+)
+from tprl_hf.modeling.keep_mask import (
+    Budget,
+    keep_above_threshold,
+    keep_counts,
+    keep_entropy,
+    keep_logprobs,
+    keep_top_k,
+    sample_keep_mask,
 )
 
 SCORES = torch.tensor([[0.1, 0.9, 0.5, 0.7], [0.3, 0.2, 0.0, 0.0]])

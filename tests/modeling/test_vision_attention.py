@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.more_families import OTHERS
-from tests.tiny_models import FAMILIES, build, collate, sample
+from tests.families.more import OTHERS
+from tests.families.tiny_models import FAMILIES, build, collate, sample
 from tprl_hf.modeling import adapter_for
 from tprl_hf.modeling.vision_attention import (
     OBSERVED,

@@ -6,8 +6,8 @@ docs/families.md has the others, each of which is like one of these.
 import pytest
 import torch
 
-from tests.special_families import SPECIAL
-from tests.ways_to_generate import ARGUMENTS, CANNOT, WAYS, Trial
+from tests.families.special import SPECIAL
+from tests.families.ways_to_generate import ARGUMENTS, CANNOT, WAYS, Trial
 
 # One for each adapter, container of features and kind of state that the first fourteen families do not have.
 KINDS = ("dots3_note", "ernie4_5_vl_moe", "exaone4_5", "glm4v", "glm5_next", "lfm2_vl", "minicpmv4_7", "muse_glimmer")

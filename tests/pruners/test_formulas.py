@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.tiny_models import build, collate, sample
+from tests.families.tiny_models import build, collate, sample
 from tprl_hf.modeling import Budget, TPRLForConditionalGeneration
 from tprl_hf.modeling.token_layout import Block, TokenLayout
 from tprl_hf.pruners import (

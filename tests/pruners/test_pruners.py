@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.tiny_models import build, collate, sample
+from tests.families.tiny_models import build, collate, sample
 from tprl_hf.modeling import Budget, TPRLForConditionalGeneration
 from tprl_hf.modeling.keep_mask import keep_counts
 from tprl_hf.pruners import (

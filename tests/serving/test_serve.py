@@ -19,11 +19,11 @@ from threading import Thread
 import openai
 import pytest
 
-from tprl_hf.cli.loading import load_model
 from tprl_hf.cli.main import main, make_parser
 from tprl_hf.cli.serve import MAX_CONNECTIONS
 from tprl_hf.data import mosaic_vqa
 from tprl_hf.evaluation.answers import generate_answers
+from tprl_hf.loading import load_model
 
 MAX_TOKENS = 4
 BUDGETS = [{}, {"keep_ratio": 1 / 9}, {"num_keep": 1}, {"threshold": 0.5}, {"prune": False}]

@@ -4,8 +4,8 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from tests.cli.conftest import make_processor
-from tests.tiny_models import build
+from tests.families.tiny_models import build
+from tests.families.tiny_processor import make_processor
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.data import SAMPLE_FEATURES
 from tprl_hf.data.samples import png_bytes

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.tiny_models import FAMILIES, Sample, build, collate, sample
+from tests.families.tiny_models import FAMILIES, Sample, build, collate, sample
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.training.answer_batches import ANSWER_TYPES, EncodedSample, SampleEncoder
 from tprl_hf.training.answer_scores import gradient_saliency, score_answers

@@ -26,7 +26,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tests.tiny_models import build, collate, sample
+from tests.families.tiny_models import build, collate, sample
 from tprl_hf import TPRLForConditionalGeneration
 
 dist.init_process_group("gloo")

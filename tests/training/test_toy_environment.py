@@ -6,8 +6,8 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from tests.cli.conftest import make_processor
-from tests.tiny_models import build, tower
+from tests.families.tiny_models import build, tower
+from tests.families.tiny_processor import make_processor
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.training import TPRLPPOConfig, TPRLPPOTrainer
 

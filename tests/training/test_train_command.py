@@ -10,8 +10,8 @@ from tprl_hf.cli.main import main
 from tprl_hf.cli.recipe_file import STAGES, as_number, read_recipe
 from tprl_hf.cli.train import load_data, settings_of, training_data
 from tprl_hf.data import easy_vqa, mosaic_vqa
-from tprl_hf.training.publishing import files_to_publish
-from tprl_hf.training.training_record import training_record
+from tprl_hf.hub.publishing import files_to_publish
+from tprl_hf.hub.training_record import training_record
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 POLICY_STAGE = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True, "eval_strategy": "steps", "eval_steps": 1}
@@ -114,7 +114,7 @@ def test_a_stage_may_have_its_own_data():
         (["all", "--set", "autoencoder.learning_rat=1"], "no setting 'learning_rat'; did you mean 'learning_rate'?"),
         (["all", "--set", "lfdd.max_steps=1"], "no setting 'lfdd'; did you mean 'lfd'?"),
         (["all", "--set", "policy.latent=1"], "policy has no setting 'latent'"),
-        (["all", "--set", "data.train.source=nowhere"], "There are no data 'nowhere'"),
+        (["all", "--set", "data.train.source=nowhere"], "There are no data 'nowhere': data.train.source is mosaic"),
         (["all", "--set", "data.train=[]"], "data.train.source"),
         (["all", "--set", "data.lfdd={}"], "data has no setting 'lfdd'; did you mean 'lfd'?"),
         (

@@ -64,7 +64,7 @@ def batch_sizes(text: str) -> tuple[int, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from .loading import make_pruner
+    from tprl_hf.pruners.by_name import make_pruner
 
     model, make_inputs, weights = prepare(arguments)
     inputs = make_inputs(arguments.batch)
@@ -106,8 +106,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Any, Callable[[int], Any], s
     from tprl_hf.evaluation.answers import chat_inputs
     from tprl_hf.evaluation.benchmark import random_prompts
     from tprl_hf.evaluation.presets import PRESETS, preset_config
-
-    from .loading import load_model
+    from tprl_hf.loading import load_model
 
     if arguments.model not in PRESETS:
         model, processor = load_model(arguments.model)
@@ -145,7 +144,7 @@ def surroundings(model) -> dict[str, Any]:
     import platform
     from importlib.metadata import version
 
-    from .demo import describe_device
+    from .tables import describe_device
 
     packages = ("torch", "transformers")
     return {
@@ -221,7 +220,7 @@ def memory(model, length: int, num_removed: int, batch: int) -> dict[str, int]:
 
 def as_text(found: dict[str, Any]) -> str:
     """The tables, and the lines below them."""
-    from .demo import format_table
+    from .tables import format_table
 
     clocks = [clock for clock in SECOND_CLOCKS if f"{clock}_ratios" in found]
     rows = [["part", "ms (median)", "middle half", *(f"{clock.upper()} ms" for clock in clocks), "peak MB"]]

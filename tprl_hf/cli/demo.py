@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .arguments import DEFAULT_KEEP_RATIO, add_model_argument, keep_ratio, positive_int
+from .tables import describe_device, format_table
 
 NAME = "demo"
 HELP = "see the embedded model answer with a third of its visual tokens"
@@ -42,10 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     from tprl_hf.data import mosaic_vqa
-    from tprl_hf.evaluation.accuracy import is_right
     from tprl_hf.evaluation.answers import generate_answers
+    from tprl_hf.evaluation.scores import is_right
+    from tprl_hf.loading import load_model
+    from tprl_hf.pruners.by_name import make_pruner, own_pruner
 
-    from .loading import load_model, make_pruner, own_pruner, using_pruner
+    from .loading import using_pruner
     from .pictures import write_pictures
 
     model, processor = load_model(arguments.model)
@@ -146,7 +149,7 @@ def draw(
 def time_prefill(model, processor, samples, pruners: dict[str, Any], budgets):
     """[`PrefillTime`] by pruner, of one batch of `samples`."""
     from tprl_hf.evaluation.answers import chat_inputs
-    from tprl_hf.evaluation.latency import measure_prefill
+    from tprl_hf.evaluation.benchmark import measure_prefill
 
     from .loading import using_pruner
 
@@ -158,20 +161,3 @@ def time_prefill(model, processor, samples, pruners: dict[str, Any], budgets):
 
     calls = {name: lambda name=name: prefill(name) for name in pruners}
     return measure_prefill(model.lvlm.get_decoder(), calls, REPETITIONS)
-
-
-def describe_device(model) -> str:
-    """Device, dtype and threads, for a line below timings."""
-    import torch
-
-    dtype = str(model.dtype).removeprefix("torch.")
-    if model.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(model.device)}, {dtype}"
-    return f"{model.device.type}, {dtype}, {torch.get_num_threads()} threads"
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of texts as aligned columns under a ruled header."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], ""])

@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         default="mosaic",
         metavar="NAME|FILE",
-        help="mosaic, easy-vqa, a .jsonl file with image, prompt, answer a line, or a task of lmms-eval where that is "
-        "installed (default: mosaic)",
+        help="mosaic, easy-vqa, a .jsonl file with image, prompt, answer a line, the directory of a saved dataset, or "
+        "a task of lmms-eval where that is installed (default: mosaic)",
     )
     parser.add_argument("--include-path", metavar="DIR", help="folder with lmms-eval tasks of your own")
     parser.add_argument(
@@ -121,9 +121,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tprl_hf.evaluation.compare_pruners import append_records, compare_pruners, read_records
     from tprl_hf.evaluation.tables import accuracy_table, summarize, type_table
+    from tprl_hf.loading import load_model
 
-    from .demo import format_table
-    from .loading import load_model
+    from .tables import format_table
 
     samples, data_seeds, score, metric = load_samples(arguments)
     if "oracle" in (arguments.pruners or ()) and not any(samples["boxes"]):
@@ -172,8 +172,7 @@ def run(arguments: argparse.Namespace) -> int:
 def make_settings(model, names: list[str], arguments: argparse.Namespace) -> list["Setting"]:
     """One a pruner and budget, the unpruned model first; random has one for each of its seeds."""
     from tprl_hf.evaluation.compare_pruners import Setting
-
-    from .loading import make_pruner
+    from tprl_hf.pruners.by_name import make_pruner
 
     first = arguments.seed[0]
     settings = [Setting("none", "1", None, {"prune": False})]
@@ -198,7 +197,7 @@ def row_name(model, name: str, method) -> str:
     import tprl_hf
     from tprl_hf.evaluation.flops import llm_shape
     from tprl_hf.pruners.llm_attention import LLMAttentionPruner
-    from tprl_hf.training.lvlm_batches import ANSWER_LAYER, NOUN_LAYER
+    from tprl_hf.test_bed.batches import ANSWER_LAYER, NOUN_LAYER
 
     if not isinstance(method, LLMAttentionPruner) or method.layer not in (NOUN_LAYER + 1, ANSWER_LAYER + 1):
         return name
@@ -239,8 +238,7 @@ def default_pruners(model, processor, sample: dict[str, Any]) -> list[str]:
     """Those that this model can have: its tower may not return attention, its policy may not be trained."""
     from tprl_hf.evaluation.compare_pruners import encode_once
     from tprl_hf.pruners import VisPruner
-
-    from .loading import own_pruner
+    from tprl_hf.pruners.by_name import own_pruner
 
     own = own_pruner(model)
     names = list(dict.fromkeys(["uniform", "vispruner", *([] if own is None else [own])]))
@@ -264,24 +262,22 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
     """The `datasets.Dataset` that the arguments name, each sample's seed, the score of an answer, and what it is."""
     from datasets import concatenate_datasets
 
-    from tprl_hf.data import easy_vqa, mosaic_vqa
+    from tprl_hf.data.sources import is_source, read_source
     from tprl_hf.evaluation import scores
-    from tprl_hf.evaluation.jsonl_samples import jsonl_samples
-    from tprl_hf.evaluation.lmms_eval_samples import lmms_eval_samples
+    from tprl_hf.evaluation.lmms_eval.samples import lmms_eval_samples
 
     function, metric = METRICS[arguments.metric or "exact"]
     score = getattr(scores, function)
     if arguments.data == "mosaic":
         number = arguments.num_samples or 2000
-        parts = [mosaic_vqa(split=arguments.split, seed=seed, num_samples=number) for seed in arguments.seed]
+        parts = [read_source("mosaic", arguments.split, seed, number) for seed in arguments.seed]
         data_seeds = [seed for seed in arguments.seed for _ in range(number)]
         return concatenate_datasets(parts) if len(parts) > 1 else parts[0], data_seeds, score, metric
     if len(arguments.seed) > 1:
         raise ValueError(f"{arguments.data} has the same questions under every --seed; only mosaic has others.")
-    if arguments.data == "easy-vqa":
-        return easy_vqa(split=arguments.split, num_samples=arguments.num_samples or 2000), None, score, metric
-    if arguments.data.endswith(".jsonl"):
-        return jsonl_samples(arguments.data, arguments.num_samples), None, score, metric
+    if is_source(arguments.data):
+        number = arguments.num_samples or (2000 if arguments.data == "easy-vqa" else None)
+        return read_source(arguments.data, arguments.split, num_samples=number), None, score, metric
     if arguments.metric:
         raise ValueError(
             f"{arguments.data} is not among the data that --metric {arguments.metric} scores: leave it out."
@@ -298,7 +294,7 @@ def describe_run(arguments: argparse.Namespace, model, num_samples: int, metric:
     import tprl_hf
     from tprl_hf.evaluation.fingerprint import fingerprint
 
-    from .demo import describe_device
+    from .tables import describe_device
 
     config = model.config.to_dict()
     ratios = ",".join(text for text, _ in arguments.keep_ratios)

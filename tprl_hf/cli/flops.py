@@ -59,7 +59,7 @@ def budgets(text: str) -> list[int | float]:
 def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.evaluation.presets import PRESETS
 
-    from .demo import format_table
+    from .tables import format_table
 
     if arguments.list:
         print(format_table([["preset", "about"], *([name, preset.about] for name, preset in PRESETS.items())]))

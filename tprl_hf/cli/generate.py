@@ -26,10 +26,11 @@ def run(arguments: argparse.Namespace) -> int:
     image = open_image(arguments.image)
 
     from tprl_hf.evaluation.answers import chat_inputs
-    from tprl_hf.evaluation.latency import measure_prefill
+    from tprl_hf.evaluation.benchmark import measure_prefill
+    from tprl_hf.loading import load_model
     from tprl_hf.visualization import Panel
 
-    from .loading import load_model, pruner_and_budget, using_pruner
+    from .loading import pruner_and_budget, using_pruner
     from .pictures import make_figures, write_pictures
 
     model, processor = load_model(arguments.model)
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
             "unpruned": lambda: model(**inputs, prune=False, logits_to_keep=1),
             "pruned": lambda: model(**inputs, **budget, logits_to_keep=1),
         }
-        times = measure_prefill(model.lvlm.get_decoder(), calls, repetitions=3, warmup=1)
+        times = measure_prefill(model.lvlm.get_decoder(), calls, rounds=3, warmup=1)
     answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     print(answer, flush=True)
     print(

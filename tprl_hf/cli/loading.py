@@ -1,20 +1,17 @@
-"""Models and pruners by the names that users write, as the commands need them. Imports no torch."""
+"""The pruner and the budget that the options of a command ask for. Imports no torch."""
 
 import argparse
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from tprl_hf.evaluation.by_name import has_budget, load_model, make_pruner, own_pruner
 from tprl_hf.pruners import DEFAULT_PRUNER
+from tprl_hf.pruners.by_name import has_budget, make_pruner, own_pruner
 
 from .arguments import DEFAULT_KEEP_RATIO, budget_of
 
 if TYPE_CHECKING:
     from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
     from tprl_hf.modeling.token_pruner import TokenPruner
-
-
-__all__ = ["load_model", "make_pruner", "own_pruner", "pruner_and_budget", "using_pruner"]
 
 
 def pruner_and_budget(

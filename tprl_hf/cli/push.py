@@ -51,10 +51,10 @@ def benchmark(text: str) -> tuple[str, str, str]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from tprl_hf.evaluation.lmms_eval_results import lmms_eval_results
+    from tprl_hf.evaluation.lmms_eval.results import lmms_eval_results
+    from tprl_hf.hub.publishing import publish, push_demonstrations
     from tprl_hf.modeling.checkpoint_checks import refuse_untrained
     from tprl_hf.modeling.configuration_tprl import TPRLConfig
-    from tprl_hf.training.publishing import publish, push_demonstrations
 
     options = {
         "private": arguments.private,
@@ -104,7 +104,7 @@ def show(directory: Path, repo: str, facts: dict[str, Any]) -> int:
     """Prints what `publish` would push to a repository that is new."""
     from huggingface_hub import HfApi
 
-    from tprl_hf.training.publishing import files_to_publish
+    from tprl_hf.hub.publishing import files_to_publish
 
     files = files_to_publish(directory, repo, HfApi(), **facts)
     for name, content in sorted(files.items()):

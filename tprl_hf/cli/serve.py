@@ -48,9 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         raise ValueError(f"tprl serve needs more packages ({error}): pip install 'tprl_hf[serve]'") from error
     import tprl_hf
+    from tprl_hf.loading import load_model
     from tprl_hf.serving.chat_requests import Limits
 
-    from .loading import load_model, pruner_and_budget, using_pruner
+    from .loading import pruner_and_budget, using_pruner
 
     # bound before the model is loaded, so that a port that is taken is told at once
     listener = bind(arguments.host, arguments.port)

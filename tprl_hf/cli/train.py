@@ -149,26 +149,13 @@ def load_source(section: dict[str, Any], name: str, num_samples: int | None = No
 
 def read_source(section: dict[str, Any], name: str, count: int | None) -> "Dataset":
     """The first `count` samples of one source."""
-    from tprl_hf.data import easy_vqa, mosaic_vqa
-    from tprl_hf.evaluation.jsonl_samples import jsonl_samples
+    from tprl_hf.data import sources
 
     source = section.get("source", "mosaic")
     split = section.get("split", "validation" if name == "validation" else "train")
-    if source == "mosaic":
-        return mosaic_vqa(split=split, seed=section.get("seed", 0), num_samples=count or 6000)
-    if source == "easy-vqa":
-        return easy_vqa(split=split, num_samples=count)
-    if source.endswith(".jsonl"):
-        return jsonl_samples(source, count)
-    if Path(source).is_dir():
-        from datasets import load_from_disk
-
-        dataset = load_from_disk(source)
-        return dataset if count is None else dataset.select(range(min(count, len(dataset))))
-    raise ValueError(
-        f"There are no data {source!r}: data.{name}.source is mosaic, easy-vqa, a .jsonl file, or the directory of a "
-        "saved dataset."
-    )
+    if not sources.is_source(source):
+        raise ValueError(f"There are no data {source!r}: data.{name}.source is {sources.KINDS}.")
+    return sources.read_source(source, split, section.get("seed", 0), count)
 
 
 def starting_model(stage: str, recipe: dict[str, Any]) -> tuple["TPRLForConditionalGeneration", Any]:
@@ -221,9 +208,8 @@ def make_demonstrations(stage, recipe, model, processor, directory: Path) -> dic
     from transformers import set_seed
 
     from tprl_hf.pruners import PRUNERS
+    from tprl_hf.pruners.by_name import make_pruner
     from tprl_hf.training import GradientTeacher, LeaveOutTeacher, generate_demonstrations
-
-    from .loading import make_pruner
 
     settings = dict(recipe[stage])
     check_names(settings, DEMONSTRATION_SETTINGS, stage)

@@ -1,5 +1,6 @@
 """Wall-clock and memory of one prompt, part by part: unpruned, pruned, and the floor that no pruner can go below."""
 
+import functools
 import statistics
 import time
 import weakref
@@ -90,6 +91,66 @@ def time_once(call: Callable[[], Any]) -> dict[str, float]:
     synchronize()
     taken = {"wall": 1000 * (time.perf_counter() - start), "cpu": 1000 * (time.process_time() - cpu_start)}
     return {**taken, "cuda": events[0].elapsed_time(events[1])} if events else taken
+
+
+@dataclass(frozen=True)
+class PrefillTime:
+    """
+    Medians over the rounds, in milliseconds.
+
+    Args:
+        llm_ms (`float`):
+            The LLM's part: what pruning makes cheaper.
+        total_ms (`float`):
+            The whole forward: vision tower, pruner and LLM. What a user waits for.
+    """
+
+    llm_ms: float
+    total_ms: float
+
+
+def measure_prefill(
+    llm: torch.nn.Module, calls: Mapping[str, Callable[[], Any]], rounds: int = 7, warmup: int = 2
+) -> dict[str, PrefillTime]:
+    """
+    Times forward calls by [`time_in_turns`], and the LLM inside them.
+
+    Args:
+        llm (`torch.nn.Module`): The module whose share is told apart. It must run once in each call.
+        calls (`Mapping[str, Callable]`): By name, functions without arguments that run one forward.
+        rounds (`int`, *optional*, defaults to 7): Timed rounds, at least 2.
+        warmup (`int`, *optional*, defaults to 2): Rounds before them that are not timed.
+
+    Returns:
+        `dict[str, PrefillTime]`: Medians by name, in the order of `calls`.
+
+    Raises:
+        `ValueError`: If a call does not run `llm` exactly once, or `rounds` is below 2.
+    """
+    marks: list[float] = []
+    llm_times: dict[str, list[float]] = {name: [] for name in calls}
+
+    def mark(*_: Any) -> None:
+        synchronize()
+        marks.append(1000 * time.perf_counter())
+
+    def run(name: str) -> None:
+        marks.clear()
+        calls[name]()
+        if len(marks) != 2:
+            raise ValueError(f"The call {name!r} ran the LLM {len(marks) // 2} times instead of once.")
+        llm_times[name].append(marks[1] - marks[0])
+
+    hooks = [llm.register_forward_pre_hook(mark), llm.register_forward_hook(mark)]
+    try:
+        times = time_in_turns({name: functools.partial(run, name) for name in calls}, rounds, warmup)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {
+        name: PrefillTime(statistics.median(llm_times[name][warmup:]), statistics.median(times[name].wall))
+        for name in calls
+    }
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:

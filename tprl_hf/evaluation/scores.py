@@ -4,8 +4,6 @@ import re
 from collections.abc import Sequence
 from itertools import combinations
 
-from .accuracy import is_right
-
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBER_WORDS)}}
 ARTICLES = ("a", "an", "the")
@@ -75,6 +73,24 @@ def vqa_score(answer: str, references: Sequence[str] | str) -> float:
         return float(answer == texts[0])
     equal = [text == answer for text in texts]
     return sum(min(1.0, (sum(equal) - left_out) / 3) for left_out in equal) / len(equal)
+
+
+def is_right(answer: str, reference: str) -> bool:
+    """
+    Whether an answer equals the reference, letter case, surrounding blanks and a closing full stop aside.
+
+    Example:
+
+    ```python
+    >>> is_right(" Yes.", "yes"), is_right("yes it is", "yes")
+    (True, False)
+    ```
+    """
+    return _normalized(answer) == _normalized(reference)
+
+
+def _normalized(text: str) -> str:
+    return text.strip().rstrip(".").rstrip().lower()
 
 
 def exact_score(answer: str, references: Sequence[str] | str) -> float:

@@ -26,7 +26,7 @@ from .checkpoint_checks import (
     relative_path,
 )
 from .configuration_tprl import TPRLConfig
-from .publishing_tprl import (
+from .hub_tprl import (
     WEIGHT_PATTERNS,
     base_licence,
     card_metadata,

@@ -11,8 +11,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from .columns import run_lengths
 from .lvlm_adapters import SUPPORTED, LVLMAdapter, RopeIndexAdapter
-from .pruned_inputs import run_lengths
 from .token_layout import SEPARATOR, Block, grid_blocks, join_rows, square_block
 from .vision_attention import ObservedLayer, received_by_patches, undo_windows
 from .visual_features import EncodedModality, VisualFeatures

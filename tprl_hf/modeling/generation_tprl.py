@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .pruned_inputs import restore_prompt
+from .columns import restore_prompt
 
 
 class _SeesOriginalPrompt(LogitsProcessor):

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .pruned_inputs import count_positions, pad_rows_left, run_lengths
+from .columns import count_positions, pad_rows_left, run_lengths
 from .token_layout import Block, grid_blocks, join_tiles, sized_block, square_block
 from .vision_attention import (
     ObservedLayer,

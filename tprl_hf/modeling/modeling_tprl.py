@@ -17,13 +17,13 @@ from .checkpoint_checks import (
     refuse_other_formats,
 )
 from .checkpoint_tprl import HUB_NAMES, TPRLPreTrainedModel
+from .columns import find_visual, restore_prompt, unpad_rows
 from .configuration_tprl import TPRLConfig
 from .family_adapters import adapter_for
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .keep_mask import Budget
 from .prune_plan import PrunePlan, TPRLOutput, layout_of, pruning_inputs
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
-from .pruned_inputs import find_visual, restore_prompt, unpad_rows
 from .pruner_choice import PrunerChoiceMixin
 from .pruning_policy import PruningPolicy
 from .text_query import config_special_ids, default_query_mask

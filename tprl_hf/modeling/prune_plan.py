@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .columns import gather_columns, left_padded_index, pad_rows
 from .configuration_tprl import TPRLConfig
 from .keep_mask import Budget
 from .lvlm_adapters import LVLMAdapter
 from .pruned_batch import PromptBatch
-from .pruned_inputs import gather_columns, left_padded_index, pad_rows
 from .token_layout import TokenLayout
 from .token_pruner import PruningInputs
 

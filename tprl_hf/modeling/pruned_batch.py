@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers.utils.generic import is_flash_attention_requested
 
 from .cached_prompt import CachedPrompt
+from .columns import count_positions, find_visual, gather_columns, kept_columns, left_padded_index
 from .lvlm_adapters import LVLMAdapter
-from .pruned_inputs import count_positions, find_visual, gather_columns, kept_columns, left_padded_index
 from .visual_features import VisualFeatures
 
 

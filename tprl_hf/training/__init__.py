@@ -1,4 +1,4 @@
-"""Training: config and trainer in pairs; and the recipe of the embedded LVLM, `mosaic_lvlm`.
+"""Training: config and trainer in pairs.
 
 The names are loaded when they are first used, so that importing this package costs nothing.
 """

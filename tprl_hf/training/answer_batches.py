@@ -12,10 +12,10 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
 
+from tprl_hf.modeling.columns import find_visual
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.prune_plan import layout_of, pruning_inputs
 from tprl_hf.modeling.pruned_batch import PromptBatch
-from tprl_hf.modeling.pruned_inputs import find_visual
 from tprl_hf.modeling.text_query import chat_messages, question_mask
 from tprl_hf.modeling.token_pruner import PruningInputs
 from tprl_hf.modeling.visual_features import VisualFeatures

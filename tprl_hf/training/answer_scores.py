@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tprl_hf.modeling.columns import find_visual, pad_rows
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.pruned_batch import PromptBatch, prune_batch
-from tprl_hf.modeling.pruned_inputs import find_visual, pad_rows
 
 from .answer_batches import ANSWER_TYPES, AnswerBatch, left_pad
 

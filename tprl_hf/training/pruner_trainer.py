@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import get_last_checkpoint
 
+from tprl_hf.hub.publishing import changed_settings, publish
+from tprl_hf.modeling.hub_tprl import is_hub_name
 from tprl_hf.modeling.keep_mask import Budget
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.pruning_policy import PolicyOutput
-from tprl_hf.modeling.publishing_tprl import is_hub_name
 from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs
 
 from .answer_batches import SampleEncoder, undecoded
 from .answer_scores import score_answers
 from .policy_config import PolicyTrainingConfig, PrunerTrainingConfig
-from .publishing import changed_settings, publish
 from .rollouts import policy_on_trajectories
 
 STATE_FILE = "pruner_trainer_{rank}.pt"

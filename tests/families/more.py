@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from tests.shrunk_configs import shrunk
-from tests.special_families import SPECIAL
-from tests.tiny_models import (
+from tests.families.shrunk_configs import shrunk
+from tests.families.special import SPECIAL
+from tests.families.tiny_models import (
     IMAGE,
     MROPE,
     ROPE,

@@ -3,8 +3,7 @@ import time
 import pytest
 import torch
 
-from tprl_hf.evaluation.accuracy import is_right
-from tprl_hf.evaluation.latency import measure_prefill
+from tprl_hf.evaluation.benchmark import measure_prefill
 
 
 class Slow(torch.nn.Module):
@@ -22,8 +21,8 @@ def test_the_llms_share_and_the_whole_are_told_apart():
         llm(inside)
 
     calls = {"short": lambda: call("short", 0.03, 0.002), "long": lambda: call("long", 0.0, 0.02)}
-    times = measure_prefill(llm, calls, repetitions=3, warmup=1)
-    assert called == ["short", "long"] * 4  # in turns
+    times = measure_prefill(llm, calls, rounds=3, warmup=1)
+    assert called == ["short", "long", "long", "short"] * 2  # in turns
     assert list(times) == ["short", "long"]
     assert 2 <= times["short"].llm_ms < times["long"].llm_ms and 20 <= times["long"].llm_ms
     assert times["short"].total_ms >= 32 and times["long"].total_ms >= times["long"].llm_ms
@@ -37,13 +36,5 @@ def test_a_call_without_the_llm_is_refused_and_leaves_no_hook():
     with pytest.raises(ValueError, match="'twice' ran the LLM 2 times"):
         measure_prefill(llm, {"twice": lambda: (llm(0), llm(0))})
     assert not llm._forward_hooks and not llm._forward_pre_hooks
-    with pytest.raises(ValueError, match="repetitions must be at least 1, got 0"):
-        measure_prefill(llm, {}, repetitions=0)
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "right"),
-    [(" Yes.", "yes", True), ("red", "Red", True), ("yes it is", "yes", False), ("", "no", False), ("12", "1", False)],
-)
-def test_is_right(answer, reference, right):
-    assert is_right(answer, reference) is right
+    with pytest.raises(ValueError, match="rounds must be at least 2, got 1"):
+        measure_prefill(llm, {}, rounds=1)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING
 
-from tests.shrunk_configs import shrink, shrunk
-from tests.tiny_models import (
+from tests.families.shrunk_configs import shrink, shrunk
+from tests.families.tiny_models import (
     IMAGE,
     ROPE,
     Family,

@@ -22,8 +22,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from tprl_hf.model_cards import dataset_card, eval_results_yaml, model_index, policy_card, without_paths
 from tprl_hf.modeling.checkpoint_checks import check_weight_files, refuse_other_base
 from tprl_hf.modeling.configuration_tprl import TPRLConfig
-from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
-from tprl_hf.modeling.publishing_tprl import (
+from tprl_hf.modeling.hub_tprl import (
     AUTO_MAP,
     TAGS,
     WEIGHT_PATTERNS,
@@ -37,6 +36,7 @@ from tprl_hf.modeling.publishing_tprl import (
     prepare_repo,
     update_card,
 )
+from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
 STAGES = ("autoencoder", "demonstrations", "lfd", "ppo", "grpo")
 # What is published of a directory besides weights and config: by name, so that nothing goes along by chance.

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from tests.tiny_models import IMAGE, VIDEO
+from tests.families.tiny_models import IMAGE, VIDEO
 
 SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "embed_dim", "out_hidden_size", "projection_dim", "output_dim", "width"), 32),

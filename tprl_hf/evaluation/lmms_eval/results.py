@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult
 
 from tprl_hf.model_cards.policy_card import without_paths
 
-# of lmms-eval's `throughput`, what [`~tprl_hf.evaluation.lmms_eval_model.TPRL`] puts there
+# of lmms-eval's `throughput`, what [`~tprl_hf.evaluation.lmms_eval.model.TPRL`] puts there
 MEASURED = ("avg_visual_tokens_kept", "avg_visual_tokens", "avg_vision_ms", "avg_prefill_ms")
 
 

@@ -1,4 +1,4 @@
-"""`python -m tests.on_pretend_device PART`: the package on a device that is not the CPU, in a process of its own."""
+"""`python -m tests.stand_ins.on_pretend_device PART`: the package on a device other than the CPU, in a new process."""
 
 import sys
 import tempfile
@@ -7,13 +7,13 @@ import accelerate
 import torch
 from transformers import TrainingArguments
 
-from tests.cli.conftest import make_processor
-from tests.more_families import OTHERS
-from tests.pretend_device import DEVICE, PretendMode, inner_of, launches, on_device, waits
-from tests.tiny_models import FAMILIES, build, collate, entry, sample
+from tests.families.more import OTHERS
+from tests.families.tiny_models import FAMILIES, build, collate, entry, sample
+from tests.families.tiny_processor import make_processor
+from tests.stand_ins.device import DEVICE, PretendMode, inner_of, launches, on_device, waits
 from tests.training.conftest import POLICY, make_dataset
 from tprl_hf import TPRLForConditionalGeneration
-from tprl_hf.cli.arguments import METHODS
+from tprl_hf.cli.arguments import method_names
 from tprl_hf.cli.main import main
 from tprl_hf.evaluation.benchmark import benchmark_calls
 from tprl_hf.pruners import RandomPruner, ToMePruner, VisionZip, VisPruner
@@ -123,7 +123,7 @@ def steps() -> None:
 def commands() -> None:
     """The embedded model, by the command line, which takes the accelerator there is; every pruner."""
     with tempfile.TemporaryDirectory() as folder, PretendMode():
-        pruners = ",".join(METHODS)
+        pruners = ",".join(method_names())
         sizes = ["--num-samples", "6", "--keep-ratios", "1/3"]
         assert main(["evaluate", "--pruners", pruners, *sizes, "--output-dir", folder]) == 0
         assert main(["benchmark", "--rounds", "2", "--new-tokens", "2", "--load", "1,2"]) == 0

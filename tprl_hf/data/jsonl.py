@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
-from tprl_hf.data import SAMPLE_FEATURES
+from .samples import SAMPLE_FEATURES
 
 
 def jsonl_samples(path: str | Path, num_samples: int | None = None) -> Dataset:

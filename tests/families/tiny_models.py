@@ -331,7 +331,7 @@ def entry(family: str) -> Family:
     """The entry here, or in `more_families`."""
     if family in FAMILIES:
         return FAMILIES[family]
-    from tests.more_families import OTHERS
+    from tests.families.more import OTHERS
 
     return OTHERS[family]
 

@@ -1,7 +1,7 @@
 """The table of docs/families.md: which registered image-text-to-text types are exact, untested, or refused and why.
 
-    python -m tests.families_table            prints the table
-    python -m tests.families_table --write    writes docs/families.md
+    python -m tests.families.table            prints the table
+    python -m tests.families.table --write    writes docs/families.md
 
 Deviations are the largest absolute differences of float32 logits on tiny random models, on the CPU.
 """
@@ -17,11 +17,11 @@ import transformers
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from tests.more_families import OTHERS
-from tests.pretend_flash import BASE_DIFFERS, BASE_FAILS, BEAR_NO_PADDING
+from tests.families.more import OTHERS
+from tests.families.tiny_models import FAMILIES, Sample, build, collate, entry, sample
+from tests.families.ways_to_generate import CANNOT, WAYS
 from tests.reference import delete_by_hand
-from tests.tiny_models import FAMILIES, Sample, build, collate, entry, sample
-from tests.ways_to_generate import CANNOT, WAYS
+from tests.stand_ins.flash import BASE_DIFFERS, BASE_FAILS, BEAR_NO_PADDING
 from tprl_hf.modeling import TPRLForConditionalGeneration, adapter_for
 from tprl_hf.modeling.lvlm_adapters import REFUSED
 
@@ -159,7 +159,7 @@ def table() -> str:
         [
             "# Families",
             "",
-            "Written by `python -m tests.families_table --write`.",
+            "Written by `python -m tests.families.table --write`.",
             "",
             f"Of the {len(registered())} image-text-to-text types that transformers {transformers.__version__} "
             f"registers, **{len(exact)} are exact** on tiny random models, {counts['untested']} are untested and "
@@ -179,7 +179,8 @@ def table() -> str:
             "",
             "## Ways to generate",
             f"{', '.join(WAYS).capitalize()}: the answer is that of plain greedy decoding, a batch answers as its "
-            "samples, keeping all is the base model (`tests/ways_to_generate.py`). What a base model itself cannot:",
+            "samples, keeping all is the base model (`tests/families/ways_to_generate.py`). What a base model itself "
+            "cannot:",
             "",
             *(
                 f"- {', '.join(families)}: {', '.join(ways)} ({reason})"
@@ -189,7 +190,8 @@ def table() -> str:
             "## Flash Attention",
             'With `attn_implementation="flash_attention_2"` logits and answers are those of sdpa, alone and in '
             "batches, and with a new image in a second turn. What transformers does around the kernels is its own; "
-            "the kernels are plain torch in the tests (`tests/pretend_flash.py`), which have no GPU. What cannot be:",
+            "the kernels are plain torch in the tests (`tests/stand_ins/flash.py`), which have no GPU. What cannot "
+            "be:",
             "",
             f"- {', '.join(BASE_FAILS)}: the base model itself fails with it",
             f"- {', '.join(BASE_DIFFERS)}: the base model itself answers otherwise than with sdpa",
@@ -201,7 +203,7 @@ def table() -> str:
             *others,
             "",
             "## Adding one",
-            "A family of the default kind costs one entry with a tiny config in `tests/more_families.py` and its name "
+            "A family of the default kind costs one entry with a tiny config in `tests/families/more.py` and its name "
             "in `SUPPORTED` (`tprl_hf/modeling/lvlm_adapters.py`). Run the command above; where a number is not "
             "small, the family needs an adapter in `family_adapters.py`, which says only what differs.",
             "",
@@ -218,7 +220,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     page = table()
     if arguments.write:
-        (Path(__file__).parents[1] / "docs" / "families.md").write_text(page)
+        (Path(__file__).parents[2] / "docs" / "families.md").write_text(page)
     else:
         print(page)
 

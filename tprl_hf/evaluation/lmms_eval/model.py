@@ -2,7 +2,7 @@
 
     lmms-eval --model tprl --model_args pretrained=DIR,keep_ratio=1/3 --tasks pope --batch_size 8
 
-lmms-eval finds it through this package's entry point, see `lmms_eval_plugin.py`.
+lmms-eval finds it through this package's entry point, see `plugin.py`.
 """
 
 import contextlib
@@ -19,9 +19,10 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from .answers import chat_inputs
-from .benchmark import synchronize
-from .by_name import has_budget, load_model, make_pruner, own_pruner
+from tprl_hf.evaluation.answers import chat_inputs
+from tprl_hf.evaluation.benchmark import synchronize
+from tprl_hf.loading import load_model
+from tprl_hf.pruners.by_name import has_budget, make_pruner, own_pruner
 
 # for tasks that say no `max_new_tokens`
 MAX_NEW_TOKENS = 1024

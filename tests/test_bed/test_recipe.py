@@ -12,9 +12,9 @@ from torch import nn
 
 from tprl_hf.data.easy import EASY_VQA_COLORS, EASY_VQA_SHAPES
 from tprl_hf.data.mosaic import COLORS, SHAPES, draw_scene, mosaic_scenes, scene_rng
-from tprl_hf.training.lvlm_batches import ANSWER_LAYER, IGNORE, NOUN_LAYER, PREFIX_LENGTH, mosaic_image, pack
-from tprl_hf.training.lvlm_model import PATCHES_PER_SIDE, TEXT_HEADS, build_lvlm, build_processor
-from tprl_hf.training.mosaic_lvlm import (
+from tprl_hf.test_bed.batches import ANSWER_LAYER, IGNORE, NOUN_LAYER, PREFIX_LENGTH, mosaic_image, pack
+from tprl_hf.test_bed.model import PATCHES_PER_SIDE, TEXT_HEADS, build_lvlm, build_processor
+from tprl_hf.test_bed.train import (
     GROUNDED_HEADS,
     MosaicLVLMConfig,
     ReadingHeads,
@@ -201,7 +201,7 @@ def test_recipe_runs_resumes_and_answers(processor, tmp_path, monkeypatch):
     config = MosaicLVLMConfig(
         str(tmp_path), tower_minutes=0.01, joint_minutes=0.02, num_processes=1, mosaic_images=1, easy_images=1
     )
-    monkeypatch.setattr("tprl_hf.training.mosaic_lvlm.VALIDATION_IMAGES", (2, 1))
+    monkeypatch.setattr("tprl_hf.test_bed.train.VALIDATION_IMAGES", (2, 1))
     train(0, config, port=0)
     first = json.loads((tmp_path / "training.json").read_text())
     assert set(first["validation"]) >= {"easy", "existence", "patch_kind"}

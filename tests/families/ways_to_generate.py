@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.tiny_models import Sample, before_second_image, build, collate, entry, sample
+from tests.families.tiny_models import Sample, before_second_image, build, collate, entry, sample
 from tprl_hf.modeling import TPRLForConditionalGeneration
 
 NEW = 4

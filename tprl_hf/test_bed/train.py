@@ -1,4 +1,4 @@
-"""Train the embedded LVLM from nothing: `python -m tprl_hf.training.mosaic_lvlm --output-dir DIR`.
+"""Train the embedded LVLM from nothing: `python -m tprl_hf.test_bed.train --output-dir DIR`.
 
 Two phases, each as long as it is told in minutes:
 
@@ -35,7 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tprl_hf.data.easy import EasyVQAImage, easy_vqa_images
 
-from .lvlm_batches import (
+from .batches import (
     ANSWER_LAYER,
     CLS_CLASSES,
     IGNORE,
@@ -49,7 +49,7 @@ from .lvlm_batches import (
     pack,
     training_batches,
 )
-from .lvlm_model import NUM_PATCHES, PATCH_SIZE, PATCHES_PER_SIDE, build_lvlm, build_processor
+from .model import NUM_PATCHES, PATCH_SIZE, PATCHES_PER_SIDE, build_lvlm, build_processor
 
 
 @dataclass

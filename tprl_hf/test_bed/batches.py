@@ -29,7 +29,7 @@ from tprl_hf.data.mosaic import (
     scene_rng,
 )
 
-from .lvlm_model import NUM_PATCHES, PATCH_SIZE, PATCHES_PER_SIDE, SPECIAL_TOKENS
+from .model import NUM_PATCHES, PATCH_SIZE, PATCHES_PER_SIDE, SPECIAL_TOKENS
 
 PREFIX_LENGTH = 2 + NUM_PATCHES
 IGNORE = -100

@@ -1,0 +1,49 @@
+"""Samples by the name of their source, as recipes and commands write it."""
+
+from pathlib import Path
+
+from datasets import Dataset, load_from_disk
+
+from .easy import easy_vqa
+from .jsonl import jsonl_samples
+from .mosaic import mosaic_vqa
+
+KINDS = "mosaic, easy-vqa, a .jsonl file, or the directory of a saved dataset"
+
+
+def is_source(name: str) -> bool:
+    """Whether `name` is of one of the kinds that [`read_source`] reads."""
+    return name in ("mosaic", "easy-vqa") or name.endswith(".jsonl") or (Path(name) / "state.json").is_file()
+
+
+def read_source(name: str, split: str, seed: int = 0, num_samples: int | None = None) -> Dataset:
+    """
+    The samples of one source.
+
+    Args:
+        name (`str`):
+            mosaic, easy-vqa, a .jsonl file, or the directory of a saved dataset.
+        split (`str`):
+            Of mosaic and easy-vqa.
+        seed (`int`, *optional*, defaults to 0):
+            Of the images of mosaic.
+        num_samples (`int`, *optional*):
+            Only the first so many. Mosaic, which is made from a seed, makes 6000 by default.
+
+    Returns:
+        `datasets.Dataset`: Rows of `SAMPLE_FEATURES`.
+
+    Raises:
+        `ValueError`: If it is none of these, or its samples are not as they must be.
+        `OSError`: If the file or an image of it is missing.
+    """
+    if not is_source(name):
+        raise ValueError(f"There are no data {name!r}: a source is {KINDS}.")
+    if name == "mosaic":
+        return mosaic_vqa(split=split, seed=seed, num_samples=num_samples or 6000)
+    if name == "easy-vqa":
+        return easy_vqa(split=split, num_samples=num_samples)
+    if name.endswith(".jsonl"):
+        return jsonl_samples(name, num_samples)
+    dataset = load_from_disk(name)
+    return dataset if num_samples is None else dataset.select(range(min(num_samples, len(dataset))))
