@@ -9,6 +9,7 @@ from tests.families.tiny_models import build
 from tests.families.tiny_processor import make_processor
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
+from tprl_hf.pruners import PRUNERS
 
 # The tiny random model cannot read; the data decide what is asked.
 WORDS = ["--num-samples", "8", "--keep-ratios", "1/2,1/4", "--pruners", "uniform", "--max-new-tokens", "2"]
@@ -232,13 +233,11 @@ def test_unknown_data_and_an_untrained_policy_are_refused(evaluate):
     code, _, err = evaluate("--data", "gqa")
     assert code == 2 and "'gqa' is neither mosaic, easy-vqa nor" in err and "lmms-eval --model tprl" in err
     code, _, err = evaluate("--pruners", "learned")
-    assert code == 2 and "no trained policy" in err
+    assert code == 2 and "policy has not been trained" in err
 
 
 def test_every_pruner_has_its_rows(evaluate, tmp_path):
-    from tprl_hf.cli.evaluate import NAMES
-
-    names = [name for name in NAMES if name != "learned"]
+    names = [*PRUNERS, "oracle"]
     assert evaluate("--pruners", ",".join(names), "--keep-ratios", "1/4", "--num-samples", "2")[0] == 0
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert [row["pruner"] for row in rows] == names

@@ -52,7 +52,7 @@ def test_the_answer_is_what_the_model_says(generate, base_checkpoint, image_file
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "vispruner: 5 of 16 visual tokens kept"),
+        ([], "divprune: 5 of 16 visual tokens kept"),
         (["--keep-ratio", "1/4", "--pruner", "random"], "random: 4 of 16 visual tokens kept"),
         (["--num-keep", "7", "--pruner", "uniform"], "uniform: 7 of 16 visual tokens kept"),
         (["--no-prune"], "none: 16 of 16 visual tokens kept"),
@@ -94,7 +94,7 @@ def test_pictures_are_written_where_asked(generate, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--pruner", "learned"], "has no trained policy: pass --pruner vispruner"),
+        (["--pruner", "learned"], "policy has not been trained: it would keep random tokens. Choose a pruner"),
         (["--num-keep", "17"], "num_keep=17, but sample 0 has only 16 visual tokens"),
         (["--pruner", "none", "--keep-ratio", "0.5"], "--pruner none keeps all tokens: leave out --keep-ratio"),
         (["--threshold", "0.5"], "threshold=0.5"),

@@ -87,7 +87,8 @@ def refuse_untrained(config: TPRLConfig) -> None:
     if config.policy_training is None:
         raise ValueError(
             "This model's policy has not been trained: it would keep random tokens. Choose a pruner that needs no "
-            'training, model.set_pruner("divprune", keep_ratio=1 / 3), or train the policy (docs/training.md).'
+            'training, model.set_pruner("divprune", keep_ratio=1 / 3) or --pruner divprune, or train the policy '
+            "(docs/training.md)."
         )
 
 
