@@ -54,3 +54,34 @@ def load_model(
             f"The weights in {path} do not fit its config.json ({error}): download both again."
         ) from error
     return model.to(device).eval(), AutoProcessor.from_pretrained(path)
+
+
+def unknown_words(processor: Any, text: str) -> list[str]:
+    """
+    The words of a question that a model with a small vocabulary cannot read, as the embedded one.
+
+    Args:
+        processor ([`ProcessorMixin`]): Of the model.
+        text (`str`): The question, without a chat template.
+
+    Returns:
+        `list[str]`: Each word once, in the order of the text; empty for tokenizers that can spell any word.
+    """
+    tokenizer = processor.tokenizer
+    if tokenizer.unk_token_id is None or not tokenizer.is_fast:
+        return []
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return list(dict.fromkeys(text[start:end] for token, (start, end) in tokens if token == tokenizer.unk_token_id))
+
+
+def unknown_words_note(processor: Any, text: str) -> str | None:
+    """One line that names the words which the model does not know; `None` where it knows all of them."""
+    words = unknown_words(processor, text)
+    if not words:
+        return None
+    listed = ", ".join(repr(word) for word in words[:10])
+    return (
+        f"This model does not know {listed}{', ...' if len(words) > 10 else ''}: its vocabulary has "
+        f"{len(processor.tokenizer)} entries. Do not rely on the answer."
+    )

@@ -17,6 +17,7 @@ from tprl_hf.evaluation.benchmark import (
     time_in_turns,
 )
 from tprl_hf.evaluation.presets import preset_config
+from tprl_hf.pruners import PRUNERS
 
 PARTS = [
     *("vision", "pruner", "prefill unpruned", "prefill pruned", "prefill floor"),
@@ -65,6 +66,18 @@ def test_requests_per_second_against_batch_size(benchmark):
     code, out, _ = benchmark("--load", "2")
     rows = table_under(out, "batch")
     assert rows[1][0] == "2" and float(rows[1][1]) > 0 and "--load 2" in out
+
+
+def test_what_each_pruner_costs(benchmark):
+    code, out, _ = benchmark("--pruners", "all", "--json")
+    found = json.loads(out)
+    assert code == 0 and [row["pruner"] for row in found["pruners"]] == [*PRUNERS, "learned"] and not found["refused"]
+    assert all(row["choose_ms"]["median"] > 0 and row["tower_ms"]["median"] > 0 for row in found["pruners"])
+    code, out, _ = benchmark("--pruners", "divprune,fastv")
+    assert code == 0 and [row[0] for row in table_under(out, "pruner")[1:]] == ["divprune", "fastv"]
+    assert "Command: tprl benchmark" in out and "--pruners divprune,fastv" in out
+    code, _, err = benchmark("--pruners", "divprun")
+    assert code == 2 and "no pruner 'divprun'" in err
 
 
 def test_peak_is_of_what_is_alive_at_once():

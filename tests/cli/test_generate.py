@@ -173,3 +173,11 @@ def test_answers_do_not_depend_on_the_batch_size(base_checkpoint):
     ]
     answers = [generate_answers(model, make_processor(), samples, size, max_new_tokens=3) for size in (1, 2, 5)]
     assert len(set(answers[0])) > 1 and answers[0] == answers[1] == answers[2]
+
+
+def test_words_outside_of_the_vocabulary_are_told(capsys, image_file):
+    """The embedded model reads each word that it does not know as the same unknown one."""
+    for question, unknown in (("is there a red elephant ?", True), ("is there a red circle ?", False)):
+        assert main(["generate", "--image", str(image_file), "--question", question, "--max-new-tokens", "1"]) == 0
+        err = capsys.readouterr().err
+        assert ("does not know 'elephant'" in err) == unknown and ("does not know" in err) == unknown

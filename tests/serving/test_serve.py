@@ -46,10 +46,11 @@ def samples():
 
 
 @contextlib.contextmanager
-def serving(*words: str):
+def serving(*words: str, stderr=None):
     """Runs `tprl serve` on a free port; gives its first line and a client. Ends it as a user would."""
     command = [sys.executable, "-m", "tprl_hf.cli.main", "serve", *words, "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
     try:
         line = process.stdout.readline()
         assert line.startswith("Serving "), line
@@ -264,3 +265,23 @@ def test_a_port_that_is_taken_is_one_line(client, capsys):
     assert main(["serve", "--port", str(port)]) == 2
     err = capsys.readouterr().err
     assert f"Cannot listen at 127.0.0.1, port {port}" in err and err.count("\n") == 1
+
+
+def test_a_set_pruner_is_served_and_unknown_words_are_told(checkpoint, samples, tmp_path):
+    """A checkpoint with a pruner that needs no training, and a question outside of its small vocabulary."""
+    model, processor = load_model(str(checkpoint))
+    model.set_pruner("divprune", num_keep=5)
+    model.save_pretrained(tmp_path / "mosaic-tprl", save_base_model=True)
+    processor.save_pretrained(tmp_path / "mosaic-tprl")
+    (expected,) = generate_answers(model, processor, samples[:1], max_new_tokens=MAX_TOKENS)
+    with (
+        open(tmp_path / "errors", "w") as errors,
+        serving(str(tmp_path / "mosaic-tprl"), stderr=errors) as (line, one),
+    ):
+        assert "(divprune, as the checkpoint says)" in line
+        url = data_url(samples[0]["images"][0])
+        answer = ask(one, samples[0]["prompt"], url, max_tokens=MAX_TOKENS, temperature=0)
+        assert answer.choices[0].message.content.strip() == expected
+        ask(one, "is there a red elephant ?", url, max_tokens=1)
+    (note,) = [line for line in (tmp_path / "errors").read_text().splitlines() if "does not know" in line]
+    assert "'elephant'" in note and "red" not in note

@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="learned",
         help="default: learned; its cost does not depend on its training",
     )
+    parser.add_argument(
+        "--pruners",
+        metavar="NAME,...",
+        help="instead: what each of these pruners costs in the vision tower and by itself; 'all' for all of them",
+    )
     parser.add_argument("--rounds", type=positive_int, default=7, metavar="N", help="timed rounds (default: 7)")
     parser.add_argument("--seed", type=int, default=0, help="of random weights and prompts (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -70,6 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = make_inputs(arguments.batch)
     num_visual = int(model.prune(**inputs, prune=False).num_visual[0])
     num_keep = max(1, round(arguments.keep * num_visual))
+    if arguments.pruners:
+        found = compare(model, inputs, num_keep, arguments)
+        print(json.dumps(found, indent=1) if arguments.json else comparison_text(found))
+        return 0
     if arguments.pruner == "learned":
         pruner = model.learned_pruner()  # an untrained one takes as long
     else:
@@ -172,6 +181,81 @@ def time_parts(model, inputs, num_keep: int, arguments: argparse.Namespace) -> d
             name: asdict(ratio(values[over], values[under])) for name, (over, under) in RATIOS.items()
         }
     return found
+
+
+def compare(model, inputs, num_keep: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tower and choice of each pruner in `--pruners`, in turns; pruners that the model cannot have are left out."""
+    from dataclasses import asdict
+
+    from tprl_hf.evaluation.benchmark import Spread, pruner_calls, ratio, time_in_turns
+    from tprl_hf.pruners import PRUNERS
+
+    names = [*PRUNERS, "learned"] if arguments.pruners == "all" else arguments.pruners.split(",")
+    pruners, refused = {}, {}
+    for name in names:
+        if name not in (*PRUNERS, "learned"):
+            raise ValueError(f"There is no pruner {name!r}; choose from {', '.join(method_names())}.")
+        pruner = model.learned_pruner() if name == "learned" else PRUNERS[name]()
+        try:
+            with model.using(pruner):
+                model.prune(**inputs, num_keep=num_keep)
+            pruners[name] = pruner
+        except ValueError as error:
+            refused[name] = str(error)
+    print(f"Timing {2 + arguments.rounds} rounds of {len(pruners)} pruners ...", file=sys.stderr)
+    wall = {
+        name: one.wall
+        for name, one in time_in_turns(pruner_calls(model, inputs, num_keep, pruners), arguments.rounds).items()
+    }
+    rows = []
+    for name in pruners:
+        pairs = zip(wall[f"tower {name}"], wall["tower"], wall[f"choose {name}"], strict=True)
+        extra = [tower - plain + choice for tower, plain, choice in pairs]
+        rows.append(
+            {
+                "pruner": name,
+                "tower_ms": asdict(Spread.of(wall[f"tower {name}"])),
+                "tower_ratio": asdict(ratio(wall[f"tower {name}"], wall["tower"])),
+                "choose_ms": asdict(Spread.of(wall[f"choose {name}"])),
+                "of_prefill": asdict(ratio(extra, wall["prefill"])),
+            }
+        )
+    return {
+        "command": f"{command_of(arguments)} --pruners {arguments.pruners}",
+        **surroundings(model),
+        "num_keep": num_keep,
+        "num_visual": int(model.prune(**inputs, prune=False).num_visual[0]),
+        "batch": arguments.batch,
+        "tower_ms": asdict(Spread.of(wall["tower"])),
+        "prefill_ms": asdict(Spread.of(wall["prefill"])),
+        "pruners": rows,
+        "refused": refused,
+    }
+
+
+def comparison_text(found: dict[str, Any]) -> str:
+    """The table of `--pruners`, and the lines below it."""
+    from .tables import format_table
+
+    heads = ["pruner", "tower ms", "tower / plain", "middle half", "choosing ms", "extra / prefill", "middle half"]
+    rows = [heads]
+    for one in found["pruners"]:
+        times = [f"{one[name]['median']:.1f}" for name in ("tower_ms", "choose_ms")]
+        rows.append(
+            [one["pruner"], times[0], *spread_words(one["tower_ratio"]), times[1], *spread_words(one["of_prefill"])]
+        )
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return "\n".join(
+        [
+            format_table(rows),
+            *(f"Without {name}: {why}" for name, why in found["refused"].items()),
+            f"{found['num_keep']} of {found['num_visual']} visual tokens kept, batch {found['batch']}; tower: vision "
+            f"tower and projector, {found['tower_ms']['median']:.1f} ms without a pruner; extra: what the tower takes "
+            f"longer, and choosing; prefill: the LLM unpruned, {found['prefill_ms']['median']:.1f} ms; in turns.",
+            f"Device: {found['device']}, {found['machine']}; {versions}.",
+            f"Command: {found['command']}",
+        ]
+    )
 
 
 def time_load(model, make_inputs, num_keep: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:

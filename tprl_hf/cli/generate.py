@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tprl_hf.evaluation.answers import chat_inputs
     from tprl_hf.evaluation.benchmark import measure_prefill
-    from tprl_hf.loading import load_model
+    from tprl_hf.loading import load_model, unknown_words_note
     from tprl_hf.visualization import Panel
 
     from .loading import pruner_and_budget, using_pruner
@@ -44,6 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
             "pruned": lambda: model(**inputs, **budget, logits_to_keep=1),
         }
         times = measure_prefill(model.lvlm.get_decoder(), calls, rounds=3, warmup=1)
+    note = unknown_words_note(processor, arguments.question)
+    if note is not None:
+        print(note, file=sys.stderr)
     answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     print(answer, flush=True)
     print(

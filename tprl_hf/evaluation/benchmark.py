@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tprl_hf.modeling.token_pruner import TokenPruner
+from tprl_hf.modeling.visual_features import VisualFeatures
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -257,6 +260,41 @@ def answer_calls(model, inputs: Mapping[str, Any], num_keep: int, new_tokens: in
         )
 
     return {"unpruned": lambda: answer(prune=False), "pruned": lambda: answer(num_keep=num_keep)}
+
+
+def pruner_calls(
+    model, inputs: Mapping[str, Any], num_keep: int, pruners: Mapping[str, TokenPruner]
+) -> dict[str, Callable[[], Any]]:
+    """
+    What each pruner costs before the LLM runs on the kept tokens, for one batch of prompts.
+
+    Args:
+        model ([`TPRLForConditionalGeneration`]): The model.
+        inputs (`Mapping[str, Any]`): The batch as the processor returned it.
+        num_keep (`int`): Visual tokens to keep of each prompt.
+        pruners (`Mapping[str, TokenPruner]`): By name.
+
+    Returns:
+        `dict[str, Callable]`: "tower" (vision tower and projector as the base model runs them) and "prefill" (the LLM
+        on the unpruned prompt); "tower NAME" and "choose NAME" for each pruner, of which some make the tower eager.
+    """
+    features = model.encode_images(**inputs, with_attention=False)
+
+    def encode(pruner: TokenPruner) -> VisualFeatures:
+        return model.encode_images(**inputs, with_attention=pruner.needs_attention)
+
+    def choose(pruner: TokenPruner, own: VisualFeatures) -> Any:
+        with model.using(pruner):
+            return model.prune(**inputs, visual_features=own, num_keep=num_keep)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "tower": lambda: model.encode_images(**inputs, with_attention=False),
+        "prefill": lambda: model(**inputs, visual_features=features, prune=False, logits_to_keep=1),
+    }
+    for name, pruner in pruners.items():
+        calls[f"tower {name}"] = functools.partial(encode, pruner)
+        calls[f"choose {name}"] = functools.partial(choose, pruner, encode(pruner))
+    return calls
 
 
 def random_prompts(config: Any, batch_size: int, text_tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:

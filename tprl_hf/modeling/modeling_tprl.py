@@ -123,16 +123,19 @@ class TPRLForConditionalGeneration(PrunerChoiceMixin, TPRLPreTrainedModel, Gener
 
     # ---- encoding and planning ----
 
-    def encode_images(self, input_ids: Tensor, **inputs) -> VisualFeatures:
+    def encode_images(self, input_ids: Tensor, with_attention: bool | None = None, **inputs) -> VisualFeatures:
         r"""
         Runs vision tower and projector once. Pass the result as `visual_features` to `prune`, `forward` and
         `generate`, with any question about the same images.
 
         Args:
             input_ids (`int64 [B, L]`): prompts with all their placeholders.
+            with_attention (`bool`, *optional*): whether the tower takes notes of its attention, for pruners that read
+                it; it then runs eagerly. By default as the pruner in use needs it.
             inputs: what the processor returned besides (`pixel_values`, `image_sizes`, `image_grid_thw`, ...).
         """
-        return self.adapter.encode(input_ids, inputs, self.pruner.needs_attention)
+        wanted = self.pruner.needs_attention if with_attention is None else with_attention
+        return self.adapter.encode(input_ids, inputs, wanted)
 
     def _batch(
         self,

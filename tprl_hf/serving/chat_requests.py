@@ -108,6 +108,16 @@ def read_messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
     return [read_message(message, limits) for message in messages]
 
 
+def texts_of(messages: list[dict[str, Any]]) -> str:
+    """All texts of messages that were read, one behind the other."""
+    texts: list[str] = []
+    for message in messages:
+        content = message.get("content") or ""
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        texts += [part["text"] for part in parts if part.get("type") == "text"]
+    return "\n".join(texts)
+
+
 def read_message(message: Any, limits: Limits) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise refuse("A message must be an object with a `role`.")

@@ -8,6 +8,7 @@ ask for a model, and the routes, are ours.
 
 import asyncio
 import contextvars
+import sys
 import time
 import uuid
 from typing import Any
@@ -21,7 +22,9 @@ from starlette.routing import Route
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
 
-from .chat_requests import Limits, read_body, read_messages, refuse, take_budget
+from tprl_hf.loading import unknown_words_note
+
+from .chat_requests import Limits, read_body, read_messages, refuse, take_budget, texts_of
 
 # Of the request that the current task serves; read where the task hands it over to the thread that generates.
 BUDGET: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("budget")
@@ -74,6 +77,7 @@ class ChatHandler(ChatCompletionHandler):
 
     def __init__(self, models: OneModel, limits: Limits, default_budget: dict[str, Any]):
         super().__init__(models, BudgetedState())
+        self.models = models
         self.limits = limits
         self.default_budget = default_budget
 
@@ -84,6 +88,9 @@ class ChatHandler(ChatCompletionHandler):
         if not isinstance(body.get("generation_config", ""), str):
             raise refuse("generation_config must be a text that holds a JSON object.")
         body["messages"] = await asyncio.to_thread(read_messages, body.get("messages"), self.limits)
+        note = unknown_words_note(self.models.processor, texts_of(body["messages"]))
+        if note is not None:
+            print(f"{request_id}: {note}", file=sys.stderr, flush=True)
         try:
             return await super().handle_request(body, request_id)
         except (ValueError, OSError, TemplateError) as error:  # as on the command line: a user's mistake
