@@ -38,6 +38,9 @@ class TPRLConfig(PreTrainedConfig):
             Whether kept tokens keep the positions they had in the full prompt or are numbered anew without gaps.
         query_agnostic (`bool`, defaults to `False`):
             Hide the question from the policy.
+        policy_training (`dict`, *optional*):
+            How the policy was trained: stage, recipe, digest of the data, version. `None`: it was not, and it would
+            keep random tokens.
         special_token_ids (`list[int]`, *optional*):
             Token ids that are never part of a question, besides those that the LVLM's own configs name: the markers of
             its chat template. Our trainers take them from the tokenizer.
@@ -61,8 +64,6 @@ class TPRLConfig(PreTrainedConfig):
             Tell the policy which fraction is to be kept. Not in the paper.
         num_steps (`int`, defaults to 1):
             Steps in which the learned pruner reaches its budget at inference. The paper prunes in one shot (eq. 16).
-        lambda_disc (`float`, defaults to 0.5):
-            Discount of the keep probability per step while sampling rollouts (eq. 14). Inference has none.
     """
 
     model_type = "tprl"
@@ -80,6 +81,7 @@ class TPRLConfig(PreTrainedConfig):
     max_keep: int | None = None
     position_ids: Literal["original", "contiguous"] = "original"
     query_agnostic: bool = False
+    policy_training: dict[str, Any] | None = None
     special_token_ids: list[int] | None = None
     token_dim: int | None = None
     autoencoder_dim: int | None = None
@@ -91,9 +93,9 @@ class TPRLConfig(PreTrainedConfig):
     policy_steps: int | None = None
     policy_budget: bool = False
     num_steps: int = 1
-    lambda_disc: float = 0.5
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("lambda_disc", None)  # older checkpoints name it, though only training reads it
         if isinstance(self.base_config, dict):
             base = dict(self.base_config)
             model_type = base.pop("model_type", None)

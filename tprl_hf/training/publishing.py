@@ -37,7 +37,8 @@ from tprl_hf.modeling.publishing_tprl import (
     update_card,
 )
 
-STAGES = ("autoencoder", "demonstrations", "lfd", "ppo", "grpo")
+from .stages import stages_until
+
 # What is published of a directory besides weights and config: by name, so that nothing goes along by chance.
 PROCESSOR_FILES = (
     *(
@@ -72,14 +73,12 @@ def recorded_stages(directory: str | Path) -> list[dict[str, Any]]:
         return []
     last = json.loads((directory / "training.json").read_text(encoding="utf-8"))["stage"]
     stages = []
-    for name in STAGES[: STAGES.index(last) + 1]:
+    for name in stages_until(last):
         folder = directory if name == last else directory.parent / name
-        if name in ("ppo", "grpo") and name != last:  # the one does not begin with the other
-            continue
         if (folder / "training.json").exists():
             done = json.loads((folder / "training.json").read_text(encoding="utf-8"))
             settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-            used = {**settings.get(name, {}), "data": learned_from(name, settings)}
+            used = {**settings.get(name, {}), "data": training_data(name, settings)}
             metrics, history = done.get("metrics", {}), done.get("log_history", [])
             stages.append(
                 {"stage": name, "settings": used, "metrics": metrics, "seconds": done["seconds"], "history": history}
@@ -87,7 +86,7 @@ def recorded_stages(directory: str | Path) -> list[dict[str, Any]]:
     return stages
 
 
-def learned_from(stage: str, settings: Mapping[str, Any]) -> Any:
+def training_data(stage: str, settings: Mapping[str, Any]) -> Any:
     """The section of `data`, or the list of sections, that a stage learned from: its own, or `train`."""
     data = settings.get("data", {})
     return data.get(stage, data.get("train", {}))
@@ -271,7 +270,7 @@ def push_demonstrations(
             done = json.loads((folder / "training.json").read_text(encoding="utf-8"))
             settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
             teacher, base_model = done["teacher"], base_model or settings.get("base_model")
-            sections = learned_from("demonstrations", settings)
+            sections = training_data("demonstrations", settings)
             sections = sections if isinstance(sections, list) else [sections]
             source = source or ", ".join(section.get("source", "mosaic") for section in sections)
             folder = folder / "dataset"
