@@ -13,7 +13,7 @@ from tprl_hf.training.stages import STAGES
 
 from .old_recipes import renewed
 
-SECTIONS = ("base_model", "output_dir", "policy", "data", *STAGES)
+SECTIONS = ("base_model", "output_dir", "policy", "data")  # and one for each stage
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -64,7 +64,7 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     Reads a recipe.
 
     Args:
-        path (`str`): a YAML file with some of the sections of `SECTIONS`.
+        path (`str`): a YAML file with some of the sections of `SECTIONS` and of stages.
         overrides (`Iterable[str]`, *optional*): `"lfd.learning_rate=1e-4"` and the like; values are YAML.
             `"lfd=false"` leaves a stage out.
 
@@ -97,7 +97,7 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
             place[setting] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} or an override is not valid YAML: {error}") from None
-    check_names(recipe, SECTIONS, path)
+    check_names(recipe, (*SECTIONS, *STAGES), path)
     if "output_dir" not in recipe:
         raise ValueError(f"{path} must say `output_dir`: where each stage has its directory.")
     for section in ("policy", "data", *STAGES):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tprl_hf.training.stages import STAGES
 
 from .arguments import METHODS
+from .old_recipes import renewed
 from .recipe_file import check_names, read_recipe
 
 if TYPE_CHECKING:
@@ -161,12 +162,13 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
     """Notes the settings in `directory`. Raises `ValueError` when others were used there before."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "settings.json"
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    if path.exists() and path.read_text() != text:
-        raise ValueError(
-            f"{directory} was made with other settings, see {path}: pass --set output_dir=ANOTHER, or delete it."
-        )
-    write(path, text)
+    if path.exists():
+        before, _ = renewed(json.loads(path.read_text()))
+        if before != json.loads(json.dumps(settings)):
+            raise ValueError(
+                f"{directory} was made with other settings, see {path}: pass --set output_dir=ANOTHER, or delete it."
+            )
+    write(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def load_data(recipe: dict[str, Any], name: str, num_samples: int | None = None) -> "Dataset":
