@@ -11,8 +11,9 @@ from huggingface_hub import EvalResult, HfApi
 from tests.families.tiny_models import build
 from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
-from tprl_hf.hub.publishing import files_to_publish, recorded_stages
+from tprl_hf.hub.publishing import files_to_publish
 from tprl_hf.model_cards import model_index, policy_card
+from tprl_hf.training.training_record import recorded_stages
 
 MODELING = Path(__file__).parents[2] / "tprl_hf" / "modeling"
 CODE = {path.name for path in MODELING.glob("*.py")} - {"__init__.py"}

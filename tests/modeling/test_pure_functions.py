@@ -9,7 +9,6 @@ from tprl_hf.modeling.columns import (
     left_padded_index,
     pad_rows,
     pad_rows_left,
-    restore_columns,
     restore_prompt,
     run_lengths,
 )
@@ -99,11 +98,6 @@ def test_deletion_keeps_order_and_pads_left():
 
 
 def test_restoring():
-    mask = torch.tensor([[True, False, True, True], [False, False, True, False]])
-    index, valid = left_padded_index(mask)
-    values = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 5.0]])[..., None]
-    spread = restore_columns(values, index, valid, 4)[..., 0]
-    assert spread.tolist() == [[1.0, 1.0, 2.0, 3.0], [0.0, 0.0, 5.0, 5.0]]
     sequences = torch.tensor([[9, 9, 7], [9, 9, 8], [9, 9, 6], [9, 9, 5]])
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
     assert restore_prompt(sequences, prompt, 2).tolist() == [[1, 2, 3, 7], [1, 2, 3, 8], [4, 5, 6, 6], [4, 5, 6, 5]]

@@ -20,6 +20,8 @@ from tprl_hf.pruners import RandomPruner, ToMePruner, VisionZip, VisPruner
 from tprl_hf.training import (
     AutoencoderConfig,
     AutoencoderTrainer,
+    CounterfactualConfig,
+    CounterfactualTrainer,
     GradientTeacher,
     LeaveOutTeacher,
     LfDConfig,
@@ -31,6 +33,7 @@ from tprl_hf.training import (
     calibrate_threshold,
     generate_demonstrations,
 )
+from tprl_hf.training.rollout_trainer import RolloutTrainer
 
 
 def control() -> None:
@@ -134,8 +137,8 @@ def training() -> None:
     """Each stage, its loss, gradients and measurements; checkpoints and random streams stay on the CPU."""
     accelerate.Accelerator.device = property(lambda self: DEVICE)
     TrainingArguments.device = property(lambda self: (self._setup_devices, DEVICE)[1])
-    stream = TPRLPPOTrainer.generator
-    TPRLPPOTrainer.generator = lambda self, *numbers, device="cpu": stream(self, *numbers)  # type: ignore[method-assign]
+    stream = RolloutTrainer.generator
+    RolloutTrainer.generator = lambda self, *numbers, device="cpu": stream(self, *numbers)  # type: ignore[method-assign]
     processor, dataset = make_processor(), make_dataset()
     common = {"disable_tqdm": True, "save_strategy": "no", "max_steps": 3, "per_device_train_batch_size": 2}
 
@@ -160,14 +163,11 @@ def training() -> None:
         for teacher in (VisPruner(), GradientTeacher(), LeaveOutTeacher()):
             demonstrations = generate_demonstrations(teacher, on_device(model()), processor, dataset)
         run(LfDTrainer, LfDConfig, demonstrations, keep_ratio=0.5)
-        small = {"num_mini_batches": 2, "num_ppo_epochs": 1, "kl_coef": 0.1}
-        run(TPRLPPOTrainer, TPRLPPOConfig, dataset, target_keep_ratio=0.5, **small)
-        run(TPRLGRPOTrainer, TPRLGRPOConfig, dataset, length, num_rollouts=2, **small)
-        run(
-            TPRLPPOTrainer, TPRLPPOConfig, dataset, advantages="counterfactual", ratio="token", num_steps=1,
-            lambda_disc=1.0, rollout_keep_ratios=[0.5, 0.25], shared_budget=0.5, weight_by_budget=True,
-            score="logprob", **small,
-        )  # fmt: skip
+        run(TPRLPPOTrainer, TPRLPPOConfig, dataset, num_mini_batches=2, num_ppo_epochs=1)
+        small = {"num_mini_batches": 2, "num_iterations": 1, "beta": 0.1}
+        run(TPRLGRPOTrainer, TPRLGRPOConfig, dataset, length, num_generations=2, **small)
+        budgets = {"rollout_keep_ratios": [0.5, 0.25], "shared_budget": 0.5}
+        run(CounterfactualTrainer, CounterfactualConfig, dataset, **budgets, **small)
         assert 0 < calibrate_threshold(on_device(model()), processor, dataset, keep_ratio=0.5) < 1
 
 

@@ -8,7 +8,7 @@ import torch
 
 from tprl_hf.modeling.keep_mask import keep_entropy, keep_logprobs
 from tprl_hf.training import advantages as pure
-from tprl_hf.training.ppo_trainer import bernoulli_kl
+from tprl_hf.training.advantages import bernoulli_kl
 from tprl_hf.training.rollouts import shift_to_budget
 
 T, S, N = 4, 6, 5
@@ -20,13 +20,13 @@ def steps():
     generator = torch.Generator().manual_seed(0)
     rewards, values = (torch.randn(T, S, generator=generator, dtype=torch.float64) for _ in range(2))
     lengths = torch.tensor([4, 3, 2, 1, 4, 2])
-    exists = torch.arange(T)[:, None] < lengths
-    return rewards * exists, values, exists, lengths.tolist()
+    step_mask = torch.arange(T)[:, None] < lengths
+    return rewards * step_mask, values, step_mask, lengths.tolist()
 
 
 def test_generalized_advantages(steps):
-    rewards, values, exists, lengths = steps
-    advantages, returns = pure.generalized_advantages(rewards, values, exists, GAMMA, LAM)
+    rewards, values, step_mask, lengths = steps
+    advantages, returns = pure.generalized_advantages(rewards, values, step_mask, GAMMA, LAM)
     for s, length in enumerate(lengths):
         for t in range(T):
             expected = 0.0
@@ -40,9 +40,9 @@ def test_generalized_advantages(steps):
 
 
 def test_lambda_1_gives_the_discounted_returns(steps):
-    rewards, values, exists, _ = steps
-    _, returns = pure.generalized_advantages(rewards, values, exists, GAMMA, 1.0)
-    torch.testing.assert_close(returns, pure.discounted_returns(rewards, exists, GAMMA))
+    rewards, values, step_mask, _ = steps
+    _, returns = pure.generalized_advantages(rewards, values, step_mask, GAMMA, 1.0)
+    torch.testing.assert_close(returns, pure.discounted_returns(rewards, step_mask, GAMMA))
 
 
 def test_group_baselines():
@@ -56,11 +56,11 @@ def test_group_baselines():
 
 
 def test_whitening_looks_at_existing_steps_only(steps):
-    rewards, _, exists, _ = steps
-    white = pure.whiten(rewards + 100, exists)
-    assert white[exists].mean().item() == pytest.approx(0, abs=1e-9)
-    assert white[exists].std().item() == pytest.approx(1, abs=1e-6)
-    assert not white[~exists].any()
+    rewards, _, step_mask, _ = steps
+    white = pure.whiten(rewards + 100, step_mask)
+    assert white[step_mask].mean().item() == pytest.approx(0, abs=1e-9)
+    assert white[step_mask].std().item() == pytest.approx(1, abs=1e-6)
+    assert not white[~step_mask].any()
 
 
 def test_clipped_policy_loss_and_its_gradient():
@@ -110,9 +110,9 @@ def test_logprobs_entropy_and_divergence_of_keep_bits(discount):
 def test_shift_to_budget_meets_the_expected_count():
     generator = torch.Generator().manual_seed(3)
     logits = 4 * torch.randn(S, N, generator=generator)
-    asked = torch.ones(S, N, dtype=torch.bool)
-    asked[:, -1] = False
+    action_mask = torch.ones(S, N, dtype=torch.bool)
+    action_mask[:, -1] = False
     targets = torch.tensor([0.5, 1.0, 1.5, 2.0, 3.0, 3.9])
-    shifts = shift_to_budget(logits, asked, targets)
-    counts = ((logits + shifts[:, None]).sigmoid() * asked).sum(1)
+    shifts = shift_to_budget(logits, action_mask, targets)
+    counts = ((logits + shifts[:, None]).sigmoid() * action_mask).sum(1)
     torch.testing.assert_close(counts, targets, atol=1e-4, rtol=0)

@@ -7,7 +7,13 @@ from tests.families.tiny_models import FAMILIES, Sample, build, collate, sample
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.training.answer_batches import ANSWER_TYPES, EncodedSample, SampleEncoder
 from tprl_hf.training.answer_scores import gradient_saliency, score_answers
-from tprl_hf.training.rollouts import collect_rollouts, logits_at_budget, replayed_logprobs, take_inputs
+from tprl_hf.training.rollouts import (
+    Budgets,
+    collect_rollouts,
+    logits_at_budget,
+    replayed_logprobs,
+    take_inputs,
+)
 
 ANSWERS = [[7, 8], [9]]
 
@@ -49,9 +55,9 @@ def test_a_batch_of_a_family(family):
         2,
         1.0,
         torch.Generator().manual_seed(0),
-        torch.tensor([0.5, 0.3]),
+        Budgets(torch.tensor([0.5, 0.3])),
     )
-    inputs, keep_masks = take_inputs(batch.inputs, rollouts.of), rollouts.keep_masks
+    inputs, keep_masks = take_inputs(batch.inputs, rollouts.sample_index), rollouts.keep_masks
     codes, positions = model.autoencoder.encode(inputs.tokens), inputs.layout.positions()
     logits = [
         model.policy(codes, keep_masks[t], inputs.query, inputs.query_mask, t, positions).logits for t in range(2)
@@ -61,8 +67,8 @@ def test_a_batch_of_a_family(family):
     protected = inputs.layout.protected & inputs.valid
     assert (keep_masks[-1] & protected).equal(protected)  # separators stay
 
-    scores = score_answers(model, batch, keep_masks[-1], rollouts.of.tolist())
-    for row, index in enumerate(rollouts.of.tolist()):
+    scores = score_answers(model, batch, keep_masks[-1], rollouts.sample_index.tolist())
+    for row, index in enumerate(rollouts.sample_index.tolist()):
         given = collate(family, [Sample(samples[index].ids + ANSWERS[index], samples[index].images)])
         if "token_type_ids" in given:
             last = given["token_type_ids"][0, -len(ANSWERS[index]) :]

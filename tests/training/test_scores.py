@@ -24,11 +24,11 @@ def test_scores_equal_a_plain_forward_of_each_sample_alone(make_model, processor
     encoder = SampleEncoder(model, processor)
     rows = rows_of(dataset)[:5]
     batch = encoder(rows)
-    of = [0, 0, 1, 2, 3, 4, 4]
-    masks = torch.rand(len(of), 16, generator=torch.Generator().manual_seed(0)) < 0.4
+    sample_index = [0, 0, 1, 2, 3, 4, 4]
+    masks = torch.rand(len(sample_index), 16, generator=torch.Generator().manual_seed(0)) < 0.4
     masks[3] = True
-    scores = score_answers(model, batch, masks, of, batch_size=3)
-    for row, sample in enumerate(of):
+    scores = score_answers(model, batch, masks, sample_index, batch_size=3)
+    for row, sample in enumerate(sample_index):
         one = encoder.encode(rows[sample])
         ids = torch.cat([one.prompt_ids, one.answer_ids])[None]
         with torch.no_grad():
@@ -36,7 +36,7 @@ def test_scores_equal_a_plain_forward_of_each_sample_alone(make_model, processor
         logprobs = output.logits[0, -len(one.answer_ids) - 1 : -1].log_softmax(-1)
         expected = logprobs.gather(1, one.answer_ids[:, None]).mean()
         torch.testing.assert_close(scores.logprobs[row], expected, atol=1e-5, rtol=1e-4)
-        assert bool(scores.right[row]) == bool((logprobs.argmax(-1) == one.answer_ids).all())
+        assert bool(scores.correct[row]) == bool((logprobs.argmax(-1) == one.answer_ids).all())
 
 
 def test_an_answer_ends_with_the_end_token(make_model, processor, dataset):
@@ -52,7 +52,7 @@ def test_gradient_saliency_is_the_first_order_change_of_the_logprob(make_model, 
     keep[:, 3] = False
     saliency = gradient_saliency(model, batch, keep)
     assert not saliency[:, 3].any() and (saliency[:, :3] > 0).all()
-    encoded = batch.prompts.features.modalities["image"]
+    encoded = batch.features.modalities["image"]
     rows, epsilon = encoded.rows.clone(), 1e-2
     for token in (0, 7):
         logprobs = []
@@ -110,12 +110,12 @@ def test_ragged_demonstrations_are_masked(make_model, processor, dataset):
     inputs = SampleEncoder(make_model(), processor)(rows_of(dataset)[:2]).inputs
     full = [True] * 12 + [False] * 4
     masks = [[full, [True] * 8 + [False] * 8], [full]]
-    before, kept, asked = demonstrated_steps(masks, inputs)
+    before, kept, label_mask = demonstrated_steps(masks, inputs)
     assert before.shape == (2, 2, 16)
     assert before[0].all() and before[1].sum(1).tolist() == [12, 12]
-    assert asked.sum(-1).tolist() == [[16, 16], [12, 0]]
+    assert label_mask.sum(-1).tolist() == [[16, 16], [12, 0]]
     logits = torch.randn(2, 2, 16)
-    loss = imitation_loss(logits, kept, asked)
+    loss = imitation_loss(logits, kept, label_mask)
     one = torch.nn.functional.binary_cross_entropy_with_logits
     steps = [one(logits[0, 0], kept[0, 0].float()), one(logits[1, 0, :12], kept[1, 0, :12].float())]
     torch.testing.assert_close(loss[0], sum(steps) / 2)

@@ -1,17 +1,22 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import HfApi
 
-from tprl_hf import TPRLForConditionalGeneration
+import tprl_hf
+from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
-from tprl_hf.cli.recipe_file import STAGES, as_number, read_recipe
-from tprl_hf.cli.train import load_data, settings_of, training_data
+from tprl_hf.cli.old_recipes import renewed
+from tprl_hf.cli.recipe_file import as_number, read_recipe
+from tprl_hf.cli.train import check_stage, load_data, make_config, settings_of, training_data
 from tprl_hf.data import easy_vqa, mosaic_vqa
 from tprl_hf.hub.publishing import files_to_publish
-from tprl_hf.hub.training_record import training_record
+from tprl_hf.training import TPRLPPOConfig, TPRLPPOTrainer
+from tprl_hf.training.stages import STAGES, Stage, stages_until
+from tprl_hf.training.training_record import recorded_stages, training_record
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 POLICY_STAGE = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True, "eval_strategy": "steps", "eval_steps": 1}
@@ -29,7 +34,13 @@ def recipe(base, dataset, tmp_path):
         "autoencoder": STAGE,
         "demonstrations": {"teacher": "gradient", "keep_ratios": [["1/2", "1/4"]], "num_samples": 6},
         "lfd": {**POLICY_STAGE, "keep_ratio": "1/4", "learning_rate": "1e-3"},
-        "ppo": {**POLICY_STAGE, "per_device_train_batch_size": 2, "num_mini_batches": 2, "save_base_model": True},
+        "ppo": {
+            **POLICY_STAGE,
+            "keep_best": False,
+            "per_device_train_batch_size": 2,
+            "num_mini_batches": 2,
+            "save_base_model": True,
+        },
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(sections))
@@ -48,7 +59,9 @@ def test_all_stages_from_one_recipe(recipe, tmp_path, capsys):
     assert model.config.base_model_name_or_path is None
 
     # what was recorded goes onto the card, without this machine's paths
-    card = files_to_publish(tmp_path / "run" / "ppo", "me/name", HfApi())["README.md"].decode()
+    card = files_to_publish(
+        tmp_path / "run" / "ppo", "me/name", HfApi(), stages=recorded_stages(tmp_path / "run" / "ppo")
+    )["README.md"].decode()
     for stage in reports:
         assert f"- **{stage}** (0 minutes): `" in card
     assert "save_base_model=true" in card and "accuracy@0.111=" in card and str(tmp_path) not in card
@@ -62,7 +75,10 @@ def test_all_stages_from_one_recipe(recipe, tmp_path, capsys):
     with pytest.raises(ValueError, match="holds no training"):
         training_record(tmp_path)
 
-    # what is finished stays; what was cut off goes on
+    training = {name: model.config.policy_training[name] for name in ("stage", "recipe", "version")}
+    assert training == {"stage": "ppo", "recipe": "recipe", "version": tprl_hf.__version__}
+
+    # what is finished stays; what was interrupted resumes
     (tmp_path / "run" / "ppo" / "training.json").unlink()
     capsys.readouterr()
     assert main(["train", "all", "--config", str(recipe)]) == 0
@@ -121,14 +137,27 @@ def test_a_stage_may_have_its_own_data():
             ["all", "--set", "data.train=[{sourc: mosaic}]"],
             "data.train has no setting 'sourc'; did you mean 'source'?",
         ),
-        (["all", "--set", "seed"], "no override"),
-        (["all", "--set", "base_model.x=1"], "base_model is no section"),
+        (["all", "--set", "seed"], "not an override"),
+        (["all", "--set", "base_model.x=1"], "base_model is not a section"),
+        (["all", "--set", "grpo.seed=1"], "has no stage grpo; its stages are autoencoder, demonstrations, lfd, ppo"),
+        # of stages that would run last
+        (["all", "--set", "ppo.learning_rat=1"], "ppo has no setting 'learning_rat'; did you mean 'learning_rate'?"),
+        (["all", "--set", "ppo.xyzzy=1"], "there are reward_funcs, feature_cache_mb, score_batch_size, "),
+        (["all", "--set", "ppo.num_mini_batches=3"], "ppo: per_device_train_batch_size * num_generations = 2"),
+        (["all", "--set", "ppo.ratio=both"], "ppo: ratio is joint or token; got 'both'"),
+        (["all", "--set", "ppo.reward_funcs=[nowhere:f]"], "There is no reward function 'nowhere:f'"),
+        (["all", "--set", "ppo.reward_funcs=[json]"], "'json' does not name a reward function: write module:function"),
+        (["all", "--set", "ppo.reward_funcs=json:loads"], "ppo.reward_funcs is a list of names"),
+        (["all", "--set", "ppo.reward_funcs=[json:loads]", "ppo.reward_weights=[1, 2]"], "are not one for each of"),
+        (["all", "--set", "demonstrations.teacher=me"], "There is no teacher 'me'"),
+        (["all", "--set", "data.ppo={sourc: mosaic}"], "data.ppo has no setting 'sourc'"),
     ],
 )
-def test_mistakes_are_one_line(recipe, capsys, words, message):
+def test_mistakes_are_one_line_before_anything_is_run(recipe, capsys, words, message, tmp_path):
     assert main(["train", words[0], "--config", str(recipe), *words[1:]]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert message in err
+    assert not [*tmp_path.glob("run/*/training.json")]
 
 
 def test_a_missing_recipe(capsys):
@@ -147,27 +176,17 @@ def test_numbers_that_yaml_leaves_as_text():
 
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
 def test_our_recipes_hold_settings_that_exist(path, base, tmp_path):
-    from dataclasses import fields
-
-    from tprl_hf import TPRLConfig, training
-    from tprl_hf.cli.train import DATA_SETTINGS, DEMONSTRATION_SETTINGS
-
     recipe = read_recipe(str(path))
-    configs = {
-        "autoencoder": training.AutoencoderConfig,
-        "lfd": training.LfDConfig,
-        "ppo": training.TPRLPPOConfig,
-        "grpo": training.TPRLGRPOConfig,
-    }
-    for stage in configs.keys() & recipe.keys():
-        config = configs[stage](output_dir=str(tmp_path), use_cpu=True, **recipe[stage])
-        assert {type(getattr(config, f.name)) for f in fields(config) if f.name == "learning_rate"} == {float}
-    assert set(recipe["demonstrations"]) <= set(DEMONSTRATION_SETTINGS)
+    assert renewed(recipe) == (recipe, [])  # of today's version
+    stages = [stage for stage in STAGES if stage in recipe]
+    assert len(stages) == 4
+    for stage in stages:
+        check_stage(stage, recipe)
+        if stage != "demonstrations":
+            recipe[stage]["use_cpu"] = True
+            assert isinstance(make_config(stage, recipe).learning_rate, float)
     assert set(recipe["policy"]) <= set(TPRLConfig().to_dict())
     TPRLForConditionalGeneration.from_base_model(base, **recipe["policy"])  # settings that go together
-    for sections in recipe["data"].values():
-        sources = sections if isinstance(sections, list) else [sections]
-        assert all(set(section) <= set(DATA_SETTINGS) for section in sources)
 
 
 def test_the_paper_recipe_is_the_default_of_the_code(tmp_path):
@@ -176,3 +195,101 @@ def test_the_paper_recipe_is_the_default_of_the_code(tmp_path):
     recipe = read_recipe(str(next(path for path in RECIPES if path.stem == "paper")))
     for stage, config in (("lfd", training.LfDConfig), ("ppo", training.TPRLPPOConfig)):
         assert config(str(tmp_path), use_cpu=True, **recipe[stage]) == config(str(tmp_path), use_cpu=True)
+
+
+WORDS = """
+def words(completions, **columns):
+    return [float(len(text.split())) for text in completions]
+
+
+def letters(completions, **columns):
+    return [float(len(text)) for text in completions]
+"""
+
+
+def test_a_recipe_may_name_rewards(recipe, tmp_path, monkeypatch):
+    (tmp_path / "rewards_of_this_test.py").write_text(WORDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    names = "[rewards_of_this_test:words, rewards_of_this_test:letters]"
+    settings = [f"ppo.reward_funcs={names}", "ppo.reward_weights=[1, 0.5]", "ppo.logging_steps=1", "ppo.max_steps=1"]
+    settings += ["lfd=false", "demonstrations=false", "ppo.max_completion_length=2"]
+    assert main(["train", "all", "--config", str(recipe), "--set", *settings]) == 0
+    history = json.loads((tmp_path / "run" / "ppo" / "training.json").read_text())["log_history"]
+    (row,) = [row for row in history if "objective/score" in row]
+    weighted = row["rewards/words/mean"] + 0.5 * row["rewards/letters/mean"]
+    assert row["objective/score"] == pytest.approx(weighted)
+
+
+class ToyConfig(TPRLPPOConfig):
+    """A pair that a contributor would write."""
+
+
+class ToyTrainer(TPRLPPOTrainer):
+    _stage = "toy"
+
+
+def test_an_algorithm_is_a_pair_and_one_row_of_the_table(recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(STAGES, "toy", Stage("ToyConfig", "ToyTrainer", starts_from=("lfd", "autoencoder")))
+    for toy in (ToyConfig, ToyTrainer):
+        monkeypatch.setattr(tprl_hf.training, toy.__name__, toy, raising=False)
+    sections = yaml.safe_load(recipe.read_text())
+    sections["toy"] = {**sections.pop("ppo"), "save_base_model": False}
+    recipe.write_text(yaml.safe_dump(sections))
+    assert main(["train", "all", "--config", str(recipe), "--set", "lfd=false", "demonstrations=false"]) == 0
+    model = TPRLForConditionalGeneration.from_pretrained(tmp_path / "run" / "toy")
+    assert model.config.policy_training["stage"] == "toy"
+    assert [stage["stage"] for stage in recorded_stages(tmp_path / "run" / "toy")] == ["autoencoder", "toy"]
+
+
+def test_each_stage_offers_its_pair():
+    assert stages_until("counterfactual") == ["autoencoder", "demonstrations", "lfd", "counterfactual"]
+    assert stages_until("autoencoder") == ["autoencoder"]
+    for name, stage in STAGES.items():
+        if stage.config is not None:
+            config, trainer = stage.classes()
+            assert trainer.__annotations__["args"] is config
+            assert name == "autoencoder" or trainer._stage == name
+
+
+OLD = {
+    "output_dir": "run",
+    "policy": {"lambda_disc": 0.5, "latent_dim": 16},
+    "data": {"train": {}, "ppo": {"seed": 1}},
+}
+
+
+def test_recipes_of_older_versions_are_read(tmp_path):
+    path = tmp_path / "old.yaml"
+
+    def read(**ppo):
+        path.write_text(yaml.safe_dump({**OLD, "ppo": ppo}))
+        with pytest.warns(FutureWarning, match="older version"):
+            return read_recipe(str(path))
+
+    def refused(message, **ppo):
+        path.write_text(yaml.safe_dump({**OLD, "ppo": ppo}))
+        with pytest.raises(ValueError, match=message):
+            read_recipe(str(path))
+
+    shipped = {"advantages": "counterfactual", "ratio": "token", "num_steps": 1, "entropy_coef": 0.0, "vf_coef": 0.0}
+    found = read(**shipped, kl_coef=0.005, beta=0.0, rollout_keep_ratios=["1/3"], num_rollouts=2, gamma=1.0)
+    assert found["data"] == {"train": {}, "counterfactual": {"seed": 1}} and found["policy"] == {"latent_dim": 16}
+    assert "ppo" not in found
+    settings = found["counterfactual"]
+    assert settings["beta"] == 0.005 and settings["efficiency_coef"] == 0.0 and settings["num_generations"] == 2
+    # what it did not say was the default of the time
+    assert settings["learning_rate"] == 1e-5 and settings["weight_by_budget"] is False and settings["num_flips"] == 16
+    settings["use_cpu"] = True
+    assert make_config("counterfactual", found).num_iterations == 4
+
+    paper = {"advantages": "gae", "score_every_step": True, "beta": 0.1, "num_rollouts": 1}
+    assert read(**paper)["ppo"] == {"beta": 0.1, "num_generations": 1}
+    refused("ppo.entropy_coef=0.01 is no longer possible: set it to 0", **{**shipped, "entropy_coef": 0.01})
+    refused("is now the stage grpo", advantages="group")
+    refused("ppo.target_keep_ratio=0.3 is no longer possible", target_keep_ratio=0.3)
+
+
+def test_a_config_of_an_older_version_is_read():
+    config = TPRLConfig.from_dict({"model_type": "tprl", "lambda_disc": 0.5, "latent_dim": 16})
+    assert config.latent_dim == 16 and config.policy_training is None and "lambda_disc" not in config.to_dict()

@@ -7,11 +7,14 @@ import torch
 from datasets import load_from_disk
 from transformers import AutoModelForImageTextToText
 
+import tprl_hf
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.pruners import VisPruner
 from tprl_hf.training import (
     AutoencoderConfig,
     AutoencoderTrainer,
+    CounterfactualConfig,
+    CounterfactualTrainer,
     GradientTeacher,
     LfDConfig,
     LfDTrainer,
@@ -21,19 +24,24 @@ from tprl_hf.training import (
     TPRLPPOTrainer,
     calibrate_threshold,
     generate_demonstrations,
+    rollout_trainer,
 )
+from tprl_hf.training.answer_batches import data_digest
 from tprl_hf.training.answer_scores import score_answers
 from tprl_hf.training.rollouts import logits_at_budget, replayed_logprobs
 
 QUIET = {"disable_tqdm": True, "use_cpu": True, "per_device_eval_batch_size": 4}
-PPO = {
+ROLLOUTS = {
     **QUIET,
     "per_device_train_batch_size": 2,
-    "num_rollouts": 2,
-    "num_ppo_epochs": 2,
+    "num_generations": 2,
     "num_mini_batches": 2,
     "learning_rate": 1e-2,
 }
+PPO = {**ROLLOUTS, "num_ppo_epochs": 2}
+BUDGETED = {**ROLLOUTS, "num_iterations": 2, "rollout_keep_ratios": [0.5, 0.25], "shared_budget": 0.5}
+GRPO = {**BUDGETED, "min_spread": 1e-4, "score": "logprob"}
+COUNTERFACTUAL = {**BUDGETED, "min_logprob": -100.0, "num_flips": 5}  # an untrained model is below the default
 
 
 def hash_of(module) -> str:
@@ -66,20 +74,12 @@ def stage(name, make_model, processor, dataset, output_dir, **settings):
         )
         return LfDTrainer(make_model(), config, processor, demonstrated(make_model, processor, dataset), dataset)
     if name == "grpo":
-        config = TPRLGRPOConfig(
-            output_dir,
-            **{
-                **PPO,
-                "rollout_keep_ratios": [0.5, 0.25],
-                "shared_budget": 0.5,
-                "min_spread": 1e-4,
-                "score": "logprob",
-                **settings,
-            },
-        )
+        config = TPRLGRPOConfig(output_dir, **{**GRPO, **settings})
         return TPRLGRPOTrainer(make_model(policy_budget=True), config, processor, dataset, dataset)
-    priced = {"target_keep_ratio": 0.1, "score": "logprob", "kl_coef": 0.1}
-    config = TPRLPPOConfig(output_dir, **{**PPO, **priced, **settings})
+    if name == "counterfactual":
+        config = CounterfactualConfig(output_dir, **{**COUNTERFACTUAL, **settings})
+        return CounterfactualTrainer(make_model(policy_budget=True), config, processor, dataset, dataset)
+    config = TPRLPPOConfig(output_dir, **{**PPO, "score": "logprob", **settings})
     return TPRLPPOTrainer(make_model(), config, processor, dataset, dataset)
 
 
@@ -119,9 +119,9 @@ def test_from_directory_to_directory(base, processor, dataset, make_model, tmp_p
     assert all(final.state_dict()[name].equal(value) for name, value in weights_of(model).items())
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo"])
+@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo", "counterfactual"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name, make_model, processor, dataset, tmp_path):
-    # a buffer of PPO lasts 4 steps: step 6 is in the middle of the second
+    # a buffer lasts 4 steps: step 6 is in the middle of the second
     settings = {"max_steps": 7, "save_steps": 6, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 2}
     whole = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
     start = weights_of(whole.tprl_model)
@@ -138,28 +138,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name, make_model,
     assert last[0] == last[1]
 
 
-@pytest.mark.parametrize("name", ["ppo", "grpo"])
-@pytest.mark.parametrize("ratio", ["joint", "token"])
+@pytest.mark.parametrize(
+    ("name", "ratio"),
+    [
+        ("ppo", {"ratio": "joint"}),
+        ("ppo", {"ratio": "token"}),
+        ("grpo", {"ratio": "joint"}),
+        ("grpo", {"ratio": "token"}),
+        ("counterfactual", {}),
+    ],
+)
 def test_the_ratio_is_1_after_the_rollout_and_micro_batches_change_nothing(
     name, ratio, make_model, processor, dataset, tmp_path
 ):
     gradients = []
     for micro_batch_size in (None, 1):
         settings = {"num_mini_batches": 1, "per_device_train_batch_size": 4, "micro_batch_size": micro_batch_size}
-        trainer = stage(name, make_model, processor, dataset, str(tmp_path), ratio=ratio, **settings)
+        trainer = stage(name, make_model, processor, dataset, str(tmp_path), **ratio, **settings)
         trainer.training_step(trainer.model, None)
         assert set(trainer.metrics["policy/clipfrac_avg"]) == {0.0}
         assert trainer.metrics["val/ratio"] == pytest.approx([1.0] * len(trainer.metrics["val/ratio"]), abs=1e-4)
         rollouts = trainer.rollouts
         with torch.no_grad():
-            logits = trainer.model(trainer.batch.inputs, rollouts.of, rollouts.keep_masks[:-1]).logits
-        logits = (
-            logits_at_budget(rollouts, logits + 0.3, trainer.args.lambda_disc)
-            - 0.3 * (rollouts.targets == 0)[..., None]
-        )
-        logprobs = replayed_logprobs(rollouts, logits, trainer.args.lambda_disc)
+            logits = trainer.model(trainer.batch.inputs, rollouts.sample_index, rollouts.keep_masks[:-1]).logits
+        lambda_disc = 1.0 if name == "counterfactual" else trainer.args.lambda_disc  # of one step
+        logits = logits_at_budget(rollouts, logits + 0.3, lambda_disc) - 0.3 * (rollouts.targets == 0)[..., None]
+        logprobs = replayed_logprobs(rollouts, logits, lambda_disc)
         torch.testing.assert_close(logprobs, rollouts.logprobs, atol=1e-5, rtol=1e-5)
-        assert not logprobs[~rollouts.asked].any()
+        assert not logprobs[~rollouts.action_mask].any()
         assert not (rollouts.keep_masks[1:] & ~rollouts.keep_masks[:-1]).any()
         gradients.append(gradients_of(trainer))
     assert gradients[0].keys() == gradients[1].keys() and any(g.any() for g in gradients[0].values())
@@ -182,7 +188,7 @@ def test_a_batch_of_8_gives_the_gradient_of_8_batches_of_1(name, make_model, pro
         torch.testing.assert_close(value, whole[key], atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo"])
+@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo", "counterfactual"])
 def test_nan_stops_with_the_data_saved(name, make_model, processor, dataset, tmp_path):
     trainer = (
         stage(name, make_model, processor, dataset, str(tmp_path), max_steps=4, keep_best=False)
@@ -198,7 +204,7 @@ def test_nan_stops_with_the_data_saved(name, make_model, processor, dataset, tmp
 
 
 def test_only_the_policy_learns(make_model, processor, dataset, tmp_path):
-    for name in ("lfd", "ppo"):
+    for name in ("lfd", "ppo", "grpo", "counterfactual"):
         trainer = stage(name, make_model, processor, dataset, str(tmp_path / name), max_steps=2, keep_best=False)
         before, frozen = weights_of(trainer.tprl_model), hash_of(trainer.tprl_model.lvlm)
         trainer.train()
@@ -231,35 +237,46 @@ def test_the_best_weights_are_kept_the_start_included(make_model, processor, dat
     assert all(value.equal(start[key]) for key, value in weights_of(trainer.tprl_model).items())
 
 
-def test_reward_functions_see_what_trl_shows_them(make_model, processor, dataset, tmp_path):
+def test_reward_functions_see_what_trl_shows_them(make_model, processor, dataset, tmp_path, monkeypatch):
     seen = []
 
     def length(prompts, completions, answer, **columns):
         seen.append((prompts, completions, answer, columns))
         return [float(len(text.split())) for text in completions]
 
-    config = TPRLPPOConfig(str(tmp_path), max_new_tokens=3, **PPO)
-    trainer = TPRLPPOTrainer(make_model(), config, processor, dataset, reward_funcs=length)
+    def brief(completions, **columns):
+        return [-float(len(text)) for text in completions]
+
+    config = TPRLPPOConfig(str(tmp_path), max_completion_length=3, reward_weights=[1.0, 0.5], **PPO)
+    trainer = TPRLPPOTrainer(make_model(), config, processor, dataset, reward_funcs=[length, brief])
+    monkeypatch.setattr(rollout_trainer, "score_answers", None)  # no pass of the LLM but for the answers
     trainer.collect(0)
     (prompts, completions, answers, columns) = seen[0]
     assert len(prompts) == len(completions) == len(answers) == 2 + 3 * 4
     assert "question_type" in columns and "images" not in columns
-    scores = trainer.metrics["objective/score"][0]
-    assert scores == pytest.approx(sum(len(text.split()) for text in completions[-4:]) / 4)
+    words = sum(len(text.split()) for text in completions[-4:]) / 4
+    letters = sum(len(text) for text in completions[-4:]) / 4
+    logged = {name: values[0] for name, values in trainer.metrics.items()}
+    assert logged["rewards/length/mean"] == pytest.approx(words)
+    assert logged["rewards/brief/mean"] == pytest.approx(-letters)
+    assert logged["objective/score"] == pytest.approx(words - 0.5 * letters)
+    assert "objective/accuracy" not in logged
+    with pytest.raises(ValueError, match="some share one: brief, brief"):
+        TPRLPPOTrainer(make_model(), TPRLPPOConfig(str(tmp_path), **PPO), processor, dataset, reward_funcs=[brief] * 2)
+    with pytest.raises(ValueError, match=r"reward_weights=\[1.0, 0.5\] are not one for each of \['brief'\]"):
+        TPRLPPOTrainer(make_model(), config, processor, dataset, reward_funcs=brief)
 
 
 def test_counterfactual_advantages_are_what_keeping_a_token_earns(make_model, processor, dataset, tmp_path):
-    settings = {"advantages": "counterfactual", "ratio": "token", "num_steps": 1, "num_flips": 5}
-    config = TPRLPPOConfig(
-        str(tmp_path), **{**PPO, **settings, "score": "logprob", "beta": 0.5, "whiten_advantages": False}
-    )
-    trainer = TPRLPPOTrainer(make_model(), config, processor, dataset)
+    settings = {"efficiency_coef": 0.5, "min_logprob": -4.0, "scale_advantages": False, "min_spread": 0.0}
+    settings |= {"rollout_keep_ratios": None, "shared_budget": 0.0, "weight_by_budget": False}
+    trainer = stage("counterfactual", make_model, processor, dataset, str(tmp_path), **settings)
     trainer.collect(0)
     (advantages,), rollouts, batch = trainer.buffer["advantages"], trainer.rollouts, trainer.batch
     flipped = advantages.nonzero().tolist()
-    assert len(flipped) == 5 * len(rollouts.of)
+    assert len(flipped) == 5 * len(rollouts.sample_index)
     for row, bit in flipped:
-        kept, sample = rollouts.keep_masks[1, row].clone(), int(rollouts.of[row])
+        kept, sample = rollouts.keep_masks[1, row].clone(), int(rollouts.sample_index[row])
         rewards = []
         for keep in (True, False):
             kept[bit] = keep
@@ -272,49 +289,48 @@ def test_counterfactual_advantages_are_what_keeping_a_token_earns(make_model, pr
 
 
 def test_at_a_shared_budget_tokens_compete(make_model, processor, dataset, tmp_path):
-    settings = {"advantages": "counterfactual", "ratio": "token", "num_steps": 1, "num_flips": 5, "lambda_disc": 1.0}
-    settings = {**settings, "rollout_keep_ratios": [0.5], "whiten_advantages": False, "score": "logprob", "beta": 0.0}
-    settings["min_logprob"] = -100.0  # an untrained model is below the default
+    one_budget = {"rollout_keep_ratios": [0.5], "weight_by_budget": False, "scale_advantages": False}
 
     def collected(shared_budget, **changed):
-        config = TPRLPPOConfig(str(tmp_path), **{**PPO, **settings, "shared_budget": shared_budget, **changed})
-        trainer = TPRLPPOTrainer(make_model(policy_budget=True), config, processor, dataset)
+        settings = {**one_budget, "shared_budget": shared_budget, **changed}
+        trainer = stage("counterfactual", make_model, processor, dataset, str(tmp_path), **settings)
         trainer.collect(0)
         return trainer
 
     trainer = collected(1.0, min_spread=0.0)
     (advantages,), rollouts = trainer.buffer["advantages"], trainer.rollouts
-    probs = rollouts.logprobs[0].exp()
-    weights = probs * (1 - probs) * rollouts.asked[0]
-    assert advantages[rollouts.asked[0]].abs().min() > 0  # also of bits that were not flipped
+    probs, drawn = rollouts.logprobs[0].exp(), rollouts.action_mask[0]
+    weights = probs * (1 - probs) * drawn
+    assert advantages[drawn].abs().min() > 0  # also of bits that were not flipped
     torch.testing.assert_close((advantages * weights).sum(), torch.tensor(0.0), atol=1e-6, rtol=0)
 
     few = collected(1.0, min_spread=trainer.buffer["advantages"].abs().amax(-1).median().item())
-    assert few.buffer["learned_from"].all()  # they give way, whoever gains nothing
-    alone = collected(0.0).buffer["advantages"]
+    assert few.metrics["objective/is_trained_on"][0] < 1
+    assert few.buffer["is_trained_on"].all()  # they give way, whoever gains nothing
+    alone = collected(0.0, min_spread=0.0).buffer["advantages"]
     assert (alone == 0).any()
-    torch.testing.assert_close(collected(0.0, weight_by_budget=True).buffer["advantages"], 0.5 * alone)
+    weighted = collected(0.0, min_spread=0.0, weight_by_budget=True).buffer["advantages"]
+    torch.testing.assert_close(weighted, 0.5 * alone)
 
 
 def test_a_budget_has_the_gradient_of_its_shift(make_model, processor, dataset, tmp_path):
-    settings = {"rollout_keep_ratios": [0.5, 0.25], "num_steps": 2}
-    trainer = TPRLPPOTrainer(make_model(), TPRLPPOConfig(str(tmp_path), **{**PPO, **settings}), processor, dataset)
+    trainer = stage("grpo", make_model, processor, dataset, str(tmp_path), shared_budget=0.0, num_steps=2)
     trainer.collect(0)
     rollouts = trainer.rollouts
     generator = torch.Generator().manual_seed(0)
-    logits, direction = torch.randn(2, *rollouts.asked.shape, generator=generator, dtype=torch.float64)
+    logits, direction = torch.randn(2, *rollouts.action_mask.shape, generator=generator, dtype=torch.float64)
     rollouts.targets = rollouts.targets.double()
 
     def at_budget(x):
         return logits_at_budget(rollouts, x, trainer.args.lambda_disc)
 
-    for step, asked in enumerate(rollouts.asked):
+    for step, action_mask in enumerate(rollouts.action_mask):
         probs = trainer.args.lambda_disc**step * at_budget(logits)[step].sigmoid()
-        reachable = rollouts.targets[step] < 0.99 * trainer.args.lambda_disc**step * asked.sum(1)
-        torch.testing.assert_close((probs * asked).sum(1)[reachable], rollouts.targets[step][reachable])
+        reachable = rollouts.targets[step] < 0.99 * trainer.args.lambda_disc**step * action_mask.sum(1)
+        torch.testing.assert_close((probs * action_mask).sum(1)[reachable], rollouts.targets[step][reachable])
     torch.testing.assert_close(at_budget(logits + 0.7)[:1], at_budget(logits)[:1])  # a common offset is no difference
     moved = logits.clone().requires_grad_()
-    weights = torch.randn(rollouts.asked[0].shape, generator=generator, dtype=torch.float64)
+    weights = torch.randn(rollouts.action_mask[0].shape, generator=generator, dtype=torch.float64)
     (gradient,) = torch.autograd.grad((at_budget(moved)[0] * weights).sum(), moved)
     step = 1e-5
     change = at_budget(logits + step * direction)[0] - at_budget(logits - step * direction)[0]
@@ -334,24 +350,56 @@ def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("config_class", "settings", "message"),
     [
-        ({"advantages": "group", "num_rollouts": 1}, "num_rollouts=1 < 2"),
-        ({"gradient_accumulation_steps": 2}, "micro_batch_size"),
-        ({"ratio": "geometric"}, "joint, token; got 'geometric'"),
-        ({"num_mini_batches": 3}, "4 trajectories cannot be cut"),
-        ({"shared_budget": 0.5}, "share of buffers"),
-        ({"weight_by_budget": True}, "rollout_keep_ratios"),
-        ({"num_flips": 0}, "at least 1"),
-        ({"min_spread": 0.1}, "'gae' has none"),
-        ({"advantages": "counterfactual", "ratio": "joint"}, "ratio='token' and num_steps=1; got 'joint'"),
-        ({"best_metric": "f1"}, "accuracy or logprob"),
-        ({"eval_keep_ratios": [0.0]}, "that are KEPT"),
+        (TPRLGRPOConfig, {**GRPO, "num_generations": 1}, "num_generations=1 < 2"),
+        (TPRLPPOConfig, {**PPO, "gradient_accumulation_steps": 2}, "micro_batch_size"),
+        (TPRLPPOConfig, {**PPO, "ratio": "geometric"}, "ratio is joint or token; got 'geometric'"),
+        (TPRLPPOConfig, {**PPO, "score": "f1"}, "score is correct or logprob; got 'f1'"),
+        (TPRLGRPOConfig, {**GRPO, "scale_rewards": "batch"}, "scale_rewards is group or none; got 'batch'"),
+        (TPRLPPOConfig, {**PPO, "num_mini_batches": 3}, "4 trajectories cannot be cut"),
+        (TPRLGRPOConfig, {**ROLLOUTS, "shared_budget": 0.5}, "share of buffers"),
+        (
+            CounterfactualConfig,
+            {"rollout_keep_ratios": None, "shared_budget": 0.0},
+            "weight_by_budget=True multiplies",
+        ),
+        (CounterfactualConfig, {"num_flips": 0}, "at least 1"),
+        (LfDConfig, {"best_metric": "f1"}, "accuracy or logprob"),
+        (LfDConfig, {"eval_keep_ratios": [0.0]}, "that are KEPT"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings, message, tmp_path):
+def test_settings_that_make_no_sense_are_refused(config_class, settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        TPRLPPOConfig(str(tmp_path), **{**PPO, **settings})
+        config_class(str(tmp_path), **{**QUIET, **settings})
+
+
+def test_the_config_says_how_the_policy_was_trained(make_model, processor, dataset, tmp_path):
+    trainer = stage("autoencoder", make_model, processor, dataset, str(tmp_path / "autoencoder"), max_steps=1)
+    trainer.train()
+    assert trainer.tprl_model.config.policy_training is None
+    for name in ("lfd", "ppo", "grpo", "counterfactual"):
+        path = str(tmp_path / name)
+        settings = {"max_steps": 2, "save_steps": 1, "keep_best": False}
+        trainer = stage(name, make_model, processor, dataset, path, **settings)
+        trainer.recipe = "mine"
+        trainer.train()
+        trainer.save_model()
+        for saved in (path, f"{path}/checkpoint-1"):
+            found = TPRLForConditionalGeneration.from_pretrained(saved).config.policy_training
+            data = data_digest(trainer.train_dataset)
+            assert found == {"stage": name, "recipe": "mine", "data": data, "version": tprl_hf.__version__}
+    assert data_digest(dataset) == data_digest(dataset.select(range(8))) != data_digest(dataset.select(range(7)))
+    assert data_digest(dataset.remove_columns("image_id")) != data_digest(dataset.select(range(7)))
+
+
+def test_a_policy_that_ends_as_it_began_is_not_called_trained(make_model, processor, dataset, tmp_path):
+    trainer = stage("ppo", make_model, processor, dataset, str(tmp_path), max_steps=1, save_strategy="no")
+    worse = iter([-1.0, -2.0])
+    remember = trainer.remember_if_best
+    trainer.remember_if_best = lambda metrics: remember({**metrics, "eval_logprob": next(worse)})
+    trainer.train()
+    assert trainer.best["step"] == 0 and trainer.tprl_model.config.policy_training is None
 
 
 def test_lfd_needs_demonstrations(make_model, processor, dataset, tmp_path):

@@ -33,7 +33,7 @@ if stage == "lfd":
     demonstrations = generate_demonstrations(GradientTeacher(), model, processor, dataset)
     trainer = LfDTrainer(model, LfDConfig(output_dir, **common), processor, demonstrations, dataset)
 else:
-    settings = {"num_rollouts": 2, "num_ppo_epochs": 1, "num_mini_batches": 2, "micro_batch_size": 1}
+    settings = {"num_generations": 2, "num_ppo_epochs": 1, "num_mini_batches": 2, "micro_batch_size": 1}
     config = TPRLPPOConfig(output_dir, **settings, **common)
     trainer = TPRLPPOTrainer(model, config, processor, dataset, dataset)
 trainer.train(resume_from_checkpoint=resume == "True")

@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.hub.publishing import publish, push_demonstrations
     from tprl_hf.modeling.checkpoint_checks import refuse_untrained
     from tprl_hf.modeling.configuration_tprl import TPRLConfig
+    from tprl_hf.training.training_record import recorded_stages
 
     options = {
         "private": arguments.private,
@@ -84,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
             "latency": read(arguments.latency) if arguments.latency else None,
             "flops": read(arguments.flops) if arguments.flops else None,
             "base_model": arguments.base_model,
+            "stages": recorded_stages(directory),
         }
         if arguments.dry_run:
             return show(directory, arguments.repo, {**facts, "licence": arguments.license})

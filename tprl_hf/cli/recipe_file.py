@@ -2,14 +2,18 @@
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-STAGES = ("autoencoder", "demonstrations", "lfd", "ppo", "grpo")
-SECTIONS = ("base_model", "output_dir", "policy", "data", *STAGES)
+from tprl_hf.training.stages import STAGES
+
+from .old_recipes import renewed
+
+SECTIONS = ("base_model", "output_dir", "policy", "data")  # and one for each stage
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -35,17 +39,23 @@ def as_number(value: Any) -> Any:
         return value
     numbers = [float(part) for part in parts]
     if len(numbers) == 2 and numbers[1] == 0:
-        raise ValueError(f"{value} is no number.")
+        raise ValueError(f"{value} is not a number.")
     return numbers[0] / numbers[1] if len(numbers) == 2 else numbers[0]
 
 
-def check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raises `ValueError`, with the name that was probably meant, for a name that is not known."""
+def check_names(given: Iterable[str], known: Iterable[str], where: str, examples: Iterable[str] | None = None) -> None:
+    """
+    Raises `ValueError`, with the name that was probably meant, for a name that is not known.
+
+    Args:
+        examples (`Iterable[str]`, *optional*): what the message lists where no name is close; all by default.
+    """
     known = list(known)
     for name in given:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}."
+            listed = ", ".join(known if examples is None else examples)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; there are {listed}."
             raise ValueError(f"{where} has no setting {name!r}{hint}")
 
 
@@ -54,36 +64,40 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     Reads a recipe.
 
     Args:
-        path (`str`): a YAML file with some of the sections of `SECTIONS`.
+        path (`str`): a YAML file with some of the sections of `SECTIONS` and of stages.
         overrides (`Iterable[str]`, *optional*): `"lfd.learning_rate=1e-4"` and the like; values are YAML.
             `"lfd=false"` leaves a stage out.
 
     Returns:
-        `dict`: the sections; numbers are numbers.
+        `dict`: the sections; numbers are numbers. A recipe of an older version is read as one of today, with a
+        warning.
 
     Raises:
-        `FileNotFoundError`, `ValueError`: when there is no such file, or it is no recipe.
+        `FileNotFoundError`, `ValueError`: when there is no such file, or it is not a recipe.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no recipe {path}.")
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{path} is not a recipe: it has no sections.")
         for override in overrides:
             name, equals, text = override.partition("=")
             if not equals:
-                raise ValueError(f"{override!r} is no override: write SECTION.SETTING=VALUE.")
+                raise ValueError(f"{override!r} is not an override: write SECTION.SETTING=VALUE.")
             *sections, setting = name.split(".")
+            if sections and sections[0] in STAGES and sections[0] not in recipe:
+                stages = ", ".join(stage for stage in STAGES if stage in recipe)
+                raise ValueError(f"{override!r}: {path} has no stage {sections[0]}; its stages are {stages}.")
             place = recipe
             for section in sections:
                 if not isinstance(place.setdefault(section, {}), dict):
-                    raise ValueError(f"{override!r}: {section} is no section of {path}.")
+                    raise ValueError(f"{override!r}: {section} is not a section of {path}.")
                 place = place[section]
             place[setting] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} or an override is no YAML: {error}") from None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} is no recipe: it holds no sections.")
-    check_names(recipe, SECTIONS, path)
+        raise ValueError(f"{path} or an override is not valid YAML: {error}") from None
+    check_names(recipe, (*SECTIONS, *STAGES), path)
     if "output_dir" not in recipe:
         raise ValueError(f"{path} must say `output_dir`: where each stage has its directory.")
     for section in ("policy", "data", *STAGES):
@@ -93,6 +107,10 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
             del recipe[section]
         elif section in recipe and not isinstance(recipe[section], dict):
             raise ValueError(f"{section} in {path} must be a section of settings; got {recipe[section]!r}.")
-    return {
+    recipe = {
         name: value if name in ("base_model", "output_dir") else as_number(value) for name, value in recipe.items()
     }
+    recipe, changes = renewed(recipe)
+    for change in changes:
+        warnings.warn(f"{path} is a recipe of an older version: {change}", FutureWarning, stacklevel=2)
+    return recipe

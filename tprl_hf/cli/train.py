@@ -1,5 +1,5 @@
 """Train a pruning policy by a recipe, stage by stage. Each stage is a directory; a finished one is left as it is, and
-one that was cut off goes on from its last checkpoint. Under `torchrun` all processes train, the first one writes."""
+an interrupted one resumes from its last checkpoint. Under `torchrun` all processes train, the first one writes."""
 
 import argparse
 import json
@@ -8,7 +8,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .recipe_file import STAGES, check_names, read_recipe
+from tprl_hf.pruners import PRUNERS
+from tprl_hf.training.stages import STAGES
+
+from .old_recipes import renewed
+from .recipe_file import check_names, read_recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -17,15 +21,8 @@ if TYPE_CHECKING:
 
 NAME = "train"
 HELP = "train a pruning policy by a recipe"
-# Where a stage takes its model from: the first of these stages that the recipe has; else a new policy.
-STARTS = {
-    "autoencoder": (),
-    "demonstrations": ("autoencoder",),
-    "lfd": ("autoencoder",),
-    "ppo": ("lfd", "autoencoder"),
-    "grpo": ("lfd", "autoencoder"),
-}
 DATA_SETTINGS = ("source", "split", "seed", "num_samples", "question_types")
+TEACHERS = {"gradient": "GradientTeacher", "leave-out": "LeaveOutTeacher"}
 DEMONSTRATION_SETTINGS = ("teacher", "seed", "keep_ratios", "num_samples", "batch_size", "feature_cache_mb")
 
 
@@ -47,6 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     stages = [stage for stage in STAGES if stage in recipe] if arguments.stage == "all" else [arguments.stage]
     if arguments.stage != "all" and arguments.stage not in recipe:
         raise ValueError(f"{arguments.config} has no section {arguments.stage}.")
+    for stage in stages:  # all of them before the first one runs, which may take hours
+        check_stage(stage, recipe)
+    name = Path(arguments.config).stem
     for stage in stages:
         directory = Path(recipe["output_dir"]) / stage
         claim(directory, settings_of(stage, recipe))
@@ -58,8 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         started = time.perf_counter()
         model, processor = starting_model(stage, recipe)
-        report = make_demonstrations if stage == "demonstrations" else train_stage
-        result = report(stage, recipe, model, processor, directory)
+        if stage == "demonstrations":
+            result = make_demonstrations(stage, recipe, model, processor, directory)
+        else:
+            result = train_stage(stage, recipe, model, processor, directory, name)
         result = {"stage": stage, "seconds": round(time.perf_counter() - started, 1), **result}
         if is_first_process():
             write(directory / "training.json", json.dumps(result, indent=2) + "\n")
@@ -67,6 +69,57 @@ def run(arguments: argparse.Namespace) -> int:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.get("metrics", {}).items())
         say(f"{stage}: {directory} in {result['seconds']:.0f} s. {numbers}")
     return 0
+
+
+def check_stage(stage: str, recipe: dict[str, Any]) -> None:
+    """Raises `ValueError` for settings of a stage, its data or the policy that cannot be."""
+    from tprl_hf import TPRLConfig
+
+    check_names(recipe.get("policy", {}), TPRLConfig().to_dict(), "policy")
+    for name in {training_data(stage, recipe), "validation"} & recipe.get("data", {}).keys():
+        sources_of(recipe, name)
+    if stage == "demonstrations":
+        check_names(recipe[stage], DEMONSTRATION_SETTINGS, stage)
+        name = recipe[stage].get("teacher", "vispruner")
+        names = [*TEACHERS, *(method for method in PRUNERS if method != "none")]
+        if name not in names:
+            raise ValueError(f"There is no teacher {name!r}; choose from {', '.join(names)}.")
+    else:
+        make_config(stage, recipe)
+        reward_functions(stage, recipe)
+
+
+def make_config(stage: str, recipe: dict[str, Any]) -> Any:
+    """The config of a stage's trainer."""
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    config_class, _ = STAGES[stage].classes()
+    not_of_config = ("reward_funcs",) if STAGES[stage].takes_rewards else ()
+    settings = {name: value for name, value in recipe[stage].items() if name not in not_of_config}
+    names = [field.name for field in fields(config_class)]
+    ours = [name for name in names if name not in {field.name for field in fields(TrainingArguments)}]
+    check_names(settings, [*names, *not_of_config], stage, [*not_of_config, *ours])
+    try:
+        return config_class(output_dir=str(Path(recipe["output_dir"]) / stage), **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{stage}: {error}") from error
+
+
+def reward_functions(stage: str, recipe: dict[str, Any]) -> list[Any]:
+    """The functions that a stage's `reward_funcs` name."""
+    names = recipe[stage].get("reward_funcs") or []
+    if not STAGES[stage].takes_rewards or not names:
+        return []
+    from tprl_hf.training.rewards import load_reward
+
+    if not isinstance(names, list):
+        raise ValueError(f"{stage}.reward_funcs is a list of names such as module:function; got {names!r}.")
+    weights = recipe[stage].get("reward_weights")
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(f"{stage}.reward_weights={weights} are not one for each of {', '.join(names)}.")
+    return [load_reward(name) for name in names]
 
 
 def is_first_process() -> bool:
@@ -109,32 +162,40 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
     """Notes the settings in `directory`. Raises `ValueError` when others were used there before."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "settings.json"
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    if path.exists() and path.read_text() != text:
-        raise ValueError(
-            f"{directory} was made with other settings, see {path}: pass --set output_dir=ANOTHER, or delete it."
-        )
-    write(path, text)
+    if path.exists():
+        before, _ = renewed(json.loads(path.read_text()))
+        if before != json.loads(json.dumps(settings)):
+            raise ValueError(
+                f"{directory} was made with other settings, see {path}: pass --set output_dir=ANOTHER, or delete it."
+            )
+    write(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def load_data(recipe: dict[str, Any], name: str, num_samples: int | None = None) -> "Dataset":
     """The samples of `data.NAME`, the first `num_samples` of them; of several sources, shuffled together."""
     from datasets import concatenate_datasets
 
-    check_names(recipe.get("data", {}), ("train", "validation", *STAGES), "data")
-    sources = recipe.get("data", {}).get(name)
-    sources = sources if isinstance(sources, list) and sources else [sources]
-    if not all(isinstance(source, dict) for source in sources):
-        raise ValueError(f"The recipe must say where its samples come from: data.{name}.source.")
+    sources = sources_of(recipe, name)
     if len(sources) == 1:
         return load_source(sources[0], name, num_samples)
     mixture = concatenate_datasets([load_source(source, name) for source in sources]).shuffle(seed=0)
     return mixture if num_samples is None else mixture.select(range(min(num_samples, len(mixture))))
 
 
+def sources_of(recipe: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The sections of `data.NAME`, each a source."""
+    check_names(recipe.get("data", {}), ("train", "validation", *STAGES), "data")
+    sources = recipe.get("data", {}).get(name)
+    sources = sources if isinstance(sources, list) and sources else [sources]
+    for source in sources:
+        if not isinstance(source, dict):
+            raise ValueError(f"The recipe must say where its samples come from: data.{name}.source.")
+        check_names(source, DATA_SETTINGS, f"data.{name}")
+    return sources
+
+
 def load_source(section: dict[str, Any], name: str, num_samples: int | None = None) -> "Dataset":
     """Of the first `num_samples` samples of one source, those of the question types that the recipe wants."""
-    check_names(section, DATA_SETTINGS, f"data.{name}")
     dataset = read_source(section, name, num_samples or section.get("num_samples"))
     if "question_types" not in section:
         return dataset
@@ -163,9 +224,9 @@ def starting_model(stage: str, recipe: dict[str, Any]) -> tuple["TPRLForConditio
     import torch
     from transformers import AutoProcessor, set_seed
 
-    from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
+    from tprl_hf import TPRLForConditionalGeneration
 
-    for before in STARTS[stage]:
+    for before in STAGES[stage].starts_from:
         if before in recipe:
             path = Path(recipe["output_dir"]) / before
             if not (path / "training.json").exists():
@@ -175,7 +236,6 @@ def starting_model(stage: str, recipe: dict[str, Any]) -> tuple["TPRLForConditio
             return model, AutoProcessor.from_pretrained(path)
 
     policy = recipe.get("policy", {})
-    check_names(policy, TPRLConfig().to_dict(), "policy")
     base = base_directory(recipe)
     set_seed(recipe.get(stage, {}).get("seed", 42))  # the start of the new policy
     dtype = torch.float32 if not torch.accelerator.is_available() else "auto"
@@ -207,52 +267,39 @@ def base_directory(recipe: dict[str, Any]) -> str:
 def make_demonstrations(stage, recipe, model, processor, directory: Path) -> dict[str, Any]:
     from transformers import set_seed
 
-    from tprl_hf.pruners import PRUNERS
+    from tprl_hf import training
     from tprl_hf.pruners.by_name import make_pruner
-    from tprl_hf.training import GradientTeacher, LeaveOutTeacher, generate_demonstrations
 
     settings = dict(recipe[stage])
-    check_names(settings, DEMONSTRATION_SETTINGS, stage)
     name, seed = settings.pop("teacher", "vispruner"), settings.pop("seed", 0)
     set_seed(seed)
-    teachers = {"gradient": GradientTeacher, "leave-out": LeaveOutTeacher}
-    names = [*teachers, *(method for method in PRUNERS if method != "none")]
-    if name not in names:
-        raise ValueError(f"There is no teacher {name!r}; choose from {', '.join(names)}.")
-    teacher = teachers[name]() if name in teachers else make_pruner(model, name, seed)
+    teacher = getattr(training, TEACHERS[name])() if name in TEACHERS else make_pruner(model, name, seed)
     assert teacher is not None
     dataset = load_data(recipe, training_data(stage, recipe), settings.pop("num_samples", None))
-    made = generate_demonstrations(
+    made = training.generate_demonstrations(
         teacher, model, processor, dataset, output_dir=str(directory / "dataset"), **settings
     )
     return {"teacher": name, "num_samples": len(made)}
 
 
-def train_stage(stage, recipe, model, processor, directory: Path) -> dict[str, Any]:
-    from dataclasses import fields
-
+def train_stage(stage, recipe, model, processor, directory: Path, recipe_name: str) -> dict[str, Any]:
     from datasets import load_from_disk
     from transformers.trainer_utils import get_last_checkpoint
 
-    from tprl_hf import training
-
-    config_class, trainer_class = {
-        "autoencoder": (training.AutoencoderConfig, training.AutoencoderTrainer),
-        "lfd": (training.LfDConfig, training.LfDTrainer),
-        "ppo": (training.TPRLPPOConfig, training.TPRLPPOTrainer),
-        "grpo": (training.TPRLGRPOConfig, training.TPRLGRPOTrainer),
-    }[stage]
-    check_names(recipe[stage], [field.name for field in fields(config_class)], stage)
-    config = config_class(output_dir=str(directory), **recipe[stage])
-    if stage == "lfd":
-        path = directory.parent / "demonstrations"
+    config, (_, trainer_class) = make_config(stage, recipe), STAGES[stage].classes()
+    source = STAGES[stage].learns_from
+    if source is not None:
+        path = directory.parent / source
         if not (path / "training.json").exists():
-            raise ValueError(f"lfd learns from {path}, which is not there: run `tprl train demonstrations` first.")
+            raise ValueError(f"{stage} learns from {path}, which is not there: run `tprl train {source}` first.")
         dataset = load_from_disk(str(path / "dataset"))
     else:
         dataset = load_data(recipe, training_data(stage, recipe))
     validation = load_data(recipe, "validation") if "validation" in recipe.get("data", {}) else None
-    trainer = trainer_class(model, config, processor, dataset, validation)
+    rewards = reward_functions(stage, recipe)
+    extra = {"reward_funcs": rewards} if rewards else {}
+    trainer = trainer_class(model, config, processor, dataset, validation, **extra)
+    trainer.recipe = recipe_name
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(directory)) is not None)
     metrics = {} if validation is None else trainer.evaluate()
     if config.save_base_model and Path(model.config.base_model_name_or_path or "").is_dir():

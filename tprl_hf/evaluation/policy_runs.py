@@ -73,7 +73,7 @@ class Questions:
             for key, (pruner, budget) in settings.items():
                 keep_mask, _ = pruner.choose(batch.inputs, budget)
                 scores = score_answers(self.model, batch, keep_mask, list(range(len(rows))), 96)
-                found[key]["right"] += scores.right.float().tolist()
+                found[key]["right"] += scores.correct.float().tolist()
                 found[key]["kept"] += keep_mask.sum(1).tolist()
                 found[key]["on_boxes"] += ((keep_mask & boxes).sum(1) / keep_mask.sum(1).clamp(min=1)).tolist()
         return found

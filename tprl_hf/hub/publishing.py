@@ -38,7 +38,6 @@ from tprl_hf.modeling.hub_tprl import (
 )
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
-STAGES = ("autoencoder", "demonstrations", "lfd", "ppo", "grpo")
 # What is published of a directory besides weights and config: by name, so that nothing goes along by chance.
 PROCESSOR_FILES = (
     *(
@@ -60,35 +59,7 @@ PROCESSOR_FILES = (
 )
 
 
-def recorded_stages(directory: str | Path) -> list[dict[str, Any]]:
-    """
-    The stages of `tprl train` that led to `directory`, as they were recorded.
-
-    Returns:
-        `list[dict]`: `stage`, `settings`, `metrics`, `seconds` and `history` (rows of the log) of each; empty for a
-        directory that no stage wrote.
-    """
-    directory = Path(directory)
-    if not (directory / "training.json").exists():
-        return []
-    last = json.loads((directory / "training.json").read_text(encoding="utf-8"))["stage"]
-    stages = []
-    for name in STAGES[: STAGES.index(last) + 1]:
-        folder = directory if name == last else directory.parent / name
-        if name in ("ppo", "grpo") and name != last:  # the one does not begin with the other
-            continue
-        if (folder / "training.json").exists():
-            done = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-            settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-            used = {**settings.get(name, {}), "data": learned_from(name, settings)}
-            metrics, history = done.get("metrics", {}), done.get("log_history", [])
-            stages.append(
-                {"stage": name, "settings": used, "metrics": metrics, "seconds": done["seconds"], "history": history}
-            )
-    return stages
-
-
-def learned_from(stage: str, settings: Mapping[str, Any]) -> Any:
+def training_data(stage: str, settings: Mapping[str, Any]) -> Any:
     """The section of `data`, or the list of sections, that a stage learned from: its own, or `train`."""
     data = settings.get("data", {})
     return data.get(stage, data.get("train", {}))
@@ -113,7 +84,7 @@ def files_to_publish(
     benchmarks: Mapping[int, tuple[str, str]] | None = None,
     latency: Mapping[str, Any] | None = None,
     flops: Mapping[str, Any] | None = None,
-    stages: Sequence[Mapping[str, Any]] | None = None,
+    stages: Sequence[Mapping[str, Any]] = (),
     tags: Sequence[str] = (),
     licence: str | None = None,
     existing_card: str | None = None,
@@ -173,7 +144,6 @@ def files_to_publish(
     if results or benchmark_results:
         index = model_index(repo_id, results, benchmark_results)
         metadata.update({"model-index": index, "model_name": repo_id.split("/")[-1]})
-    stages = recorded_stages(directory) if stages is None else stages
     card = full_card(metadata, policy_card(repo_id, written, results, latency, flops, stages, benchmark_results))
     readme = directory / "README.md"
     if existing_card is None and readme.is_file():
@@ -202,8 +172,8 @@ def publish(
         token, private, revision, commit_message: As in `HfApi.create_repo` and `HfApi.create_commit`.
         facts: What the card says: `results` (a list of what `tprl evaluate` wrote), `benchmark_results` (a list of
             [`~huggingface_hub.EvalResult`], as `lmms_eval_results` reads them), `latency` and `flops` (what
-            `tprl benchmark --json` and `tprl flops --json` printed), `stages` (by default those that `tprl train`
-            recorded), `benchmarks`, `tags`, `licence` (by default that of the base model's card), `base_model`; see
+            `tprl benchmark --json` and `tprl flops --json` printed), `stages` (what
+            [`~tprl_hf.training.training_record.recorded_stages`] reads), `benchmarks`, `tags`, `licence` (by default that of the base model's card), `base_model`; see
             [`files_to_publish`].
 
     Returns:
@@ -274,7 +244,7 @@ def push_demonstrations(
             done = json.loads((folder / "training.json").read_text(encoding="utf-8"))
             settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
             teacher, base_model = done["teacher"], base_model or settings.get("base_model")
-            sections = learned_from("demonstrations", settings)
+            sections = training_data("demonstrations", settings)
             sections = sections if isinstance(sections, list) else [sections]
             source = source or ", ".join(section.get("source", "mosaic") for section in sections)
             folder = folder / "dataset"

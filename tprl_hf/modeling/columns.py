@@ -105,17 +105,3 @@ def restore_prompt(sequences: Tensor, prompt: Tensor, pruned_length: int) -> Ten
     repeats = sequences.shape[0] // prompt.shape[0]
     prompt = prompt.to(sequences.device).repeat_interleave(repeats, dim=0)
     return torch.cat([prompt, sequences[:, pruned_length:]], dim=1)
-
-
-def restore_columns(values: Tensor, index: Tensor, valid: Tensor, length: int) -> Tensor:
-    """Spreads `values [B, P, ...]` of the pruned sequence over the original `length` columns: `[B, L, ...]`.
-
-    A dropped column takes the value of the last kept column before it; before the first kept one, zeros.
-    """
-    slot = torch.full((index.shape[0], length), -1, dtype=torch.long, device=values.device)
-    columns = torch.arange(index.shape[1], device=values.device).expand_as(index)
-    rows = torch.arange(index.shape[0], device=values.device)[:, None].expand_as(index)
-    slot[rows[valid], index[valid]] = columns[valid]
-    slot = slot.cummax(dim=1).values
-    spread = values[rows[:, :1], slot.clamp(min=0)]
-    return spread * (slot >= 0).reshape(*slot.shape, *[1] * (spread.ndim - 2))

@@ -70,8 +70,6 @@ class TPRLConfig(PreTrainedConfig):
             Tell the policy which fraction is to be kept. Not in the paper.
         num_steps (`int`, defaults to 1):
             Steps in which the learned pruner reaches its budget at inference. The paper prunes in one shot (eq. 16).
-        lambda_disc (`float`, defaults to 0.5):
-            Discount of the keep probability per step while sampling rollouts (eq. 14). Inference has none.
     """
 
     model_type = "tprl"
@@ -103,9 +101,9 @@ class TPRLConfig(PreTrainedConfig):
     policy_steps: int | None = None
     policy_budget: bool = False
     num_steps: int = 1
-    lambda_disc: float = 0.5
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("lambda_disc", None)  # older checkpoints name it, though only training reads it
         if isinstance(self.base_config, dict):
             base = dict(self.base_config)
             model_type = base.pop("model_type", None)

@@ -28,7 +28,7 @@ from .pruner_choice import PrunerChoiceMixin
 from .pruning_policy import PruningPolicy
 from .text_query import config_special_ids, default_query_mask
 from .token_autoencoder import TokenAutoencoder
-from .token_pruner import TokenPruner
+from .token_pruner import PruningInputs, TokenPruner
 from .visual_features import VisualFeatures
 
 logger = logging.get_logger(__name__)
@@ -166,6 +166,40 @@ class TPRLForConditionalGeneration(PrunerChoiceMixin, TPRLPreTrainedModel, Gener
         else:
             batch.features = None
         return batch
+
+    @torch.no_grad()
+    def pruning_inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        visual_features: VisualFeatures | None = None,
+        with_attention: bool | None = None,
+        **inputs,
+    ) -> PruningInputs:
+        r"""
+        What a pruner or the policy gets to see of a batch of prompts: what `prune` shows to the pruner in use.
+
+        Args:
+            input_ids, attention_mask (`int64 [B, L]`), inputs: as the processor returned them.
+            query_mask (`bool [B, L]`, *optional*): which tokens are the question.
+            visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
+            with_attention (`bool`, *optional*): with the vision tower's attention. By default, if the pruner in use
+                needs it.
+
+        Returns:
+            [`PruningInputs`] with the N visual tokens of each sample, padded on the right.
+
+        Raises:
+            `ValueError`: when no prompt has a visual token.
+        """
+        if with_attention is None:
+            with_attention = self.pruner.needs_attention
+        batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, with_attention)
+        if batch.features is None:
+            raise ValueError("The prompts have no visual tokens: there is nothing to prune.")
+        query_mask = self._query_mask(batch, query_mask)
+        return pruning_inputs(batch, self.adapter, layout_of(batch, self.adapter), query_mask, with_attention)[0]
 
     def _infer_attention_mask(self, input_ids: Tensor) -> Tensor:
         # as the base model's generate does: only a pad token that is no end token can be told from text

@@ -35,10 +35,10 @@ class PrunerChoiceMixin:
         """The pruner in use: that of `using`, else that of `set_pruner`, else the policy."""
         return self._pruner or self._own_pruner or self.learned_pruner()
 
-    def learned_pruner(self) -> LearnedPruner:
-        """The policy as a pruner, with the settings of the config."""
+    def learned_pruner(self, **budget) -> LearnedPruner:
+        """The policy as a pruner, whichever pruner is in use. `budget` as in [`TokenPruner`]."""
         config = self.config
-        return LearnedPruner(self.policy, self.autoencoder, config.num_steps, config.threshold_keep_ratio)
+        return LearnedPruner(self.policy, self.autoencoder, config.num_steps, config.threshold_keep_ratio, **budget)
 
     def set_pruner(self, pruner: str | TokenPruner | None, **settings) -> None:
         r"""

@@ -1,4 +1,4 @@
-"""Training: config and trainer in pairs.
+"""Training: config and trainer in pairs, an algorithm a file; `stages` is the list of them.
 
 The names are loaded when they are first used, so that importing this package costs nothing.
 """
@@ -6,52 +6,38 @@ The names are loaded when they are first used, so that importing this package co
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .autoencoder_config import AutoencoderConfig
-    from .autoencoder_trainer import AutoencoderTrainer
-    from .calibration import calibrate_threshold
-    from .demonstrations import budget_steps, generate_demonstrations
-    from .grpo_config import TPRLGRPOConfig
-    from .grpo_trainer import TPRLGRPOTrainer
-    from .lfd_config import LfDConfig
-    from .lfd_trainer import LfDTrainer
-    from .ppo_config import TPRLPPOConfig
-    from .ppo_trainer import TPRLPPOTrainer
-    from .teachers import AnswerTeacher, GradientTeacher, LeaveOutTeacher
+from .stages import STAGES
+
+if TYPE_CHECKING:  # for editors; at run time the table below says where a name is
+    from .autoencoder_config import AutoencoderConfig as AutoencoderConfig
+    from .autoencoder_trainer import AutoencoderTrainer as AutoencoderTrainer
+    from .calibration import calibrate_threshold as calibrate_threshold
+    from .counterfactual_config import CounterfactualConfig as CounterfactualConfig
+    from .counterfactual_trainer import CounterfactualTrainer as CounterfactualTrainer
+    from .demonstrations import budget_steps as budget_steps
+    from .demonstrations import generate_demonstrations as generate_demonstrations
+    from .grpo_config import TPRLGRPOConfig as TPRLGRPOConfig
+    from .grpo_trainer import TPRLGRPOTrainer as TPRLGRPOTrainer
+    from .lfd_config import LfDConfig as LfDConfig
+    from .lfd_trainer import LfDTrainer as LfDTrainer
+    from .ppo_config import TPRLPPOConfig as TPRLPPOConfig
+    from .ppo_trainer import TPRLPPOTrainer as TPRLPPOTrainer
+    from .teachers import AnswerTeacher as AnswerTeacher
+    from .teachers import GradientTeacher as GradientTeacher
+    from .teachers import LeaveOutTeacher as LeaveOutTeacher
 
 _MODULE_OF = {
-    "AutoencoderConfig": "autoencoder_config",
-    "AutoencoderTrainer": "autoencoder_trainer",
+    **{stage.config: f"{name}_config" for name, stage in STAGES.items() if stage.config},
+    **{stage.trainer: f"{name}_trainer" for name, stage in STAGES.items() if stage.trainer},
     "generate_demonstrations": "demonstrations",
     "budget_steps": "demonstrations",
     "AnswerTeacher": "teachers",
     "GradientTeacher": "teachers",
     "LeaveOutTeacher": "teachers",
-    "LfDConfig": "lfd_config",
-    "LfDTrainer": "lfd_trainer",
-    "TPRLPPOConfig": "ppo_config",
-    "TPRLPPOTrainer": "ppo_trainer",
-    "TPRLGRPOConfig": "grpo_config",
-    "TPRLGRPOTrainer": "grpo_trainer",
     "calibrate_threshold": "calibration",
 }
 
-__all__ = [
-    "AutoencoderConfig",
-    "AutoencoderTrainer",
-    "generate_demonstrations",
-    "budget_steps",
-    "AnswerTeacher",
-    "GradientTeacher",
-    "LeaveOutTeacher",
-    "LfDConfig",
-    "LfDTrainer",
-    "TPRLPPOConfig",
-    "TPRLPPOTrainer",
-    "TPRLGRPOConfig",
-    "TPRLGRPOTrainer",
-    "calibrate_threshold",
-]
+__all__ = [*_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,21 +1,24 @@
 """Advantages and clipped losses of policy gradients: pure functions of tensors.
 
-Letters: T steps, S trajectories. `exists [T, S]` tells the steps that a trajectory has; none follows one that it
+Letters: T steps, S trajectories. `step_mask [T, S]` tells the steps that a trajectory has; none follows one that it
 does not have.
 """
 
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def generalized_advantages(
-    rewards: Tensor, values: Tensor, exists: Tensor, gamma: float = 0.99, lam: float = 0.95
+    rewards: Tensor, values: Tensor, step_mask: Tensor, gamma: float = 0.99, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
     """
     Generalized advantage estimation (eq. 20-21). Every trajectory ends with its last step: nothing is bootstrapped.
 
     Args:
-        rewards, values (`[T, S]`), exists (`bool [T, S]`): of each step.
+        rewards, values (`[T, S]`), step_mask (`bool [T, S]`): of each step.
         gamma (`float`): discount; lam (`float`): trace decay.
 
     Returns:
@@ -25,32 +28,32 @@ def generalized_advantages(
     after, value_after = torch.zeros_like(rewards[0]), torch.zeros_like(rewards[0])
     for step in reversed(range(len(rewards))):
         delta = rewards[step] + gamma * value_after - values[step]
-        after = (delta + gamma * lam * after) * exists[step]
-        value_after = values[step] * exists[step]
+        after = (delta + gamma * lam * after) * step_mask[step]
+        value_after = values[step] * step_mask[step]
         advantages[step] = after
-    return advantages, (advantages + values) * exists
+    return advantages, (advantages + values) * step_mask
 
 
-def discounted_returns(rewards: Tensor, exists: Tensor, gamma: float = 0.99) -> Tensor:
+def discounted_returns(rewards: Tensor, step_mask: Tensor, gamma: float = 0.99) -> Tensor:
     """Discounted sum of the rewards from each step on, `[T, S]`."""
     returns = torch.zeros_like(rewards)
     after = torch.zeros_like(rewards[0])
     for step in reversed(range(len(rewards))):
-        after = (rewards[step] + gamma * after) * exists[step]
+        after = (rewards[step] + gamma * after) * step_mask[step]
         returns[step] = after
     return returns
 
 
-def leave_one_out_advantages(returns: Tensor, num_rollouts: int) -> Tensor:
+def leave_one_out_advantages(returns: Tensor, num_generations: int) -> Tensor:
     """Returns `[T, S]` minus the mean of the sample's other rollouts; rollouts of one sample lie beside each other."""
-    groups = returns.unflatten(1, (-1, num_rollouts))  # (T, B, R)
-    others = (groups.sum(2, keepdim=True) - groups) / (num_rollouts - 1)
+    groups = returns.unflatten(1, (-1, num_generations))  # (T, B, R)
+    others = (groups.sum(2, keepdim=True) - groups) / (num_generations - 1)
     return (groups - others).flatten(1)
 
 
-def group_advantages(returns: Tensor, num_rollouts: int, epsilon: float = 1e-4) -> Tensor:
+def group_advantages(returns: Tensor, num_generations: int, epsilon: float = 1e-4) -> Tensor:
     """Returns `[T, S]` standardised among the rollouts of each sample, as in GRPO."""
-    groups = returns.unflatten(1, (-1, num_rollouts))
+    groups = returns.unflatten(1, (-1, num_generations))
     deviation = groups - groups.mean(2, keepdim=True)
     return (deviation / (groups.std(2, keepdim=True) + epsilon)).flatten(1)
 
@@ -72,22 +75,48 @@ def competing_advantages(advantages: Tensor, weights: Tensor) -> Tensor:
     return (advantages - mean) * (weights > 0)
 
 
-def whiten(values: Tensor, exists: Tensor) -> Tensor:
+def whiten(values: Tensor, step_mask: Tensor) -> Tensor:
     """`values [T, S]` with mean 0 and variance 1 over the steps that exist, 0 elsewhere."""
-    present = values[exists]
+    present = values[step_mask]
     if present.numel() < 2:
-        return values * exists
-    return (values - present.mean()) / (present.std() + 1e-8) * exists
+        return values * step_mask
+    return (values - present.mean()) / (present.std() + 1e-8) * step_mask
 
 
-def mean_over_steps(values: Tensor, exists: Tensor) -> Tensor:
+def mean_over_steps(values: Tensor, step_mask: Tensor) -> Tensor:
     """Mean of `values [T, S]` over the steps of each trajectory, `[S]`."""
-    return (values * exists).sum(0) / exists.sum(0).clamp(min=1)
+    return (values * step_mask).sum(0) / step_mask.sum(0).clamp(min=1)
 
 
-def mean_over_tokens(values: Tensor, asked: Tensor) -> Tensor:
-    """Mean of `values [..., N]` over the tokens that were asked for, `[...]`."""
-    return (values * asked).sum(-1) / asked.sum(-1).clamp(min=1)
+def mean_over_tokens(values: Tensor, action_mask: Tensor) -> Tensor:
+    """Mean of `values [..., N]` over the bits that the policy drew, `[...]`."""
+    return (values * action_mask).sum(-1) / action_mask.sum(-1).clamp(min=1)
+
+
+def root_mean_square(values: Tensor) -> Tensor:
+    """Of all `values` that are not 0, `[]`."""
+    return (values.square().sum() / (values != 0).sum().clamp(min=1)).sqrt()
+
+
+def is_trained_on(spread: Tensor, min_spread: float, num_mini_batches: int) -> Tensor:
+    """
+    Which trajectories updates are made with, `bool [S]`: those that can teach something.
+
+    Args:
+        spread (`[S]`): how much the score of a question changes from mask to mask.
+        min_spread (`float`): below it a trajectory is left out.
+        num_mini_batches (`int`): at least so many stay, one for each mini-batch.
+    """
+    enough = spread >= min_spread
+    enough[spread.topk(min(num_mini_batches, len(spread))).indices] = True
+    return enough
+
+
+def bernoulli_kl(logits: Tensor, start_logits: Tensor) -> Tensor:
+    """KL(now || start) of each keep bit, in nats, of the shape of both."""
+    keep = logits.sigmoid() * (F.logsigmoid(logits) - F.logsigmoid(start_logits))
+    prune = (-logits).sigmoid() * (F.logsigmoid(-logits) - F.logsigmoid(-start_logits))
+    return keep + prune
 
 
 def clipped_policy_loss(logratio: Tensor, advantages: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
@@ -104,6 +133,45 @@ def clipped_policy_loss(logratio: Tensor, advantages: Tensor, cliprange: float) 
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     return torch.maximum(unclipped, clipped), clipped > unclipped
+
+
+def clipped_losses(
+    logratio: Tensor,
+    advantages: Tensor,
+    action_mask: Tensor,
+    step_mask: Tensor,
+    cliprange: float,
+    ratio: Literal["joint", "token"],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """
+    The clipped surrogate of each trajectory (eq. 19): the mean over its steps, and over the bits of a step where each
+    is clipped by itself.
+
+    Args:
+        logratio (`[T, S, N]`): of each bit, 0 where the policy drew none.
+        advantages (`[T, S]`, or `[T, S, N]` with `ratio="token"`): of each step or bit.
+        action_mask (`bool [T, S, N]`), step_mask (`bool [T, S]`): what the policy drew.
+        ratio (`"joint"` or `"token"`): whether the ratio of all bits of a step is clipped, or that of each bit.
+
+    Returns:
+        The losses `[S]`, and metrics by their names in the log.
+    """
+    if ratio == "joint":
+        logratio = logratio.sum(-1)  # (T, S)
+        losses, clipped = clipped_policy_loss(logratio, advantages, cliprange)
+        approxkl, clipfrac, drawn = 0.5 * logratio.square(), clipped.float(), step_mask
+    else:
+        if advantages.dim() == 2:
+            advantages = advantages[..., None].expand_as(logratio)
+        losses, clipped = clipped_policy_loss(logratio, advantages, cliprange)
+        losses, clipfrac = mean_over_tokens(losses, action_mask), mean_over_tokens(clipped.float(), action_mask)
+        approxkl, drawn = mean_over_tokens(0.5 * logratio.square(), action_mask), action_mask
+    metrics = {
+        "policy/approxkl_avg": mean_over_steps(approxkl, step_mask).mean(),
+        "policy/clipfrac_avg": mean_over_steps(clipfrac, step_mask).mean(),
+        "val/ratio": logratio.exp()[drawn].mean(),
+    }
+    return mean_over_steps(losses, step_mask), metrics
 
 
 def clipped_value_loss(

@@ -12,10 +12,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
 
-from tprl_hf.modeling.columns import find_visual
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
-from tprl_hf.modeling.prune_plan import layout_of, pruning_inputs
-from tprl_hf.modeling.pruned_batch import PromptBatch
 from tprl_hf.modeling.text_query import chat_messages, question_mask
 from tprl_hf.modeling.token_pruner import PruningInputs
 from tprl_hf.modeling.visual_features import VisualFeatures
@@ -53,22 +50,40 @@ class AnswerBatch:
     Args:
         rows: as the dataset gave them.
         samples: each alone.
-        prompts: left-padded prompts with the features of all images.
+        features: of the images of all of them.
         inputs ([`PruningInputs`]): what a pruner or a policy may look at.
     """
 
     rows: list[dict[str, Any]]
     samples: list[EncodedSample]
-    prompts: PromptBatch
+    features: VisualFeatures
     inputs: PruningInputs
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    def prompts(self, sample_index: Sequence[int]) -> dict[str, Any]:
+        """What `forward` and `generate` take: left-padded prompts of samples `sample_index`, which may repeat."""
+        samples = [self.samples[index] for index in sample_index]
+        return {
+            **left_padded(samples, self.inputs.valid.device),
+            "visual_features": self.features.take(list(sample_index)),
+        }
+
 
 def left_pad(rows: list[Tensor], value: int = 0) -> Tensor:
     """`int64 [n]` of several lengths as one `[B, L]`."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+
+
+def left_padded(samples: Sequence[EncodedSample], device: torch.device) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and what else runs along the prompts, `int64 [B, L]` each."""
+    prompts = {
+        "input_ids": left_pad([sample.prompt_ids for sample in samples]),
+        "attention_mask": left_pad([torch.ones_like(sample.prompt_ids) for sample in samples]),
+        **{name: left_pad([sample.types[name] for sample in samples]) for name in samples[0].types},
+    }
+    return {name: value.to(device) for name, value in prompts.items()}
 
 
 def undecoded(dataset: Dataset) -> Dataset:
@@ -101,6 +116,18 @@ def image_key(row: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def data_digest(dataset: Dataset) -> str:
+    """A digest of the images, questions, answers and demonstrations of a dataset: other data have another."""
+    digest = hashlib.sha256()
+    names = [name for name in ("image_id", "prompt", "answer", "keep_masks") if name in dataset.column_names]
+    for rows in dataset.select_columns(names).iter(1000):
+        digest.update(repr(sorted(rows.items())).encode())
+    if "image_id" not in names:
+        for row in undecoded(dataset).select_columns(["images"]):
+            digest.update(image_key(row).encode())
+    return digest.hexdigest()[:16]
+
+
 class SampleEncoder:
     """Turns rows of a dataset into an [`AnswerBatch`]. Each sample is encoded alone and, while there is room, once.
 
@@ -131,23 +158,14 @@ class SampleEncoder:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> AnswerBatch:
         samples = [self.encode(row) for row in rows]
-        input_ids = left_pad([sample.prompt_ids for sample in samples])
-        attention_mask = left_pad([torch.ones_like(sample.prompt_ids) for sample in samples])
-        adapter = self.model.adapter
-        prompts = PromptBatch(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            visual=find_visual(input_ids, list(adapter.token_ids.values())) & attention_mask.bool(),
-            features=join_features([sample.features for sample in samples]),
-            inputs={name: left_pad([sample.types[name] for sample in samples]) for name in samples[0].types},
-            device=self.model.device,
+        features = join_features([sample.features for sample in samples])
+        inputs = self.model.pruning_inputs(
+            **left_padded(samples, self.model.device),
+            query_mask=left_pad([sample.query_mask for sample in samples]),
+            visual_features=features,
+            with_attention=self.with_attention,
         )
-        query_mask = left_pad([sample.query_mask for sample in samples])
-        if self.model.config.query_agnostic:
-            query_mask = torch.zeros_like(query_mask)
-        with torch.no_grad():
-            inputs, _ = pruning_inputs(prompts, adapter, layout_of(prompts, adapter), query_mask, self.with_attention)
-        return AnswerBatch(list(rows), samples, prompts, inputs)
+        return AnswerBatch(list(rows), samples, features, inputs)
 
     def encode(self, row: dict[str, Any]) -> EncodedSample:
         """One sample; its prompt and its features come from the caches where they can."""
@@ -171,7 +189,7 @@ class SampleEncoder:
         return dict(inputs.to(self.model.device))
 
     def render(self, row: dict[str, Any]) -> tuple[str, str]:
-        """The prompt, and the reference answer as the template would go on with it."""
+        """The prompt, and the reference answer as the template continues with it."""
         messages = chat_messages(row["prompt"], len(row["images"]))
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         answer = {"role": "assistant", "content": [{"type": "text", "text": row["answer"]}]}
@@ -189,7 +207,7 @@ class SampleEncoder:
         answer_ids = tokenizer(self.render(row)[1], add_special_tokens=False).input_ids
         end = self.model.generation_config.eos_token_id
         ends = end if isinstance(end, list) else [tokenizer.eos_token_id if end is None else end]
-        if any(token in ends for token in answer_ids):  # what a template puts behind the end of a turn is no answer
+        if any(token in ends for token in answer_ids):  # what a template writes behind it is not the answer
             answer_ids = answer_ids[: next(i for i, token in enumerate(answer_ids) if token in ends) + 1]
         else:
             answer_ids = [*answer_ids, ends[0]]

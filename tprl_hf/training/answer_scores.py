@@ -1,13 +1,13 @@
 """How well the frozen LVLM answers with a part of its visual tokens: the reference answer, teacher-forced."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tprl_hf.modeling.columns import find_visual, pad_rows
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
-from tprl_hf.modeling.pruned_batch import PromptBatch, prune_batch
 
 from .answer_batches import ANSWER_TYPES, AnswerBatch, left_pad
 
@@ -18,62 +18,62 @@ class AnswerScores:
 
     Args:
         logprobs (float32 `[S]`): mean log-probability of the reference answer's tokens, its end included.
-        right (`bool [S]`): every token of the reference answer is the most likely one, so that greedy decoding gives
+        correct (`bool [S]`): every token of the reference answer is the most likely one, so that greedy decoding gives
             exactly this answer.
     """
 
     logprobs: Tensor
-    right: Tensor
+    correct: Tensor
 
 
-def answered_prompts(model: TPRLForConditionalGeneration, batch: AnswerBatch, of: list[int]) -> PromptBatch:
-    """Prompts of samples `of`, which may repeat, followed by their answers; `labels` are set on the answers alone."""
-    samples = [batch.samples[index] for index in of]
-    input_ids = left_pad([torch.cat([sample.prompt_ids, sample.answer_ids]) for sample in samples])
-    labels = [torch.cat([torch.full_like(s.prompt_ids, -100), s.answer_ids]) for s in samples]
+def answered_prompts(
+    model: TPRLForConditionalGeneration, batch: AnswerBatch, sample_index: Sequence[int]
+) -> tuple[dict[str, Any], Tensor]:
+    """
+    Prompts of samples `sample_index`, which may repeat, followed by their reference answers.
+
+    Returns:
+        What `model.forward` takes, left-padded, and the labels `int64 [S, L]` of the answers alone (-100: none).
+    """
+    samples = [batch.samples[index] for index in sample_index]
+    labels = left_pad([torch.cat([torch.full_like(s.prompt_ids, -100), s.answer_ids]) for s in samples], -100)
     answer_type = ANSWER_TYPES.get(model.adapter.config.model_type, 0)
     inputs = {
-        name: left_pad([torch.cat([s.types[name], torch.full_like(s.answer_ids, answer_type)]) for s in samples])
-        for name in samples[0].types
+        "input_ids": left_pad([torch.cat([s.prompt_ids, s.answer_ids]) for s in samples]),
+        "attention_mask": left_pad([torch.ones(len(s.prompt_ids) + len(s.answer_ids)).long() for s in samples]),
     }
-    assert batch.prompts.features is not None
-    attention_mask = left_pad([torch.ones_like(row) for row in labels])
-    return PromptBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        visual=find_visual(input_ids, list(model.adapter.token_ids.values())) & attention_mask.bool(),
-        features=batch.prompts.features.take(of),
-        inputs={**inputs, "labels": left_pad(labels, -100)},
-        device=model.device,
-    )
+    for name in samples[0].types:
+        rows = [torch.cat([s.types[name], torch.full_like(s.answer_ids, answer_type)]) for s in samples]
+        inputs[name] = left_pad(rows)
+    on_device = {name: value.to(model.device) for name, value in inputs.items()}
+    return {**on_device, "visual_features": batch.features.take(list(sample_index))}, labels
 
 
 def answer_logits(
-    model: TPRLForConditionalGeneration, prompts: PromptBatch, keep_mask: Tensor
+    model: TPRLForConditionalGeneration, inputs: dict[str, Any], labels: Tensor, keep_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Logits `[S, A, vocab]` of answers after pruning with `keep_mask [V]`, and their labels `[S, A]` (-100: none)."""
-    pad = model.generation_config.pad_token_id
-    contiguous = model.config.position_ids == "contiguous"
-    pruned = prune_batch(prompts, keep_mask, model.adapter, contiguous, 0 if pad is None else pad)
-    labels = pruned.inputs.pop("labels")
-    length = int((prompts.inputs["labels"] != -100).sum(1).max())
-    pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + model.adapter.forward_position_offset
-    logits = model.lvlm(**pruned.inputs, use_cache=False, logits_to_keep=length + 1, return_dict=True).logits
-    return logits[:, -length - 1 : -1].float(), labels[:, -length:]
+    length = int((labels != -100).sum(1).max())
+    logits = model(**inputs, keep_mask=keep_mask, use_cache=False, logits_to_keep=length + 1).logits
+    return logits[:, -length - 1 : -1].float(), labels[:, -length:].to(logits.device)
 
 
 def score_logits(logits: Tensor, labels: Tensor) -> AnswerScores:
     """Scores of answers from their logits `[S, A, vocab]` and labels `[S, A]`."""
-    asked = labels != -100
+    label_mask = labels != -100
     token = labels.clamp(min=0)[..., None]
-    logprobs = logits.log_softmax(-1).gather(-1, token).squeeze(-1).masked_fill(~asked, 0.0)
-    right = ((logits.argmax(-1) == labels) | ~asked).all(1)
-    return AnswerScores(logprobs.sum(1) / asked.sum(1), right)
+    logprobs = logits.log_softmax(-1).gather(-1, token).squeeze(-1).masked_fill(~label_mask, 0.0)
+    correct = ((logits.argmax(-1) == labels) | ~label_mask).all(1)
+    return AnswerScores(logprobs.sum(1) / label_mask.sum(1), correct)
 
 
 @torch.no_grad()
 def score_answers(
-    model: TPRLForConditionalGeneration, batch: AnswerBatch, keep_mask: Tensor, of: list[int], batch_size: int = 64
+    model: TPRLForConditionalGeneration,
+    batch: AnswerBatch,
+    keep_mask: Tensor,
+    sample_index: Sequence[int],
+    batch_size: int = 64,
 ) -> AnswerScores:
     """
     Scores S keep masks at once, several of one sample if need be.
@@ -81,7 +81,7 @@ def score_answers(
     Args:
         batch: B samples with N visual tokens at most.
         keep_mask (`bool [S, N]`): True where a token is kept.
-        of (`list[int]` of length S): the sample that each mask is of.
+        sample_index (`list[int]` of length S): the sample that each mask is of.
         batch_size (`int`, defaults to 64): masks that run through the LLM together.
 
     Returns:
@@ -90,15 +90,15 @@ def score_answers(
     valid = batch.inputs.valid
     # Masks that keep about as many tokens run together, so that little is padded.
     order = keep_mask.sum(1).argsort(stable=True).tolist()
-    logprobs = torch.zeros(len(of), device=keep_mask.device)
-    right = torch.zeros(len(of), dtype=torch.bool, device=keep_mask.device)
-    for start in range(0, len(of), batch_size):
+    logprobs = torch.zeros(len(sample_index), device=keep_mask.device)
+    correct = torch.zeros(len(sample_index), dtype=torch.bool, device=keep_mask.device)
+    for start in range(0, len(sample_index), batch_size):
         chunk = order[start : start + batch_size]
-        samples = [of[index] for index in chunk]
-        prompts = answered_prompts(model, batch, samples)
-        scores = score_logits(*answer_logits(model, prompts, keep_mask[chunk][valid[samples]]))
-        logprobs[chunk], right[chunk] = scores.logprobs, scores.right
-    return AnswerScores(logprobs, right)
+        samples = [sample_index[index] for index in chunk]
+        inputs, labels = answered_prompts(model, batch, samples)
+        scores = score_logits(*answer_logits(model, inputs, labels, keep_mask[chunk][valid[samples]]))
+        logprobs[chunk], correct[chunk] = scores.logprobs, scores.correct
+    return AnswerScores(logprobs, correct)
 
 
 def gradient_saliency(model: TPRLForConditionalGeneration, batch: AnswerBatch, keep_mask: Tensor) -> Tensor:
@@ -111,17 +111,20 @@ def gradient_saliency(model: TPRLForConditionalGeneration, batch: AnswerBatch, k
     Returns:
         float32 `[B, N]`, 0 for tokens that are not kept.
     """
-    prompts = answered_prompts(model, batch, list(range(len(batch))))
-    features = prompts.features
-    assert features is not None
+    everyone = list(range(len(batch)))
+    inputs, labels = answered_prompts(model, batch, everyone)
+    features = inputs["visual_features"]
     leaves = {name: m.rows.detach().clone().requires_grad_() for name, m in features.modalities.items()}
     modalities = {name: replace(m, rows=leaves[name]) for name, m in features.modalities.items()}
-    prompts.features = replace(features, modalities=modalities)
+    inputs["visual_features"] = replace(features, modalities=modalities)
     with torch.enable_grad():
-        logits, labels = answer_logits(model, prompts, keep_mask[batch.inputs.valid])
+        logits, labels = answer_logits(model, inputs, labels, keep_mask[batch.inputs.valid])
         score_logits(logits, labels).logprobs.sum().backward(inputs=list(leaves.values()))
     saliency = {}
     for name, rows in leaves.items():
         assert rows.grad is not None
-        saliency[name] = (rows.grad * rows.detach()).sum(-1).abs().float()
-    return pad_rows(prompts.in_order(saliency, model.adapter), prompts.num_visual)[0]
+        of_tokens = (rows.grad * rows.detach()).sum(-1, keepdim=True).abs().float()
+        saliency[name] = replace(features.modalities[name], rows=of_tokens)
+    # in the place of the tokens, so that they come in the order and padding of the tokens
+    prompts = {**batch.prompts(everyone), "visual_features": replace(features, modalities=saliency)}
+    return model.pruning_inputs(**prompts, with_attention=False).tokens.squeeze(-1)

@@ -40,7 +40,7 @@ class AutoencoderTrainer(PrunerTrainer):
     _name = "TPRL autoencoder"
     args: AutoencoderConfig
 
-    def networks(self, model: TPRLForConditionalGeneration) -> TrainedNetworks:
+    def networks(self, model: TPRLForConditionalGeneration, args: Any) -> TrainedNetworks:
         model.autoencoder.requires_grad_(True)
         model.policy.requires_grad_(False)
         return AutoencoderNetworks(model)

@@ -1,31 +1,44 @@
 """Configuration of GRPO."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from .ppo_config import TPRLPPOConfig
+from .rollout_config import BudgetedRolloutConfig
 
 
 @dataclass
-class TPRLGRPOConfig(TPRLPPOConfig):
+class TPRLGRPOConfig(BudgetedRolloutConfig):
     r"""
-    Configuration of [`TPRLGRPOTrainer`]: that of PPO with other defaults.
+    Configuration of [`TPRLGRPOTrainer`]. Names are those of TRL's `GRPOConfig` where a thing is the same: `beta` is
+    the weight of the divergence, not of efficiency. See [`RolloutConfig`] and [`BudgetedRolloutConfig`] for what the
+    algorithms share.
 
     Args:
-        per_device_train_batch_size (`int`, defaults to 8), num_rollouts (`int`, defaults to 8):
+        per_device_train_batch_size (`int`, defaults to 8), num_generations (`int`, defaults to 8):
             Questions in a buffer, and the group of each.
-        advantages (`str`, defaults to `"group"`):
-            Returns standardised in their group.
-        gamma (`float`, defaults to 1.0), whiten_advantages (`bool`, defaults to `False`),
-        vf_coef (`float`, defaults to 0.0), entropy_coef (`float`, defaults to 0.0), kl_coef (`float`, defaults to
-        0.04):
-            As in GRPO: no values, no entropy, and a pull to the start.
+        num_steps (`int`, defaults to 3):
+            Steps T of a trajectory at most.
+        lambda_disc (`float`, defaults to 0.5):
+            Step t draws from `lambda_disc ** t * p` (eq. 14), t counted from 0.
+        score_every_step (`bool`, defaults to `True`):
+            Score after each step (eq. 4). Else only after the last one, which costs a third of the time: the scores of
+            the steps between cancel in the returns.
+        scale_rewards (`"group"` or `"none"`, defaults to `"group"`):
+            Advantages are the returns minus the mean of their group, over its standard deviation; or minus the mean of
+            the group's other returns, as in RLOO, which is the former's numerator times `n / (n - 1)`.
+        ratio (`"joint"` or `"token"`, defaults to `"joint"`):
+            The clipped ratio is that of all bits of a step, or that of each bit.
     """
 
     per_device_train_batch_size: int = 8
-    num_rollouts: int = 8
-    advantages: str = "group"
-    gamma: float = 1.0
-    whiten_advantages: bool = False
-    vf_coef: float = 0.0
-    entropy_coef: float = 0.0
-    kl_coef: float = 0.04
+    num_generations: int = 8
+    num_steps: int = 3
+    lambda_disc: float = 0.5
+    score_every_step: bool = True
+    scale_rewards: Literal["group", "none"] = "group"
+    ratio: Literal["joint", "token"] = "joint"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_generations < 2:
+            raise ValueError(f"GRPO compares the rollouts of a question: num_generations={self.num_generations} < 2.")

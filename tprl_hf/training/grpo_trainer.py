@@ -1,14 +1,121 @@
-"""GRPO: PPO whose advantages come from a group of rollouts of one question instead of a value head."""
+"""Group-relative policy optimisation of the pruning policy (arXiv 2402.03300)."""
 
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+
+from .advantages import (
+    bernoulli_kl,
+    clipped_losses,
+    discounted_returns,
+    group_advantages,
+    is_trained_on,
+    leave_one_out_advantages,
+    mean_over_steps,
+    mean_over_tokens,
+)
 from .grpo_config import TPRLGRPOConfig
-from .ppo_trainer import TPRLPPOTrainer
+from .rewards import RewardFunction, in_existing_steps, step_rewards
+from .rollout_trainer import RolloutTrainer
+from .rollouts import (
+    Budgets,
+    collect_rollouts,
+    draw_budgets,
+    logits_at_budget,
+    logits_of_start,
+    mean_entropy,
+    replayed_logprobs,
+)
 
 
-class TPRLGRPOTrainer(TPRLPPOTrainer):
+class TPRLGRPOTrainer(RolloutTrainer):
     """
-    Trains the policy by group-relative policy optimisation (arXiv 2402.03300): [`TPRLPPOTrainer`] with `"group"`
-    advantages, no value loss and a divergence from the start. See there.
+    Trains the policy by group-relative policy optimisation: a question is pruned several times, and each rollout is
+    compared with the others of its question. No value head is needed; a divergence from the start holds the policy.
+
+    Args: see [`RolloutTrainer`]; `args` is a [`TPRLGRPOConfig`].
     """
 
     _name = "TPRL GRPO"
+    _stage = "grpo"
     args: TPRLGRPOConfig
+
+    def __init__(
+        self,
+        model: TPRLForConditionalGeneration,
+        args: TPRLGRPOConfig,
+        processing_class: Any,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
+    ):
+        super().__init__(
+            model, args, processing_class, train_dataset, eval_dataset, callbacks, optimizers, reward_funcs
+        )
+        self.start_policy = copy.deepcopy(model.policy).requires_grad_(False)
+
+    def budgets(self, buffer: int) -> Budgets:
+        args, generator = self.args, self.generator(3, buffer, self.args.process_index)
+        return draw_budgets(args.rollout_keep_ratios, args.shared_budget, args.per_device_train_batch_size, generator)
+
+    @torch.no_grad()
+    def collect(self, buffer: int) -> None:
+        args, model = self.args, self.tprl_model
+        self.batch, budgets = self.encode_questions(buffer)
+        generator = self.generator(2, buffer, args.process_index, device=args.device)
+        self.rollouts = rollouts = collect_rollouts(
+            model.policy, model.autoencoder, self.batch.inputs, args.num_generations, args.num_steps,
+            args.lambda_disc, generator, budgets,
+        )  # fmt: skip
+        step_mask, num_kept = rollouts.step_mask, rollouts.num_kept
+
+        scores = self.score_steps(self.batch, rollouts, args.score_every_step)
+        rewards = in_existing_steps(step_rewards(scores, num_kept, 1.0, args.efficiency_coef), step_mask)
+        returns = discounted_returns(rewards, step_mask, gamma=1.0)
+        compare = group_advantages if args.scale_rewards == "group" else leave_one_out_advantages
+        advantages = compare(returns, args.num_generations) * step_mask
+        spread = returns[0].view(-1, args.num_generations).std(1).repeat_interleave(args.num_generations)
+        trained_on = is_trained_on(spread, args.min_spread, args.num_mini_batches)
+        self.buffer = {"advantages": advantages, "is_trained_on": trained_on}
+        if args.beta > 0:
+            codes = model.autoencoder.encode(self.batch.inputs.tokens)
+            self.buffer["start_logits"] = logits_of_start(
+                self.start_policy, codes, self.batch.inputs, rollouts, budgets, args.lambda_disc
+            )
+        self.note(
+            {
+                "objective/reward": rewards.sum(0).mean(),
+                "objective/keep_ratio": (num_kept[-1] / num_kept[0].clamp(min=1)).mean(),
+                "objective/is_trained_on": trained_on.float().mean(),
+            }
+        )
+
+    def trajectory_losses(self, networks: nn.Module, index: Tensor) -> Tensor:
+        args = self.args
+        assert self.rollouts is not None
+        rollouts = self.rollouts.take(index)
+        action_mask, step_mask = rollouts.action_mask, rollouts.step_mask
+        output = networks(self.batch.inputs, rollouts.sample_index, rollouts.keep_masks[:-1])
+
+        logits = logits_at_budget(rollouts, output.logits, args.lambda_disc)
+        logratio = replayed_logprobs(rollouts, logits, args.lambda_disc) - rollouts.logprobs  # (T, S, N)
+        loss, metrics = clipped_losses(
+            logratio, self.buffer["advantages"][:, index], action_mask, step_mask, args.epsilon, args.ratio
+        )
+        entropy = mean_entropy(rollouts, logits.detach(), args.lambda_disc)
+        self.note({**metrics, "policy/entropy_avg": entropy.mean(), "loss/policy_avg": loss.mean()})
+        if args.beta > 0:
+            kl = bernoulli_kl(logits, self.buffer["start_logits"][:, index])
+            kl = mean_over_steps(mean_over_tokens(kl, action_mask), step_mask)
+            self.note({"objective/kl": kl.mean()})
+            loss = loss + args.beta * kl
+        return loss

@@ -1,6 +1,6 @@
 """Configuration of learning from demonstrations."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .policy_config import PolicyTrainingConfig
 
@@ -19,7 +19,7 @@ class LfDConfig(PolicyTrainingConfig):
             As in the repository of the paper's authors; the paper itself does not say.
     """
 
-    train_encoder: bool = field(default=False, metadata={"help": "Train the autoencoder's encoder too."})
+    train_encoder: bool = False
     learning_rate: float = 5e-5
     num_train_epochs: float = 5
     per_device_train_batch_size: int = 128

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.token_pruner import PruningInputs
@@ -23,15 +25,16 @@ def demonstrated_steps(keep_masks: list[list[list[bool]]], inputs: PruningInputs
         inputs: of the B samples.
 
     Returns:
-        Tokens kept `before` each step, tokens `kept` by it, and bits that are `asked` for: all `bool [T, B, N]`. Not
-        asked for are tokens already gone, separators, padding, and the steps that a sample does not have.
+        Tokens kept `before` each step, tokens `kept` by it, and `label_mask`, the bits that the teacher
+        decided: all `bool [T, B, N]`. Not among these are tokens already gone, separators, padding, and the steps that
+        a sample does not have.
 
     Raises:
         `ValueError`: when a demonstration has another number of tokens than the sample.
     """
     num_steps = max(len(masks) for masks in keep_masks)
     kept = torch.zeros((num_steps, *inputs.valid.shape), dtype=torch.bool, device=inputs.valid.device)
-    exists = torch.zeros_like(kept)
+    step_mask = torch.zeros_like(kept)
     for sample, masks in enumerate(keep_masks):
         num_visual = int(inputs.valid[sample].sum())
         for step, mask in enumerate(masks):
@@ -41,26 +44,26 @@ def demonstrated_steps(keep_masks: list[list[list[bool]]], inputs: PruningInputs
                     "made with another model or processor. Generate the demonstrations again."
                 )
             kept[step, sample, :num_visual] = torch.tensor(mask, device=kept.device)
-            exists[step, sample] = True
+            step_mask[step, sample] = True
     before = torch.cat([inputs.valid[None], kept[:-1]])
-    return before, kept, before & exists & ~inputs.layout.protected
+    return before, kept, before & step_mask & ~inputs.layout.protected
 
 
-def imitation_loss(logits: Tensor, kept: Tensor, asked: Tensor) -> Tensor:
+def imitation_loss(logits: Tensor, kept: Tensor, label_mask: Tensor) -> Tensor:
     """
     Binary cross-entropy of eq. 8: the mean over the bits of each step, over the steps of each sample, over samples.
 
     Args:
         logits (`[T, B, N]`): log-odds of keeping.
         kept (`bool [T, B, N]`): what the teacher kept.
-        asked (`bool [T, B, N]`): bits that the teacher decided.
+        label_mask (`bool [T, B, N]`): bits that the teacher decided.
 
     Returns:
         float32 `[B]`, the loss of each sample.
     """
     loss = F.binary_cross_entropy_with_logits(logits, kept.to(logits.dtype), reduction="none")
-    of_steps = loss.masked_fill(~asked, 0.0).sum(-1) / asked.sum(-1).clamp(min=1)  # (T, B)
-    return of_steps.sum(0) / asked.any(-1).sum(0).clamp(min=1)
+    of_steps = loss.masked_fill(~label_mask, 0.0).sum(-1) / label_mask.sum(-1).clamp(min=1)  # (T, B)
+    return of_steps.sum(0) / label_mask.any(-1).sum(0).clamp(min=1)
 
 
 class LfDTrainer(PolicyTrainer):
@@ -80,29 +83,37 @@ class LfDTrainer(PolicyTrainer):
     """
 
     _name = "TPRL learning from demonstrations"
+    _stage = "lfd"
     args: LfDConfig
 
-    def networks(self, model: TPRLForConditionalGeneration) -> TrainedNetworks:
-        networks = super().networks(model)
-        model.autoencoder.encoder.requires_grad_(self.args_of_networks.train_encoder)
-        for part in (model.policy.value_mlp, model.policy.value_head):  # demonstrations have no returns
-            part.requires_grad_(False)
-        return networks
-
-    def __init__(self, model: TPRLForConditionalGeneration, args: LfDConfig, *positional, **named):
-        self.args_of_networks = args
-        super().__init__(model, args, *positional, **named)
+    def __init__(
+        self,
+        model: TPRLForConditionalGeneration,
+        args: LfDConfig,
+        processing_class: Any,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        super().__init__(model, args, processing_class, train_dataset, eval_dataset, callbacks, optimizers)
         if self.train_dataset is not None and "keep_masks" not in self.train_dataset.column_names:
             raise ValueError(
                 "train_dataset has no column `keep_masks`: make demonstrations of it with generate_demonstrations."
             )
 
+    def networks(self, model: TPRLForConditionalGeneration, args: LfDConfig) -> TrainedNetworks:
+        networks = super().networks(model, args)
+        model.autoencoder.encoder.requires_grad_(args.train_encoder)
+        return networks
+
     def loss(self, networks: nn.Module, rows: list[dict[str, Any]]) -> Tensor:
         inputs = self.encoder(rows).inputs
-        before, kept, asked = demonstrated_steps([row["keep_masks"] for row in rows], inputs)
+        before, kept, label_mask = demonstrated_steps([row["keep_masks"] for row in rows], inputs)
         left = torch.tensor([sum(row["keep_masks"][-1]) for row in rows], device=kept.device)
         inputs = replace(inputs, keep_ratio=left.clamp(min=1) / inputs.valid.sum(1).clamp(min=1))
         logits = networks(inputs, torch.arange(len(rows), device=kept.device), before).logits
-        agrees = ((logits > 0) == kept)[asked]
-        self.note(policy__agreement=agrees.float().mean(), policy__keep_prob=logits.sigmoid()[asked].mean())
-        return imitation_loss(logits, kept, asked).mean()
+        agrees = ((logits > 0) == kept)[label_mask]
+        keep_prob = logits.sigmoid()[label_mask]
+        self.note({"policy/agreement": agrees.float().mean(), "policy/keep_prob": keep_prob.mean()})
+        return imitation_loss(logits, kept, label_mask).mean()

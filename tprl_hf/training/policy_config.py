@@ -1,7 +1,8 @@
 """What all training configs have in common."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args, get_origin
 
 from transformers import TrainingArguments
 
@@ -28,12 +29,12 @@ class PrunerTrainingConfig(TrainingArguments):
             checkpoint too, with its pickles and without our code and card.
 
     Raises:
-        `ValueError`: under FSDP or DeepSpeed.
+        `ValueError`: under FSDP or DeepSpeed, and for a choice that there is not.
     """
 
-    feature_cache_mb: int = field(default=1024, metadata={"help": "Room for visual features, in MiB."})
-    score_batch_size: int = field(default=64, metadata={"help": "Prompts in one pass of the frozen LLM."})
-    save_base_model: bool = field(default=False, metadata={"help": "Save the frozen LVLM too, at the end."})
+    feature_cache_mb: int = 1024
+    score_batch_size: int = 64
+    save_base_model: bool = False
     logging_steps: float = 10
     save_total_limit: int | None = 2
     remove_unused_columns: bool = False
@@ -49,6 +50,10 @@ class PrunerTrainingConfig(TrainingArguments):
                     f"Rollouts need the networks whole in each process, and {kind} shares weights out: start with "
                     "torchrun, or with recipes/accelerate/ddp.yaml."
                 )
+        for one in fields(self):
+            if get_origin(one.type) is Literal and getattr(self, one.name) not in get_args(one.type):
+                choices = " or ".join(map(str, get_args(one.type)))
+                raise ValueError(f"{one.name} is {choices}; got {getattr(self, one.name)!r}.")
         super().__post_init__()
 
 
@@ -62,7 +67,7 @@ class PolicyTrainingConfig(PrunerTrainingConfig):
             Budgets at which the policy is measured on `eval_dataset`, as it prunes at inference.
         keep_best (`bool`, defaults to `True`):
             End with the weights that were best on `eval_dataset`, start and end included; without it, with the last.
-            `eval_strategy` says how often is measured between.
+            `eval_strategy` says how often it is measured in between.
         best_metric (`"accuracy"` or `"logprob"`, defaults to `"logprob"`):
             What "best" means: accuracy, or the mean log-probability of the reference answer, which is less noisy. Both
             are averages over `eval_keep_ratios`.
@@ -71,13 +76,11 @@ class PolicyTrainingConfig(PrunerTrainingConfig):
     """
 
     eval_keep_ratios: list[float] = field(default_factory=lambda: [1 / 3, 2 / 9, 1 / 9])
-    keep_best: bool = field(default=True, metadata={"help": "End with the weights that were best on validation."})
-    best_metric: str = field(default="logprob", metadata={"help": "accuracy or logprob"})
-    keep_ratio: float | None = field(default=None, metadata={"help": "Default budget of the trained model."})
+    keep_best: bool = True
+    best_metric: Literal["accuracy", "logprob"] = "logprob"
+    keep_ratio: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        if self.best_metric not in ("accuracy", "logprob"):
-            raise ValueError(f"best_metric is accuracy or logprob; got {self.best_metric!r}.")
         if not all(0 < ratio <= 1 for ratio in self.eval_keep_ratios):
             raise ValueError(f"eval_keep_ratios are fractions that are KEPT, in (0, 1]; got {self.eval_keep_ratios}.")

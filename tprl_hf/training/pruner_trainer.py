@@ -3,6 +3,7 @@
 import functools
 import os
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import get_last_checkpoint
 
+from tprl_hf import __version__
 from tprl_hf.hub.publishing import changed_settings, publish
 from tprl_hf.modeling.hub_tprl import is_hub_name
 from tprl_hf.modeling.keep_mask import Budget
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.pruning_policy import PolicyOutput
-from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs
+from tprl_hf.modeling.token_pruner import PruningInputs
 
-from .answer_batches import SampleEncoder, undecoded
+from .answer_batches import SampleEncoder, data_digest, undecoded
 from .answer_scores import score_answers
 from .policy_config import PolicyTrainingConfig, PrunerTrainingConfig
 from .rollouts import policy_on_trajectories
@@ -43,9 +45,10 @@ class TrainedNetworks(nn.Module):
 class PolicyNetworks(TrainedNetworks):
     """One pass of the policy over all steps of a batch of trajectories."""
 
-    def forward(self, inputs: PruningInputs, of: Tensor, keep_masks: Tensor) -> PolicyOutput:
+    def forward(self, inputs: PruningInputs, sample_index: Tensor, keep_masks: Tensor) -> PolicyOutput:
         """See [`policy_on_trajectories`]."""
-        return policy_on_trajectories(self.policy, self.autoencoder.encode(inputs.tokens), inputs, of, keep_masks)
+        codes = self.autoencoder.encode(inputs.tokens)
+        return policy_on_trajectories(self.policy, codes, inputs, sample_index, keep_masks)
 
 
 def as_they_are(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -77,6 +80,9 @@ class PrunerTrainer(Trainer):
             one image share its features.
         eval_dataset (`datasets.Dataset`, *optional*): rows of the same form.
         callbacks, optimizers: as in [`~transformers.Trainer`].
+
+    Attributes:
+        recipe (`str`, *optional*): the name of the recipe that the run belongs to, for the model's config.
     """
 
     _tag_names: tuple[str, ...] = ("tprl", "token-pruning")
@@ -113,8 +119,9 @@ class PrunerTrainer(Trainer):
         self.encoder = SampleEncoder(model, processing_class, args.feature_cache_mb * 2**20)
         self.metrics: dict[str, list[float]] = defaultdict(list)
         self.last_inputs: Any = None
+        self.recipe: str | None = None
         super().__init__(
-            model=self.networks(model),
+            model=self.networks(model, args),
             args=args,
             data_collator=as_they_are,
             processing_class=processing_class,
@@ -125,8 +132,8 @@ class PrunerTrainer(Trainer):
         )
         self.add_callback(StopAtNaN(self))
 
-    def networks(self, model: TPRLForConditionalGeneration) -> TrainedNetworks:
-        """What is trained, with `requires_grad` set accordingly."""
+    def networks(self, model: TPRLForConditionalGeneration, args: Any) -> TrainedNetworks:
+        """What is trained under the config `args`, with `requires_grad` set accordingly."""
         raise NotImplementedError
 
     # ---- training ----
@@ -157,11 +164,10 @@ class PrunerTrainer(Trainer):
             f"are good. Lower learning_rate={self.args.learning_rate}, or look at the data."
         )
 
-    def note(self, **values: float | Tensor) -> None:
-        """Collects metrics, which the next log averages; "__" in a name is a "/"."""
+    def note(self, values: Mapping[str, float | Tensor]) -> None:
+        """Collects metrics by their names; the next log averages them."""
         for name, value in values.items():
-            number = value.item() if isinstance(value, Tensor) else value
-            self.metrics[name.replace("__", "/")].append(number)
+            self.metrics[name].append(value.item() if isinstance(value, Tensor) else value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not any(name.startswith("eval_") for name in logs):
@@ -180,7 +186,7 @@ class PrunerTrainer(Trainer):
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
             if checkpoint is None:
-                raise ValueError(f"There is no checkpoint in {self.args.output_dir} to go on from.")
+                raise ValueError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
         if checkpoint is not None:
             self.restore(str(checkpoint))
         else:
@@ -223,14 +229,17 @@ class PrunerTrainer(Trainer):
         """
         directory = output_dir or self.args.output_dir
         if self.args.should_save:
-            whole = self.args.save_base_model and not _internal_call
-            self.tprl_model.save_pretrained(directory, save_base_model=whole)
-            self.processing_class.save_pretrained(directory)
+            self.write_model(directory, self.args.save_base_model and not _internal_call)
         if _internal_call:
             os.makedirs(directory, exist_ok=True)
             torch.save(self.saved_state(), Path(directory) / STATE_FILE.format(rank=self.args.process_index))
         elif self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def write_model(self, directory: str, save_base_model: bool) -> None:
+        """Model and processor, as all ways to save them write them."""
+        self.tprl_model.save_pretrained(directory, save_base_model=save_base_model)
+        self.processing_class.save_pretrained(directory)
 
     def push_to_hub(
         self,
@@ -256,8 +265,7 @@ class PrunerTrainer(Trainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         if self.args.should_save:
-            self.tprl_model.save_pretrained(self.args.output_dir, save_base_model=self.args.save_base_model)
-            self.processing_class.save_pretrained(self.args.output_dir)
+            self.write_model(self.args.output_dir, self.args.save_base_model)
         if not self.is_world_process_zero():
             return None
         logs = [
@@ -277,20 +285,40 @@ class PrunerTrainer(Trainer):
 
 
 class PolicyTrainer(PrunerTrainer):
-    """Base of the trainers of the policy: measures it as it prunes at inference, and keeps the best."""
+    """
+    Base of the trainers of the policy: measures it as it prunes at inference, keeps the best, and notes in the model's
+    config how it was trained.
 
+    Args: see [`PrunerTrainer`].
+    """
+
+    _stage: ClassVar[str]  # its name in recipes
+    trains_values: ClassVar[bool] = False
     args: PolicyTrainingConfig
 
-    def __init__(self, model: TPRLForConditionalGeneration, args: PolicyTrainingConfig, *positional, **named):
-        super().__init__(model, args, *positional, **named)
+    def __init__(
+        self,
+        model: TPRLForConditionalGeneration,
+        args: PolicyTrainingConfig,
+        processing_class: Any,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        super().__init__(model, args, processing_class, train_dataset, eval_dataset, callbacks, optimizers)
         if args.keep_ratio is not None:
             model.config.keep_ratio = args.keep_ratio
         self.best: dict[str, Any] = {}
         self.last_measured = -1
+        self.training_before = model.config.policy_training
+        self.digest: str | None = None
 
-    def networks(self, model: TPRLForConditionalGeneration) -> TrainedNetworks:
+    def networks(self, model: TPRLForConditionalGeneration, args: Any) -> TrainedNetworks:
         model.autoencoder.requires_grad_(False)
         model.policy.requires_grad_(True)
+        for part in (model.policy.value_mlp, model.policy.value_head):
+            part.requires_grad_(self.trains_values)
         return PolicyNetworks(model)
 
     @torch.no_grad()
@@ -300,13 +328,13 @@ class PolicyTrainer(PrunerTrainer):
 
         Returns:
             `dict`: `eval_accuracy@R` and `eval_logprob@R` for each budget R, and their means `eval_accuracy` and
-            `eval_logprob`. An answer is right when greedy decoding gives exactly the reference.
+            `eval_logprob`. An answer is correct when greedy decoding gives exactly the reference.
         """
         dataset = self.eval_dataset if eval_dataset is None else undecoded(eval_dataset)
         if dataset is None:
             raise ValueError("Nothing to evaluate on: pass eval_dataset.")
         model, ratios = self.tprl_model, self.args.eval_keep_ratios
-        pruner = LearnedPruner(model.policy, model.autoencoder, model.config.num_steps)
+        pruner = model.learned_pruner()
         sums = torch.zeros(2, len(ratios), device=self.args.device)
         # Each process takes every so many-th sample.
         mine = range(self.args.process_index, len(dataset), self.args.world_size)
@@ -317,7 +345,7 @@ class PolicyTrainer(PrunerTrainer):
                 budget = Budget(keep_ratio=ratio, min_keep=model.config.min_keep)
                 keep_mask, _ = pruner.choose(batch.inputs, budget)
                 scores = score_answers(model, batch, keep_mask, list(range(len(batch))), self.args.score_batch_size)
-                sums[0, column] += scores.right.sum()
+                sums[0, column] += scores.correct.sum()
                 sums[1, column] += scores.logprobs.sum()
         sums = self.accelerator.reduce(sums, "sum") / len(dataset)
         metrics = {f"{metric_key_prefix}_accuracy": 100 * sums[0].mean().item()}
@@ -349,7 +377,27 @@ class PolicyTrainer(PrunerTrainer):
         if self.best:
             self.model.load_state_dict(self.best["weights"])
             self.state.best_metric, self.state.best_global_step = self.best["score"], self.best["step"]
+        self.note_training(self.best["step"] if self.best else self.state.global_step)
         super().finish()
+
+    def note_training(self, num_steps: int) -> None:
+        """Notes in the model's config how its policy was trained, of which `num_steps` were here."""
+        if num_steps == 0:  # it is still the start
+            self.tprl_model.config.policy_training = self.training_before
+            return
+        if self.digest is None and self.train_dataset is not None:
+            self.digest = data_digest(self.train_dataset)
+        self.tprl_model.config.policy_training = {
+            "stage": self._stage,
+            "recipe": self.recipe,
+            "data": self.digest,
+            "version": __version__,
+        }
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call:  # a checkpoint; `finish` noted the end
+            self.note_training(self.state.global_step)
+        super().save_model(output_dir, _internal_call)
 
     def saved_state(self) -> dict[str, Any]:
         return {**super().saved_state(), "best": self.best}

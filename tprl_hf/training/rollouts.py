@@ -2,26 +2,25 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tprl_hf.modeling.keep_mask import keep_logprobs, sample_keep_mask
+from tprl_hf.modeling.keep_mask import keep_entropy, keep_logprobs, sample_keep_mask
 from tprl_hf.modeling.pruning_policy import PolicyOutput, PruningPolicy
 from tprl_hf.modeling.token_autoencoder import TokenAutoencoder
-from tprl_hf.modeling.token_layout import TokenLayout
 from tprl_hf.modeling.token_pruner import PruningInputs
+
+from .advantages import mean_over_steps, mean_over_tokens
 
 
 def take_inputs(inputs: PruningInputs, index: Tensor) -> PruningInputs:
     """Inputs of samples `index [S]`, which may repeat."""
-    layout = TokenLayout(**{name: value[index] for name, value in vars(inputs.layout).items()})
     return replace(
         inputs,
         tokens=inputs.tokens[index],
         valid=inputs.valid[index],
-        layout=layout,
+        layout=inputs.layout[index],
         query=inputs.query[index],
         query_mask=inputs.query_mask[index],
         sample_keys=[inputs.sample_keys[i] for i in index.tolist()],
@@ -61,7 +60,11 @@ def policy_on_kept(
 
 
 def policy_on_trajectories(
-    policy: PruningPolicy, codes: Tensor, inputs: PruningInputs, of: Tensor, keep_masks: Sequence[Tensor] | Tensor
+    policy: PruningPolicy,
+    codes: Tensor,
+    inputs: PruningInputs,
+    sample_index: Tensor,
+    keep_masks: Sequence[Tensor] | Tensor,
 ) -> PolicyOutput:
     """
     The policy at each step of S trajectories of B samples. All trajectories of a sample begin alike, so that the first
@@ -69,17 +72,17 @@ def policy_on_trajectories(
 
     Args:
         codes (`[B, N, Z]`), inputs: of the samples.
-        of (`int64 [S]`): the sample that each trajectory is of.
+        sample_index (`int64 [S]`): the sample that each trajectory is of.
         keep_masks (`bool [T, S, N]`): tokens still kept before each step; at the first, all.
 
     Returns:
         [`PolicyOutput`] with `logits [T, S, N]` and `values [T, S]`.
     """
-    samples, which = of.unique(return_inverse=True)
+    samples, which = sample_index.unique(return_inverse=True)
     outputs = [policy_on_kept(policy, codes[samples], inputs.valid[samples], take_inputs(inputs, samples), 0)]
     outputs[0] = PolicyOutput(outputs[0].logits[which], outputs[0].values[which])
     for step, mask in enumerate(keep_masks[1:], start=1):
-        outputs.append(policy_on_kept(policy, codes[of], mask, take_inputs(inputs, of), step))
+        outputs.append(policy_on_kept(policy, codes[sample_index], mask, take_inputs(inputs, sample_index), step))
     return PolicyOutput(torch.stack([o.logits for o in outputs]), torch.stack([o.values for o in outputs]))
 
 
@@ -88,27 +91,39 @@ class Rollouts:
     """S trajectories of at most T steps over N tokens.
 
     Args:
-        of (`int64 [S]`): the sample that each trajectory is of.
+        sample_index (`int64 [S]`): the sample that each trajectory is of.
         keep_masks (`bool [T + 1, S, N]`): tokens left before the first step and after each.
-        asked (`bool [T, S, N]`): bits that the policy drew; none in steps that a trajectory does not have.
+        action_mask (`bool [T, S, N]`): bits that the policy drew; none in steps that a trajectory does not have.
         shifts (float32 `[T, S]`): added to the logits, to draw at a budget; 0 without one.
         targets (float32 `[T, S]`): tokens that a trajectory's own budget lets the policy keep; 0 without one.
         logprobs (float32 `[T, S, N]`): of the bits that were drawn.
         values (float32 `[T, S]`): of the states before each step.
     """
 
-    of: Tensor
+    sample_index: Tensor
     keep_masks: Tensor
-    asked: Tensor
+    action_mask: Tensor
     shifts: Tensor
     targets: Tensor
     logprobs: Tensor
     values: Tensor
 
     @property
-    def exists(self) -> Tensor:
+    def step_mask(self) -> Tensor:
         """Steps that a trajectory has, `bool [T, S]`."""
-        return self.asked.any(-1)
+        return self.action_mask.any(-1)
+
+    @property
+    def keep_probs(self) -> Tensor:
+        """Probability that a bit would be drawn as True, whatever it was drawn as, `[T, S, N]`."""
+        probs = self.logprobs.exp()
+        return torch.where(self.keep_masks[1:], probs, 1 - probs)
+
+    @property
+    def variances(self) -> Tensor:
+        """`p * (1 - p)` of each bit that was drawn, 0 of all others, `[T, S, N]`."""
+        probs = self.logprobs.exp()
+        return probs * (1 - probs) * self.action_mask
 
     @property
     def num_kept(self) -> Tensor:
@@ -117,34 +132,67 @@ class Rollouts:
 
     def take(self, index: Tensor) -> "Rollouts":
         """Trajectories `index`."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Rollouts(**{name: value[index] if name == "of" else value[:, index] for name, value in own.items()})
+        own = self.state()
+        return Rollouts(
+            **{name: value[index] if name == "sample_index" else value[:, index] for name, value in own.items()}
+        )
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Tensor]:
+        """All fields by name: what a checkpoint holds of a buffer."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def shift_to_budget(
-    logits: Tensor, asked: Tensor, targets: Tensor, discount: float = 1.0, shared: bool = False
-) -> Tensor:
-    """
-    What to add to the logits of each row so that `targets` of its asked tokens are kept on average.
+@dataclass
+class Budgets:
+    """The budgets of a buffer of B questions.
 
     Args:
-        logits (`[S, N]`), asked (`bool [S, N]`), targets (`[S]`): numbers of tokens to keep.
+        keep_ratio (`[B]`, *optional*): that of each question. `None`: the policy's own probabilities decide.
+        shared (`bool`, defaults to `False`): the questions meet it on average only, so that they compete for tokens.
+    """
+
+    keep_ratio: Tensor | None = None
+    shared: bool = False
+
+
+def draw_budgets(
+    keep_ratios: Sequence[float] | None, shared_budget: float, num_samples: int, generator: torch.Generator
+) -> Budgets:
+    """
+    Draws the budgets of a buffer, on the CPU.
+
+    Args:
+        keep_ratios: one of these for each question, or one for all of them where they share it.
+        shared_budget (`float`): how often they share it.
+    """
+    if keep_ratios is None:
+        return Budgets()
+    shared = torch.rand((), generator=generator).item() < shared_budget
+    chosen = torch.randint(len(keep_ratios), (1 if shared else num_samples,), generator=generator)
+    return Budgets(torch.tensor(keep_ratios)[chosen].expand(num_samples), shared)
+
+
+def shift_to_budget(
+    logits: Tensor, action_mask: Tensor, targets: Tensor, discount: float = 1.0, shared: bool = False
+) -> Tensor:
+    """
+    What to add to the logits of each row so that `targets` of the tokens in `action_mask` are kept on average.
+
+    Args:
+        logits (`[S, N]`), action_mask (`bool [S, N]`), targets (`[S]`): numbers of tokens to keep.
         shared (`bool`, defaults to `False`): the same for all rows, so that they keep the sum of `targets` together.
 
     Returns:
         float32 `[S]`, in [-40, 40].
     """
     if shared:
-        everything = shift_to_budget(logits.reshape(1, -1), asked.reshape(1, -1), targets.sum()[None], discount)
+        everything = shift_to_budget(logits.reshape(1, -1), action_mask.reshape(1, -1), targets.sum()[None], discount)
         return everything.expand(len(logits))
     low = torch.full_like(targets, -40.0)
     high = torch.full_like(targets, 40.0)
     for _ in range(40):  # bisection: the expected count rises with the shift
         middle = (low + high) / 2
-        expected = (discount * (logits + middle[:, None]).sigmoid() * asked).sum(1)
+        expected = (discount * (logits + middle[:, None]).sigmoid() * action_mask).sum(1)
         low, high = torch.where(expected < targets, middle, low), torch.where(expected < targets, high, middle)
     return (low + high) / 2
 
@@ -154,60 +202,59 @@ def collect_rollouts(
     policy: PruningPolicy,
     autoencoder: TokenAutoencoder,
     inputs: PruningInputs,
-    num_rollouts: int,
+    num_generations: int,
     num_steps: int,
     lambda_disc: float,
     generator: torch.Generator,
-    keep_ratios: Tensor | None = None,
-    shared_budget: bool = False,
+    budgets: Budgets | None = None,
 ) -> Rollouts:
     """
-    Prunes each of B samples `num_rollouts` times; the rollouts of a sample lie beside each other.
+    Prunes each of B samples `num_generations` times; the rollouts of a sample lie beside each other.
 
     Args:
         policy ([`PruningPolicy`]), autoencoder ([`TokenAutoencoder`]): the networks.
         inputs: of B samples.
         lambda_disc (`float`): step t draws from `lambda_disc ** t * p`, t counted from 0 (eq. 14).
         generator (`torch.Generator`): the only source of chance.
-        keep_ratios (`[B]`, *optional*): draw at these budgets: after step t of T, `keep_ratio ** ((t + 1) / T)` of the
-            tokens are left on average. Without it the policy's own probabilities decide.
-        shared_budget (`bool`, defaults to `False`): meet the budgets on average over the batch, not in each sample.
+        budgets ([`Budgets`], *optional*): draw at these budgets: after step t of T, `keep_ratio ** ((t + 1) / T)` of
+            the tokens are left on average.
 
     Returns:
         [`Rollouts`]
     """
-    of = torch.arange(len(inputs.valid), device=inputs.valid.device).repeat_interleave(num_rollouts)
+    budgets = budgets or Budgets()
+    sample_index = torch.arange(len(inputs.valid), device=inputs.valid.device).repeat_interleave(num_generations)
     codes = autoencoder.encode(inputs.tokens)
-    rows = take_inputs(inputs, of)
+    rows = take_inputs(inputs, sample_index)
     keep_mask = rows.valid
-    keep_masks, all_asked, shifts, all_targets, logprobs, values = [keep_mask], [], [], [], [], []
+    keep_masks, action_masks, shifts, all_targets, logprobs, values = [keep_mask], [], [], [], [], []
     for step in range(num_steps):
         if step == 0:
-            output = policy_on_trajectories(policy, codes, inputs, of, [keep_mask])
+            output = policy_on_trajectories(policy, codes, inputs, sample_index, [keep_mask])
             output = PolicyOutput(output.logits[0], output.values[0])
         else:
-            output = policy_on_kept(policy, codes[of], keep_mask, rows, step)
-        asked = keep_mask & ~rows.layout.protected
+            output = policy_on_kept(policy, codes[sample_index], keep_mask, rows, step)
+        action_mask = keep_mask & ~rows.layout.protected
         discount = lambda_disc**step
-        shift = targets = torch.zeros(len(of), device=codes.device)
-        if keep_ratios is not None:
-            shares = keep_ratios[of] ** ((step + 1) / num_steps)
-            targets = (rows.valid.sum(1) * shares - (keep_mask & ~asked).sum(1)).clamp(min=1.0)
-            shift = shift_to_budget(output.logits, asked, targets, discount, shared_budget)
-            targets = torch.zeros_like(targets) if shared_budget else targets
+        shift = targets = torch.zeros(len(sample_index), device=codes.device)
+        if budgets.keep_ratio is not None:
+            shares = budgets.keep_ratio[sample_index] ** ((step + 1) / num_steps)
+            targets = (rows.valid.sum(1) * shares - (keep_mask & ~action_mask).sum(1)).clamp(min=1.0)
+            shift = shift_to_budget(output.logits, action_mask, targets, discount, budgets.shared)
+            targets = torch.zeros_like(targets) if budgets.shared else targets
         logits = output.logits + shift[:, None]
-        drawn = sample_keep_mask(logits, asked, discount, generator) | (keep_mask & ~asked)
-        logprobs.append(keep_logprobs(logits, drawn, asked, discount))
+        drawn = sample_keep_mask(logits, action_mask, discount, generator) | (keep_mask & ~action_mask)
+        logprobs.append(keep_logprobs(logits, drawn, action_mask, discount))
         keep_mask = drawn
         keep_masks.append(keep_mask)
-        all_asked.append(asked)
+        action_masks.append(action_mask)
         shifts.append(shift)
         all_targets.append(targets)
         values.append(output.values)
     return Rollouts(
-        of,
+        sample_index,
         torch.stack(keep_masks),
-        torch.stack(all_asked),
+        torch.stack(action_masks),
         torch.stack(shifts),
         torch.stack(all_targets),
         torch.stack(logprobs),
@@ -222,12 +269,12 @@ def logits_at_budget(rollouts: Rollouts, logits: Tensor, lambda_disc: float) -> 
     Gradients know that the shift follows the logits: a common offset of a trajectory's logits has none.
     """
     shifted = []
-    for step, (now, asked) in enumerate(zip(logits, rollouts.asked, strict=True)):
+    for step, (now, action_mask) in enumerate(zip(logits, rollouts.action_mask, strict=True)):
         targets, fixed = rollouts.targets[step], now.detach()
         own = targets > 0
-        shift = shift_to_budget(fixed, asked, targets, lambda_disc**step)
+        shift = shift_to_budget(fixed, action_mask, targets, lambda_disc**step)
         probs = (fixed + shift[:, None]).sigmoid()
-        weights = probs * (1 - probs) * asked
+        weights = probs * (1 - probs) * action_mask
         shift = shift - (weights * (now - fixed)).sum(1) / weights.sum(1).clamp(min=1e-6)
         shifted.append(now + torch.where(own, shift, rollouts.shifts[step])[:, None])
     return torch.stack(shifted)
@@ -235,5 +282,42 @@ def logits_at_budget(rollouts: Rollouts, logits: Tensor, lambda_disc: float) -> 
 
 def replayed_logprobs(rollouts: Rollouts, logits: Tensor, lambda_disc: float) -> Tensor:
     """Log-probabilities of the drawn bits under `logits [T, S, N]` at budget, with the same discounts, `[T, S, N]`."""
-    steps = zip(logits, rollouts.keep_masks[1:], rollouts.asked, strict=True)
-    return torch.stack([keep_logprobs(x, kept, asked, lambda_disc**t) for t, (x, kept, asked) in enumerate(steps)])
+    steps = zip(logits, rollouts.keep_masks[1:], rollouts.action_mask, strict=True)
+    return torch.stack(
+        [keep_logprobs(x, kept, action_mask, lambda_disc**t) for t, (x, kept, action_mask) in enumerate(steps)]
+    )
+
+
+def mean_entropy(rollouts: Rollouts, logits: Tensor, lambda_disc: float) -> Tensor:
+    """Entropy of each trajectory's bits under `logits [T, S, N]`, mean over bits and steps: nats, `[S]`."""
+    steps = zip(logits, rollouts.action_mask, strict=True)
+    entropies = [keep_entropy(x, action_mask, lambda_disc**t) for t, (x, action_mask) in enumerate(steps)]
+    return mean_over_steps(mean_over_tokens(torch.stack(entropies), rollouts.action_mask), rollouts.step_mask)
+
+
+@torch.no_grad()
+def logits_of_start(
+    start: PruningPolicy,
+    codes: Tensor,
+    inputs: PruningInputs,
+    rollouts: Rollouts,
+    budgets: Budgets,
+    lambda_disc: float = 1.0,
+) -> Tensor:
+    """
+    What the policy that training started with says of the states of `rollouts`: logits `[T, S, N]`.
+
+    With budgets they are shifted, so that it would keep as many tokens there as the policy that drew them.
+
+    Args:
+        codes (`[B, N, Z]`), inputs: of the samples.
+    """
+    logits = policy_on_trajectories(start, codes, inputs, rollouts.sample_index, rollouts.keep_masks[:-1]).logits
+    if budgets.keep_ratio is None:
+        return logits
+    targets = (rollouts.keep_probs * rollouts.action_mask).sum(-1)  # (T, S)
+    shifts = [
+        shift_to_budget(logits[step], action_mask, targets[step], lambda_disc**step, budgets.shared)
+        for step, action_mask in enumerate(rollouts.action_mask)
+    ]
+    return logits + torch.stack(shifts)[..., None]

@@ -42,15 +42,15 @@ class LeaveOutTeacher(AnswerTeacher):
 
     def score(self, model: TPRLForConditionalGeneration, batch: AnswerBatch, keep_mask: Tensor) -> Tensor:
         group = keep_mask.cumsum(1).sub(1).clamp(min=0) // self.group_size  # (B, N)
-        masks, of, groups = [], [], []
+        masks, sample_index, groups = [], [], []
         for sample, kept in enumerate(keep_mask):
             for index in range(int(group[sample].max()) + 1):
                 masks.append(kept & (group[sample] != index))
-                of.append(sample)
+                sample_index.append(sample)
                 groups.append(index)
         whole = score_answers(model, batch, keep_mask, list(range(len(batch))), self.batch_size).logprobs
-        rest = score_answers(model, batch, torch.stack(masks), of, self.batch_size).logprobs
+        rest = score_answers(model, batch, torch.stack(masks), sample_index, self.batch_size).logprobs
         scores = torch.zeros(keep_mask.shape, device=keep_mask.device)
-        for sample, index, logprob in zip(of, groups, rest, strict=True):
+        for sample, index, logprob in zip(sample_index, groups, rest, strict=True):
             scores[sample][group[sample] == index] = whole[sample] - logprob
         return scores

@@ -1,6 +1,6 @@
 """One JSON file of what `tprl train` recorded on the way to a checkpoint: settings, seconds, curves.
 
-`python -m tprl_hf.hub.training_record runs/mosaic_llava_policy/ppo policy_training.json`
+`python -m tprl_hf.training.training_record runs/mosaic_llava_policy/counterfactual policy_training.json`
 """
 
 import argparse
@@ -12,9 +12,37 @@ from typing import Any
 
 from safetensors import safe_open
 
-from .publishing import recorded_stages
+from tprl_hf.hub.publishing import training_data
+
+from .stages import stages_until
 
 TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "learning_rate")
+
+
+def recorded_stages(directory: str | Path) -> list[dict[str, Any]]:
+    """
+    The stages of `tprl train` that led to `directory`, as they were recorded.
+
+    Returns:
+        `list[dict]`: `stage`, `settings`, `metrics`, `seconds` and `history` (rows of the log) of each; empty for a
+        directory that no stage wrote.
+    """
+    directory = Path(directory)
+    if not (directory / "training.json").exists():
+        return []
+    last = json.loads((directory / "training.json").read_text(encoding="utf-8"))["stage"]
+    stages = []
+    for name in stages_until(last):
+        folder = directory if name == last else directory.parent / name
+        if (folder / "training.json").exists():
+            done = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+            settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+            used = {**settings.get(name, {}), "data": training_data(name, settings)}
+            metrics, history = done.get("metrics", {}), done.get("log_history", [])
+            stages.append(
+                {"stage": name, "settings": used, "metrics": metrics, "seconds": done["seconds"], "history": history}
+            )
+    return stages
 
 
 def training_record(directory: str | Path) -> dict[str, Any]:

@@ -1,0 +1,115 @@
+"""What the configs of all algorithms have in common that learn from rollouts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .policy_config import PolicyTrainingConfig
+
+
+@dataclass
+class RolloutConfig(PolicyTrainingConfig):
+    r"""
+    Base of the configs of [`RolloutTrainer`]s.
+
+    Args:
+        per_device_train_batch_size (`int`, defaults to 64):
+            Questions in a buffer, on each device.
+        num_generations (`int`, defaults to 1):
+            Trajectories of each question.
+        score (`"correct"` or `"logprob"`, defaults to `"correct"`):
+            Score(H) of eq. 5: 1 for a correct answer, else 0; or the mean log-probability of the reference answer.
+            `reward_funcs` of the trainer replace it.
+        min_logprob (`float`, defaults to -4.0):
+            The score "logprob" is clipped there, so that one hopeless answer does not outweigh all others.
+        reward_weights (`list[float]`, *optional*):
+            The weight of each of `reward_funcs` in their sum; 1 without it.
+        max_completion_length (`int`, defaults to 16):
+            Tokens of the longest answer that is generated for `reward_funcs`.
+        num_mini_batches (`int`, defaults to 4):
+            Optimizer steps in each pass over a buffer.
+        micro_batch_size (`int`, *optional*):
+            Trajectories that run through the policy at once, for memory; gradients do not depend on it.
+        learning_rate (`float`, defaults to 1e-5), num_train_epochs (`float`, defaults to 200):
+            The paper's. An epoch is a pass over the questions.
+
+    Raises:
+        `ValueError`: for settings that exclude each other.
+    """
+
+    per_device_train_batch_size: int = 64
+    num_generations: int = 1
+    score: Literal["correct", "logprob"] = "correct"
+    min_logprob: float = -4.0
+    reward_weights: list[float] | None = None
+    max_completion_length: int = 16
+    num_mini_batches: int = 4
+    micro_batch_size: int | None = None
+    learning_rate: float = 1e-5
+    num_train_epochs: float = 200
+
+    @property
+    def passes_per_buffer(self) -> int:
+        """How often updates go through a buffer. Algorithms have their own names for it."""
+        raise NotImplementedError
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} has no meaning here: set "
+                "num_mini_batches for the size of an update and micro_batch_size for memory."
+            )
+        trajectories = self.per_device_train_batch_size * self.num_generations
+        if trajectories % self.num_mini_batches != 0:
+            raise ValueError(
+                f"per_device_train_batch_size * num_generations = {trajectories} trajectories cannot be cut into "
+                f"num_mini_batches={self.num_mini_batches} equal parts."
+            )
+
+
+@dataclass
+class BudgetedRolloutConfig(RolloutConfig):
+    r"""
+    Base of the configs of algorithms that may draw rollouts at budgets and are held near their start.
+
+    Args:
+        rollout_keep_ratios (`list[float]`, *optional*):
+            Draw at budgets, one of these for each question: a shift of all logits, part of the state and not of the
+            policy, brings the expected number of kept tokens to `keep_ratio ** ((t + 1) / T)`. So the policy is
+            trained on the sets that a budget at inference asks for. Wants `lambda_disc=1` where there is one.
+        shared_budget (`float`, defaults to 0):
+            Fraction of buffers whose budget holds for the whole batch instead of for each question. Questions then
+            compete for tokens, as they do under a threshold at inference.
+        efficiency_coef (`float`, defaults to 0.1):
+            Weight of the fraction of tokens that a step removes, in the reward: TPRL's beta. Of no use at budgets.
+        min_spread (`float`, defaults to 0):
+            Skip questions whose score changes by less from mask to mask: they carry no gradient signal, and their
+            updates cost time.
+        num_iterations (`int`, defaults to 4):
+            Passes over a buffer.
+        epsilon (`float`, defaults to 0.2):
+            The probability ratio is clipped to `1 - epsilon` and `1 + epsilon`.
+        beta (`float`, defaults to 0.04):
+            Weight of the mean Kullback-Leibler divergence per bit from the policy that training started with, at the
+            same budget. An image has hundreds of bits: weights above 1 are usual.
+    """
+
+    rollout_keep_ratios: list[float] | None = None
+    shared_budget: float = 0.0
+    efficiency_coef: float = 0.1
+    min_spread: float = 0.0
+    num_iterations: int = 4
+    epsilon: float = 0.2
+    beta: float = 0.04
+
+    @property
+    def passes_per_buffer(self) -> int:
+        return self.num_iterations
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.shared_budget <= 1 or (self.shared_budget and not self.rollout_keep_ratios):
+            raise ValueError(
+                f"shared_budget is the share of buffers, in [0, 1], that meet rollout_keep_ratios on average; got "
+                f"{self.shared_budget} and {self.rollout_keep_ratios}."
+            )

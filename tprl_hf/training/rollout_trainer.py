@@ -1,0 +1,199 @@
+"""What PPO, GRPO and counterfactual credit share: which step does what, questions, budgets, scores, resuming."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+
+from .answer_batches import AnswerBatch
+from .answer_scores import score_answers
+from .pruner_trainer import PolicyTrainer
+from .rewards import MaskScores, RewardFunction, reward_function_scores, reward_name
+from .rollout_config import RolloutConfig
+from .rollouts import Budgets, Rollouts
+
+
+class RolloutTrainer(PolicyTrainer):
+    """
+    Base of the trainers that learn from rollouts. An algorithm says how a buffer is filled, `collect`, and what an
+    update minimises, `trajectory_losses`.
+
+    One optimizer step is one mini-batch of a buffer of rollouts. What a step does follows from its number alone, so
+    that a resumed run equals an uninterrupted one, also in the middle of a buffer.
+
+    Args:
+        model, args, processing_class, train_dataset, eval_dataset, callbacks, optimizers: see [`PrunerTrainer`];
+            `args` is the config of the algorithm. The policy that `model` comes with is the start.
+        reward_funcs (`list`, *optional*): functions `f(prompts, completions, **columns) -> list[float]` whose sum,
+            weighted by `args.reward_weights`, replaces `args.score`; answers are then generated. Columns are those of
+            `train_dataset`.
+
+    Raises:
+        `ValueError`: when two reward functions have one name, or `reward_weights` are not as many as they are.
+    """
+
+    args: RolloutConfig
+
+    def __init__(
+        self,
+        model: TPRLForConditionalGeneration,
+        args: RolloutConfig,
+        processing_class: Any,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
+    ):
+        super().__init__(model, args, processing_class, train_dataset, eval_dataset, callbacks, optimizers)
+        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [])
+        names = [reward_name(function) for function in self.reward_funcs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Each reward function is logged under its name, but some share one: {', '.join(names)}.")
+        self.reward_weights = args.reward_weights or [1.0] * len(names)
+        if len(self.reward_weights) != len(names):
+            raise ValueError(f"reward_weights={args.reward_weights} are not one for each of {names}.")
+        self.batch: AnswerBatch
+        self.rollouts: Rollouts | None = None
+        self.buffer: dict[str, Tensor] = {}  # by name [T, S, ...], and `is_trained_on [S]`; without it all are
+
+    # ---- the algorithm ----
+
+    def collect(self, buffer: int) -> None:
+        """Fills `self.batch`, `self.rollouts` and `self.buffer`."""
+        raise NotImplementedError
+
+    def trajectory_losses(self, networks: nn.Module, index: Tensor) -> Tensor:
+        """The loss of each of the trajectories `index` of the buffer, `[S]`."""
+        raise NotImplementedError
+
+    # ---- which step does what ----
+
+    @property
+    def updates_per_buffer(self) -> int:
+        return self.args.passes_per_buffer * self.args.num_mini_batches
+
+    @property
+    def buffers_per_epoch(self) -> int:
+        assert self.train_dataset is not None
+        return max(len(self.train_dataset) // (self.args.per_device_train_batch_size * self.args.world_size), 1)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As many empty batches as an epoch has optimizer steps: buffers choose their questions themselves."""
+        ticks = range(self.buffers_per_epoch * self.updates_per_buffer * self.args.world_size)
+        return self.accelerator.prepare(DataLoader(ticks, batch_size=1, collate_fn=list))  # type: ignore[arg-type]
+
+    def generator(self, *numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+        """A random stream that follows from the seed, the process and `numbers`."""
+        seed = 0
+        for number in (self.args.seed, *numbers):
+            seed = (seed * 1_000_003 + number + 1) % 2**63
+        return torch.Generator(device=device).manual_seed(seed)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        model.train()
+        buffer, update = divmod(self.state.global_step, self.updates_per_buffer)
+        if update == 0 or self.rollouts is None:
+            self.collect(buffer)
+        assert self.rollouts is not None
+        epoch, part = divmod(update, self.args.num_mini_batches)
+        chosen = torch.arange(len(self.rollouts.sample_index), device=self.args.device)
+        if "is_trained_on" in self.buffer:
+            chosen = chosen[self.buffer["is_trained_on"]]
+        generator = self.generator(1, buffer, epoch, self.args.process_index)
+        order = chosen[torch.randperm(len(chosen), generator=generator).to(self.args.device)]
+        mini_batch = order.tensor_split(self.args.num_mini_batches)[part]
+
+        loss = torch.zeros((), device=self.args.device)
+        parts = mini_batch.split(self.args.micro_batch_size or len(mini_batch))
+        for number, index in enumerate(parts):
+            last = number == len(parts) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                part_loss = self.trajectory_losses(model, index).sum() / len(mini_batch)
+                self.last_inputs = {"buffer": buffer, "index": index, "rollouts": self.rollouts.state(), **self.buffer}
+                self.refuse_nan(part_loss)
+                self.accelerator.backward(part_loss)
+            loss += part_loss.detach()
+        return loss
+
+    # ---- questions and budgets ----
+
+    def questions(self, buffer: int) -> list[dict[str, Any]]:
+        """The rows of a buffer: each epoch goes through the dataset once, in an order of its own."""
+        assert self.train_dataset is not None
+        epoch, place = divmod(buffer, self.buffers_per_epoch)
+        order = torch.randperm(len(self.train_dataset), generator=self.generator(0, epoch))
+        count = self.args.per_device_train_batch_size
+        start = (place * self.args.world_size + self.args.process_index) * count
+        wanted = [int(order[i % len(order)]) for i in range(start, start + count)]
+        return [self.train_dataset[i] for i in wanted]
+
+    def budgets(self, buffer: int) -> Budgets:
+        """The budgets that a buffer is drawn at: none, but for algorithms that have them."""
+        return Budgets()
+
+    def encode_questions(self, buffer: int) -> tuple[AnswerBatch, Budgets]:
+        """The questions of a buffer, told their budgets, and these budgets."""
+        batch, budgets = self.encoder(self.questions(buffer)), self.budgets(buffer)
+        if budgets.keep_ratio is not None:
+            budgets = replace(budgets, keep_ratio=budgets.keep_ratio.to(self.args.device))
+        return replace(batch, inputs=replace(batch.inputs, keep_ratio=budgets.keep_ratio)), budgets
+
+    # ---- scores ----
+
+    def score_masks(self, batch: AnswerBatch, keep_masks: Tensor, sample_index: list[int]) -> MaskScores:
+        """Scores of `keep_masks [M, N]` of samples `sample_index`."""
+        args = self.args
+        if self.reward_funcs:
+            by_function = reward_function_scores(
+                self.reward_funcs, self.tprl_model, self.processing_class, batch, keep_masks, sample_index,
+                args.max_completion_length, args.score_batch_size,
+            )  # fmt: skip
+            weighted = [w * values for w, values in zip(self.reward_weights, by_function.values(), strict=True)]
+            return MaskScores(torch.stack(weighted).sum(0), by_function=by_function)
+        result = score_answers(self.tprl_model, batch, keep_masks, sample_index, args.score_batch_size)
+        if args.score == "correct":
+            return MaskScores(result.correct.float(), result.correct)
+        return MaskScores(result.logprobs.clamp(min=args.min_logprob), result.correct)
+
+    def score_steps(self, batch: AnswerBatch, rollouts: Rollouts, every_step: bool = True) -> Tensor:
+        """
+        Scores before the first step and after each, float32 `[T + 1, S]`.
+
+        Without `every_step` only the last masks are scored and all others are 0: right for algorithms that compare
+        the rollouts of one question, of which the score of the unpruned prompt, the most expensive one, cancels.
+        """
+        num_steps, num_trajectories = rollouts.step_mask.shape
+        if not every_step:
+            last = self.score_masks(batch, rollouts.keep_masks[-1], rollouts.sample_index.tolist())
+            self.note(last.metrics())
+            return torch.cat([torch.zeros_like(last.scores).expand(num_steps, -1), last.scores[None]])
+        # one call for all steps; unpruned, each sample is scored once
+        masks = torch.cat([batch.inputs.valid, *rollouts.keep_masks[1:]])
+        samples = [*range(len(batch)), *(rollouts.sample_index.tolist() * num_steps)]
+        scored = self.score_masks(batch, masks, samples)
+        unpruned, pruned = scored.scores[: len(batch)], scored.scores[len(batch) :]
+        self.note(scored.take(slice(-num_trajectories, None)).metrics())
+        self.note({"objective/score_unpruned": unpruned.mean()})
+        return torch.cat([unpruned[rollouts.sample_index][None], pruned.view(num_steps, num_trajectories)])
+
+    # ---- resuming ----
+
+    def saved_state(self) -> dict[str, Any]:
+        rollouts = None if self.rollouts is None else self.rollouts.state()
+        state = {"rollouts": rollouts, "buffer": self.buffer, "step": self.state.global_step}
+        return {**super().saved_state(), **state}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        if state["step"] % self.updates_per_buffer != 0:
+            self.batch, _ = self.encode_questions(state["step"] // self.updates_per_buffer)
+            self.rollouts, self.buffer = Rollouts(**state["rollouts"]), state["buffer"]
