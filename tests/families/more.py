@@ -1,6 +1,6 @@
 """Families that the default adapters serve without a line of their own: one entry and one tiny config each.
 
-Those with an adapter or an input of their own are in `special_families`; `OTHERS` has them all.
+Those with an adapter or an input of their own are in `special`; `OTHERS` has them all.
 """
 
 from typing import Any

@@ -328,7 +328,7 @@ MODEL_TYPES = {"paligemma2": "paligemma"}
 
 
 def entry(family: str) -> Family:
-    """The entry here, or in `more_families`."""
+    """The entry here, or in `more`."""
     if family in FAMILIES:
         return FAMILIES[family]
     from tests.families.more import OTHERS
