@@ -145,7 +145,7 @@ def test_the_cache_is_bounded_and_features_join(make_model, processor, dataset):
 
 
 def test_the_policy_sees_in_training_what_it_sees_at_inference(make_model, processor, dataset):
-    model = make_model(policy_positions=True, policy_budget=True)
+    model = make_model(policy_positions=True, policy_budget=True, policy_training={"stage": "lfd"})
     encoder = SampleEncoder(model, processor)
     batch = encoder(rows_of(dataset)[:3])
     keep, _ = model.pruner.choose(batch.inputs, Budget(keep_ratio=0.25))

@@ -408,7 +408,7 @@ def test_lfd_needs_demonstrations(make_model, processor, dataset, tmp_path):
 
 
 def test_a_calibrated_threshold_keeps_the_asked_share(make_model, processor, dataset):
-    model = make_model(policy_positions=True)
+    model = make_model(policy_positions=True, policy_training={"stage": "lfd"})
     model.policy.policy_head.weight.data.mul_(10)
     threshold = calibrate_threshold(model, processor, dataset, keep_ratio=0.5)
     assert model.config.threshold == threshold and model.config.keep_ratio is None

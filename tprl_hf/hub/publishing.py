@@ -173,8 +173,8 @@ def publish(
         facts: What the card says: `results` (a list of what `tprl evaluate` wrote), `benchmark_results` (a list of
             [`~huggingface_hub.EvalResult`], as `lmms_eval_results` reads them), `latency` and `flops` (what
             `tprl benchmark --json` and `tprl flops --json` printed), `stages` (what
-            [`~tprl_hf.training.training_record.recorded_stages`] reads), `benchmarks`, `tags`, `licence` (by default that of the base model's card), `base_model`; see
-            [`files_to_publish`].
+            [`~tprl_hf.training.training_record.recorded_stages`] reads), `benchmarks`, `tags`, `licence` (by default
+            that of the base model's card), `base_model`; see [`files_to_publish`].
 
     Returns:
         `CommitInfo`
