@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from tests.more_families import OTHERS
 from tests.pretend_flash import BASE_DIFFERS, BASE_FAILS, BEAR_NO_PADDING
+from tests.processor_needs import section
 from tests.reference import delete_by_hand
 from tests.tiny_models import FAMILIES, Sample, build, collate, entry, sample
 from tests.ways_to_generate import CANNOT, WAYS
@@ -193,6 +194,7 @@ def table() -> str:
             f"- {', '.join(BASE_DIFFERS)}: the base model itself answers otherwise than with sdpa",
             f"- {', '.join(BEAR_NO_PADDING)}: a new image behind a cache is refused, as layers carry a state",
             "",
+            *section(),
             "## Others",
             "| type | status | why |",
             "|---|---|---|",

@@ -1,7 +1,7 @@
 """Processors of popular families as they lie on the Hub: transformers' own classes, a tiny vocabulary, tiny images.
 
 `save(family, directory)` writes the files of a checkpoint without its weights; `AutoProcessor.from_pretrained` reads
-them. The settings fit the tiny models of `tests/tiny_models.py`. Writing needs none of the packages that loading needs.
+them. The settings fit the tiny models of `tests/tiny_models.py`. Writing needs no package that only loading needs.
 """
 
 import json
