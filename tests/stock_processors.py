@@ -79,7 +79,7 @@ STOCK: dict[str, Stock] = {
     "internvl": Stock(
         "InternVLProcessor",
         "GotOcr2ImageProcessor",
-        SQUARE,
+        SQUARE | {"max_patches": 2},
         {"image_seq_length": 9},
         {"<IMG_CONTEXT>": IMAGE, "<video>": VIDEO, "<img>": START, "</img>": END},
         {
@@ -113,7 +113,7 @@ STOCK: dict[str, Stock] = {
     "aya_vision": Stock(
         "AyaVisionProcessor",
         "GotOcr2ImageProcessor",
-        SQUARE,
+        SQUARE | {"max_patches": 2},
         {"patch_size": 4, "img_size": 24, "downsample_factor": 2},
         {
             "<|IMG_PATCH|>": IMAGE,

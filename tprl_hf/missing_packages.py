@@ -70,20 +70,29 @@ def explain(error: BaseException) -> str:
     Returns:
         `str`: What to install, in one line.
     """
-    cause: BaseException | None = error
-    while cause is not None:
-        if "operator torchvision::" in str(cause):  # the compiled half of torchvision did not load
-            return (
-                f"torchvision {version('torchvision')} does not go with torch {version('torch')} ({said(cause)}): "
-                "install both from the same index (docs/families.md), or pip uninstall torchvision."
-            )
-        cause = cause.__cause__ or cause.__context__
+    if mismatch := of_another_build(error):
+        return mismatch
     if names := missing(str(error)):
         return f"{', '.join(names)} missing ({said(error)}): {INSTALL}."
     if isinstance(error, TypeError):  # of a part that is `None`, for want of a package or of a file
         absent = ", ".join(missing(" ".join(PACKAGES)))
         return f"{said(error)}. Not installed: {absent or 'nothing'}; {INSTALL}. Or the checkpoint lacks a file."
     return f"{said(error)}. Install what is missing or too old."
+
+
+def of_another_build(error: BaseException) -> str | None:
+    """What to do where torchvision is of another build than torch, so that its operators are not there."""
+    import torch
+
+    cause: BaseException | None = error
+    while cause is not None and "operator torchvision::" not in str(cause):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return None
+    return (
+        f"torchvision {version('torchvision')} does not go with torch {torch.__version__} ({said(cause)}): install both "
+        "from the same index (docs/families.md), or pip uninstall torchvision."
+    )
 
 
 def said(error: BaseException) -> str:

@@ -5,6 +5,8 @@ import socket
 import sys
 from pathlib import Path
 
+from tprl_hf.missing_packages import of_another_build
+
 from .arguments import METHODS, add_budget_arguments, positive_int
 
 NAME = "serve"
@@ -47,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         from tprl_hf.serving.server import build_app
     except ImportError as error:
-        raise ValueError(f"tprl serve needs more packages ({error}): pip install 'tprl_hf[serve]'") from error
+        needs = f"tprl serve needs more packages ({error}): pip install 'tprl_hf[serve]'"
+        raise ValueError(of_another_build(error) or needs) from error
     import tprl_hf
     from tprl_hf.serving.chat_requests import Limits
 
