@@ -1,5 +1,5 @@
 # Short names for dev.py, which does the work.
-.PHONY: setup demo test format test-lmms clean
+.PHONY: setup demo test format test-lmms test-processors clean
 
 setup demo test format:
 	python3 dev.py $@
@@ -16,5 +16,17 @@ test-lmms: .venv-lmms/installed
 	$(LMMS) -m pip uninstall --quiet --yes torchvision
 	touch $@
 
+# torchvision must be of the same build as torch, which the pins cannot promise: the newest pair of one index.
+PROCESSORS = .venv-processors/bin/python
+
+test-processors: .venv-processors/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PROCESSORS) -m pytest -q tests/test_processors.py tests/serving/test_own_processors.py
+
+.venv-processors/installed: setup.py constraints.txt
+	python3 -m venv .venv-processors
+	grep -v '^torch' constraints.txt > .venv-processors/constraints.txt
+	$(PROCESSORS) -m pip install --quiet -e ".[dev,processors]" -c .venv-processors/constraints.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-lmms build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lmms .venv-processors build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

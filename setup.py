@@ -23,6 +23,17 @@ INSTALL = [
 EXTRAS = {
     "train": ["easy-vqa>=1.0", "peft>=0.21", "trl>=1.16,<2"],
     "eval": ["easy-vqa>=1.0", "evaluate>=0.4.6", "matplotlib>=3.9"],
+    # What processors of single families ask for (docs/families.md). torchvision must be of the same build as torch.
+    "processors": [
+        "num2words>=0.5.14",
+        "opencv-python-headless>=4.10",
+        "protobuf>=5.0",
+        "scipy>=1.13",
+        "sentencepiece>=0.2",
+        "tiktoken>=0.8",
+        "timm>=1.0.23",
+        "torchvision>=0.21",
+    ],
     # Both bring other versions of torchvision and pillow: give each a virtual environment of its own.
     "lmms": ["lmms-eval>=0.7.3"],
     "demo": ["gradio>=6"],

@@ -28,12 +28,15 @@ def load_model(
         accelerator, and its processor.
 
     Raises:
-        `OSError`, `ValueError`: If there is no such checkpoint, it is damaged, or its family is not supported.
+        `OSError`, `ValueError`: If there is no such checkpoint, it is damaged, its family is not supported, or its
+            processor needs packages that are not installed.
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig
     from transformers.utils import logging
+
+    from tprl_hf.missing_packages import load_processor
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -53,7 +56,7 @@ def load_model(
         raise ValueError(
             f"The weights in {path} do not fit its config.json ({error}): download both again."
         ) from error
-    return model.to(device).eval(), AutoProcessor.from_pretrained(path)
+    return model.to(device).eval(), load_processor(path)
 
 
 def unknown_words(processor: Any, text: str) -> list[str]:

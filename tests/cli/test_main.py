@@ -75,3 +75,25 @@ def test_a_bug_is_not_taken_for_a_users_mistake(monkeypatch):
     monkeypatch.setattr(cli.COMMANDS[0], "run", run)
     with pytest.raises(KeyError):
         cli.main([cli.COMMANDS[0].NAME])
+
+
+def test_a_name_of_ours_that_cannot_be_imported_is_a_bug_too(monkeypatch):
+    def run(arguments):
+        from tprl_hf.cli import no_such_module  # noqa: F401
+
+    monkeypatch.setattr(cli.COMMANDS[0], "run", run)
+    with pytest.raises(ImportError, match="no_such_module"):
+        cli.main([cli.COMMANDS[0].NAME])
+
+
+def test_a_package_that_is_missing_is_one_line(monkeypatch, capsys):
+    def run(arguments):
+        import no_such_package  # noqa: F401
+
+    monkeypatch.setattr(cli.COMMANDS[0], "run", run)
+    assert cli.main([cli.COMMANDS[0].NAME]) == 2
+    assert capsys.readouterr().err.endswith(
+        "error: No module named 'no_such_package'. Install what is missing or too old.\n"
+    )
+    with pytest.raises(ImportError):
+        cli.main(["--traceback", cli.COMMANDS[0].NAME])

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from tests.families.more import OTHERS
+from tests.families.processor_needs import section
 from tests.families.tiny_models import FAMILIES, Sample, build, collate, entry, sample
 from tests.families.ways_to_generate import CANNOT, WAYS
 from tests.reference import delete_by_hand
@@ -197,6 +198,7 @@ def table() -> str:
             f"- {', '.join(BASE_DIFFERS)}: the base model itself answers otherwise than with sdpa",
             f"- {', '.join(BEAR_NO_PADDING)}: a new image behind a cache is refused, as layers carry a state",
             "",
+            *section(),
             "## Others",
             "| type | status | why |",
             "|---|---|---|",

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import tprl_hf
+from tprl_hf.missing_packages import explain, is_ours
 
 from . import benchmark, demo, evaluate, flops, generate, push, serve, train
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             The words after `tprl`. Defaults to those of this process.
 
     Returns:
-        `int`: 0; 2 where the user has to change something: a file, a value, an option; 130 after Ctrl-C.
+        `int`: 0; 2 where the user has to change something: a file, a value, an option, a package; 130 after Ctrl-C.
     """
     arguments = make_parser().parse_args(argv)
     try:
@@ -57,8 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if arguments.traceback:
             raise
-        print(f"tprl {arguments.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return mistake(arguments.command, str(error))
+    except ImportError as error:
+        if arguments.traceback or is_ours(error):
+            raise
+        return mistake(arguments.command, explain(error))
+
+
+def mistake(command: str, message: str) -> int:
+    """Prints what the user has to change on one line, and gives the exit code."""
+    print(f"tprl {command}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import socket
 import sys
 from pathlib import Path
 
+from tprl_hf.missing_packages import of_another_build
+
 from .arguments import add_budget_arguments, add_pruner_arguments, positive_int
 
 NAME = "serve"
@@ -46,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         from tprl_hf.serving.server import build_app
     except ImportError as error:
-        raise ValueError(f"tprl serve needs more packages ({error}): pip install 'tprl_hf[serve]'") from error
+        needs = f"tprl serve needs more packages ({error}): pip install 'tprl_hf[serve]'"
+        raise ValueError(of_another_build(error) or needs) from error
     import tprl_hf
     from tprl_hf.loading import load_model
     from tprl_hf.serving.chat_requests import Limits

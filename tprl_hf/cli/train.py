@@ -222,9 +222,10 @@ def read_source(section: dict[str, Any], name: str, count: int | None) -> "Datas
 def starting_model(stage: str, recipe: dict[str, Any]) -> tuple["TPRLForConditionalGeneration", Any]:
     """The model that a stage begins with, and its processor."""
     import torch
-    from transformers import AutoProcessor, set_seed
+    from transformers import set_seed
 
     from tprl_hf import TPRLForConditionalGeneration
+    from tprl_hf.missing_packages import load_processor
 
     for before in STAGES[stage].starts_from:
         if before in recipe:
@@ -233,22 +234,21 @@ def starting_model(stage: str, recipe: dict[str, Any]) -> tuple["TPRLForConditio
                 raise ValueError(f"{stage} begins with what {before} left in {path}: run `tprl train {before}` first.")
             dtype = torch.float32 if not torch.accelerator.is_available() else "auto"
             model = TPRLForConditionalGeneration.from_pretrained(path, dtype=dtype)
-            return model, AutoProcessor.from_pretrained(path)
+            return model, load_processor(path)
 
     policy = recipe.get("policy", {})
     base = base_directory(recipe)
     set_seed(recipe.get(stage, {}).get("seed", 42))  # the start of the new policy
     dtype = torch.float32 if not torch.accelerator.is_available() else "auto"
-    return TPRLForConditionalGeneration.from_base_model(base, dtype=dtype, **policy), AutoProcessor.from_pretrained(
-        base
-    )
+    return TPRLForConditionalGeneration.from_base_model(base, dtype=dtype, **policy), load_processor(base)
 
 
 def base_directory(recipe: dict[str, Any]) -> str:
     """The frozen LVLM as a directory or name; that of a TPRL checkpoint is taken out of it."""
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig
 
     import tprl_hf
+    from tprl_hf.missing_packages import load_processor
 
     base = recipe.get("base_model") or tprl_hf.embedded_checkpoint()
     if AutoConfig.from_pretrained(base).model_type != tprl_hf.TPRLConfig.model_type:
@@ -257,7 +257,7 @@ def base_directory(recipe: dict[str, Any]) -> str:
     if is_first_process() and not directory.exists():
         unfinished = directory.with_name(f"base.{os.getpid()}")
         model = tprl_hf.TPRLForConditionalGeneration.from_pretrained(base)
-        AutoProcessor.from_pretrained(base).save_pretrained(unfinished)
+        load_processor(base).save_pretrained(unfinished)
         model.lvlm.save_pretrained(unfinished)
         unfinished.rename(directory)
     wait_for(directory)
