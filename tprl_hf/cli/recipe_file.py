@@ -9,6 +9,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 STAGES = ("autoencoder", "demonstrations", "lfd", "ppo", "grpo")
+OURS = Path(__file__).parents[1] / "recipes"
 SECTIONS = ("base_model", "output_dir", "policy", "data", *STAGES)
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
@@ -49,12 +50,26 @@ def check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
             raise ValueError(f"{where} has no setting {name!r}{hint}")
 
 
+def find_recipe(name: str) -> str:
+    """The path of a recipe: `name` itself where it is a file, else that of ours which is called so.
+
+    Raises:
+        `FileNotFoundError`: when there is no such file and none of ours has that name.
+    """
+    if Path(name).is_file():
+        return name
+    ours = {path.stem: path for path in sorted(OURS.glob("*.yaml"))}
+    if name not in ours:
+        raise FileNotFoundError(f"There is no recipe {name}: pass a file, or one of ours: {', '.join(ours)}.")
+    return str(ours[name])
+
+
 def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """
     Reads a recipe.
 
     Args:
-        path (`str`): a YAML file with some of the sections of `SECTIONS`.
+        path (`str`): a YAML file with some of the sections of `SECTIONS`, or the name of one of ours.
         overrides (`Iterable[str]`, *optional*): `"lfd.learning_rate=1e-4"` and the like; values are YAML.
             `"lfd=false"` leaves a stage out.
 
@@ -64,10 +79,9 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     Raises:
         `FileNotFoundError`, `ValueError`: when there is no such file, or it is no recipe.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no recipe {path}.")
+    file = Path(find_recipe(path))
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
         for override in overrides:
             name, equals, text = override.partition("=")
             if not equals:
