@@ -238,6 +238,7 @@ def test_the_running_versions_are_within_the_ranges():
 
 
 class TestDocs:
+    @pytest.mark.short
     @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
     def test_the_python_of_a_page_runs_from_top_to_bottom(self, page, tmp_path, monkeypatch):
         blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)

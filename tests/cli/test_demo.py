@@ -8,6 +8,8 @@ from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.demo import format_table, pick_shown
 from tprl_hf.cli.main import main
 
+pytestmark = pytest.mark.short
+
 
 @pytest.fixture
 def demo(capsys, base_checkpoint, tmp_path):

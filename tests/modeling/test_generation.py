@@ -13,6 +13,8 @@ from tprl_hf.modeling import TPRLForConditionalGeneration
 from tprl_hf.modeling.cached_prompt import CACHE_NAME
 from tprl_hf.pruners import RandomPruner, TokenPruner
 
+pytestmark = pytest.mark.short
+
 NEW = 4
 BEAMS = [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}]
 # One for each container of features, and those with masks or positions of their own.

@@ -26,6 +26,8 @@ from tprl_hf.pruners import (
 from tprl_hf.pruners.uniform import dither_order
 from tprl_hf.pruners.vispruner import remove_duplicates
 
+pytestmark = pytest.mark.short
+
 PRUNERS = {
     "none": NoPruner,
     "random": RandomPruner,
