@@ -6,17 +6,36 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "tprl_hf/__init__.py").read_text(encoding="utf-8"), re.M)[1]
 
+
+def found(pattern: str, file: str) -> str:
+    return re.search(pattern, (ROOT / file).read_text(encoding="utf-8"), re.M)[1]
+
+
+def readme_for_an_index() -> str:
+    """README without its links into the checkout, which lead nowhere elsewhere: the text stays, and says the path."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[([^]]*)\]\((?!https?:)([^)]+)\)", r"Picture `\2`: \1.", text)
+
+    def plain(link: re.Match) -> str:
+        path = link[2].split("#")[0]
+        return link[1] if path in link[1] else f"{link[1]} (`{path}`)"
+
+    text = re.sub(r"\[([^]]*)\]\((?!https?:)([^)]+)\)", plain, text)
+    return text.replace("\n\n", "\n\n*Paths such as `docs/training.md` are those of the source distribution.*\n\n", 1)
+
+
+# With these floors `python3 dev.py test-floors` passes. transformers 5.18 needs safetensors 0.8, trl 1.16 needs
+# accelerate 1.10.1; pillow 10.1 is the first whose own font has sizes.
 # transformers 5.18 is the first whose `forward` takes `mm_encoder_outputs`.
 INSTALL = [
-    "accelerate>=1.10",
+    "accelerate>=1.10.1",
     "datasets>=4.7",
     "huggingface_hub>=1.31,<3",
     "jinja2>=3.1",
     "numpy>=2.0",
-    "pillow>=10",
-    "safetensors>=0.6",
+    "pillow>=10.1",
+    "safetensors>=0.8",
     "torch>=2.6",
     "transformers>=5.18,<6",
 ]
@@ -43,33 +62,42 @@ EXTRAS["dev"] = [
     *EXTRAS["train"],
     *EXTRAS["eval"],
     *EXTRAS["serve"],
+    "build>=1.5",
     "mypy>=2.0",
     "pytest>=9.0",
     "pytest-xdist>=3.8",
+    "readme_renderer[md]>=46",
     "ruff>=0.17",
-    "setuptools>=77",
+    "setuptools>=77.0.3",
+    "twine>=7.0",
 ]
 
 setup(
     name="tprl_hf",
-    version=VERSION,
+    version=found(r'^__version__ = "([^"]+)"$', "tprl_hf/__init__.py"),
     description="Prune the visual tokens of any Hugging Face vision-language model with a learned policy",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=readme_for_an_index(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author=found(r"^  - name: (.+)$", "CITATION.cff"),
+    license_expression="Apache-2.0",
+    project_urls={"Paper": found(r"^  url: (\S+)$", "CITATION.cff")},
     keywords="vision-language-models token-pruning reinforcement-learning transformers lvlm",
     classifiers=[
         "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
         "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
         "Typing :: Typed",
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["tprl_hf", "tprl_hf.*"]),
-    package_data={"tprl_hf": ["py.typed", "checkpoints/**", "model_cards/**"]},
+    package_data={"tprl_hf": ["py.typed", "checkpoints/**", "model_cards/**", "recipes/**"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
     entry_points={

@@ -1,10 +1,11 @@
 """What README, setup.py and dev.py promise, held against what is there."""
 
+import os
 import re
 import shlex
 import subprocess
 import sys
-import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -95,23 +96,12 @@ class TestMetadata:
         assert f'python_requires=">={oldest}"' in (ROOT / "setup.py").read_text()
         assert f'python_version = "{oldest}"' in (ROOT / "pyproject.toml").read_text()
 
-    def test_the_wheel_holds_the_type_marker_and_the_embedded_checkpoint(self, tmp_path):
-        source = tmp_path / "source"
-        source.mkdir()
-        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "tprl_hf"):
-            subprocess.run(["cp", "-r", ROOT / name, source / name], check=True)
-        build = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
-        done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        with zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]) as wheel:
-            packed = set(wheel.namelist())
-        data = [path for path in (ROOT / "tprl_hf").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-        assert {path.relative_to(ROOT).as_posix() for path in data} <= packed
-
 
 class TestCheckout:
-    @pytest.mark.parametrize("name", ["modeling", "training"])
+    @pytest.mark.parametrize("name", ["modeling", "training", "recipes"])
     def test_the_links_at_the_top_are_relative(self, name):
+        if not (ROOT / ".git").exists():
+            pytest.skip("the links are the checkout's")
         link = ROOT / name
         assert link.is_symlink() and link.readlink() == Path("tprl_hf") / name and link.is_dir()
 
@@ -130,7 +120,7 @@ class TestCheckout:
     def test_makefile_and_readme_call_commands_that_dev_py_has(self):
         targets = re.search(r"^([\w ]+):\n\tpython3 dev.py \$@$", (ROOT / "Makefile").read_text(), re.M)
         assert targets is not None and set(targets[1].split()) <= dev.COMMANDS.keys()
-        called = re.findall(r"python3 dev\.py (\w+)", (ROOT / "README.md").read_text())
+        called = re.findall(r"python3 dev\.py ([\w-]+)", (ROOT / "README.md").read_text())
         assert {"demo", "test"} <= set(called) <= dev.COMMANDS.keys()
 
 
@@ -138,51 +128,70 @@ class TestDevPy:
     @pytest.fixture
     def checkout(self, tmp_path, monkeypatch):
         """A checkout of three files whose pip commands are recorded instead of run; its result is settable."""
-        for name in ("setup.py", "constraints.txt"):
-            (tmp_path / name).write_text("v1")
-        for name, value in {"ROOT": tmp_path, "VENV": tmp_path / ".venv", "BIN": tmp_path / ".venv" / "bin"}.items():
-            monkeypatch.setattr(dev, name, value)
-        monkeypatch.setattr(dev, "PYTHON", dev.BIN / "python")
-        monkeypatch.setattr(dev, "UNFINISHED", dev.VENV / "install-unfinished")
-        self.installed, self.made, self.code = [], 0, 0
+        (tmp_path / "setup.py").write_text('["torch>=2.6", "peft[x]>=0.21,<1"]')
+        (tmp_path / "constraints.txt").write_text("# why\ntorch==2.13.0\npeft==0.30\n")
+        monkeypatch.setattr(dev, "ROOT", tmp_path)
+        self.installed, self.made, self.code = [], [], 0
 
         class FastBuilder:
             def __init__(builder, clear, with_pip):
                 assert clear and with_pip
 
             def create(builder, path):
-                self.made += 1
+                self.made.append(path.name)
                 subprocess.run(["rm", "-rf", path], check=True)
-                dev.BIN.mkdir(parents=True)
-                dev.PYTHON.symlink_to(sys.executable)
+                (path / "bin").mkdir(parents=True)
+                (path / "bin" / "python").symlink_to(sys.executable)
+                (path / "pyvenv.cfg").touch()
 
         monkeypatch.setattr(dev.venv, "EnvBuilder", FastBuilder)
-        monkeypatch.setattr(dev, "python_works", lambda: dev.PYTHON.exists())
+        monkeypatch.setattr(dev.Environment, "python_works", lambda environment: environment.python.exists())
         monkeypatch.setattr(dev, "run", lambda *command, **_: self.installed.append(command) or self.code)
         return tmp_path
 
     def test_it_installs_once_and_again_when_the_pins_change(self, checkout):
-        dev.set_up("dev")
-        dev.set_up("dev")
-        dev.set_up("")  # dev holds all that the base holds
-        assert (self.made, len(self.installed)) == (1, 1) and ".[dev]" in self.installed[0]
-        (checkout / "constraints.txt").write_text("v2")
-        dev.set_up("")
-        assert (self.made, len(self.installed)) == (1, 2) and "." in self.installed[1]
-        assert not dev.is_installed("dev") and dev.is_installed("")
+        dev.set_up(extra="dev")
+        dev.set_up(extra="dev")
+        dev.set_up()  # dev holds all that the base holds
+        assert (self.made, len(self.installed)) == ([".venv"], 1) and ".[dev]" in self.installed[0]
+        (checkout / "constraints.txt").write_text("torch==2.14.0\n")
+        dev.set_up()
+        assert (self.made, len(self.installed)) == ([".venv"], 2) and "." in self.installed[1]
+        assert not dev.is_installed(dev.PINNED, "dev") and dev.is_installed(dev.PINNED, "")
+
+    @pytest.mark.parametrize(
+        ("environment", "releases"),
+        [
+            (dev.PINNED, "torch==2.13.0\npeft==0.30\n"),
+            (dev.NEWEST, "torch==2.13.0\n"),
+            (dev.FLOORS, "torch==2.13.0\npeft==0.21\n"),
+        ],
+        ids=lambda value: getattr(value, "folder", ""),
+    )
+    def test_each_environment_has_its_releases(self, checkout, environment, releases):
+        dev.set_up(environment, "dev")
+        assert self.made == [environment.folder] and self.installed[0][-1].read_text() == releases
+
+    def test_the_newest_releases_are_looked_for_again_after_a_day(self, checkout):
+        for environment in (dev.NEWEST, dev.FLOORS):
+            dev.set_up(environment, "dev")
+            made = environment.path / "pyvenv.cfg"
+            os.utime(made, (made.stat().st_mtime - 2 * dev.DAY,) * 2)
+            dev.set_up(environment, "dev")
+        assert self.made == [".venv-newest", ".venv-newest", ".venv-floors"]
 
     def test_an_install_that_was_cut_off_starts_over(self, checkout):
         self.code = 1
         with pytest.raises(SystemExit, match="pip failed with exit code 1"):
-            dev.set_up("")
+            dev.set_up()
         self.code = 0
-        dev.set_up("")
-        assert (self.made, len(self.installed)) == (2, 2) and dev.is_installed("")
+        dev.set_up()
+        assert (len(self.made), len(self.installed)) == (2, 2) and dev.is_installed(dev.PINNED, "")
 
     def test_an_environment_without_a_working_python_is_made_anew(self, checkout):
-        dev.BIN.mkdir(parents=True)
-        dev.set_up("")
-        assert self.made == 1 and dev.is_installed("")
+        dev.PINNED.bin.mkdir(parents=True)
+        dev.set_up()
+        assert self.made == [".venv"] and dev.is_installed(dev.PINNED, "")
 
     def test_an_old_python_is_told_what_it_lacks(self, monkeypatch):
         monkeypatch.setattr(dev, "OLDEST_PYTHON", (9, 9))
@@ -205,16 +214,31 @@ class TestDevPy:
         codes["ruff"] = 0
         assert dev.test([]) == 0
 
+    def test_the_floors_are_those_of_the_packages_metadata(self):
+        wanted = [Requirement(line) for line in metadata.requires("tprl_hf")]
+        lowest = {each.name: spec.version for each in wanted for spec in each.specifier if spec.operator == ">="}
+        assert dev.floors() == {**lowest, "torch": dev.pins()["torch"]}
 
+    def test_ci_runs_every_suite_with_the_pinned_one_last_and_fails_when_one_does(self, tmp_path):
+        """Its closing line is what is read; the real script, with another dev.py."""
+        (tmp_path / ".ci").mkdir()
+        (tmp_path / ".ci" / "run").write_text((ROOT / ".ci" / "run").read_text())
+        for failing in ("none", "test-newest", "test-floors", "test"):
+            (tmp_path / "dev.py").write_text(f"import sys\nprint(sys.argv[1])\nsys.exit(sys.argv[1] == {failing!r})")
+            done = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, capture_output=True, text=True)
+            assert done.stdout.split() == ["test-newest", "test-floors", "test"]
+            assert (done.returncode != 0) == (failing != "none") and (failing in done.stderr) == (failing != "none")
+
+
+@pytest.mark.short
 def test_the_running_versions_are_within_the_ranges():
-    from importlib.metadata import version
-
     for name, requirement in requirements().items():
         if name in {"torch", "transformers", "huggingface_hub", "datasets", "pillow"}:
-            assert requirement.specifier.contains(Version(version(name)).base_version), name
+            assert requirement.specifier.contains(Version(metadata.version(name)).base_version), name
 
 
 class TestDocs:
+    @pytest.mark.short
     @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
     def test_the_python_of_a_page_runs_from_top_to_bottom(self, page, tmp_path, monkeypatch):
         blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)

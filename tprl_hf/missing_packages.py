@@ -90,8 +90,8 @@ def of_another_build(error: BaseException) -> str | None:
     if cause is None:
         return None
     return (
-        f"torchvision {version('torchvision')} does not go with torch {torch.__version__} ({said(cause)}): install both "
-        "from the same index (docs/families.md), or pip uninstall torchvision."
+        f"torchvision {version('torchvision')} does not go with torch {torch.__version__} ({said(cause)}): "
+        "install both from the same index (docs/families.md), or pip uninstall torchvision."
     )
 
 

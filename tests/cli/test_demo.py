@@ -9,6 +9,8 @@ from tprl_hf.cli.demo import pick_shown
 from tprl_hf.cli.main import main
 from tprl_hf.cli.tables import format_table
 
+pytestmark = pytest.mark.short
+
 
 @pytest.fixture
 def demo(capsys, base_checkpoint, tmp_path):

@@ -9,6 +9,8 @@ from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
 from tprl_hf.evaluation.answers import chat_inputs, generate_answers
 
+pytestmark = pytest.mark.short
+
 QUESTION = "word7 word8"
 
 

@@ -1,6 +1,7 @@
 """Every way to generate: pruned prompts behave as the base model's own, and the user sees the original prompt."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCri
 from tests.families.tiny_models import BOS, FAMILIES, before_second_image, build, collate, sample
 from tests.families.ways_to_generate import CANNOT
 from tprl_hf.modeling import TPRLForConditionalGeneration
+from tprl_hf.modeling.cached_prompt import CACHE_NAME
 from tprl_hf.pruners import RandomPruner, TokenPruner
+
+pytestmark = pytest.mark.short
 
 NEW = 4
 BEAMS = [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}]
@@ -185,7 +189,8 @@ def test_processors_and_criteria_see_the_original_prompt(copies):
 def test_streamer_gets_the_original_prompt_first():
     class Words:
         def decode(self, ids, **kwargs):
-            return " ".join(map(str, ids.tolist() if torch.is_tensor(ids) else ids)) + "\n"
+            ids = ids.tolist() if torch.is_tensor(ids) else ids
+            return " ".join(map(str, [ids] if isinstance(ids, int) else ids)) + "\n"  # one id since transformers 5.24
 
     class Keep(TextStreamer):
         pieces = ()
@@ -382,6 +387,34 @@ def test_own_caches_are_filled():
     assert torch.equal(model.generate(**batch, past_key_values=cache, max_new_tokens=NEW), expected)
     static = StaticCache(config=model.config.get_text_config(), max_cache_len=80)
     assert torch.equal(model.generate(**batch, past_key_values=static, max_new_tokens=NEW), expected)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.parametrize("prune", [None, False])
+@torch.no_grad()
+def test_a_cache_has_two_names_and_none_that_transformers_deprecates(name, prune):
+    """`past_key_values` until transformers 5.24, `cache` since; ours take both with every release."""
+    _, model = wrap("llava")
+    batch = collate("llava", [sample("llava", 1, 1)])
+    expected = model.generate(**batch, prune=prune, max_new_tokens=NEW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        cache = DynamicCache(config=model.config.get_text_config())
+        assert torch.equal(model.generate(**batch, **{name: cache}, prune=prune, max_new_tokens=NEW), expected)
+        output = model(**batch, **{name: DynamicCache(config=model.config.get_text_config())}, prune=prune)
+        again = model(input_ids=expected[:, -NEW:], **{name: output[CACHE_NAME]}, prune=prune)
+    assert output.past_key_values is output[CACHE_NAME] is again[CACHE_NAME]
+    assert CACHE_NAME in output and output.to_tuple()[1] is output[CACHE_NAME]
+
+
+@torch.no_grad()
+def test_a_cache_by_both_names_is_refused():
+    _, model = wrap("llava")
+    batch = collate("llava", [sample("llava", 1, 1)])
+    both = {"past_key_values": DynamicCache(), "cache": DynamicCache()}
+    for call in (model.forward, model.generate):
+        with pytest.raises(ValueError, match="two names of one argument"):
+            call(**batch, **both)
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ import tprl_hf  # noqa: F401  registers the Auto classes
 from tests.families.tiny_models import PAD, build, collate, sample
 from tprl_hf.modeling import TPRLConfig, TPRLForConditionalGeneration
 
+pytestmark = pytest.mark.short
+
 BATCH = [sample("llava", 1, 1), sample("llava", 2, 2), sample("llava", 0, 3)]
 
 

@@ -23,6 +23,8 @@ from tprl_hf.pruners import (
 from tprl_hf.pruners.uniform import dither_order
 from tprl_hf.pruners.vispruner import remove_duplicates
 
+pytestmark = pytest.mark.short
+
 NAMES = [*PRUNERS, "learned", "learned-3-steps"]
 FAMILY = "llava"
 

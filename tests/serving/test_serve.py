@@ -25,6 +25,8 @@ from tprl_hf.data import mosaic_vqa
 from tprl_hf.evaluation.answers import generate_answers
 from tprl_hf.loading import load_model
 
+pytestmark = pytest.mark.short
+
 MAX_TOKENS = 4
 BUDGETS = [{}, {"keep_ratio": 1 / 9}, {"num_keep": 1}, {"threshold": 0.5}, {"prune": False}]
 

@@ -18,6 +18,8 @@ from tprl_hf.training import TPRLPPOConfig, TPRLPPOTrainer
 from tprl_hf.training.stages import STAGES, Stage, stages_until
 from tprl_hf.training.training_record import recorded_stages, training_record
 
+pytestmark = pytest.mark.short
+
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 POLICY_STAGE = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True, "eval_strategy": "steps", "eval_steps": 1}
 STAGE = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True}
@@ -162,7 +164,16 @@ def test_mistakes_are_one_line_before_anything_is_run(recipe, capsys, words, mes
 
 def test_a_missing_recipe(capsys):
     assert main(["train", "all", "--config", "none.yaml"]) == 2
-    assert "There is no recipe none.yaml" in capsys.readouterr().err
+    names = ", ".join(path.stem for path in RECIPES)
+    assert f"There is no recipe none.yaml: pass a file, or one of ours: {names}." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_our_recipes_have_names_and_a_file_of_the_user_comes_first(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe(path.stem) == read_recipe(str(path))
+    Path(path.stem).write_text("output_dir: mine")
+    assert read_recipe(path.stem) == {"output_dir": "mine"}
 
 
 def test_numbers_that_yaml_leaves_as_text():

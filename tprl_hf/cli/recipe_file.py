@@ -13,6 +13,7 @@ from tprl_hf.training.stages import STAGES
 
 from .old_recipes import renewed
 
+OURS = Path(__file__).parents[1] / "recipes"
 SECTIONS = ("base_model", "output_dir", "policy", "data")  # and one for each stage
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
@@ -59,12 +60,26 @@ def check_names(given: Iterable[str], known: Iterable[str], where: str, examples
             raise ValueError(f"{where} has no setting {name!r}{hint}")
 
 
+def find_recipe(name: str) -> str:
+    """The path of a recipe: `name` itself where it is a file, else that of ours which is called so.
+
+    Raises:
+        `FileNotFoundError`: when there is no such file and none of ours has that name.
+    """
+    if Path(name).is_file():
+        return name
+    ours = {path.stem: path for path in sorted(OURS.glob("*.yaml"))}
+    if name not in ours:
+        raise FileNotFoundError(f"There is no recipe {name}: pass a file, or one of ours: {', '.join(ours)}.")
+    return str(ours[name])
+
+
 def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """
     Reads a recipe.
 
     Args:
-        path (`str`): a YAML file with some of the sections of `SECTIONS` and of stages.
+        path (`str`): a YAML file with some of the sections of `SECTIONS` and of stages, or the name of one of ours.
         overrides (`Iterable[str]`, *optional*): `"lfd.learning_rate=1e-4"` and the like; values are YAML.
             `"lfd=false"` leaves a stage out.
 
@@ -75,10 +90,9 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     Raises:
         `FileNotFoundError`, `ValueError`: when there is no such file, or it is not a recipe.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no recipe {path}.")
+    file = Path(find_recipe(path))
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
         if not isinstance(recipe, dict):
             raise ValueError(f"{path} is not a recipe: it has no sections.")
         for override in overrides:

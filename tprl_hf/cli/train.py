@@ -28,7 +28,7 @@ DEMONSTRATION_SETTINGS = ("teacher", "seed", "keep_ratios", "num_samples", "batc
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("stage", choices=(*STAGES, "all"), help="all: those that the recipe has, one after the other")
-    parser.add_argument("--config", required=True, metavar="FILE", help="the recipe, a YAML file as in recipes/")
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="a YAML file, or one of ours by name: paper")
     parser.add_argument(
         "--set",
         nargs="+",

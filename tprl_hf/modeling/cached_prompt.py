@@ -4,13 +4,28 @@ A conversation that goes on from a cache passes its full prompt again. Which of 
 which positions, only this record knows; it lies on the cache object, so that a copy of the cache has it too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+# What transformers calls a cache, among arguments and in outputs: 5.24 renamed `past_key_values` to `cache`.
+CACHE_NAME = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("past_key_values", "cache"))
 _ATTRIBUTE = "tprl_cached_prompt"
+
+
+def cache_argument(past_key_values: Cache | None, cache: Cache | None) -> dict[str, Cache]:
+    """The cache that a call passes by either of its names, as an argument for the base model; `{}` for none.
+
+    Raises:
+        `ValueError`: when it passes both.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("`past_key_values` and `cache` are two names of one argument: pass one of them.")
+    given = cache if past_key_values is None else past_key_values
+    return {} if given is None else {CACHE_NAME: given}
 
 
 @dataclass

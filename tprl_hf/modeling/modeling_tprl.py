@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .cached_prompt import CachedPrompt
+from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument
 from .checkpoint_checks import (
     absolute_path,
     check_weight_files,
@@ -319,6 +319,7 @@ class TPRLForConditionalGeneration(PrunerChoiceMixin, TPRLPreTrainedModel, Gener
         query_mask: Tensor | None = None,
         visual_features: VisualFeatures | None = None,
         return_dict: bool | None = None,
+        cache: Any = None,
         **kwargs,
     ) -> TPRLOutput | tuple:
         r"""
@@ -327,7 +328,7 @@ class TPRLForConditionalGeneration(PrunerChoiceMixin, TPRLPreTrainedModel, Gener
                 tokens are removed from all of them.
             pixel_values: as the processor returned them, like all other `kwargs`.
             past_key_values (`Cache`, *optional*): a filled one must come from this model; `input_ids` are then the new
-                tokens only, without images.
+                tokens only, without images. `cache` is another name for it, with every release of transformers.
             keep_ratio, num_keep, threshold, prune, keep_mask: one of them, see [`TPRLForConditionalGeneration`].
             query_mask (`bool [B, L]`, *optional*): which tokens are the question.
             visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
@@ -340,13 +341,13 @@ class TPRLForConditionalGeneration(PrunerChoiceMixin, TPRLPreTrainedModel, Gener
         given = {"pixel_values": pixel_values, "position_ids": position_ids, "labels": labels}
         inputs = kwargs | {name: value for name, value in given.items() if value is not None}
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
-        filled = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
-        if filled and (prune is not False or hasattr(past_key_values, "tprl_cached_prompt")):
+        inputs |= cache_argument(past_key_values, cache)
+        cache = inputs.get(CACHE_NAME)
+        filled = cache is not None and int(cache.get_seq_length()) > 0
+        if filled and (prune is not False or hasattr(cache, "tprl_cached_prompt")):
             assert input_ids is not None
-            return self._forward_cached(input_ids, attention_mask, past_key_values, inputs, return_dict)
+            return self._forward_cached(input_ids, attention_mask, inputs, return_dict)
         if self._leaves_alone(input_ids, choice, visual_features, None):
-            if past_key_values is not None:
-                inputs["past_key_values"] = past_key_values
             output = self.lvlm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **inputs)
             output = self._output(output)
             return output if return_dict else output.to_tuple()
@@ -354,19 +355,17 @@ class TPRLForConditionalGeneration(PrunerChoiceMixin, TPRLPreTrainedModel, Gener
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
         plan = self._plan(batch, choice, query_mask)
         pruned = self._pruned(batch, plan)
-        if past_key_values is not None:
-            pruned.inputs["past_key_values"] = past_key_values
         pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
         output = self._output(self.lvlm(**pruned.inputs, return_dict=True), plan, pruned)
         self.adapter.remember_positions(pruned.next_position, pruned.attention_mask.sum(1))
-        if output.past_key_values is not None:
+        if output.get(CACHE_NAME) is not None:
             record = CachedPrompt(pruned.input_ids, pruned.attention_mask, pruned.keep_masks, pruned.next_position)
-            record.attach(output.past_key_values)
+            record.attach(output[CACHE_NAME])
         return output if return_dict else output.to_tuple()
 
-    def _forward_cached(self, input_ids, attention_mask, past_key_values, inputs, return_dict):
+    def _forward_cached(self, input_ids, attention_mask, inputs, return_dict):
         """New tokens behind a cache: positions and mask go on from what the cache holds."""
-        record = CachedPrompt.of(past_key_values)
+        record = CachedPrompt.of(inputs[CACHE_NAME])
         assert record is not None
         device, ids = input_ids.device, input_ids.cpu()
         if find_visual(ids, list(self.adapter.token_ids.values())).any():
@@ -387,18 +386,17 @@ class TPRLForConditionalGeneration(PrunerChoiceMixin, TPRLPreTrainedModel, Gener
         output = self.lvlm(
             input_ids=input_ids,
             attention_mask=attended.to(device),
-            past_key_values=past_key_values,
             return_dict=True,
             **inputs,
         )
         record = record.extend(ids, new, positions[:, -1] + 1)
-        record.attach(output.past_key_values)
+        record.attach(output[CACHE_NAME])
         self.adapter.remember_positions(record.next_position, attended.sum(1))
         output = self._output(output)
         return output if return_dict else output.to_tuple()
 
     def _output(self, output: ModelOutput, plan: PrunePlan | None = None, pruned: PrunedBatch | None = None):
-        given = ("loss", "logits", "past_key_values", "hidden_states", "attentions")
+        given = ("loss", "logits", CACHE_NAME, "hidden_states", "attentions")
         whole = TPRLOutput(**{name: output.get(name) for name in given})
         if plan is not None and pruned is not None:
             device = pruned.inputs["input_ids"].device
@@ -429,8 +427,8 @@ class TPRLForConditionalGeneration(PrunerChoiceMixin, TPRLPreTrainedModel, Gener
             keep_ratio, num_keep, threshold, prune, keep_mask: one of them, see [`TPRLForConditionalGeneration`].
             query_mask (`bool [B, L]`, *optional*): which tokens are the question.
             visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
-            generation_config, kwargs: as in [`~transformers.GenerationMixin.generate`]. With `past_key_values` of an
-                earlier call pass the whole conversation; tokens already in the cache stay as they were chosen.
+            generation_config, kwargs: as in [`~transformers.GenerationMixin.generate`]. With `past_key_values` (also
+                called `cache`) of an earlier call pass the whole conversation; tokens already in it stay as they were.
 
         Returns:
             As [`~transformers.GenerationMixin.generate`]; a dict also has `keep_mask`, `num_kept` and `num_visual`.
@@ -438,7 +436,8 @@ class TPRLForConditionalGeneration(PrunerChoiceMixin, TPRLPreTrainedModel, Gener
         self.lvlm.generation_config = self.generation_config
         input_ids = kwargs.pop("input_ids", inputs)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
-        cache = kwargs.get("past_key_values")
+        kwargs |= cache_argument(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        cache = kwargs.get(CACHE_NAME)
         record = None
         if cache is not None and (prune is not False or hasattr(cache, "tprl_cached_prompt")):
             record = CachedPrompt.of(cache)
@@ -462,7 +461,7 @@ class TPRLForConditionalGeneration(PrunerChoiceMixin, TPRLPreTrainedModel, Gener
         output = self.lvlm.generate(generation_config=generation_config, **arguments)
 
         sequences = output if torch.is_tensor(output) else output.sequences
-        cache = arguments.get("past_key_values") if torch.is_tensor(output) else output.get("past_key_values")
+        cache = (arguments if torch.is_tensor(output) else output).get(CACHE_NAME)
         if cache is not None and len(sequences) == len(prompt):
             self._remember(cache, sequences, pruned, length)
         restored = restore_prompt(sequences, prompt, length)

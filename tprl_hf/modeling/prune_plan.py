@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .cached_prompt import CACHE_NAME
 from .columns import gather_columns, left_padded_index, pad_rows
 from .configuration_tprl import TPRLConfig
 from .keep_mask import Budget
@@ -49,7 +50,8 @@ class TPRLOutput(ModelOutput):
     Args:
         loss (`[]`, *optional*): language-modelling loss over the labels, when these were passed.
         logits (`[B, P, vocab]`): `logits[:, -k:]` are those of the last k tokens of every sample.
-        past_key_values (`Cache`, *optional*): filled with the kept tokens only.
+        past_key_values (`Cache`, *optional*): filled with the kept tokens only. As in the base model's own outputs,
+            the field is called `cache` since transformers 5.24, where `past_key_values` still reads it.
         hidden_states, attentions (tuples, *optional*): of the base model, over P columns.
         keep_mask (`bool [V]`): which visual tokens were kept, in placeholder order.
         num_kept (`int64 [B]`): how many of each sample.
@@ -58,7 +60,10 @@ class TPRLOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: Any = None
+    if CACHE_NAME == "cache":
+        cache: Any = None
+    else:
+        past_key_values: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     keep_mask: Tensor | None = None
