@@ -70,9 +70,10 @@ class _AfterImport(MetaPathFinder):
             from transformers import AutoModel, AutoModelForImageTextToText
 
             from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
-            from tprl_hf.pruners import PRUNERS
+            from tprl_hf.pruners import DEFAULT_PRUNER, PRUNERS
 
             TPRLForConditionalGeneration.pruner_classes = PRUNERS
+            TPRLForConditionalGeneration.default_pruner = DEFAULT_PRUNER
             for auto_class in (AutoModel, AutoModelForImageTextToText):
                 auto_class.register(TPRLConfig, TPRLForConditionalGeneration, exist_ok=True)
         if AUTO_PROCESSOR in sys.modules:

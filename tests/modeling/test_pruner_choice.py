@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForImageTextToText
 
 from tests.families.tiny_models import build, collate, sample
 from tprl_hf import TokenPruner, TPRLConfig, TPRLForConditionalGeneration
-from tprl_hf.pruners import PRUNERS, DivPrune, OraclePruner, VisionZip
+from tprl_hf.pruners import DEFAULT_PRUNER, PRUNERS, DivPrune, OraclePruner, UniformPruner, VisionZip
 
 # Each pruner with an argument that is not its default, where it has one.
 SETTINGS = {
@@ -100,7 +100,7 @@ def test_what_a_checkpoint_could_not_name_is_refused(base):
 @pytest.mark.parametrize("call", ["generate", "forward", "prune"])
 @pytest.mark.parametrize("budget", [{"keep_ratio": 1 / 3}, {"num_keep": 4}, {"threshold": 0.5}, {"prune": True}, {}])
 def test_an_untrained_policy_is_refused(base, batch, call, budget):
-    settings = {} if budget and "prune" not in budget else {"keep_ratio": 0.5}
+    settings = {} if budget and "prune" not in budget else {"threshold": 0.5}
     model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, **settings).eval()
     run = model if call == "forward" else getattr(model, call)
     with pytest.raises(ValueError, match=r'policy has not been trained.*set_pruner\("divprune"'):
@@ -110,8 +110,22 @@ def test_an_untrained_policy_is_refused(base, batch, call, budget):
     assert run(**batch) is not None
 
 
-def test_it_stays_untrained_when_it_is_saved(tmp_path, base, batch):
-    model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, keep_ratio=0.5)
+@torch.no_grad()
+def test_a_new_model_with_a_budget_has_the_default_pruner(tmp_path, base, batch):
+    """It would keep random tokens otherwise. A policy that counts as trained, or another pruner, goes before it."""
+    model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, keep_ratio=0.5).eval()
+    assert model.config.pruner == {"name": DEFAULT_PRUNER} and type(model.pruner) is PRUNERS[DEFAULT_PRUNER]
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert torch.equal(loaded.prune(**batch).keep_mask, model.prune(**batch).keep_mask)
+    for settings in ({"policy_training": {"stage": "lfd"}}, {"pruner": "uniform"}, {"pruner": UniformPruner()}):
+        model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, keep_ratio=0.5, **settings)
+        assert type(model.pruner).__name__ == ("LearnedPruner" if "policy_training" in settings else "UniformPruner")
+
+
+def test_a_policy_stays_untrained_when_it_is_saved(tmp_path, base, batch):
+    model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8)
+    model.config.keep_ratio = 0.5
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="policy has not been trained"):
         AutoModelForImageTextToText.from_pretrained(tmp_path).generate(**batch)

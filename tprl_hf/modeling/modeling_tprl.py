@@ -87,7 +87,8 @@ class TPRLForConditionalGeneration(PrunerChoiceMixin, TPRLPreTrainedModel, Gener
     @classmethod
     def from_base_model(cls, base_model: str | os.PathLike | PreTrainedModel, **settings) -> Any:
         r"""
-        Wraps a base model with a new, untrained policy. Until it is trained, choose a `pruner`.
+        Wraps a base model with a new, untrained policy. Until it is trained, a `pruner` chooses: by default, where
+        there is a `keep_ratio` or `num_keep`, "divprune".
 
         Args:
             base_model (`str`, `os.PathLike` or `PreTrainedModel`): a name on the Hub, a path, or a live model, which
@@ -115,6 +116,9 @@ class TPRLForConditionalGeneration(PrunerChoiceMixin, TPRLPreTrainedModel, Gener
             fields.setdefault("base_model_name_or_path", absolute_path(str(base_model)))
             fields.setdefault("base_model_revision", loaded_commit(str(base_model), hub_kwargs))
         base = base.lvlm if isinstance(base, cls) else base
+        if given is None and cls.takes_default_pruner(fields):
+            fields["pruner"] = cls.default_pruner
+            logger.warning_once(f"No policy has been trained for this model: {cls.default_pruner} chooses its tokens.")
         config = TPRLConfig(base_config=copy.deepcopy(base.config), **fields)
         model = cls._around(base, config)
         if given is not None:

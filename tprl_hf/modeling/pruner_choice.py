@@ -25,6 +25,15 @@ class PrunerChoiceMixin:
     autoencoder: TokenAutoencoder
     # Which pruners a config can name.
     pruner_classes: ClassVar[Mapping[str, type[TokenPruner]]] = PRUNER_CLASSES
+    # The one of a new model that is given a budget, and has no trained policy.
+    default_pruner: ClassVar[str | None] = None
+
+    @classmethod
+    def takes_default_pruner(cls, settings: Mapping[str, Any]) -> bool:
+        """Whether a new model with these fields of [`TPRLConfig`] would keep random tokens otherwise."""
+        chooses = settings.get("pruner") is not None or settings.get("policy_training") is not None
+        has_budget = settings.get("keep_ratio") is not None or settings.get("num_keep") is not None
+        return cls.default_pruner is not None and has_budget and not chooses
 
     def _init_pruner(self) -> None:
         self._pruner: TokenPruner | None = None  # that of `using`

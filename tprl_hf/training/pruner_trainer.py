@@ -387,6 +387,7 @@ class PolicyTrainer(PrunerTrainer):
             return
         if self.digest is None and self.train_dataset is not None:
             self.digest = data_digest(self.train_dataset)
+        self.tprl_model.set_pruner(None)  # from now on the policy chooses
         self.tprl_model.config.policy_training = {
             "stage": self._stage,
             "recipe": self.recipe,
