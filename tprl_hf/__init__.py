@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from .auto_registration import register_auto_classes
 
 if TYPE_CHECKING:
+    from tprl_hf.modeling.checkpoint_tprl import TPRLPreTrainedModel
     from tprl_hf.modeling.configuration_tprl import TPRLConfig
-    from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration, TPRLPreTrainedModel
+    from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
     from tprl_hf.modeling.pruning_policy import PruningPolicy
     from tprl_hf.modeling.token_autoencoder import TokenAutoencoder
     from tprl_hf.modeling.token_pruner import LearnedPruner, TokenPruner
@@ -21,7 +22,7 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "TPRLConfig": "tprl_hf.modeling.configuration_tprl",
-    "TPRLPreTrainedModel": "tprl_hf.modeling.modeling_tprl",
+    "TPRLPreTrainedModel": "tprl_hf.modeling.checkpoint_tprl",
     "TPRLForConditionalGeneration": "tprl_hf.modeling.modeling_tprl",
     "TokenAutoencoder": "tprl_hf.modeling.token_autoencoder",
     "PruningPolicy": "tprl_hf.modeling.pruning_policy",

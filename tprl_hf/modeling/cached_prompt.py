@@ -52,6 +52,11 @@ class CachedPrompt:
         setattr(cache, _ATTRIBUTE, self)
 
     @staticmethod
+    def is_on(cache: Cache) -> bool:
+        """Whether a call of this model filled `cache`."""
+        return hasattr(cache, _ATTRIBUTE)
+
+    @staticmethod
     def of(cache: Cache | None) -> "CachedPrompt | None":
         """The record of `cache`; `None` for an empty cache.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .columns import count_positions, pad_rows_left, run_lengths
+from .columns import count_positions, find_visual, pad_rows_left, run_lengths
 from .token_layout import Block, grid_blocks, join_tiles, sized_block, square_block
 from .vision_attention import (
     ObservedLayer,
@@ -118,6 +118,10 @@ class LVLMAdapter:
                 f"Models of type {base.config.model_type!r} cannot be pruned: they have no placeholder token with an "
                 f"encoder (`get_image_features`). Supported are, among others: {', '.join(SUPPORTED)}."
             )
+
+    def find_visual(self, input_ids: Tensor) -> Tensor:
+        """Placeholders of images and videos, `bool` of the shape of `input_ids`."""
+        return find_visual(input_ids, list(self.token_ids.values()))
 
     # ---- encoding ----
 

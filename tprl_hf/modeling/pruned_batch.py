@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils.generic import is_flash_attention_requested
 
 from .cached_prompt import CachedPrompt
-from .columns import count_positions, find_visual, gather_columns, kept_columns, left_padded_index
+from .columns import count_positions, gather_columns, kept_columns, left_padded_index
 from .lvlm_adapters import LVLMAdapter
 from .visual_features import VisualFeatures
 
@@ -192,7 +192,7 @@ def prune_batch(
     if past:
         # in the cached columns nothing is looked up; a placeholder there would only be counted
         cached = pruned_ids[:, :past]
-        cached[find_visual(cached, list(adapter.token_ids.values()))] = pad_token_id
+        cached[adapter.find_visual(cached)] = pad_token_id
 
     attention_mask = valid.long()
     inputs["input_ids"] = pruned_ids.to(batch.device)

@@ -1,0 +1,281 @@
+"""Wrapping a base model, and planning which of its visual tokens stay."""
+
+import copy
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import logging
+
+from .cached_prompt import CachedPrompt
+from .checkpoint_checks import (
+    absolute_path,
+    check_weight_files,
+    loaded_commit,
+    refuse_other_formats,
+)
+from .checkpoint_tprl import HUB_NAMES, TPRLPreTrainedModel
+from .columns import unpad_rows
+from .configuration_tprl import TPRLConfig
+from .family_adapters import adapter_for
+from .keep_mask import Budget
+from .prune_plan import PrunePlan, layout_of, pruning_inputs
+from .pruned_batch import PromptBatch
+from .pruner_choice import PrunerChoiceMixin
+from .pruning_policy import PruningPolicy
+from .text_query import config_special_ids, default_query_mask
+from .token_autoencoder import TokenAutoencoder
+from .token_pruner import PruningInputs, TokenPruner
+from .visual_features import VisualFeatures
+
+logger = logging.get_logger(__name__)
+
+
+class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
+    """The part of [`TPRLForConditionalGeneration`] that decides: it wraps a base model and says which tokens stay."""
+
+    def __init__(self, config: TPRLConfig, lvlm: PreTrainedModel | None = None):
+        if config.base_config is None:
+            raise ValueError("TPRLConfig.base_config is missing: use from_base_model(name, path or live model).")
+        super().__init__(config)
+        self.lvlm = AutoModelForImageTextToText.from_config(config.base_config) if lvlm is None else lvlm
+        assert config.token_dim and config.autoencoder_dim and config.latent_dim
+        self.autoencoder = TokenAutoencoder(config.token_dim, config.autoencoder_dim, config.latent_dim)
+        self.policy = PruningPolicy(
+            config.latent_dim,
+            config.token_dim,
+            config.policy_dim,
+            config.policy_num_heads,
+            config.policy_num_layers,
+            config.policy_positions,
+            config.policy_steps,
+            config.policy_budget,
+        )
+        self.autoencoder.float()
+        self.policy.float()
+        self.adapter = adapter_for(self.lvlm)
+        if config.position_ids == "original" and not self.adapter.keeps_positions:
+            raise ValueError(
+                f"Models of type {self.lvlm.config.model_type!r} do not respect gaps in positions, so that kept "
+                "tokens cannot keep theirs: pass position_ids='contiguous'."
+            )
+        self._init_pruner()
+        self.post_init()
+
+    @classmethod
+    def from_base_model(cls, base_model: str | os.PathLike | PreTrainedModel, **settings) -> Any:
+        r"""
+        Wraps a base model with a new, untrained policy. Until it is trained, a `pruner` chooses: by default, where
+        there is a `keep_ratio` or `num_keep`, "divprune".
+
+        Args:
+            base_model (`str`, `os.PathLike` or `PreTrainedModel`): a name on the Hub, a path, or a live model, which
+                is used as it is. Of a TPRL model the LVLM is taken, without its policy.
+            settings: fields of [`TPRLConfig`], such as `keep_ratio` and `pruner` (a name or a [`TokenPruner`]); for a
+                name or a path, all else goes to the base model's `from_pretrained` (`dtype`, `device_map`, ...).
+
+        Raises:
+            `ValueError`: for a base model of an unsupported kind.
+        """
+        given = settings.pop("pruner") if isinstance(settings.get("pruner"), TokenPruner) else None
+        known = set(TPRLConfig().to_dict()) | {"base_model_revision"}
+        fields = {name: settings.pop(name) for name in list(settings) if name in known and name != "dtype"}
+        if isinstance(base_model, PreTrainedModel):
+            if settings:
+                raise TypeError(f"Unknown settings {sorted(settings)}; TPRLConfig has {sorted(known)}.")
+            base = base_model
+            fields.setdefault("base_model_name_or_path", absolute_path(base.config.name_or_path or None))
+        else:
+            refuse_other_formats(settings.get("use_safetensors"))
+            settings["use_safetensors"] = True
+            hub_kwargs = {name: settings[name] for name in HUB_NAMES if name in settings}
+            check_weight_files(str(base_model), hub_kwargs, settings.get("variant"), are_needed=False)
+            base = AutoModelForImageTextToText.from_pretrained(base_model, **settings)
+            fields.setdefault("base_model_name_or_path", absolute_path(str(base_model)))
+            fields.setdefault("base_model_revision", loaded_commit(str(base_model), hub_kwargs))
+        base = base.lvlm if isinstance(base, cls) else base
+        if given is None and cls.takes_default_pruner(fields):
+            fields["pruner"] = cls.default_pruner
+            logger.warning_once(f"No policy has been trained for this model: {cls.default_pruner} chooses its tokens.")
+        config = TPRLConfig(base_config=copy.deepcopy(base.config), **fields)
+        model = cls._around(base, config)
+        if given is not None:
+            model.set_pruner(given)
+        return model
+
+    # ---- encoding and planning ----
+
+    def encode_images(self, input_ids: Tensor, with_attention: bool | None = None, **inputs) -> VisualFeatures:
+        r"""
+        Runs vision tower and projector once. Pass the result as `visual_features` to `prune`, `forward` and
+        `generate`, with any question about the same images.
+
+        Args:
+            input_ids (`int64 [B, L]`): prompts with all their placeholders.
+            with_attention (`bool`, *optional*): whether the tower takes notes of its attention, for pruners that read
+                it; it then runs eagerly. By default as the pruner in use needs it.
+            inputs: what the processor returned besides (`pixel_values`, `image_sizes`, `image_grid_thw`, ...).
+        """
+        wanted = self.pruner.needs_attention if with_attention is None else with_attention
+        return self.adapter.encode(input_ids, inputs, wanted)
+
+    def _batch(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        visual_features: VisualFeatures | None,
+        inputs: dict[str, Any],
+        record: CachedPrompt | None = None,
+        with_attention: bool = False,
+    ) -> PromptBatch:
+        if input_ids is None:
+            raise ValueError("`input_ids` are needed: they say where the visual tokens are. `inputs_embeds` do not.")
+        if attention_mask is None:
+            attention_mask = self._infer_attention_mask(input_ids)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must be two-dimensional as input_ids, {tuple(input_ids.shape)}; got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        device, input_ids, attention_mask = input_ids.device, input_ids.cpu(), attention_mask.cpu()
+        visual = self.adapter.find_visual(input_ids)
+        batch = PromptBatch(input_ids, attention_mask, visual, visual_features, inputs, device, record)
+        if batch.new.any() or (not visual.any() and self.adapter.has_pixels(inputs)):
+            if batch.features is None:
+                batch.features = self.adapter.encode(input_ids, inputs, with_attention)
+            else:
+                self.adapter.check(input_ids, batch.features)
+        else:
+            batch.features = None
+        return batch
+
+    @torch.no_grad()
+    def pruning_inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        visual_features: VisualFeatures | None = None,
+        with_attention: bool | None = None,
+        **inputs,
+    ) -> PruningInputs:
+        r"""
+        What a pruner or the policy gets to see of a batch of prompts: what `prune` shows to the pruner in use.
+
+        Args:
+            input_ids, attention_mask (`int64 [B, L]`), inputs: as the processor returned them.
+            query_mask (`bool [B, L]`, *optional*): which tokens are the question.
+            visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
+            with_attention (`bool`, *optional*): with the vision tower's attention. By default, if the pruner in use
+                needs it.
+
+        Returns:
+            [`PruningInputs`] with the N visual tokens of each sample, padded on the right.
+
+        Raises:
+            `ValueError`: when no prompt has a visual token.
+        """
+        if with_attention is None:
+            with_attention = self.pruner.needs_attention
+        batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, with_attention)
+        if batch.features is None:
+            raise ValueError("The prompts have no visual tokens: there is nothing to prune.")
+        query_mask = self._query_mask(batch, query_mask)
+        return pruning_inputs(batch, self.adapter, layout_of(batch, self.adapter), query_mask, with_attention)[0]
+
+    def _infer_attention_mask(self, input_ids: Tensor) -> Tensor:
+        # as the base model's generate does: only a pad token that is no end token can be told from text
+        pad, eos = self.generation_config.pad_token_id, self.generation_config.eos_token_id
+        ends = eos if isinstance(eos, list) else [eos]
+        return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
+
+    @torch.no_grad()
+    def _plan(self, batch: PromptBatch, choice: Budget | Tensor | None, query_mask: Tensor | None) -> PrunePlan:
+        """The plan on the CPU, but for its scores, which nothing waits for."""
+        total = len(batch.visual_ids)
+        keep_mask = torch.ones(total, dtype=torch.bool, device="cpu")
+        scores = keep_mask.float()
+        layout = layout_of(batch, self.adapter)
+        if isinstance(choice, Tensor):
+            if choice.dtype != torch.bool or choice.shape != (total,):
+                raise ValueError(
+                    f"keep_mask must be bool of shape ({total},), one entry for each visual token of the batch in "
+                    f"placeholder order; got {choice.dtype} of shape {tuple(choice.shape)}."
+                )
+            keep_mask = choice.cpu().clone()
+            scores = keep_mask.float()
+        elif choice is not None and batch.features is not None:
+            query_mask = self._query_mask(batch, query_mask)
+            inputs, new = pruning_inputs(batch, self.adapter, layout, query_mask, self.pruner.needs_attention)
+            chosen, chosen_scores = self.pruner.choose(inputs, choice)
+            merged = self.pruner.merge(inputs, chosen)
+            if merged is not None:
+                batch.replace_rows(unpad_rows(merged, inputs.num_visual), new, self.adapter)
+            chosen_scores = unpad_rows(chosen_scores, inputs.num_visual).float()
+            scores = chosen_scores if new.all() else chosen_scores.new_ones(total).index_put((new,), chosen_scores)
+            keep_mask[new] = unpad_rows(chosen.cpu(), inputs.num_visual)
+        if batch.record is not None:
+            keep_mask[~batch.new] = torch.cat(batch.record.keep_masks)
+        kept = [int(mask.sum()) for mask in keep_mask.split(batch.num_visual.tolist())]
+        num_kept = torch.tensor(kept, device="cpu")
+        return PrunePlan(keep_mask, scores, num_kept, batch.num_visual, layout)
+
+    def _query_mask(self, batch: PromptBatch, query_mask: Tensor | None) -> Tensor:
+        if self.config.query_agnostic:
+            return torch.zeros_like(batch.visual)
+        if query_mask is None:
+            special = config_special_ids(self.adapter.config, self.generation_config)
+            special += self.config.special_token_ids or []
+            return default_query_mask(batch.input_ids, batch.attention_mask, batch.visual, special)
+        if query_mask.shape != batch.input_ids.shape:
+            raise ValueError(
+                f"query_mask must have the shape of input_ids, {tuple(batch.input_ids.shape)}; got "
+                f"{tuple(query_mask.shape)}."
+            )
+        return query_mask.cpu().bool() & ~batch.visual
+
+    @torch.no_grad()
+    def prune(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        keep_ratio: float | None = None,
+        num_keep: int | None = None,
+        threshold: float | None = None,
+        prune: bool | None = None,
+        keep_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        visual_features: VisualFeatures | None = None,
+        **inputs,
+    ) -> PrunePlan:
+        r"""
+        Says which visual tokens `forward` and `generate` would keep, without running the LLM.
+
+        Args:
+            input_ids, attention_mask (`int64 [B, L]`), inputs: as the processor returned them.
+            keep_ratio, num_keep, threshold, prune, keep_mask: one of them, see [`TPRLForConditionalGeneration`].
+            query_mask (`bool [B, L]`, *optional*): which tokens are the question.
+            visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
+
+        Returns:
+            [`PrunePlan`]
+        """
+        choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
+        batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
+        return self._plan(batch, choice, query_mask).to(batch.device)
+
+    # ---- the base model's embeddings are ours ----
+
+    def get_input_embeddings(self):
+        return self.lvlm.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.lvlm.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.lvlm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lvlm.set_output_embeddings(new_embeddings)
