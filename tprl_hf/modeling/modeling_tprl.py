@@ -11,7 +11,9 @@ from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument
 from .columns import restore_prompt
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .keep_mask import Budget
+from .packed_rows import PackedRows
 from .planning_tprl import TPRLPlanningModel
+from .prompt_output import logits_wanted, to_prompt_output
 from .prune_plan import PrunePlan, TPRLOutput
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
 from .visual_features import VisualFeatures
@@ -73,24 +75,32 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         keep_mask: Tensor | None = None,
         query_mask: Tensor | None = None,
         visual_features: VisualFeatures | None = None,
+        compact: bool = False,
         return_dict: bool | None = None,
         cache: Any = None,
         **kwargs,
     ) -> TPRLOutput | tuple:
         r"""
         Args:
-            input_ids, attention_mask, position_ids, labels (`int64 [B, L]`): of the full prompt; the rows of pruned
-                tokens are removed from all of them.
+            input_ids, attention_mask, position_ids, labels (`int64 [B, L]`): of the full prompt, padded on either
+                side; positions also in the other forms that the base model takes. The columns of pruned tokens are
+                removed from all of them. Labels of visual tokens do not count. Without `attention_mask`, positions
+                that start again tell apart the samples of a packed row, as in the base model.
             pixel_values: as the processor returned them, like all other `kwargs`.
             past_key_values (`Cache`, *optional*): a filled one must come from this model; `input_ids` are then the new
                 tokens only, without images. `cache` is another name for it, with every release of transformers.
             keep_ratio, num_keep, threshold, prune, keep_mask: one of them, see [`TPRLForConditionalGeneration`].
             query_mask (`bool [B, L]`, *optional*): which tokens are the question.
             visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
+            compact (`bool`, defaults to `False`): return logits, hidden states and attentions of the P columns that the
+                LLM saw, left-padded, without a copy; `columns` says where they come from.
 
         Returns:
-            [`TPRLOutput`], whose logits are those of the pruned, left-padded sequence. Where nothing is to be pruned,
-            the base model gets the inputs as they are.
+            [`TPRLOutput`], in the columns of `input_ids`: `logits[:, i]` predict the token behind column i. Where
+            nothing is to be pruned, the base model gets the inputs as they are.
+
+        Raises:
+            `ValueError`: for inputs along the sequence in a form that cannot be pruned.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         given = {"pixel_values": pixel_values, "position_ids": position_ids, "labels": labels}
@@ -107,16 +117,67 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
             output = self._output(output)
             return output if return_dict else output.to_tuple()
 
+        if input_ids is not None and attention_mask is None:
+            packed = self._packed_rows(input_ids, inputs)
+            if packed is not None:
+                output = self._forward_packed(packed, input_ids, choice, query_mask, visual_features, inputs)
+                return output if return_dict else output.to_tuple()
+            attention_mask = torch.ones_like(input_ids)  # as the base model's forward has it
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
         plan = self._plan(batch, choice, query_mask)
+        wanted = batch.inputs.pop("logits_to_keep", 0)
         pruned = self._pruned(batch, plan)
         pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
+        source, pruned.inputs["logits_to_keep"] = logits_wanted(
+            wanted, pruned.columns, batch.input_ids.shape[1], compact
+        )
+        if isinstance(wanted, int) and wanted == 0:
+            del pruned.inputs["logits_to_keep"]
         output = self._output(self.lvlm(**pruned.inputs, return_dict=True), plan, pruned)
+        if not compact:
+            to_prompt_output(output, pruned.columns, source, batch.input_ids.shape[1])
         self.adapter.remember_positions(pruned.next_position, pruned.attention_mask.sum(1))
         if output.get(CACHE_NAME) is not None:
             record = CachedPrompt(pruned.input_ids, pruned.attention_mask, pruned.keep_masks, pruned.next_position)
             record.attach(output[CACHE_NAME])
         return output if return_dict else output.to_tuple()
+
+    def _packed_rows(self, input_ids: Tensor, inputs: dict[str, Any]) -> PackedRows | None:
+        """Where the base model would tell apart the samples of packed rows by their positions."""
+        positions = inputs.get("position_ids")
+        uses_cache = inputs.get("use_cache", getattr(self.adapter.config.get_text_config(), "use_cache", True))
+        if positions is None or inputs.get(CACHE_NAME) is not None or (uses_cache and not self.training):
+            return None
+        if positions.ndim == 3:
+            if len(positions) != 4:  # without an axis that counts text nothing tells samples apart
+                return None
+            positions = positions[0]
+        return PackedRows.of(positions, (input_ids.shape[0], input_ids.shape[1]))
+
+    def _forward_packed(self, packed, input_ids, choice, query_mask, visual_features, inputs) -> TPRLOutput:
+        """Each sample of packed rows in a row of its own, and what comes out in the packed rows again."""
+        if inputs.get("output_attentions"):
+            raise ValueError(
+                "output_attentions of packed rows are not returned: pass the samples in rows of their own."
+            )
+        given = packed.unpack_inputs({**inputs, "input_ids": input_ids, "query_mask": query_mask, "use_cache": False})
+        wanted = given.pop("logits_to_keep", 0)
+        call: dict[str, Any] = {"keep_mask": choice}
+        if isinstance(choice, Budget):
+            call = {name: getattr(choice, name) for name in ("keep_ratio", "num_keep", "threshold")}
+        output = self.forward(
+            **given,
+            **call,
+            attention_mask=packed.valid.long().to(input_ids.device),
+            visual_features=visual_features,
+            return_dict=True,
+        )
+        output.logits = packed.pack(output.logits)
+        if isinstance(wanted, Tensor) or wanted:
+            output.logits = output.logits[:, slice(-wanted, None) if isinstance(wanted, int) else wanted]
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(packed.pack(states) for states in output.hidden_states)
+        return output
 
     def _forward_cached(self, input_ids, attention_mask, inputs, return_dict):
         """New tokens behind a cache: positions and mask go on from what the cache holds."""
