@@ -1,6 +1,6 @@
 """One JSON file of what `tprl train` recorded on the way to a checkpoint: settings, seconds, curves.
 
-`python -m tprl_hf.training.training_record runs/mosaic_llava_policy/ppo policy_training.json`
+`python -m tprl_hf.training.training_record runs/mosaic_llava_policy/counterfactual policy_training.json`
 """
 
 import argparse
