@@ -62,13 +62,13 @@ def test_batch_equals_singles(family, budget):
     batches = {side: collate(family, samples, side) for side in ("left", "right")}
     plan = model.prune(**batches["left"], **budget)
     assert torch.equal(model.prune(**batches["right"], **budget).keep_mask, plan.keep_mask)
-    together = {side: model(**batch, **budget).logits for side, batch in batches.items()}
+    together = {side: model(**batch, **budget, compact=True).logits for side, batch in batches.items()}
     tokens = {side: model.generate(**batch, **budget, max_new_tokens=4) for side, batch in batches.items()}
     keep_masks = plan.keep_mask.split(plan.num_visual.tolist())
     for row, one in enumerate(samples):
         alone = collate(family, [one])
         assert torch.equal(model.prune(**alone, **budget).keep_mask, keep_masks[row])
-        logits = model(**alone, **budget).logits[0]
+        logits = model(**alone, **budget, compact=True).logits[0]
         made = model.generate(**alone, **budget, max_new_tokens=4)[0, -4:]
         for side in batches:
             assert deviation(together[side][row, -len(logits) :], logits) <= TOLERANCE

@@ -92,8 +92,8 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
             keep_ratio, num_keep, threshold, prune, keep_mask: one of them, see [`TPRLForConditionalGeneration`].
             query_mask (`bool [B, L]`, *optional*): which tokens are the question.
             visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
-            compact (`bool`, defaults to `False`): return logits, hidden states and attentions of the P columns that the
-                LLM saw, left-padded, without a copy; `columns` says where they come from.
+            compact (`bool`, defaults to `False`): return logits, hidden states and attentions of the P columns that
+                the LLM saw, left-padded, without a copy; `columns` says where they come from.
 
         Returns:
             [`TPRLOutput`], in the columns of `input_ids`: `logits[:, i]` predict the token behind column i. Where
@@ -125,17 +125,15 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
             attention_mask = torch.ones_like(input_ids)  # as the base model's forward has it
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
         plan = self._plan(batch, choice, query_mask)
-        wanted = batch.inputs.pop("logits_to_keep", 0)
+        wanted, length = batch.inputs.pop("logits_to_keep", 0), batch.input_ids.shape[1]
         pruned = self._pruned(batch, plan)
         pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
-        source, pruned.inputs["logits_to_keep"] = logits_wanted(
-            wanted, pruned.columns, batch.input_ids.shape[1], compact
-        )
-        if isinstance(wanted, int) and wanted == 0:
-            del pruned.inputs["logits_to_keep"]
+        source, needed = logits_wanted(wanted, pruned.columns, length, compact)
+        if torch.is_tensor(needed) or needed:
+            pruned.inputs["logits_to_keep"] = needed
         output = self._output(self.lvlm(**pruned.inputs, return_dict=True), plan, pruned)
         if not compact:
-            to_prompt_output(output, pruned.columns, source, batch.input_ids.shape[1])
+            to_prompt_output(output, pruned.columns, source, length)
         self.adapter.remember_positions(pruned.next_position, pruned.attention_mask.sum(1))
         if output.get(CACHE_NAME) is not None:
             record = CachedPrompt(pruned.input_ids, pruned.attention_mask, pruned.keep_masks, pruned.next_position)
@@ -146,7 +144,7 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         """Where the base model would tell apart the samples of packed rows by their positions."""
         positions = inputs.get("position_ids")
         uses_cache = inputs.get("use_cache", getattr(self.adapter.config.get_text_config(), "use_cache", True))
-        if positions is None or inputs.get(CACHE_NAME) is not None or (uses_cache and not self.training):
+        if positions is None or inputs.get(CACHE_NAME) is not None or uses_cache:
             return None
         if positions.ndim == 3:
             if len(positions) != 4:  # without an axis that counts text nothing tells samples apart
@@ -157,15 +155,13 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
     def _forward_packed(self, packed, input_ids, choice, query_mask, visual_features, inputs) -> TPRLOutput:
         """Each sample of packed rows in a row of its own, and what comes out in the packed rows again."""
         if inputs.get("output_attentions"):
-            raise ValueError(
-                "output_attentions of packed rows are not returned: pass the samples in rows of their own."
-            )
+            raise ValueError("Packed rows have no output_attentions here: pass the samples in rows of their own.")
         given = packed.unpack_inputs({**inputs, "input_ids": input_ids, "query_mask": query_mask, "use_cache": False})
         wanted = given.pop("logits_to_keep", 0)
         call: dict[str, Any] = {"keep_mask": choice}
         if isinstance(choice, Budget):
             call = {name: getattr(choice, name) for name in ("keep_ratio", "num_keep", "threshold")}
-        output = self.forward(
+        output: Any = self.forward(
             **given,
             **call,
             attention_mask=packed.valid.long().to(input_ids.device),
