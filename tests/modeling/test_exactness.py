@@ -45,9 +45,12 @@ def test_pruned_equals_deletion_by_hand(family, position_ids, attention):
     inputs = collate(family, [sample(family, 2, 4)])
     keep_mask = model.prune(**inputs, keep_ratio=0.4).keep_mask
     expected, tokens = delete_by_hand(base, inputs, keep_mask, position_ids, new_tokens=4)
-    output = model(**inputs, keep_mask=keep_mask)
+    output = model(**inputs, keep_mask=keep_mask, compact=True)
     assert output.logits.shape == expected.shape
     assert deviation(output.logits, expected) <= TOLERANCE
+    placed = model(**inputs, keep_mask=keep_mask).logits  # in the prompt's columns
+    assert placed.shape[:2] == inputs["input_ids"].shape
+    assert torch.equal(placed[:, output.columns[0]], output.logits)
     for use_cache in (True,) if FAMILIES[family].uncached_differs else (True, False):
         made = model.generate(**inputs, keep_mask=keep_mask, max_new_tokens=4, use_cache=use_cache)
         assert made[0, -4:].tolist() == tokens

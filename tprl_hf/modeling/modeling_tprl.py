@@ -16,6 +16,7 @@ from .planning_tprl import TPRLPlanningModel
 from .prompt_output import logits_wanted, to_prompt_output
 from .prune_plan import PrunePlan, TPRLOutput
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
+from .sequence_inputs import count_no_placeholders, refuse_other_forms, shifted_labels
 from .visual_features import VisualFeatures
 
 
@@ -117,17 +118,38 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
             output = self._output(output)
             return output if return_dict else output.to_tuple()
 
-        if input_ids is not None and attention_mask is None:
-            packed = self._packed_rows(input_ids, inputs)
+        output = self._run(input_ids, attention_mask, inputs, choice, query_mask, visual_features, compact)
+        return output if return_dict else output.to_tuple()
+
+    def _run(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs: dict[str, Any],
+        choice: Budget | Tensor | None,
+        query_mask: Tensor | None,
+        visual_features: VisualFeatures | None,
+        compact: bool,
+    ) -> TPRLOutput:
+        """Prunes the prompts and runs the base model on what stays."""
+        if input_ids is not None:
+            refuse_other_forms(inputs, input_ids)
+            packed = None if attention_mask is not None else self._packed_rows(input_ids, inputs)
             if packed is not None:
-                output = self._forward_packed(packed, input_ids, choice, query_mask, visual_features, inputs)
-                return output if return_dict else output.to_tuple()
-            attention_mask = torch.ones_like(input_ids)  # as the base model's forward has it
+                given = packed.unpack_inputs({**inputs, "input_ids": input_ids, "query_mask": query_mask})
+                ids, wanted = given.pop("input_ids"), given.pop("logits_to_keep", 0)
+                mask = packed.valid.long().to(ids.device)
+                output = self._run(ids, mask, given, choice, given.pop("query_mask"), visual_features, False)
+                return packed.pack_output(output, wanted)
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
         plan = self._plan(batch, choice, query_mask)
         wanted, length = batch.inputs.pop("logits_to_keep", 0), batch.input_ids.shape[1]
+        batch.inputs = count_no_placeholders(batch.inputs, batch.visual)
         pruned = self._pruned(batch, plan)
-        pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
+        if "shift_labels" in batch.inputs:
+            pruned.inputs["shift_labels"] = shifted_labels(batch.inputs["shift_labels"], pruned.columns)
+        if "position_ids" not in inputs:
+            pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
         source, needed = logits_wanted(wanted, pruned.columns, length, compact)
         if torch.is_tensor(needed) or needed:
             pruned.inputs["logits_to_keep"] = needed
@@ -138,10 +160,10 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         if output.get(CACHE_NAME) is not None:
             record = CachedPrompt(pruned.input_ids, pruned.attention_mask, pruned.keep_masks, pruned.next_position)
             record.attach(output[CACHE_NAME])
-        return output if return_dict else output.to_tuple()
+        return output
 
     def _packed_rows(self, input_ids: Tensor, inputs: dict[str, Any]) -> PackedRows | None:
-        """Where the base model would tell apart the samples of packed rows by their positions."""
+        """The samples of packed rows, where the base model would tell them apart by their positions."""
         positions = inputs.get("position_ids")
         uses_cache = inputs.get("use_cache", getattr(self.adapter.config.get_text_config(), "use_cache", True))
         if positions is None or inputs.get(CACHE_NAME) is not None or uses_cache:
@@ -151,29 +173,6 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
                 return None
             positions = positions[0]
         return PackedRows.of(positions, (input_ids.shape[0], input_ids.shape[1]))
-
-    def _forward_packed(self, packed, input_ids, choice, query_mask, visual_features, inputs) -> TPRLOutput:
-        """Each sample of packed rows in a row of its own, and what comes out in the packed rows again."""
-        if inputs.get("output_attentions"):
-            raise ValueError("Packed rows have no output_attentions here: pass the samples in rows of their own.")
-        given = packed.unpack_inputs({**inputs, "input_ids": input_ids, "query_mask": query_mask, "use_cache": False})
-        wanted = given.pop("logits_to_keep", 0)
-        call: dict[str, Any] = {"keep_mask": choice}
-        if isinstance(choice, Budget):
-            call = {name: getattr(choice, name) for name in ("keep_ratio", "num_keep", "threshold")}
-        output: Any = self.forward(
-            **given,
-            **call,
-            attention_mask=packed.valid.long().to(input_ids.device),
-            visual_features=visual_features,
-            return_dict=True,
-        )
-        output.logits = packed.pack(output.logits)
-        if isinstance(wanted, Tensor) or wanted:
-            output.logits = output.logits[:, slice(-wanted, None) if isinstance(wanted, int) else wanted]
-        if output.hidden_states is not None:
-            output.hidden_states = tuple(packed.pack(states) for states in output.hidden_states)
-        return output
 
     def _forward_cached(self, input_ids, attention_mask, inputs, return_dict):
         """New tokens behind a cache: positions and mask go on from what the cache holds."""

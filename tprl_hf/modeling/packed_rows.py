@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .columns import fill_rows
+from .prune_plan import TPRLOutput
 
 
 @dataclass
@@ -65,3 +66,20 @@ class PackedRows:
             else value
             for name, value in inputs.items()
         }
+
+    def pack_output(self, output: TPRLOutput, logits_to_keep: int | Tensor) -> TPRLOutput:
+        """The output for samples in rows of their own, in the packed rows; of the logits those that are wanted.
+
+        Raises:
+            `ValueError`: for attentions, which would be those of one sample each.
+        """
+        if output.attentions is not None:
+            raise ValueError("Packed rows have no attentions: pass the samples in rows of their own.")
+        if output.logits is not None:
+            logits = self.pack(output.logits)
+            if torch.is_tensor(logits_to_keep):
+                logits = logits[:, logits_to_keep]
+            output.logits = logits[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else logits
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(self.pack(states) for states in output.hidden_states)
+        return output
