@@ -8,7 +8,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
 from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument
-from .columns import restore_prompt
+from .columns import restore_prompt, source_columns
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .keep_mask import Budget
 from .packed_rows import PackedRows
@@ -16,7 +16,7 @@ from .planning_tprl import TPRLPlanningModel
 from .prompt_output import logits_wanted, to_prompt_output
 from .prune_plan import PrunePlan, TPRLOutput
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
-from .sequence_inputs import count_no_placeholders, refuse_other_forms, shifted_labels
+from .sequence_inputs import count_no_placeholders, predicted_labels, refuse_other_forms, shifted_labels
 from .visual_features import VisualFeatures
 
 
@@ -146,16 +146,23 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         wanted, length = batch.inputs.pop("logits_to_keep", 0), batch.input_ids.shape[1]
         batch.inputs = count_no_placeholders(batch.inputs, batch.visual)
         pruned = self._pruned(batch, plan)
+        if "labels" in batch.inputs:
+            pruned.inputs["labels"] = predicted_labels(pruned.inputs["labels"], pruned.columns)
         if "shift_labels" in batch.inputs:
             pruned.inputs["shift_labels"] = shifted_labels(batch.inputs["shift_labels"], pruned.columns)
         if "position_ids" not in inputs:
             pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
-        source, needed = logits_wanted(wanted, pruned.columns, length, compact)
-        if torch.is_tensor(needed) or needed:
+        needed, columns = wanted, pruned.columns
+        if not compact:
+            source = source_columns(columns, length)
+            wanted, needed = logits_wanted(wanted, source, columns.shape[1])
+        if torch.is_tensor(needed) or 0 < needed < columns.shape[1]:
             pruned.inputs["logits_to_keep"] = needed
         output = self._output(self.lvlm(**pruned.inputs, return_dict=True), plan, pruned)
         if not compact:
-            to_prompt_output(output, pruned.columns, source, length)
+            own = torch.zeros_like(source, dtype=torch.bool).scatter_(1, columns.clamp(min=0), True)
+            own[:, 0] = (columns == 0).any(1)  # padding pointed there
+            to_prompt_output(output, source, wanted, needed, own)
         self.adapter.remember_positions(pruned.next_position, pruned.attention_mask.sum(1))
         if output.get(CACHE_NAME) is not None:
             record = CachedPrompt(pruned.input_ids, pruned.attention_mask, pruned.keep_masks, pruned.next_position)

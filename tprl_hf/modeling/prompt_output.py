@@ -3,49 +3,37 @@
 import torch
 from torch import Tensor
 
-from .columns import source_columns, take_columns
+from .columns import take_columns
 from .prune_plan import TPRLOutput
 
 
-def logits_wanted(
-    logits_to_keep: int | Tensor, columns: Tensor, length: int, compact: bool
-) -> tuple[Tensor, int | Tensor]:
+def logits_wanted(logits_to_keep: int | Tensor, source: Tensor, num_columns: int) -> tuple[Tensor, int | Tensor]:
     """
     Which logits of the pruned batch are needed for those that the caller wants.
 
     Args:
         logits_to_keep (`int` or `int64 [K]`): as the base model takes it, of the L columns of the original prompt: the
-            last so many, 0 for all, or these columns. With `compact`, of the P columns of the pruned batch.
-        columns (`int64 [B, P]`): column of the original prompt of each pruned column, -1 for padding.
-        length (`int`): L.
-        compact (`bool`): whether the caller wants the P columns.
+            last so many, 0 for all, or these columns.
+        source (`int64 [B, L]`): the pruned column of each of them, see [`source_columns`].
+        num_columns (`int`): P, columns of the pruned batch.
 
     Returns:
-        `int64 [B, K]`, where the wanted logits lie among those that the base model returns (-1: nowhere), and the
-        `logits_to_keep` for it.
+        `int64 [B, K]`, the pruned columns whose logits are wanted (-1: none), and the `logits_to_keep` that gives all
+        of them.
     """
-    if compact:
-        return torch.zeros(len(columns), 0, dtype=torch.long, device="cpu"), logits_to_keep
-    source = source_columns(columns, length)
-    num_columns = columns.shape[1]
     if isinstance(logits_to_keep, int):
-        if logits_to_keep == 0:
-            return source, 0
-        source = source[:, -logits_to_keep:]
+        source = source[:, -logits_to_keep:]  # 0: all
     else:
         source = source[:, logits_to_keep.cpu()]
     needed = source[source >= 0].unique()
     if len(needed) == 0:
         return source, 1
-    if int(needed[-1]) == num_columns - 1 and len(needed) == num_columns - int(needed[0]):
-        start = int(needed[0])  # the last ones, as every base model can return them
-        return torch.where(source >= 0, source - start, source), num_columns - start
-    place = torch.full((num_columns + 1,), -1, dtype=torch.long, device="cpu")
-    place[needed] = torch.arange(len(needed), device="cpu")
-    return place[source], needed
+    if len(needed) == num_columns - int(needed[0]):
+        return source, len(needed)  # the last ones
+    return source, needed
 
 
-def to_prompt_output(output: TPRLOutput, columns: Tensor, logits_source: Tensor, length: int) -> None:
+def to_prompt_output(output: TPRLOutput, source: Tensor, wanted: Tensor, needed: int | Tensor, own: Tensor) -> None:
     """
     Moves logits, hidden states and attentions of the pruned batch to the columns of the original prompt, in place.
 
@@ -53,37 +41,37 @@ def to_prompt_output(output: TPRLOutput, columns: Tensor, logits_source: Tensor,
 
     Args:
         output ([`TPRLOutput`]): of the P pruned columns.
-        columns (`int64 [B, P]`): column of the original prompt of each pruned column, -1 for padding.
-        logits_source (`int64 [B, K]`): where the wanted logits lie, see [`logits_wanted`].
-        length (`int`): L, columns of the original prompt.
+        source (`int64 [B, L]`): the pruned column of each column of the original prompt, see [`source_columns`].
+        wanted, needed: see [`logits_wanted`].
+        own (`bool [B, L]`): columns of the original prompt that were kept.
     """
-    source = source_columns(columns, length)
+    num_columns = int(source.max()) + 1
     if output.logits is not None:
-        output.logits = take_columns(output.logits, logits_source)
+        if output.logits.shape[1] < num_columns:  # some base models return all of them, whatever is needed
+            places = torch.arange(num_columns - needed, num_columns) if isinstance(needed, int) else needed
+            wanted = torch.where(wanted >= 0, torch.searchsorted(places, wanted.contiguous()), wanted)
+        output.logits = take_columns(output.logits, wanted)
     if output.hidden_states is not None:
-        output.hidden_states = tuple(prompt_columns(states, source, -2, columns) for states in output.hidden_states)
+        output.hidden_states = tuple(prompt_columns(states, source, 1, num_columns) for states in output.hidden_states)
     if output.attentions is not None:
-        moved = []
-        own = torch.zeros_like(source, dtype=torch.bool)
-        own.scatter_(1, columns.clamp(min=0), columns >= 0)
-        own[:, 0] = (columns == 0).any(1)  # padding is marked with -1, not with column 0
-        for weights in output.attentions:
-            if weights is not None:
-                weights = prompt_columns(weights, source, -2, columns)
-                weights = prompt_columns(weights, source.masked_fill(~own, -1), -1, columns)
-            moved.append(weights)
-        output.attentions = tuple(moved)
+        attended = source.masked_fill(~own, -1)
+        output.attentions = tuple(
+            weights
+            if weights is None
+            else prompt_columns(prompt_columns(weights, source, 2, num_columns), attended, 3, num_columns)
+            for weights in output.attentions
+        )
 
 
-def prompt_columns(values: Tensor, source: Tensor, dim: int, columns: Tensor) -> Tensor:
+def prompt_columns(values: Tensor, source: Tensor, dim: int, num_columns: int) -> Tensor:
     """`values` with P columns at `dim`, in the L columns of `source [B, L]`.
 
     Raises:
         `ValueError`: for values of another form.
     """
-    if len(values) != len(columns) or values.shape[dim] != columns.shape[1]:
+    if values.ndim <= dim or len(values) != len(source) or values.shape[dim] != num_columns:
         raise ValueError(
             f"This base model returns states of shape {tuple(values.shape)}, which have no place in the prompt's "
             "columns: pass compact=True."
         )
-    return take_columns(values, source, values.ndim + dim)
+    return take_columns(values, source, dim)

@@ -51,6 +51,12 @@ def count_no_placeholders(inputs: dict[str, Any], visual: Tensor) -> dict[str, A
     return inputs
 
 
+def predicted_labels(labels: Tensor, columns: Tensor) -> Tensor:
+    """Labels `[B, P]` of the pruned columns, without those of first tokens, which padding would have to predict."""
+    first = (columns >= 0) & (pad(columns[:, :-1], (1, 0), value=-1) < 0)
+    return labels.masked_fill(first.to(labels.device), -100)
+
+
 def shifted_labels(shift_labels: Tensor, columns: Tensor) -> Tensor:
     """
     Labels of the token behind each pruned column.
