@@ -25,9 +25,9 @@ def readme_for_an_index() -> str:
     return text.replace("\n\n", "\n\n*Paths such as `docs/training.md` are those of the source distribution.*\n\n", 1)
 
 
-# With these floors `python3 dev.py test-floors` passes. transformers takes `mm_encoder_outputs` since 5.18, but beam search
-# answers wrongly there, and SmolVLM behind a cache fails until 5.20. It needs safetensors 0.8, trl 1.16 needs accelerate
-# 1.10.1, and pillow 10.1 is the first whose own font has sizes.
+# With these floors `python3 dev.py test-floors` passes. transformers takes `mm_encoder_outputs` since 5.18, but there
+# beam search answers wrongly, and until 5.20 SmolVLM behind a cache fails. It needs safetensors 0.8, trl 1.16 needs
+# accelerate 1.10.1, and pillow 10.1 is the first whose own font has sizes.
 INSTALL = [
     "accelerate>=1.10.1",
     "datasets>=4.7",

@@ -21,7 +21,6 @@ NEW = 4
 BEAMS = [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}]
 # One for each container of features, and those with masks or positions of their own.
 VARIED = ("llava", "qwen3_vl", "internvl", "idefics3", "paligemma", "gemma3")
-ALL = {"keep_ratio": 1.0}
 SAME_TOKENS = {
     "static cache": {"cache_implementation": "static"},
     "chunked prefill": {"prefill_chunk_size": 5},
