@@ -432,8 +432,18 @@ def test_foreign_and_mismatched_caches_are_refused():
     foreign = base.generate(**batch, max_new_tokens=2, return_dict_in_generate=True)
     longer = torch.cat([foreign.sequences, torch.tensor([[5]])], 1)
     inputs = {**batch, "input_ids": longer, "attention_mask": torch.ones_like(longer)}
+    for place in (1, batch["input_ids"].shape[1] - 1):
+        other = {**inputs, "input_ids": longer.clone()}
+        other["input_ids"][0, place] += 1
+        with pytest.raises(ValueError, match="did not prune"):
+            model.generate(**other, past_key_values=copy.deepcopy(foreign.past_key_values))
+    cut = copy.deepcopy(foreign.past_key_values)
+    for layer in cut.layers:  # a column in the middle is not there
+        layer.keys, layer.values = (torch.cat([x[:, :, :9], x[:, :, 10:]], 2) for x in (layer.keys, layer.values))
     with pytest.raises(ValueError, match="did not prune"):
-        model.generate(**inputs, past_key_values=foreign.past_key_values)
+        model.generate(**inputs, past_key_values=cut)
+    made = model.generate(**inputs, past_key_values=foreign.past_key_values, max_new_tokens=NEW)
+    assert torch.equal(made, base.generate(**inputs, max_new_tokens=NEW))
     first = model.generate(**batch, max_new_tokens=2, return_dict_in_generate=True)
     inputs["input_ids"][0, 1] += 1
     with pytest.raises(ValueError, match="differs from the cached conversation at pruned token 1"):

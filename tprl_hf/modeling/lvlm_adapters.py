@@ -303,9 +303,9 @@ class LVLMAdapter:
         """Positions gathered from the full prompt, with an axis that only counts tokens counted anew."""
         return positions
 
-    def last_position(self, positions: Tensor) -> Tensor:
-        """Largest position of the last column, `[B]`."""
-        return positions[:, -1]
+    def largest_positions(self, positions: Tensor) -> Tensor:
+        """The largest of each column's axes but the one that counts text, `[B, P]`."""
+        return positions
 
     def remember_positions(self, next_position: Tensor, num_attended: Tensor) -> None:
         """Lets the base model go on from `next_position [B]` where it counts positions by itself."""
@@ -385,8 +385,8 @@ class RopeIndexAdapter(LVLMAdapter):
             return positions
         return torch.cat([count_positions(valid)[None], positions[1:]])
 
-    def last_position(self, positions: Tensor) -> Tensor:
-        return positions[int(self.has_text_axis) :, :, -1].max(dim=0).values
+    def largest_positions(self, positions: Tensor) -> Tensor:
+        return positions[int(self.has_text_axis) :].amax(0)
 
     def remember_positions(self, next_position: Tensor, num_attended: Tensor) -> None:
         self.core.rope_deltas = (next_position - num_attended)[:, None].to(self.base.device)

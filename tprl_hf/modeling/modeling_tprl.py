@@ -7,8 +7,9 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
-from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument
+from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument, is_filled
 from .columns import restore_prompt, source_columns
+from .conversation_tprl import ConversationMixin
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .keep_mask import Budget
 from .packed_rows import PackedRows
@@ -20,7 +21,7 @@ from .sequence_inputs import count_no_placeholders, predicted_labels, refuse_oth
 from .visual_features import VisualFeatures
 
 
-class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
+class TPRLForConditionalGeneration(ConversationMixin, TPRLPlanningModel, GenerationMixin):
     r"""
     An LVLM whose visual tokens are pruned before its LLM.
 
@@ -109,13 +110,15 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         inputs |= cache_argument(past_key_values, cache)
         cache = inputs.get(CACHE_NAME)
-        filled = cache is not None and int(cache.get_seq_length()) > 0
+        filled = is_filled(cache)
         if filled and (prune is not False or CachedPrompt.is_on(cache)):
             assert input_ids is not None
             return self._forward_cached(input_ids, attention_mask, inputs, return_dict)
         if self._leaves_alone(input_ids, choice, visual_features, None):
             output = self.lvlm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **inputs)
             output = self._output(output)
+            if not self.training and not filled:
+                self._note_unpruned(output.get(CACHE_NAME), input_ids, attention_mask, inputs)
             return output if return_dict else output.to_tuple()
 
         output = self._run(input_ids, attention_mask, inputs, choice, query_mask, visual_features, compact)
@@ -163,10 +166,7 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
             own = torch.zeros_like(source, dtype=torch.bool).scatter_(1, columns.clamp(min=0), True)
             own[:, 0] = (columns == 0).any(1)  # padding pointed there
             to_prompt_output(output, source, wanted, needed, own)
-        self.adapter.remember_positions(pruned.next_position, pruned.attention_mask.sum(1))
-        if output.get(CACHE_NAME) is not None:
-            record = CachedPrompt(pruned.input_ids, pruned.attention_mask, pruned.keep_masks, pruned.next_position)
-            record.attach(output[CACHE_NAME])
+        self._note(output.get(CACHE_NAME), pruned.record)
         return output
 
     def _packed_rows(self, input_ids: Tensor, inputs: dict[str, Any]) -> PackedRows | None:
@@ -183,8 +183,7 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
 
     def _forward_cached(self, input_ids, attention_mask, inputs, return_dict):
         """New tokens behind a cache: positions and mask go on from what the cache holds."""
-        record = CachedPrompt.of(inputs[CACHE_NAME])
-        assert record is not None
+        record = CachedPrompt.of(inputs[CACHE_NAME]).for_prompts(len(input_ids), 1)
         device, ids = input_ids.device, input_ids.cpu()
         if self.adapter.find_visual(ids).any():
             raise ValueError(
@@ -207,9 +206,7 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
             return_dict=True,
             **inputs,
         )
-        record = record.extend(ids, new, positions[:, -1] + 1)
-        record.attach(output[CACHE_NAME])
-        self.adapter.remember_positions(record.next_position, attended.sum(1))
+        self._note(output[CACHE_NAME], record.extend(ids, new))
         output = self._output(output)
         return output if return_dict else output.to_tuple()
 
@@ -255,19 +252,24 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         input_ids = kwargs.pop("input_ids", inputs)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         kwargs |= cache_argument(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
-        cache = kwargs.get(CACHE_NAME)
+        configs = (generation_config, self.generation_config)
+        copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
+        cache, asked = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
         record = None
-        if cache is not None and (prune is not False or CachedPrompt.is_on(cache)):
-            record = CachedPrompt.of(cache)
+        if is_filled(cache) and (prune is not False or CachedPrompt.is_on(cache)):
+            record = self._read_cache(cache, input_ids, asked, kwargs, copies)
+            if setting("is_assistant", kwargs, *configs):
+                record = self._go_back(cache, record, input_ids, asked)
+        filler = setting("pad_token_id", kwargs, *configs)
         if self._leaves_alone(input_ids, choice, visual_features, record):
-            return self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
+            output = self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
+            self._note_unpruned_answer(cache, input_ids, asked, kwargs, output, copies, filler)
+            return output
 
         batch = self._batch(
             input_ids, kwargs.pop("attention_mask", None), visual_features, kwargs, record, self._looks(choice)
         )
         plan = self._plan(batch, choice, query_mask)
-        configs = (generation_config, self.generation_config)
-        copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
         no_cache = setting("use_cache", kwargs, *configs) is False
         pruned = self._pruned(batch, plan, same_length=copies > 1, min_padding=int(no_cache))
         prompt, length = batch.input_ids.to(batch.device), pruned.input_ids.shape[1]
@@ -279,9 +281,7 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         output = self.lvlm.generate(generation_config=generation_config, **arguments)
 
         sequences = output if torch.is_tensor(output) else output.sequences
-        cache = (arguments if torch.is_tensor(output) else output).get(CACHE_NAME)
-        if cache is not None and len(sequences) == len(prompt):
-            self._remember(cache, sequences, pruned, length)
+        self._note_answer(cache, pruned.record, output, copies, filler)
         restored = restore_prompt(sequences, prompt, length)
         if torch.is_tensor(output):
             return restored
@@ -289,12 +289,3 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         for name in ("keep_mask", "num_kept", "num_visual"):
             output[name] = getattr(plan, name).to(batch.device)
         return output
-
-    def _remember(self, cache: Any, sequences: Tensor, pruned: PrunedBatch, length: int) -> None:
-        """Notes on the cache what it holds after `generate`."""
-        held = int(cache.get_seq_length())
-        attended = pruned.attention_mask
-        attended = torch.cat([attended, attended.new_ones(len(attended), max(held - length, 0))], 1)[:, :held]
-        next_position = pruned.next_position + held - length
-        CachedPrompt(sequences[:, :held].cpu(), attended, pruned.keep_masks, next_position).attach(cache)
-        self.adapter.remember_positions(next_position, attended.sum(1))
