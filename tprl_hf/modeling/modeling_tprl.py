@@ -39,6 +39,16 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
     ```
     """
 
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """That of the base model, whose `generate` reads it."""
+        return self.lvlm.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig | None) -> None:
+        if "lvlm" in self._modules:  # transformers sets one before there is a base model
+            self.lvlm.generation_config = config
+
     def _pruned(self, batch: PromptBatch, plan: PrunePlan, **options) -> PrunedBatch:
         pad = self.generation_config.pad_token_id
         return prune_batch(
@@ -112,7 +122,6 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         pruned = self._pruned(batch, plan)
         pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
         output = self._output(self.lvlm(**pruned.inputs, return_dict=True), plan, pruned)
-        self.adapter.remember_positions(pruned.next_position, pruned.attention_mask.sum(1))
         if output.get(CACHE_NAME) is not None:
             record = CachedPrompt(pruned.input_ids, pruned.attention_mask, pruned.keep_masks, pruned.next_position)
             record.attach(output[CACHE_NAME])
@@ -146,7 +155,6 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         )
         record = record.extend(ids, new, positions[:, -1] + 1)
         record.attach(output[CACHE_NAME])
-        self.adapter.remember_positions(record.next_position, attended.sum(1))
         output = self._output(output)
         return output if return_dict else output.to_tuple()
 
@@ -188,7 +196,6 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         Returns:
             As [`~transformers.GenerationMixin.generate`]; a dict also has `keep_mask`, `num_kept` and `num_visual`.
         """
-        self.lvlm.generation_config = self.generation_config
         input_ids = kwargs.pop("input_ids", inputs)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         kwargs |= cache_argument(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
@@ -234,4 +241,3 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         attended = torch.cat([attended, attended.new_ones(len(attended), max(held - length, 0))], 1)[:, :held]
         next_position = pruned.next_position + held - length
         CachedPrompt(sequences[:, :held].cpu(), attended, pruned.keep_masks, next_position).attach(cache)
-        self.adapter.remember_positions(next_position, attended.sum(1))
