@@ -123,8 +123,8 @@ class PrunerChoiceMixin:
         Inside the `with`, `pruner` chooses the tokens; afterwards all is as before. It is not saved.
 
         It holds for the thread or asyncio task that opened it, and for what that one calls: others may use the same
-        model with pruners of their own. Threads that are started inside a block of the main thread have its pruner too,
-        until they open a block themselves; in other cases `contextvars.copy_context().run` hands it on.
+        model with pruners of their own. Threads that are started inside a block of the main thread have its pruner
+        too, until they open a block themselves; in other cases `contextvars.copy_context().run` hands it on.
         """
         pruner.attach(self.lvlm)
         use = Use(self, pruner)

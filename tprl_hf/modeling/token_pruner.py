@@ -129,7 +129,7 @@ class TokenPruner:
     def attach(self, lvlm: PreTrainedModel) -> None:
         """Called when a model takes this pruner, with its base model, for methods that run a part of it.
 
-        Nothing is to be kept: other threads may use the pruner with other models. `PruningInputs.lvlm` is there in use.
+        Nothing is to be kept: other threads may use the pruner with other models. `PruningInputs.lvlm` is that in use.
 
         Raises:
             `ValueError`: for a base model with which the method does not work.
