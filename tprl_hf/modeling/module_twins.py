@@ -4,6 +4,7 @@ A call that needs another attention works on such a twin, so that threads that u
 """
 
 import copy
+from collections.abc import Iterable
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -19,17 +20,18 @@ def copied_configs(config: PreTrainedConfig, attention: str) -> dict[int, PreTra
     return {key: value for key, value in memo.items() if isinstance(value, PreTrainedConfig)}
 
 
-def twin_of(module: nn.Module, configs: dict[int, PreTrainedConfig]) -> Any:
+def twin_of(module: nn.Module, configs: dict[int, PreTrainedConfig], shared: Iterable[nn.Module | None] = ()) -> Any:
     """
     Args:
         module (`nn.Module`): stays as it is.
         configs (`dict[int, PreTrainedConfig]`): what stands in the place of a config, by its `id`.
+        shared (`Iterable[nn.Module]`, *optional*): parts that do not run, and are taken as they are.
 
     Returns:
         `nn.Module`: A copy of the module and of all in it that shares its tensors and has its hooks. What is set on
         it, and hooks added to it, are its own. A compiled module's is not compiled.
     """
-    return _twin(module, configs, {})
+    return _twin(module, configs, {id(part): part for part in shared if part is not None and part is not module})
 
 
 def _twin(module: nn.Module, configs: dict[int, PreTrainedConfig], made: dict[int, nn.Module]) -> nn.Module:
@@ -38,15 +40,18 @@ def _twin(module: nn.Module, configs: dict[int, PreTrainedConfig], made: dict[in
         return made[id(module)]
     # neither the module's own way to copy itself nor that of its class: some of these copy weights
     twin = made[id(module)] = object.__new__(type(module))
+    own = twin.__dict__
     for name, value in vars(module).items():
-        if id(value) in configs:
-            value = configs[id(value)]
-        elif isinstance(value, dict):
-            value = copy.copy(value)
-        twin.__dict__[name] = _rebound(value, module, twin)
-    twin.__dict__.pop("_compiled_call_impl", None)
+        if isinstance(value, dict):
+            own[name] = value.copy()
+        elif id(value) in configs:
+            own[name] = configs[id(value)]
+        else:
+            own[name] = _rebound(value, module, twin) if callable(value) else value
+    own.pop("_compiled_call_impl", None)
     for name, child in module._modules.items():
-        twin._modules[name] = None if child is None else _twin(child, configs, made)
+        if child is not None:
+            own["_modules"][name] = _twin(child, configs, made)
     return twin
 
 

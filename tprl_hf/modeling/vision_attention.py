@@ -110,7 +110,7 @@ def observed_tower(base: PreTrainedModel) -> Iterator[tuple[Any, list[ObservedLa
     layers: list[ObservedLayer] = []
     token = _notes.set(layers)
     try:
-        yield twin_of(base.base_model, configs), layers
+        yield twin_of(base.base_model, configs, shared=[base.get_decoder()]), layers
     finally:
         _notes.reset(token)
 

@@ -90,7 +90,7 @@ class LLMAttentionPruner(TokenPruner):
             raise _Attention(output[1])
 
         # a twin, so that the LLM of other threads computes attention as before
-        twin = twin_of(decoder, copied_configs(decoder.config, "eager"))
+        twin = twin_of(decoder, copied_configs(decoder.config, "eager"), decoder.layers[self.layer :])
         twin.layers[self.layer - 1].self_attn.register_forward_hook(catch)
         try:
             with torch.no_grad():
