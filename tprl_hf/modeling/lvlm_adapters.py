@@ -99,8 +99,7 @@ class LVLMAdapter:
                 f"Models of type {base.config.model_type!r} cannot be pruned: {REFUSED[base.config.model_type]}. "
                 f"Supported are, among others: {', '.join(SUPPORTED)}."
             )
-        self.encoders = {}
-        self.encoder_names: dict[str, list[str]] = {}  # inputs of each
+        self.encoder_names: dict[str, list[str]] = {}  # inputs of each modality's
         self.token_ids: dict[str, int] = {}
         for modality in ("image", "video"):
             token_id = getattr(base.config, f"{modality}_token_id", None)
@@ -108,12 +107,11 @@ class LVLMAdapter:
             if token_id in self.token_ids.values():  # shared: what it stands for could not be told
                 continue
             if token_id is not None and encoder is not None:
-                self.encoders[modality] = encoder
                 self.encoder_names[modality] = [
                     name for name in inspect.signature(encoder).parameters if name != "kwargs"
                 ]
                 self.token_ids[modality] = token_id
-        if not self.encoders:
+        if not self.encoder_names:
             raise ValueError(
                 f"Models of type {base.config.model_type!r} cannot be pruned: they have no placeholder token with an "
                 f"encoder (`get_image_features`). Supported are, among others: {', '.join(SUPPORTED)}."
@@ -133,7 +131,7 @@ class LVLMAdapter:
 
     def has_pixels(self, inputs: dict[str, Any]) -> bool:
         """Whether `inputs` hold an image or a video."""
-        return any(self.encoder_inputs(modality, inputs) for modality in self.encoders)
+        return any(self.encoder_inputs(modality, inputs) for modality in self.encoder_names)
 
     def consumed_names(self) -> set[str]:
         """Names of inputs that encoding or positions use up, so that the base model must not see them again."""
@@ -154,7 +152,7 @@ class LVLMAdapter:
         """
         input_ids = input_ids.cpu()  # see `PromptBatch`
         modalities = {}
-        for modality, encoder in self.encoders.items():
+        for modality in self.encoder_names:
             counts = (input_ids == self.token_ids[modality]).sum(1)
             taken = self.encoder_inputs(modality, inputs)
             if not taken:
@@ -168,11 +166,11 @@ class LVLMAdapter:
                 if torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all():
                     bad = value[~value.isfinite()][0].item()
                     raise ValueError(f"{name} holds {bad}: check how the image was read and normalised.")
-            notes: AbstractContextManager[list[ObservedLayer]] = nullcontext([])
+            notes: AbstractContextManager[tuple[Any, list[ObservedLayer]]] = nullcontext((self.core, []))
             if with_attention:
                 notes = observed_tower(self.base)
-            with notes as layers:
-                output = encoder(**taken, return_dict=True)
+            with notes as (core, layers):
+                output = getattr(core, f"get_{modality}_features")(**taken, return_dict=True)
             encoded = self.unpack(modality, output, counts, inputs)
             if with_attention:
                 layer = choose_layer(layers, self.feature_layer, self.config.model_type)
@@ -307,9 +305,6 @@ class LVLMAdapter:
         """The largest of each column's axes but the one that counts text, `[B, P]`."""
         return positions
 
-    def remember_positions(self, next_position: Tensor, num_attended: Tensor) -> None:
-        """Lets the base model go on from `next_position [B]` where it counts positions by itself."""
-
     # ---- handing over ----
 
     def mm_encoder_outputs(
@@ -387,9 +382,6 @@ class RopeIndexAdapter(LVLMAdapter):
 
     def largest_positions(self, positions: Tensor) -> Tensor:
         return positions[int(self.has_text_axis) :].amax(0)
-
-    def remember_positions(self, next_position: Tensor, num_attended: Tensor) -> None:
-        self.core.rope_deltas = (next_position - num_attended)[:, None].to(self.base.device)
 
 
 def pack_rows(rows: Tensor, counts: Tensor, encoded: EncodedModality, same_length: bool) -> Any:

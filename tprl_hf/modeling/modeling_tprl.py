@@ -43,6 +43,16 @@ class TPRLForConditionalGeneration(ConversationMixin, TPRLPlanningModel, Generat
     ```
     """
 
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """That of the base model, whose `generate` reads it."""
+        return self.lvlm.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig | None) -> None:
+        if "lvlm" in self._modules:  # transformers sets one before there is a base model
+            self.lvlm.generation_config = config
+
     def _pruned(self, batch: PromptBatch, plan: PrunePlan, **options) -> PrunedBatch:
         pad = self.generation_config.pad_token_id
         return prune_batch(
@@ -248,7 +258,6 @@ class TPRLForConditionalGeneration(ConversationMixin, TPRLPlanningModel, Generat
         Returns:
             As [`~transformers.GenerationMixin.generate`]; a dict also has `keep_mask`, `num_kept` and `num_visual`.
         """
-        self.lvlm.generation_config = self.generation_config
         input_ids = kwargs.pop("input_ids", inputs)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         kwargs |= cache_argument(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))

@@ -192,6 +192,7 @@ def pruning_inputs(
         query_mask=query_valid.to(tokens.device),
         sample_keys=keys,
         attention=None if attention is None else pad_rows(attention, counts)[0],
+        lvlm=adapter.base,
     )
     inputs.num_visual = counts
     inputs.protected = inputs.layout.protected if padded[6].any() else None
