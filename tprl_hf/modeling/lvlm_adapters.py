@@ -44,9 +44,9 @@ SUPPORTED = (
 )  # fmt: skip
 # Types that take `mm_encoder_outputs` and cannot be pruned all the same.
 REFUSED = {
-    "blip-2": "its own `generate` encodes the image itself, whatever features it is handed",
-    "instructblip": "its own `generate` encodes the image itself, whatever features it is handed",
-    "instructblipvideo": "its own `generate` encodes the video itself, whatever features it is handed",
+    "blip-2": "its own `generate` encodes the image itself and ignores the features it is given",
+    "instructblip": "its own `generate` encodes the image itself and ignores the features it is given",
+    "instructblipvideo": "its own `generate` encodes the video itself and ignores the features it is given",
     "diffusion_gemma": "it denoises blocks of text by a `generate` of its own instead of writing token by token",
 }
 # Inputs that tell heights and widths, in whatever unit.
