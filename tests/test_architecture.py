@@ -92,7 +92,7 @@ def test_the_page_has_the_same_arrows():
     for name, imports in re.findall(r"^\| (?:`(\w+)(?:/|\.py)`|root: .*) \| .* \| (.*) \|$", rooms, re.M):
         listed = {word.strip("`") for word in imports.split(", ")} - {"none"}
         drawn[name] = {"" if word == "root" else word for word in listed}
-    assert drawn.pop("cli") == {"all rooms; nobody imports `cli"}
+    assert any("all rooms" in words for words in drawn.pop("cli"))
     assert drawn == {room: targets - {room} for room, targets in MAY_IMPORT.items() if room != "cli"}
 
 
