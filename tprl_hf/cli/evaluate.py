@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=positive_int, default=16, metavar="N", help="longest answer (default: 16)"
     )
     parser.add_argument(
-        "--metric", choices=METRICS, help="when an answer is right (default: exact; a task of lmms-eval has its own)"
+        "--metric", choices=METRICS, help="when an answer is correct (default: exact; a task of lmms-eval has its own)"
     )
     parser.add_argument(
         "--output-dir",
