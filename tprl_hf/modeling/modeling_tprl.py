@@ -9,16 +9,15 @@ from transformers.utils import ModelOutput
 
 from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument, is_filled
 from .columns import restore_prompt
-from .conversation_tprl import ConversationMixin
+from .conversation_tprl import TPRLConversationModel
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .keep_mask import Budget
-from .planning_tprl import TPRLPlanningModel
 from .prune_plan import PrunePlan, TPRLOutput
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
 from .visual_features import VisualFeatures
 
 
-class TPRLForConditionalGeneration(ConversationMixin, TPRLPlanningModel, GenerationMixin):
+class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
     r"""
     An LVLM whose visual tokens are pruned before its LLM.
 
