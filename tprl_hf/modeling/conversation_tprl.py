@@ -85,8 +85,7 @@ class TPRLConversationModel(TPRLPlanningModel):
     # ---- after a call ----
 
     def _note(self, cache: Any, record: CachedPrompt) -> None:
-        """Notes on `cache`, if there is one, what it holds; the base model may count on from there, too."""
-        self.adapter.remember_positions(record.next_position, record.attention_mask.sum(1))
+        """Notes on `cache`, if there is one, what it holds."""
         if cache is not None:
             record.attach(cache)
 
