@@ -9,11 +9,10 @@ from transformers.utils import ModelOutput
 
 from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument, is_filled
 from .columns import restore_prompt, source_columns
-from .conversation_tprl import ConversationMixin
+from .conversation_tprl import TPRLConversationModel
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .keep_mask import Budget
 from .packed_rows import PackedRows
-from .planning_tprl import TPRLPlanningModel
 from .prompt_output import logits_wanted, to_prompt_output
 from .prune_plan import PrunePlan, TPRLOutput
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
@@ -21,7 +20,7 @@ from .sequence_inputs import count_no_placeholders, predicted_labels, refuse_oth
 from .visual_features import VisualFeatures
 
 
-class TPRLForConditionalGeneration(ConversationMixin, TPRLPlanningModel, GenerationMixin):
+class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
     r"""
     An LVLM whose visual tokens are pruned before its LLM.
 
