@@ -75,7 +75,7 @@ def measure(family: str) -> dict[str, float]:
             continue
         model.config.position_ids = position_ids
         expected, tokens = delete_by_hand(base, one, keep_mask, position_ids, 4)
-        found[name] = deviation(model(**one, keep_mask=keep_mask).logits, expected)
+        found[name] = deviation(model(**one, keep_mask=keep_mask, compact=True).logits, expected)
         if model.generate(**one, keep_mask=keep_mask, max_new_tokens=4)[0, -4:].tolist() != tokens:
             found[name] = float("inf")
     model.config.position_ids = numbering
@@ -98,10 +98,12 @@ def measure(family: str) -> dict[str, float]:
 
 def batch_deviation(family: str, model: TPRLForConditionalGeneration, samples: list[Sample]) -> float:
     """Largest deviation of samples in a batch, padded on either side, from the same samples alone."""
-    together = [model(**collate(family, samples, side), keep_ratio=0.4).logits for side in ("left", "right")]
+    together = [
+        model(**collate(family, samples, side), keep_ratio=0.4, compact=True).logits for side in ("left", "right")
+    ]
     found = 0.0
     for row, alone in enumerate(samples):
-        logits = model(**collate(family, [alone]), keep_ratio=0.4).logits[0]
+        logits = model(**collate(family, [alone]), keep_ratio=0.4, compact=True).logits[0]
         for padded in together:
             found = max(found, deviation(padded[row, -len(logits) :], logits))
     return found

@@ -272,6 +272,27 @@ class LVLMAdapter:
         """
         return count_positions(attention_mask)
 
+    def complete_positions(self, positions: Tensor, attention_mask: Tensor) -> Tensor:
+        """Positions of the full prompt that a caller passed, in the form of [`position_ids`].
+
+        Raises:
+            `ValueError`: for another shape than the base model takes.
+        """
+        if (
+            positions.ndim != 2
+            or positions.shape[1] != attention_mask.shape[1]
+            or len(positions)
+            not in (
+                1,
+                len(attention_mask),
+            )
+        ):
+            raise ValueError(
+                f"position_ids must have the shape of input_ids, {tuple(attention_mask.shape)}; got "
+                f"{tuple(positions.shape)}."
+            )
+        return positions.expand(len(attention_mask), -1)
+
     def spread_positions(self, positions: Tensor, valid: Tensor) -> Tensor:
         """Text positions `[B, P]` with as many axes as the base model wants."""
         return positions
@@ -334,6 +355,21 @@ class RopeIndexAdapter(LVLMAdapter):
         positions, _ = self.core.get_rope_index(**taken)
         if self.has_text_axis:
             positions = torch.cat([count_positions(attention_mask)[None], positions])
+        return positions
+
+    def complete_positions(self, positions: Tensor, attention_mask: Tensor) -> Tensor:
+        if positions.ndim == 2:  # the same on all axes
+            positions = super().complete_positions(positions, attention_mask)
+            return positions.expand(3 + self.has_text_axis, -1, -1)
+        num_axes, *shape = positions.shape
+        if num_axes not in (3, 3 + self.has_text_axis) or shape != list(attention_mask.shape):
+            raise ValueError(
+                f"position_ids must have the shape of input_ids, {tuple(attention_mask.shape)}, or that with 3 axes "
+                f"before it{' (4 with one that counts text)' if self.has_text_axis else ''}; got "
+                f"{tuple(positions.shape)}."
+            )
+        if num_axes == 3 and self.has_text_axis:
+            return torch.cat([count_positions(attention_mask)[None].to(positions.device), positions])
         return positions
 
     def spread_positions(self, positions: Tensor, valid: Tensor) -> Tensor:

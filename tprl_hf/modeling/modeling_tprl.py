@@ -8,12 +8,15 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
 from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument
-from .columns import restore_prompt
+from .columns import restore_prompt, source_columns
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .keep_mask import Budget
+from .packed_rows import PackedRows
 from .planning_tprl import TPRLPlanningModel
+from .prompt_output import logits_wanted, to_prompt_output
 from .prune_plan import PrunePlan, TPRLOutput
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
+from .sequence_inputs import count_no_placeholders, predicted_labels, refuse_other_forms, shifted_labels
 from .visual_features import VisualFeatures
 
 
@@ -50,13 +53,14 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
             self.lvlm.generation_config = config
 
     def _pruned(self, batch: PromptBatch, plan: PrunePlan, **options) -> PrunedBatch:
-        pad = self.generation_config.pad_token_id
+        pad, num_ids = self.generation_config.pad_token_id, len(self.get_input_embeddings().weight)
         return prune_batch(
             batch,
             plan.keep_mask,
             self.adapter,
             contiguous=self.config.position_ids == "contiguous",
-            pad_token_id=0 if pad is None else pad,
+            # nothing attends to padding, but it is looked up; some checkpoints say -1
+            pad_token_id=pad if pad is not None and 0 <= pad < num_ids else 0,
             **options,
         )
 
@@ -83,24 +87,32 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         keep_mask: Tensor | None = None,
         query_mask: Tensor | None = None,
         visual_features: VisualFeatures | None = None,
+        compact: bool = False,
         return_dict: bool | None = None,
         cache: Any = None,
         **kwargs,
     ) -> TPRLOutput | tuple:
         r"""
         Args:
-            input_ids, attention_mask, position_ids, labels (`int64 [B, L]`): of the full prompt; the rows of pruned
-                tokens are removed from all of them.
+            input_ids, attention_mask, position_ids, labels (`int64 [B, L]`): of the full prompt, padded on either
+                side; positions also in the other forms that the base model takes. The columns of pruned tokens are
+                removed from all of them. Labels of visual tokens do not count. Without `attention_mask`, positions
+                that start again tell apart the samples of a packed row, as in the base model.
             pixel_values: as the processor returned them, like all other `kwargs`.
             past_key_values (`Cache`, *optional*): a filled one must come from this model; `input_ids` are then the new
                 tokens only, without images. `cache` is another name for it, with every release of transformers.
             keep_ratio, num_keep, threshold, prune, keep_mask: one of them, see [`TPRLForConditionalGeneration`].
             query_mask (`bool [B, L]`, *optional*): which tokens are the question.
             visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
+            compact (`bool`, defaults to `False`): return logits, hidden states and attentions of the P columns that
+                the LLM saw, left-padded, without a copy; `columns` says where they come from.
 
         Returns:
-            [`TPRLOutput`], whose logits are those of the pruned, left-padded sequence. Where nothing is to be pruned,
-            the base model gets the inputs as they are.
+            [`TPRLOutput`], in the columns of `input_ids`: `logits[:, i]` predict the token behind column i. Where
+            nothing is to be pruned, the base model gets the inputs as they are.
+
+        Raises:
+            `ValueError`: for inputs along the sequence in a form that cannot be pruned.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         given = {"pixel_values": pixel_values, "position_ids": position_ids, "labels": labels}
@@ -117,15 +129,67 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
             output = self._output(output)
             return output if return_dict else output.to_tuple()
 
+        output = self._run(input_ids, attention_mask, inputs, choice, query_mask, visual_features, compact)
+        return output if return_dict else output.to_tuple()
+
+    def _run(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs: dict[str, Any],
+        choice: Budget | Tensor | None,
+        query_mask: Tensor | None,
+        visual_features: VisualFeatures | None,
+        compact: bool,
+    ) -> TPRLOutput:
+        """Prunes the prompts and runs the base model on what stays."""
+        if input_ids is not None:
+            refuse_other_forms(inputs, input_ids)
+            packed = None if attention_mask is not None else self._packed_rows(input_ids, inputs)
+            if packed is not None:
+                given = packed.unpack_inputs({**inputs, "input_ids": input_ids, "query_mask": query_mask})
+                ids, wanted = given.pop("input_ids"), given.pop("logits_to_keep", 0)
+                mask = packed.valid.long().to(ids.device)
+                output = self._run(ids, mask, given, choice, given.pop("query_mask"), visual_features, False)
+                return packed.pack_output(output, wanted)
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
         plan = self._plan(batch, choice, query_mask)
+        wanted, length = batch.inputs.pop("logits_to_keep", 0), batch.input_ids.shape[1]
+        batch.inputs = count_no_placeholders(batch.inputs, batch.visual)
         pruned = self._pruned(batch, plan)
-        pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
+        if "labels" in batch.inputs:
+            pruned.inputs["labels"] = predicted_labels(pruned.inputs["labels"], pruned.columns)
+        if "shift_labels" in batch.inputs:
+            pruned.inputs["shift_labels"] = shifted_labels(batch.inputs["shift_labels"], pruned.columns)
+        if "position_ids" not in inputs:
+            pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
+        needed, columns = wanted, pruned.columns
+        if not compact:
+            source = source_columns(columns, length)
+            wanted, needed = logits_wanted(wanted, source, columns.shape[1])
+        if torch.is_tensor(needed) or 0 < needed < columns.shape[1]:
+            pruned.inputs["logits_to_keep"] = needed
         output = self._output(self.lvlm(**pruned.inputs, return_dict=True), plan, pruned)
+        if not compact:
+            own = torch.zeros_like(source, dtype=torch.bool).scatter_(1, columns.clamp(min=0), True)
+            own[:, 0] = (columns == 0).any(1)  # padding pointed there
+            to_prompt_output(output, source, wanted, needed, own)
         if output.get(CACHE_NAME) is not None:
             record = CachedPrompt(pruned.input_ids, pruned.attention_mask, pruned.keep_masks, pruned.next_position)
             record.attach(output[CACHE_NAME])
-        return output if return_dict else output.to_tuple()
+        return output
+
+    def _packed_rows(self, input_ids: Tensor, inputs: dict[str, Any]) -> PackedRows | None:
+        """The samples of packed rows, where the base model would tell them apart by their positions."""
+        positions = inputs.get("position_ids")
+        uses_cache = inputs.get("use_cache", getattr(self.adapter.config.get_text_config(), "use_cache", True))
+        if positions is None or inputs.get(CACHE_NAME) is not None or uses_cache:
+            return None
+        if positions.ndim == 3:
+            if len(positions) != 4:  # without an axis that counts text nothing tells samples apart
+                return None
+            positions = positions[0]
+        return PackedRows.of(positions, (input_ids.shape[0], input_ids.shape[1]))
 
     def _forward_cached(self, input_ids, attention_mask, inputs, return_dict):
         """New tokens behind a cache: positions and mask go on from what the cache holds."""
@@ -192,12 +256,17 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
             visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
             generation_config, kwargs: as in [`~transformers.GenerationMixin.generate`]. With `past_key_values` (also
                 called `cache`) of an earlier call pass the whole conversation; tokens already in it stay as they were.
+                `mm_encoder_outputs`, such as a draft model gets from its target, are taken as they are.
 
         Returns:
             As [`~transformers.GenerationMixin.generate`]; a dict also has `keep_mask`, `num_kept` and `num_visual`.
         """
         input_ids = kwargs.pop("input_ids", inputs)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
+        if kwargs.get("mm_encoder_outputs") is not None:  # of the model whose draft this one is
+            if prune or any(value is not None for value in (keep_ratio, num_keep, threshold, keep_mask)):
+                raise ValueError("`mm_encoder_outputs` are not pruned: pass pixels or `visual_features` with a budget.")
+            return self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
         kwargs |= cache_argument(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         cache = kwargs.get(CACHE_NAME)
         record = None

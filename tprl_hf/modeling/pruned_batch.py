@@ -164,6 +164,8 @@ def prune_batch(
 
     inputs = dict(batch.inputs)
     full_positions = inputs.pop("position_ids", None)
+    if full_positions is not None:
+        full_positions = adapter.complete_positions(full_positions.cpu(), batch.attention_mask)
     if batch.record is not None and not batch.new.any() and full_positions is None:
         steps = valid[:, past:].long().cumsum(1) - 1
         positions = torch.cat([torch.zeros_like(index[:, :past]), batch.record.next_position[:, None] + steps], 1)

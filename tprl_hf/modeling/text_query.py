@@ -1,10 +1,11 @@
 """Which tokens of a prompt are the user's question.
 
-The policy reads the question's word embeddings. Exact question tokens come from the processor ([`question_mask`]);
-without them the fallback takes all attended tokens that are neither visual nor special.
+The policy reads the question's word embeddings. A question ends at the last generation prompt, whether its answer
+follows or not. Exact question tokens come from the processor ([`question_mask`]); where only ids are known, the config
+says what the chat template puts around a question ([`default_query_mask`]).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,10 +28,91 @@ def config_special_ids(config: PreTrainedConfig, generation_config: Any) -> list
     return special_token_ids(config, config.get_text_config(), generation_config)
 
 
-def default_query_mask(input_ids: Tensor, attention_mask: Tensor, visual: Tensor, special_ids: list[int]) -> Tensor:
-    """The fallback: attended tokens that are neither visual nor special, `bool [B, L]`."""
+def default_query_mask(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    visual: Tensor,
+    special_ids: list[int],
+    start_ids: list[int] | None = None,
+    end_ids: list[int] | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """
+    The question, where only ids are known: attended tokens that are neither visual nor special, of the last turn.
+
+    It begins behind the last `start_ids` and ends where the last `end_ids` begin: at the last generation prompt. What
+    follows is the answer, so that a prompt has the same question while it is answered and while its answer is scored.
+
+    Args:
+        input_ids, attention_mask (`int64 [B, L]`), visual (`bool [B, L]`): the prompts, and their placeholders.
+        special_ids (`list[int]`): ids that are never part of a question.
+        start_ids, end_ids (`list[int]`, *optional*): what a chat template puts around the last question, see
+            [`template_ids`]. Without them, or where they are not found, the question is not bounded on that side.
+        labels (`int64 [B, L]`, *optional*): a token with a label other than -100 is not part of the question, unless
+            all of the question has labels.
+
+    Returns:
+        `bool [B, L]`
+    """
     special = torch.isin(input_ids, torch.tensor(special_ids, device=input_ids.device, dtype=input_ids.dtype))
-    return attention_mask.bool() & ~visual & ~special
+    question = attention_mask.bool() & ~visual & ~special
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    end = last_occurrence(input_ids, end_ids, input_ids.shape[1])
+    before_end = columns < end[:, None]
+    question &= before_end
+    if start_ids:
+        start = last_occurrence(input_ids.masked_fill(~before_end, -1), start_ids, -len(start_ids)) + len(start_ids)
+        question &= columns >= start[:, None]
+    if labels is not None:
+        unlabelled = question & (labels.to(question.device) == -100)
+        question = torch.where(unlabelled.any(1, keepdim=True), unlabelled, question)
+    return question
+
+
+def last_occurrence(input_ids: Tensor, pattern: list[int] | None, otherwise: int) -> Tensor:
+    """Column where the last `pattern` in each row of `input_ids [B, L]` begins, `int64 [B]`."""
+    num_rows, length = input_ids.shape
+    if not pattern or len(pattern) > length:
+        return torch.full((num_rows,), otherwise, device=input_ids.device)
+    windows = input_ids.unfold(1, len(pattern), 1)
+    found = (windows == torch.tensor(pattern, device=input_ids.device)).all(-1)
+    last = found.shape[1] - 1 - found.flip(1).long().argmax(1)
+    return torch.where(found.any(1), last, otherwise)
+
+
+def template_ids(processor: Any) -> tuple[list[int], list[int]]:
+    """
+    What a chat template puts before the text of a user's turn, and after the last one.
+
+    Args:
+        processor: the base model's processor, or its tokenizer, with a chat template.
+
+    Returns:
+        Two lists of token ids: the end of what stands before a question in any turn, and all that stands between the
+        last question and the answer, with the generation prompt.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+
+    def render(question: str, earlier: bool) -> list[int]:
+        turns = [("user", "Hello"), ("assistant", "Yes")] if earlier else []
+        chat = [
+            {"role": role, "content": [{"type": "text", "text": text}]} for role, text in [*turns, ("user", question)]
+        ]
+        text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    questions = ("What", "Is it red?", "7")
+    first, later = ([render(question, earlier) for question in questions] for earlier in (False, True))
+    before = [common_prefix(rows) for rows in (first, later)]
+    end = common_prefix([row[::-1] for row in first])[::-1]
+    return common_prefix([row[::-1] for row in before])[::-1], end
+
+
+def common_prefix(rows: list[list[int]]) -> list[int]:
+    """The longest list with which all of `rows` begin."""
+    shortest = min(map(len, rows))
+    length = next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
+    return rows[0][:length]
 
 
 def chat_messages(prompt: str | list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
@@ -44,10 +126,10 @@ def chat_messages(prompt: str | list[dict[str, Any]], num_images: int) -> list[d
 def question_mask(
     processor: Any, conversations: list[list[dict[str, Any]]], input_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """Exactly the tokens of each conversation's last question.
+    """Exactly the words of each conversation's last question, also where images lie between them.
 
-    The chat is rendered with and without the question; what lies between their common beginning and end is the
-    question. Its tokens are then found in the prompt, where placeholders of images may have become many.
+    The chat is rendered with and without each of the question's texts; what differs are its tokens. They are then
+    found in the prompt, where placeholders of images may have become many. A question may be without words.
 
     Args:
         processor: the base model's processor, or its tokenizer, with a chat template.
@@ -59,48 +141,65 @@ def question_mask(
         `bool [B, L]`, to be passed as `query_mask`.
 
     Raises:
-        `ValueError`: where a conversation has no question, or its tokens are not in the prompt.
+        `ValueError`: where the tokens of a question are not in the prompt.
     """
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
     for row, messages in enumerate(conversations):
-        question, after = _question_tokens(processor, messages)
+        full, texts = _question_tokens(processor, messages)
         ids = input_ids[row].tolist()
-        last = len(ids) if attention_mask is None else int(attention_mask[row].nonzero().max()) + 1
-        # where nothing between question and end was expanded this is the place, otherwise it is the last occurrence
-        places = [last - after - len(question), *range(last - len(question), -1, -1)]
-        start = next((p for p in places if p >= 0 and ids[p : p + len(question)] == question), None)
-        if start is None:
-            raise ValueError(
-                f"The question of sample {row}, {len(question)} tokens, is not in its prompt: build input_ids from "
-                "the same conversation, with the same processor and add_generation_prompt=True."
-            )
-        mask[row, start : start + len(question)] = True
+        end = len(ids) if attention_mask is None else int(attention_mask[row].nonzero().max()) + 1
+        after = len(full)
+        for start, stop in reversed(texts):
+            # placeholders between here and there may have become more, not fewer
+            tokens, end = full[start:stop], end - (after - stop)
+            place = next((p for p in range(end - len(tokens), -1, -1) if ids[p : p + len(tokens)] == tokens), None)
+            if place is None:
+                raise ValueError(
+                    f"The question of sample {row}, {len(tokens)} tokens, is not in its prompt: build input_ids from "
+                    "the same conversation, with the same processor and add_generation_prompt=True."
+                )
+            mask[row, place : place + len(tokens)] = True
+            end, after = place, start
     return mask
 
 
-def _question_tokens(processor: Any, messages: list[dict[str, Any]]) -> tuple[list[int], int]:
-    """Token ids of the last question, and how many tokens come after it."""
+def _question_tokens(processor: Any, messages: list[dict[str, Any]]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a conversation, and where in them the texts of its last question begin and end."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+
+    def render(chat: list[dict[str, Any]]) -> list[int]:
+        text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    full = render(messages)
+    texts: list[tuple[int, int]] = []
+    for without in _without_each_text(messages):
+        bare = render(without)
+        first = texts[-1][1] if texts else 0
+        start = next(
+            (i for i, (a, b) in enumerate(zip(full, bare, strict=False)) if a != b), min(len(full), len(bare))
+        )
+        most = min(len(bare), len(full)) - start
+        after = next((i for i in range(most) if full[-1 - i] != bare[-1 - i]), most)
+        start, stop = max(start, first), len(full) - after
+        if start < stop:
+            texts.append((start, stop))
+    return full, texts
+
+
+def _without_each_text(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The conversation without each of its last question's texts in turn."""
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last is None:
-        raise ValueError("The conversation has no message with role 'user', so there is no question.")
-    without = [dict(message) for message in messages]
-    content = without[last]["content"]
+        return
+    content = messages[last]["content"]
     if isinstance(content, str):
-        without[last]["content"] = ""
+        emptied: list[Any] = [""]
     else:
-        without[last]["content"] = [{**part, "text": ""} if part["type"] == "text" else part for part in content]
-    tokenizer = getattr(processor, "tokenizer", processor)
-    rendered = [
-        tokenizer(
-            processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True), add_special_tokens=False
-        )["input_ids"]
-        for chat in (messages, without)
-    ]
-    full, bare = rendered
-    before = next((i for i, (a, b) in enumerate(zip(full, bare, strict=False)) if a != b), len(bare))
-    most = len(bare) - before
-    after = next((i for i in range(most) if full[-1 - i] != bare[-1 - i]), most)
-    question = full[before : len(full) - after]
-    if not question:
-        raise ValueError("The last message with role 'user' has no text, so there is no question.")
-    return question, after
+        emptied = [
+            [{**part, "text": ""} if other is part else other for other in content]
+            for part in content
+            if part["type"] == "text"
+        ]
+    for one in emptied:
+        yield [*messages[:last], {**messages[last], "content": one}, *messages[last + 1 :]]
