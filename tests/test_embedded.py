@@ -95,7 +95,7 @@ def test_pruned_equals_deletion_by_hand(path, processor, samples, position_ids):
         keep_mask = model.prune(**inputs).keep_mask
     assert keep_mask.sum() == 48
     expected, tokens = delete_by_hand(model.lvlm, inputs, keep_mask, position_ids, new_tokens=4)
-    assert deviation(model(**inputs, keep_mask=keep_mask).logits, expected) <= TOLERANCE
+    assert deviation(model(**inputs, keep_mask=keep_mask, compact=True).logits, expected) <= TOLERANCE
     for use_cache in (True, False):
         sequences = model.generate(
             **inputs, keep_mask=keep_mask, max_new_tokens=4, min_new_tokens=4, use_cache=use_cache, eos_token_id=-1
@@ -108,9 +108,9 @@ def test_batch_equals_singles_on_either_padding_side(model, processor, samples):
     chosen = samples.select([0, 3, 7, 10])
     batches = {side: encode(processor, chosen, side) for side in ("left", "right")}
     with model.using(VisPruner(keep_ratio=1 / 3)):
-        logits = {side: model(**batch).logits for side, batch in batches.items()}
+        logits = {side: model(**batch, compact=True).logits for side, batch in batches.items()}
         for row in range(len(chosen)):
-            alone = model(**encode(processor, chosen.select([row]))).logits[0]
+            alone = model(**encode(processor, chosen.select([row])), compact=True).logits[0]
             for side in batches:
                 assert deviation(logits[side][row, -len(alone) :], alone) <= TOLERANCE
 

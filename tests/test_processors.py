@@ -181,9 +181,13 @@ class TestMissingPackages:
         (tmp_path / "tokenizer.json").unlink()
         config = json.loads((tmp_path / "tokenizer_config.json").read_text())
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "CTRLTokenizer"}))
-        with pytest.raises(ValueError, match=r"not NoneType\. Not installed: .*; pip install 'tprl_hf") as raised:
+        with pytest.raises(ValueError, match=r"not NoneType\. .*The checkpoint may also lack a file") as raised:
             load_processor(tmp_path)
         assert isinstance(raised.value.__cause__, TypeError) and "\n" not in str(raised.value)
+        for module, package in PACKAGES.items():
+            assert (f"{package}," in str(raised.value) or f"{package};" in str(raised.value)) == (
+                not find_spec(module)
+            )
 
     def test_other_errors_stay_what_they_are(self, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="timm"):

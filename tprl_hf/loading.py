@@ -56,7 +56,10 @@ def load_model(
         raise ValueError(
             f"The weights in {path} do not fit its config.json ({error}): download both again."
         ) from error
-    return model.to(device).eval(), load_processor(path)
+    processor = load_processor(path)
+    if model.config.question_end_ids is None and getattr(processor, "chat_template", None):
+        model.read_chat_template(processor)
+    return model.to(device).eval(), processor
 
 
 def unknown_words(processor: Any, text: str) -> list[str]:

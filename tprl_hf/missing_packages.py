@@ -76,19 +76,20 @@ def explain(error: BaseException) -> str:
         return f"{', '.join(names)} missing ({said(error)}): {INSTALL}."
     if isinstance(error, TypeError):  # of a part that is `None`, for want of a package or of a file
         absent = ", ".join(missing(" ".join(PACKAGES)))
-        return f"{said(error)}. Not installed: {absent or 'nothing'}; {INSTALL}. Or the checkpoint lacks a file."
+        install = f"Not installed: {absent}; {INSTALL}. " if absent else ""
+        return f"{said(error)}. {install}The checkpoint may also lack a file."
     return f"{said(error)}. Install what is missing or too old."
 
 
 def of_another_build(error: BaseException) -> str | None:
     """What to do where torchvision is of another build than torch, so that its operators are not there."""
-    import torch
-
     cause: BaseException | None = error
     while cause is not None and "operator torchvision::" not in str(cause):
         cause = cause.__cause__ or cause.__context__
     if cause is None:
         return None
+    import torch
+
     return (
         f"torchvision {version('torchvision')} does not go with torch {torch.__version__} ({said(cause)}): "
         "install both from the same index (docs/families.md), or pip uninstall torchvision."

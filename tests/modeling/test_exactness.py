@@ -45,9 +45,12 @@ def test_pruned_equals_deletion_by_hand(family, position_ids, attention):
     inputs = collate(family, [sample(family, 2, 4)])
     keep_mask = model.prune(**inputs, keep_ratio=0.4).keep_mask
     expected, tokens = delete_by_hand(base, inputs, keep_mask, position_ids, new_tokens=4)
-    output = model(**inputs, keep_mask=keep_mask)
+    output = model(**inputs, keep_mask=keep_mask, compact=True)
     assert output.logits.shape == expected.shape
     assert deviation(output.logits, expected) <= TOLERANCE
+    placed = model(**inputs, keep_mask=keep_mask).logits  # in the prompt's columns
+    assert placed.shape[:2] == inputs["input_ids"].shape
+    assert torch.equal(placed[:, output.columns[0]], output.logits)
     for use_cache in (True,) if FAMILIES[family].uncached_differs else (True, False):
         made = model.generate(**inputs, keep_mask=keep_mask, max_new_tokens=4, use_cache=use_cache)
         assert made[0, -4:].tolist() == tokens
@@ -62,13 +65,13 @@ def test_batch_equals_singles(family, budget):
     batches = {side: collate(family, samples, side) for side in ("left", "right")}
     plan = model.prune(**batches["left"], **budget)
     assert torch.equal(model.prune(**batches["right"], **budget).keep_mask, plan.keep_mask)
-    together = {side: model(**batch, **budget).logits for side, batch in batches.items()}
+    together = {side: model(**batch, **budget, compact=True).logits for side, batch in batches.items()}
     tokens = {side: model.generate(**batch, **budget, max_new_tokens=4) for side, batch in batches.items()}
     keep_masks = plan.keep_mask.split(plan.num_visual.tolist())
     for row, one in enumerate(samples):
         alone = collate(family, [one])
         assert torch.equal(model.prune(**alone, **budget).keep_mask, keep_masks[row])
-        logits = model(**alone, **budget).logits[0]
+        logits = model(**alone, **budget, compact=True).logits[0]
         made = model.generate(**alone, **budget, max_new_tokens=4)[0, -4:]
         for side in batches:
             assert deviation(together[side][row, -len(logits) :], logits) <= TOLERANCE

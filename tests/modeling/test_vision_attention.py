@@ -40,8 +40,13 @@ def test_attention_lies_over_the_tokens_its_patches_become(family):
     base = build(family)
     adapter = adapter_for(base)
     batch = collate(family, [sample(family, 1, 1), sample(family, 2, 2)])
-    with observed_tower(base) as layers:
+    with observed_tower(base) as (twin, layers):
+        adapter.core = twin
         adapter.encode(batch["input_ids"], batch)
+    adapter.core = base.base_model
+    names = {module: name for name, module in twin.named_modules()}
+    for one in layers:  # the tower's own, not those of the twin
+        one.module = base.base_model.get_submodule(names[one.module])
     layer = choose_layer(layers, adapter.feature_layer, family)
     shapes = [mean.shape for mean in layer.mean]
     total, place = sum(shape.numel() for shape in shapes), -1
@@ -121,12 +126,13 @@ def test_queries_that_are_padding_do_not_count():
     assert torch.allclose(mean_over_queries(weights), torch.tensor([[0.375, 0.625, 0.0]]))
 
 
-def test_an_error_inside_leaves_the_tower_as_it_was():
+def test_the_tower_itself_is_not_touched():
     base = build("llava")
-    with pytest.raises(RuntimeError), observed_tower(base):
-        assert base.model.vision_tower.config._attn_implementation == OBSERVED
-        raise RuntimeError
-    assert base.model.vision_tower.config._attn_implementation == "sdpa"
+    with observed_tower(base) as (twin, _):
+        assert twin.vision_tower.config._attn_implementation == OBSERVED
+        assert base.model.vision_tower.config._attn_implementation == "sdpa"
+        assert twin.language_model.config is base.model.language_model.config
+    assert [id(weight) for weight in twin.parameters()] == [id(weight) for weight in base.model.parameters()]
 
 
 @torch.no_grad()
@@ -134,7 +140,7 @@ def test_a_tower_that_runs_twice_is_refused():
     base = build("llava")
     adapter = adapter_for(base)
     batch = collate("llava", [sample("llava", 1, 1)])
-    with observed_tower(base) as layers:
+    with observed_tower(base) as (adapter.core, layers):
         for _ in range(2):
             adapter.encode(batch["input_ids"], batch)
     with pytest.raises(ValueError, match="ran several times"):

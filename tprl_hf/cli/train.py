@@ -110,16 +110,15 @@ def make_config(stage: str, recipe: dict[str, Any]) -> Any:
 def reward_functions(stage: str, recipe: dict[str, Any]) -> list[Any]:
     """The functions that a stage's `reward_funcs` name."""
     names = recipe[stage].get("reward_funcs") or []
-    if not STAGES[stage].takes_rewards or not names:
+    if not STAGES[stage].takes_rewards:
         return []
-    from tprl_hf.training.rewards import load_reward
+    from tprl_hf.training.rewards import check_rewards, load_reward
 
     if not isinstance(names, list):
         raise ValueError(f"{stage}.reward_funcs is a list of names such as module:function; got {names!r}.")
-    weights = recipe[stage].get("reward_weights")
-    if weights is not None and len(weights) != len(names):
-        raise ValueError(f"{stage}.reward_weights={weights} are not one for each of {', '.join(names)}.")
-    return [load_reward(name) for name in names]
+    functions = [load_reward(name) for name in names]
+    check_rewards(functions, recipe[stage].get("reward_weights"))
+    return functions
 
 
 def is_first_process() -> bool:

@@ -105,3 +105,53 @@ def restore_prompt(sequences: Tensor, prompt: Tensor, pruned_length: int) -> Ten
     repeats = sequences.shape[0] // prompt.shape[0]
     prompt = prompt.to(sequences.device).repeat_interleave(repeats, dim=0)
     return torch.cat([prompt, sequences[:, pruned_length:]], dim=1)
+
+
+def source_columns(columns: Tensor, length: int) -> Tensor:
+    """
+    Where the values of each column of the original prompt lie in the pruned batch.
+
+    A kept column has its own. A pruned column has those of the last kept column before it, so that the column before
+    the next kept one predicts it. So has padding on the right.
+
+    Args:
+        columns (`int64 [B, P]`): column of the original prompt of each pruned column, -1 for padding.
+        length (`int`): L, columns of the original prompt.
+
+    Returns:
+        `int64 [B, L]`: a pruned column, or -1 where no column was kept before.
+    """
+    valid = columns >= 0
+    source = torch.full((len(columns), length + 1), -1, dtype=torch.long, device=columns.device)
+    places = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
+    source.scatter_(1, columns.masked_fill(~valid, length), places.masked_fill(~valid, -1))
+    return source[:, :length].cummax(1).values
+
+
+def to_prompt_columns(values: Tensor, columns: Tensor, length: int, dim: int = 1) -> Tensor:
+    """
+    Values of the pruned batch, in the columns of the original prompt; see [`source_columns`].
+
+    Args:
+        values (`[B, ..., P, ...]`): P at `dim`.
+        columns (`int64 [B, P]`): column of the original prompt of each pruned column, -1 for padding.
+        length (`int`): L, columns of the original prompt.
+        dim (`int`, defaults to 1): where the P columns lie.
+
+    Returns:
+        `[B, ..., L, ...]`, 0 where no column was kept before.
+    """
+    return take_columns(values, source_columns(columns, length), dim)
+
+
+def take_columns(values: Tensor, source: Tensor, dim: int = 1) -> Tensor:
+    """`values [B, ..., P, ...]` at `source [B, L]` (-1: zeros) along `dim`: `[B, ..., L, ...]`."""
+    if source.shape[1] == values.shape[dim] and bool((source == torch.arange(values.shape[dim])).all()):
+        return values  # nothing was moved
+    shape = [1] * values.ndim
+    shape[0], shape[dim] = source.shape
+    source = source.to(values.device).view(shape)
+    wanted = [*values.shape]
+    wanted[dim] = source.shape[dim]
+    taken = values.gather(dim, source.clamp(min=0).expand(wanted))
+    return taken.masked_fill(source < 0, 0) if bool((source < 0).any()) else taken

@@ -50,6 +50,10 @@ class TPRLConfig(PreTrainedConfig):
         special_token_ids (`list[int]`, *optional*):
             Token ids that are never part of a question, besides those that the LVLM's own configs name: the markers of
             its chat template. Our trainers take them from the tokenizer.
+        question_start_ids, question_end_ids (`list[int]`, *optional*):
+            What the chat template puts before a question, and between the last question and its answer. Only tokens
+            between them are read as the question. Set by [`~TPRLForConditionalGeneration.read_chat_template`], which
+            our trainers call.
         token_dim (`int`, *optional*):
             Width D of the visual tokens as the LLM sees them. Taken from `base_config`.
         autoencoder_dim (`int`, *optional*):
@@ -91,6 +95,8 @@ class TPRLConfig(PreTrainedConfig):
     pruner: str | dict[str, Any] | None = None
     policy_training: dict[str, Any] | None = None
     special_token_ids: list[int] | None = None
+    question_start_ids: list[int] | None = None
+    question_end_ids: list[int] | None = None
     token_dim: int | None = None
     autoencoder_dim: int | None = None
     latent_dim: int | None = None

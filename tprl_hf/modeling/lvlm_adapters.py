@@ -44,9 +44,9 @@ SUPPORTED = (
 )  # fmt: skip
 # Types that take `mm_encoder_outputs` and cannot be pruned all the same.
 REFUSED = {
-    "blip-2": "its own `generate` encodes the image itself, whatever features it is handed",
-    "instructblip": "its own `generate` encodes the image itself, whatever features it is handed",
-    "instructblipvideo": "its own `generate` encodes the video itself, whatever features it is handed",
+    "blip-2": "its own `generate` encodes the image itself and ignores the features it is given",
+    "instructblip": "its own `generate` encodes the image itself and ignores the features it is given",
+    "instructblipvideo": "its own `generate` encodes the video itself and ignores the features it is given",
     "diffusion_gemma": "it denoises blocks of text by a `generate` of its own instead of writing token by token",
 }
 # Inputs that tell heights and widths, in whatever unit.
@@ -99,8 +99,7 @@ class LVLMAdapter:
                 f"Models of type {base.config.model_type!r} cannot be pruned: {REFUSED[base.config.model_type]}. "
                 f"Supported are, among others: {', '.join(SUPPORTED)}."
             )
-        self.encoders = {}
-        self.encoder_names: dict[str, list[str]] = {}  # inputs of each
+        self.encoder_names: dict[str, list[str]] = {}  # inputs of each modality's
         self.token_ids: dict[str, int] = {}
         for modality in ("image", "video"):
             token_id = getattr(base.config, f"{modality}_token_id", None)
@@ -108,12 +107,11 @@ class LVLMAdapter:
             if token_id in self.token_ids.values():  # shared: what it stands for could not be told
                 continue
             if token_id is not None and encoder is not None:
-                self.encoders[modality] = encoder
                 self.encoder_names[modality] = [
                     name for name in inspect.signature(encoder).parameters if name != "kwargs"
                 ]
                 self.token_ids[modality] = token_id
-        if not self.encoders:
+        if not self.encoder_names:
             raise ValueError(
                 f"Models of type {base.config.model_type!r} cannot be pruned: they have no placeholder token with an "
                 f"encoder (`get_image_features`). Supported are, among others: {', '.join(SUPPORTED)}."
@@ -133,7 +131,7 @@ class LVLMAdapter:
 
     def has_pixels(self, inputs: dict[str, Any]) -> bool:
         """Whether `inputs` hold an image or a video."""
-        return any(self.encoder_inputs(modality, inputs) for modality in self.encoders)
+        return any(self.encoder_inputs(modality, inputs) for modality in self.encoder_names)
 
     def consumed_names(self) -> set[str]:
         """Names of inputs that encoding or positions use up, so that the base model must not see them again."""
@@ -154,7 +152,7 @@ class LVLMAdapter:
         """
         input_ids = input_ids.cpu()  # see `PromptBatch`
         modalities = {}
-        for modality, encoder in self.encoders.items():
+        for modality in self.encoder_names:
             counts = (input_ids == self.token_ids[modality]).sum(1)
             taken = self.encoder_inputs(modality, inputs)
             if not taken:
@@ -168,11 +166,11 @@ class LVLMAdapter:
                 if torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all():
                     bad = value[~value.isfinite()][0].item()
                     raise ValueError(f"{name} holds {bad}: check how the image was read and normalised.")
-            notes: AbstractContextManager[list[ObservedLayer]] = nullcontext([])
+            notes: AbstractContextManager[tuple[Any, list[ObservedLayer]]] = nullcontext((self.core, []))
             if with_attention:
                 notes = observed_tower(self.base)
-            with notes as layers:
-                output = encoder(**taken, return_dict=True)
+            with notes as (core, layers):
+                output = getattr(core, f"get_{modality}_features")(**taken, return_dict=True)
             encoded = self.unpack(modality, output, counts, inputs)
             if with_attention:
                 layer = choose_layer(layers, self.feature_layer, self.config.model_type)
@@ -274,6 +272,27 @@ class LVLMAdapter:
         """
         return count_positions(attention_mask)
 
+    def complete_positions(self, positions: Tensor, attention_mask: Tensor) -> Tensor:
+        """Positions of the full prompt that a caller passed, in the form of [`position_ids`].
+
+        Raises:
+            `ValueError`: for another shape than the base model takes.
+        """
+        if (
+            positions.ndim != 2
+            or positions.shape[1] != attention_mask.shape[1]
+            or len(positions)
+            not in (
+                1,
+                len(attention_mask),
+            )
+        ):
+            raise ValueError(
+                f"position_ids must have the shape of input_ids, {tuple(attention_mask.shape)}; got "
+                f"{tuple(positions.shape)}."
+            )
+        return positions.expand(len(attention_mask), -1)
+
     def spread_positions(self, positions: Tensor, valid: Tensor) -> Tensor:
         """Text positions `[B, P]` with as many axes as the base model wants."""
         return positions
@@ -282,12 +301,9 @@ class LVLMAdapter:
         """Positions gathered from the full prompt, with an axis that only counts tokens counted anew."""
         return positions
 
-    def last_position(self, positions: Tensor) -> Tensor:
-        """Largest position of the last column, `[B]`."""
-        return positions[:, -1]
-
-    def remember_positions(self, next_position: Tensor, num_attended: Tensor) -> None:
-        """Lets the base model go on from `next_position [B]` where it counts positions by itself."""
+    def largest_positions(self, positions: Tensor) -> Tensor:
+        """The largest of each column's axes but the one that counts text, `[B, P]`."""
+        return positions
 
     # ---- handing over ----
 
@@ -341,6 +357,21 @@ class RopeIndexAdapter(LVLMAdapter):
             positions = torch.cat([count_positions(attention_mask)[None], positions])
         return positions
 
+    def complete_positions(self, positions: Tensor, attention_mask: Tensor) -> Tensor:
+        if positions.ndim == 2:  # the same on all axes
+            positions = super().complete_positions(positions, attention_mask)
+            return positions.expand(3 + self.has_text_axis, -1, -1)
+        num_axes, *shape = positions.shape
+        if num_axes not in (3, 3 + self.has_text_axis) or shape != list(attention_mask.shape):
+            raise ValueError(
+                f"position_ids must have the shape of input_ids, {tuple(attention_mask.shape)}, or that with 3 axes "
+                f"before it{' (4 with one that counts text)' if self.has_text_axis else ''}; got "
+                f"{tuple(positions.shape)}."
+            )
+        if num_axes == 3 and self.has_text_axis:
+            return torch.cat([count_positions(attention_mask)[None].to(positions.device), positions])
+        return positions
+
     def spread_positions(self, positions: Tensor, valid: Tensor) -> Tensor:
         return self.renumber_text_axis(positions.expand(3 + self.has_text_axis, -1, -1), valid)
 
@@ -349,11 +380,8 @@ class RopeIndexAdapter(LVLMAdapter):
             return positions
         return torch.cat([count_positions(valid)[None], positions[1:]])
 
-    def last_position(self, positions: Tensor) -> Tensor:
-        return positions[int(self.has_text_axis) :, :, -1].max(dim=0).values
-
-    def remember_positions(self, next_position: Tensor, num_attended: Tensor) -> None:
-        self.core.rope_deltas = (next_position - num_attended)[:, None].to(self.base.device)
+    def largest_positions(self, positions: Tensor) -> Tensor:
+        return positions[int(self.has_text_axis) :].amax(0)
 
 
 def pack_rows(rows: Tensor, counts: Tensor, encoded: EncodedModality, same_length: bool) -> Any:

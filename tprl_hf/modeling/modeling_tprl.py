@@ -7,17 +7,21 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
-from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument
-from .columns import restore_prompt
+from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument, is_filled
+from .columns import restore_prompt, source_columns
+from .conversation_tprl import ConversationMixin
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .keep_mask import Budget
+from .packed_rows import PackedRows
 from .planning_tprl import TPRLPlanningModel
+from .prompt_output import logits_wanted, to_prompt_output
 from .prune_plan import PrunePlan, TPRLOutput
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
+from .sequence_inputs import count_no_placeholders, predicted_labels, refuse_other_forms, shifted_labels
 from .visual_features import VisualFeatures
 
 
-class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
+class TPRLForConditionalGeneration(ConversationMixin, TPRLPlanningModel, GenerationMixin):
     r"""
     An LVLM whose visual tokens are pruned before its LLM.
 
@@ -38,6 +42,16 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
     >>> output = model.generate(**inputs, max_new_tokens=16)
     ```
     """
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """That of the base model, whose `generate` reads it."""
+        return self.lvlm.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig | None) -> None:
+        if "lvlm" in self._modules:  # transformers sets one before there is a base model
+            self.lvlm.generation_config = config
 
     def _pruned(self, batch: PromptBatch, plan: PrunePlan, **options) -> PrunedBatch:
         pad = self.generation_config.pad_token_id
@@ -73,24 +87,32 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         keep_mask: Tensor | None = None,
         query_mask: Tensor | None = None,
         visual_features: VisualFeatures | None = None,
+        compact: bool = False,
         return_dict: bool | None = None,
         cache: Any = None,
         **kwargs,
     ) -> TPRLOutput | tuple:
         r"""
         Args:
-            input_ids, attention_mask, position_ids, labels (`int64 [B, L]`): of the full prompt; the rows of pruned
-                tokens are removed from all of them.
+            input_ids, attention_mask, position_ids, labels (`int64 [B, L]`): of the full prompt, padded on either
+                side; positions also in the other forms that the base model takes. The columns of pruned tokens are
+                removed from all of them. Labels of visual tokens do not count. Without `attention_mask`, positions
+                that start again tell apart the samples of a packed row, as in the base model.
             pixel_values: as the processor returned them, like all other `kwargs`.
             past_key_values (`Cache`, *optional*): a filled one must come from this model; `input_ids` are then the new
                 tokens only, without images. `cache` is another name for it, with every release of transformers.
             keep_ratio, num_keep, threshold, prune, keep_mask: one of them, see [`TPRLForConditionalGeneration`].
             query_mask (`bool [B, L]`, *optional*): which tokens are the question.
             visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
+            compact (`bool`, defaults to `False`): return logits, hidden states and attentions of the P columns that
+                the LLM saw, left-padded, without a copy; `columns` says where they come from.
 
         Returns:
-            [`TPRLOutput`], whose logits are those of the pruned, left-padded sequence. Where nothing is to be pruned,
-            the base model gets the inputs as they are.
+            [`TPRLOutput`], in the columns of `input_ids`: `logits[:, i]` predict the token behind column i. Where
+            nothing is to be pruned, the base model gets the inputs as they are.
+
+        Raises:
+            `ValueError`: for inputs along the sequence in a form that cannot be pruned.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         given = {"pixel_values": pixel_values, "position_ids": position_ids, "labels": labels}
@@ -98,30 +120,80 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         inputs |= cache_argument(past_key_values, cache)
         cache = inputs.get(CACHE_NAME)
-        filled = cache is not None and int(cache.get_seq_length()) > 0
+        filled = is_filled(cache)
         if filled and (prune is not False or CachedPrompt.is_on(cache)):
             assert input_ids is not None
             return self._forward_cached(input_ids, attention_mask, inputs, return_dict)
         if self._leaves_alone(input_ids, choice, visual_features, None):
             output = self.lvlm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **inputs)
             output = self._output(output)
+            if not self.training and not filled:
+                self._note_unpruned(output.get(CACHE_NAME), input_ids, attention_mask, inputs)
             return output if return_dict else output.to_tuple()
 
+        output = self._run(input_ids, attention_mask, inputs, choice, query_mask, visual_features, compact)
+        return output if return_dict else output.to_tuple()
+
+    def _run(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs: dict[str, Any],
+        choice: Budget | Tensor | None,
+        query_mask: Tensor | None,
+        visual_features: VisualFeatures | None,
+        compact: bool,
+    ) -> TPRLOutput:
+        """Prunes the prompts and runs the base model on what stays."""
+        if input_ids is not None:
+            refuse_other_forms(inputs, input_ids)
+            packed = None if attention_mask is not None else self._packed_rows(input_ids, inputs)
+            if packed is not None:
+                given = packed.unpack_inputs({**inputs, "input_ids": input_ids, "query_mask": query_mask})
+                ids, wanted = given.pop("input_ids"), given.pop("logits_to_keep", 0)
+                mask = packed.valid.long().to(ids.device)
+                output = self._run(ids, mask, given, choice, given.pop("query_mask"), visual_features, False)
+                return packed.pack_output(output, wanted)
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
         plan = self._plan(batch, choice, query_mask)
+        wanted, length = batch.inputs.pop("logits_to_keep", 0), batch.input_ids.shape[1]
+        batch.inputs = count_no_placeholders(batch.inputs, batch.visual)
         pruned = self._pruned(batch, plan)
-        pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
+        if "labels" in batch.inputs:
+            pruned.inputs["labels"] = predicted_labels(pruned.inputs["labels"], pruned.columns)
+        if "shift_labels" in batch.inputs:
+            pruned.inputs["shift_labels"] = shifted_labels(batch.inputs["shift_labels"], pruned.columns)
+        if "position_ids" not in inputs:
+            pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
+        needed, columns = wanted, pruned.columns
+        if not compact:
+            source = source_columns(columns, length)
+            wanted, needed = logits_wanted(wanted, source, columns.shape[1])
+        if torch.is_tensor(needed) or 0 < needed < columns.shape[1]:
+            pruned.inputs["logits_to_keep"] = needed
         output = self._output(self.lvlm(**pruned.inputs, return_dict=True), plan, pruned)
-        self.adapter.remember_positions(pruned.next_position, pruned.attention_mask.sum(1))
-        if output.get(CACHE_NAME) is not None:
-            record = CachedPrompt(pruned.input_ids, pruned.attention_mask, pruned.keep_masks, pruned.next_position)
-            record.attach(output[CACHE_NAME])
-        return output if return_dict else output.to_tuple()
+        if not compact:
+            own = torch.zeros_like(source, dtype=torch.bool).scatter_(1, columns.clamp(min=0), True)
+            own[:, 0] = (columns == 0).any(1)  # padding pointed there
+            to_prompt_output(output, source, wanted, needed, own)
+        self._note(output.get(CACHE_NAME), pruned.record)
+        return output
+
+    def _packed_rows(self, input_ids: Tensor, inputs: dict[str, Any]) -> PackedRows | None:
+        """The samples of packed rows, where the base model would tell them apart by their positions."""
+        positions = inputs.get("position_ids")
+        uses_cache = inputs.get("use_cache", getattr(self.adapter.config.get_text_config(), "use_cache", True))
+        if positions is None or inputs.get(CACHE_NAME) is not None or uses_cache:
+            return None
+        if positions.ndim == 3:
+            if len(positions) != 4:  # without an axis that counts text nothing tells samples apart
+                return None
+            positions = positions[0]
+        return PackedRows.of(positions, (input_ids.shape[0], input_ids.shape[1]))
 
     def _forward_cached(self, input_ids, attention_mask, inputs, return_dict):
         """New tokens behind a cache: positions and mask go on from what the cache holds."""
-        record = CachedPrompt.of(inputs[CACHE_NAME])
-        assert record is not None
+        record = CachedPrompt.of(inputs[CACHE_NAME]).for_prompts(len(input_ids), 1)
         device, ids = input_ids.device, input_ids.cpu()
         if self.adapter.find_visual(ids).any():
             raise ValueError(
@@ -144,9 +216,7 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
             return_dict=True,
             **inputs,
         )
-        record = record.extend(ids, new, positions[:, -1] + 1)
-        record.attach(output[CACHE_NAME])
-        self.adapter.remember_positions(record.next_position, attended.sum(1))
+        self._note(output[CACHE_NAME], record.extend(ids, new))
         output = self._output(output)
         return output if return_dict else output.to_tuple()
 
@@ -188,23 +258,27 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         Returns:
             As [`~transformers.GenerationMixin.generate`]; a dict also has `keep_mask`, `num_kept` and `num_visual`.
         """
-        self.lvlm.generation_config = self.generation_config
         input_ids = kwargs.pop("input_ids", inputs)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         kwargs |= cache_argument(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
-        cache = kwargs.get(CACHE_NAME)
+        configs = (generation_config, self.generation_config)
+        copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
+        cache, asked = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
         record = None
-        if cache is not None and (prune is not False or CachedPrompt.is_on(cache)):
-            record = CachedPrompt.of(cache)
+        if is_filled(cache) and (prune is not False or CachedPrompt.is_on(cache)):
+            record = self._read_cache(cache, input_ids, asked, kwargs, copies)
+            if setting("is_assistant", kwargs, *configs):
+                record = self._go_back(cache, record, input_ids, asked)
+        filler = setting("pad_token_id", kwargs, *configs)
         if self._leaves_alone(input_ids, choice, visual_features, record):
-            return self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
+            output = self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
+            self._note_unpruned_answer(cache, input_ids, asked, kwargs, output, copies, filler)
+            return output
 
         batch = self._batch(
             input_ids, kwargs.pop("attention_mask", None), visual_features, kwargs, record, self._looks(choice)
         )
         plan = self._plan(batch, choice, query_mask)
-        configs = (generation_config, self.generation_config)
-        copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
         no_cache = setting("use_cache", kwargs, *configs) is False
         pruned = self._pruned(batch, plan, same_length=copies > 1, min_padding=int(no_cache))
         prompt, length = batch.input_ids.to(batch.device), pruned.input_ids.shape[1]
@@ -216,9 +290,7 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         output = self.lvlm.generate(generation_config=generation_config, **arguments)
 
         sequences = output if torch.is_tensor(output) else output.sequences
-        cache = (arguments if torch.is_tensor(output) else output).get(CACHE_NAME)
-        if cache is not None and len(sequences) == len(prompt):
-            self._remember(cache, sequences, pruned, length)
+        self._note_answer(cache, pruned.record, output, copies, filler)
         restored = restore_prompt(sequences, prompt, length)
         if torch.is_tensor(output):
             return restored
@@ -226,12 +298,3 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         for name in ("keep_mask", "num_kept", "num_visual"):
             output[name] = getattr(plan, name).to(batch.device)
         return output
-
-    def _remember(self, cache: Any, sequences: Tensor, pruned: PrunedBatch, length: int) -> None:
-        """Notes on the cache what it holds after `generate`."""
-        held = int(cache.get_seq_length())
-        attended = pruned.attention_mask
-        attended = torch.cat([attended, attended.new_ones(len(attended), max(held - length, 0))], 1)[:, :held]
-        next_position = pruned.next_position + held - length
-        CachedPrompt(sequences[:, :held].cpu(), attended, pruned.keep_masks, next_position).attach(cache)
-        self.adapter.remember_positions(next_position, attended.sum(1))

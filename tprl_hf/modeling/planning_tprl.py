@@ -25,7 +25,7 @@ from .prune_plan import PrunePlan, layout_of, pruning_inputs
 from .pruned_batch import PromptBatch
 from .pruner_choice import PrunerChoiceMixin
 from .pruning_policy import PruningPolicy
-from .text_query import config_special_ids, default_query_mask
+from .text_query import config_special_ids, default_query_mask, template_ids
 from .token_autoencoder import TokenAutoencoder
 from .token_pruner import PruningInputs, TokenPruner
 from .visual_features import VisualFeatures
@@ -223,13 +223,33 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         num_kept = torch.tensor(kept, device="cpu")
         return PrunePlan(keep_mask, scores, num_kept, batch.num_visual, layout)
 
+    def read_chat_template(self, processor: Any) -> None:
+        r"""
+        Notes in the config what the chat template puts around a question, so that `generate` and `forward` tell it
+        from the rest of a prompt by ids alone. Trainers, `tprl` and its server do it.
+
+        Args:
+            processor: the base model's processor, or its tokenizer, with a chat template.
+        """
+        tokenizer = getattr(processor, "tokenizer", processor)
+        self.config.special_token_ids = sorted(tokenizer.all_special_ids)
+        self.config.question_start_ids, self.config.question_end_ids = template_ids(processor)
+
     def _query_mask(self, batch: PromptBatch, query_mask: Tensor | None) -> Tensor:
         if self.config.query_agnostic:
             return torch.zeros_like(batch.visual)
         if query_mask is None:
+            config, labels = self.config, batch.inputs.get("labels")
             special = config_special_ids(self.adapter.config, self.generation_config)
-            special += self.config.special_token_ids or []
-            return default_query_mask(batch.input_ids, batch.attention_mask, batch.visual, special)
+            return default_query_mask(
+                batch.input_ids,
+                batch.attention_mask,
+                batch.visual,
+                special + (config.special_token_ids or []),
+                config.question_start_ids,
+                config.question_end_ids,
+                None if labels is None else labels.cpu(),
+            )
         if query_mask.shape != batch.input_ids.shape:
             raise ValueError(
                 f"query_mask must have the shape of input_ids, {tuple(batch.input_ids.shape)}; got "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import is_flash_attention_requested
 
-from .cached_prompt import CachedPrompt
+from .cached_prompt import CachedPrompt, next_position
 from .columns import count_positions, gather_columns, kept_columns, left_padded_index
 from .lvlm_adapters import LVLMAdapter
 from .visual_features import VisualFeatures
@@ -60,9 +60,15 @@ class PromptBatch:
         """Which of the V visual tokens no cache has decided yet, `bool [V]` on the CPU."""
         new = torch.ones(len(self.visual_ids), dtype=torch.bool, device="cpu")
         if self.record is not None:
-            starts = self.num_visual.cumsum(0) - self.num_visual
-            for start, mask in zip(starts.tolist(), self.record.keep_masks, strict=True):
+            start = 0
+            for sample, (mask, count) in enumerate(zip(self.record.keep_masks, self.num_visual.tolist(), strict=True)):
+                if len(mask) > count:
+                    raise ValueError(
+                        f"The prompt of sample {sample} has {count} visual tokens, the cached conversation already "
+                        f"{len(mask)}: pass the whole conversation, with the placeholders of all its images."
+                    )
                 new[start : start + len(mask)] = False
+                start += count
         return new
 
     def replace_rows(self, rows: Tensor, where: Tensor, adapter: LVLMAdapter) -> None:
@@ -105,16 +111,14 @@ class PrunedBatch:
         inputs: keyword arguments of the base model's `forward` or `generate`, on its device; all else is on the CPU.
         input_ids, attention_mask (`int64 [B, P]`): two of them.
         columns (`int64 [B, P]`): column of the original prompt that each pruned column comes from, -1 for padding.
-        next_position (`int64 [B]`): position of the first token after the prompt.
-        keep_masks: for each sample, its bits of the keep mask.
+        record: what a cache holds once the base model has read this.
     """
 
     inputs: dict[str, Any]
     input_ids: Tensor
     attention_mask: Tensor
     columns: Tensor
-    next_position: Tensor
-    keep_masks: list[Tensor]
+    record: CachedPrompt
 
 
 def prune_batch(
@@ -164,9 +168,12 @@ def prune_batch(
 
     inputs = dict(batch.inputs)
     full_positions = inputs.pop("position_ids", None)
+    if full_positions is not None:
+        full_positions = adapter.complete_positions(full_positions.cpu(), batch.attention_mask)
     if batch.record is not None and not batch.new.any() and full_positions is None:
+        start = next_position(batch.record.positions, valid[:, :past])
         steps = valid[:, past:].long().cumsum(1) - 1
-        positions = torch.cat([torch.zeros_like(index[:, :past]), batch.record.next_position[:, None] + steps], 1)
+        positions = torch.cat([batch.record.positions, start[:, None] + steps], 1)
         positions = adapter.spread_positions(positions, valid)
     elif contiguous:
         positions = adapter.spread_positions(count_positions(valid), valid)
@@ -200,9 +207,12 @@ def prune_batch(
     inputs["position_ids"] = positions.to(batch.device)
     if batch.features is not None and any(mask.any() for mask in keep.values()):
         inputs["mm_encoder_outputs"] = adapter.mm_encoder_outputs(batch.features, keep, counts, same_length)
-    next_position = adapter.last_position(positions) + 1
-    columns = index.masked_fill(~valid, -1)
-    return PrunedBatch(inputs, pruned_ids, attention_mask, columns, next_position, keep_masks)
+    held = adapter.largest_positions(positions)
+    if batch.record is not None:
+        held = torch.cat([batch.record.positions, held[:, past:]], 1)
+    decided = gather_columns(visual.long().cumsum(1), index, valid).cummax(1).values
+    record = CachedPrompt(gather_columns(ids, index, valid), attention_mask, held, decided, keep_masks)
+    return PrunedBatch(inputs, pruned_ids, attention_mask, index.masked_fill(~valid, -1), record)
 
 
 def align_with_cache(batch: PromptBatch, kept: Tensor, padding: int) -> tuple[Tensor, Tensor, int]:
@@ -220,17 +230,19 @@ def align_with_cache(batch: PromptBatch, kept: Tensor, padding: int) -> tuple[Te
     Raises:
         `ValueError`: where the prompt does not begin with what the cache holds, and where the LLM bears no padding.
     """
-    assert batch.record is not None
-    cached_valid = batch.record.attention_mask.bool()
-    num_cached = cached_valid.sum(1)
-    cached_index = torch.zeros_like(batch.record.attention_mask)
+    record = batch.record
+    assert record is not None
+    cached_valid = torch.zeros_like(record.attention_mask, dtype=torch.bool)
+    cached_index = torch.zeros_like(record.attention_mask)
     new = kept.clone()
     for sample, columns in enumerate(kept):
         where = columns.nonzero()[:, 0]
-        batch.record.check_prefix(sample, batch.input_ids[sample, where])
-        cached_columns = where[: int(num_cached[sample])]
-        cached_index[sample, cached_valid[sample]] = cached_columns
+        attended = record.attended_columns(sample, batch.input_ids[sample, where])
+        cached_columns = where[: int(attended.sum())]
+        record.check_images(sample, batch.visual[sample].cumsum(0)[cached_columns], attended)
+        cached_valid[sample] = attended
+        cached_index[sample, attended] = cached_columns
         new[sample, cached_columns] = False
     index, valid = left_padded_index(new, padding)
-    batch.record.check_padding(valid)
+    record.check_padding(valid)
     return torch.cat([cached_index, index], 1), torch.cat([cached_valid, valid], 1), cached_valid.shape[1]

@@ -1,8 +1,12 @@
 """Which pruner a model uses, and which budget a call has."""
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,6 +18,21 @@ from .pruner_classes import PRUNER_CLASSES
 from .pruning_policy import PruningPolicy
 from .token_autoencoder import TokenAutoencoder
 from .token_pruner import LearnedPruner, TokenPruner
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """A `with model.using(pruner)` that is open. `older` are the threads that were there before it."""
+
+    model: Any
+    pruner: TokenPruner
+    older: WeakSet[threading.Thread] = field(default_factory=lambda: WeakSet(threading.enumerate()))
+
+
+# Of the current thread or task.
+_uses: ContextVar[tuple[Use, ...]] = ContextVar("tprl_uses", default=())
+# Of the main thread, for threads that it starts inside: these begin without any context.
+_main_uses: list[Use] = []
 
 
 class PrunerChoiceMixin:
@@ -36,13 +55,19 @@ class PrunerChoiceMixin:
         return cls.default_pruner is not None and has_budget and not chooses
 
     def _init_pruner(self) -> None:
-        self._pruner: TokenPruner | None = None  # that of `using`
         self._own_pruner = None if self.config.pruner is None else self._make_pruner(**self.config.pruner)
 
     @property
     def pruner(self) -> TokenPruner:
         """The pruner in use: that of `using`, else that of `set_pruner`, else the policy."""
-        return self._pruner or self._own_pruner or self.learned_pruner()
+        return self._chosen_pruner() or self.learned_pruner()
+
+    def _chosen_pruner(self) -> TokenPruner | None:
+        """That of `using`, else that of `set_pruner`."""
+        own = [use.pruner for use in _uses.get() if use.model is self]
+        thread = threading.current_thread()
+        main = [use.pruner for use in tuple(_main_uses) if use.model is self and thread not in use.older]
+        return (main + own)[-1] if main or own else self._own_pruner
 
     def learned_pruner(self, **budget) -> LearnedPruner:
         """The policy as a pruner, whichever pruner is in use. `budget` as in [`TokenPruner`]."""
@@ -94,13 +119,26 @@ class PrunerChoiceMixin:
 
     @contextmanager
     def using(self, pruner: TokenPruner) -> Iterator[Any]:
-        """Inside the `with`, `pruner` chooses the tokens; afterwards all is as before. It is not saved."""
+        """
+        Inside the `with`, `pruner` chooses the tokens; afterwards all is as before. It is not saved.
+
+        It holds for the thread or asyncio task that opened it, and for what that one calls: others may use the same
+        model with pruners of their own. Threads that are started inside a block of the main thread have its pruner
+        too, until they open a block themselves; in other cases `contextvars.copy_context().run` hands it on.
+        """
         pruner.attach(self.lvlm)
-        before, self._pruner = self._pruner, pruner
+        use = Use(self, pruner)
+        is_main = threading.current_thread() is threading.main_thread()
+        _uses.set((*_uses.get(), use))
+        if is_main:
+            _main_uses.append(use)
         try:
             yield self
         finally:
-            self._pruner = before
+            if is_main:
+                _main_uses.remove(use)
+            # not by a token, which a generator that is closed elsewhere could not hand back
+            _uses.set(tuple(one for one in _uses.get() if one is not use))
 
     def _choice(
         self,
@@ -111,7 +149,7 @@ class PrunerChoiceMixin:
         keep_mask: Tensor | None,
     ) -> Budget | Tensor | None:
         """What a call does, see [`resolve_choice`]; an untrained policy is refused."""
-        chosen = self._pruner or self._own_pruner
+        chosen = self._chosen_pruner()
         budget = None if chosen is None else chosen.budget
         call = (keep_ratio, num_keep, threshold, prune, keep_mask)
         choice = resolve_choice(*call, budget, chosen is not None, self.config)

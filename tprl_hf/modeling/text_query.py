@@ -1,7 +1,8 @@
 """Which tokens of a prompt are the user's question.
 
-The policy reads the question's word embeddings. Exact question tokens come from the processor ([`question_mask`]);
-without them the fallback takes all attended tokens that are neither visual nor special.
+The policy reads the question's word embeddings. A question ends at the last generation prompt, whether its answer
+follows or not. Exact question tokens come from the processor ([`question_mask`]); where only ids are known, the config
+says what the chat template puts around a question ([`default_query_mask`]).
 """
 
 from collections.abc import Iterable
@@ -27,10 +28,92 @@ def config_special_ids(config: PreTrainedConfig, generation_config: Any) -> list
     return special_token_ids(config, config.get_text_config(), generation_config)
 
 
-def default_query_mask(input_ids: Tensor, attention_mask: Tensor, visual: Tensor, special_ids: list[int]) -> Tensor:
-    """The fallback: attended tokens that are neither visual nor special, `bool [B, L]`."""
+def default_query_mask(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    visual: Tensor,
+    special_ids: list[int],
+    start_ids: list[int] | None = None,
+    end_ids: list[int] | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """
+    The question, where only ids are known: attended tokens that are neither visual nor special, of the last turn.
+
+    It begins behind the last `start_ids` and ends where the last `end_ids` begin: at the last generation prompt. What
+    follows is the answer, so that a prompt has the same question while it is answered and while its answer is scored.
+
+    Args:
+        input_ids, attention_mask (`int64 [B, L]`), visual (`bool [B, L]`): the prompts, and their placeholders.
+        special_ids (`list[int]`): ids that are never part of a question.
+        start_ids, end_ids (`list[int]`, *optional*): what a chat template puts around the last question, see
+            [`template_ids`]. Without them, or where they are not found, the question is not bounded on that side.
+        labels (`int64 [B, L]`, *optional*): a token with a label other than -100 is not part of the question, unless
+            all of the question has labels.
+
+    Returns:
+        `bool [B, L]`
+    """
     special = torch.isin(input_ids, torch.tensor(special_ids, device=input_ids.device, dtype=input_ids.dtype))
-    return attention_mask.bool() & ~visual & ~special
+    question = attention_mask.bool() & ~visual & ~special
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    end = last_occurrence(input_ids, end_ids, input_ids.shape[1])
+    before_end = columns < end[:, None]
+    question &= before_end
+    if start_ids:
+        start = last_occurrence(input_ids.masked_fill(~before_end, -1), start_ids, -len(start_ids)) + len(start_ids)
+        question &= columns >= start[:, None]
+    if labels is not None:
+        unlabelled = question & (labels.to(question.device) == -100)
+        question = torch.where(unlabelled.any(1, keepdim=True), unlabelled, question)
+    return question
+
+
+def last_occurrence(input_ids: Tensor, pattern: list[int] | None, otherwise: int) -> Tensor:
+    """Column where the last `pattern` in each row of `input_ids [B, L]` begins, `int64 [B]`."""
+    num_rows, length = input_ids.shape
+    if not pattern or len(pattern) > length:
+        return torch.full((num_rows,), otherwise, device=input_ids.device)
+    windows = input_ids.unfold(1, len(pattern), 1)
+    found = (windows == torch.tensor(pattern, device=input_ids.device)).all(-1)
+    last = found.shape[1] - 1 - found.flip(1).long().argmax(1)
+    return torch.where(found.any(1), last, otherwise)
+
+
+def template_ids(processor: Any) -> tuple[list[int], list[int]]:
+    """
+    What a chat template puts before the text of a user's turn, and after the last one.
+
+    Args:
+        processor: the base model's processor, or its tokenizer, with a chat template.
+
+    Returns:
+        Two lists of token ids: the end of what stands before a question in any turn, and all that stands between the
+        last question and the answer, with the generation prompt.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+
+    def render(question: str, earlier: bool) -> list[int]:
+        turns = [("user", "Hello"), ("assistant", "Yes")] if earlier else []
+        chat = [
+            {"role": role, "content": [{"type": "text", "text": text}]} for role, text in [*turns, ("user", question)]
+        ]
+        text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    # so different that tokens in which template and question have merged are not taken for the template's
+    questions = ("What", "Is it red?", "how many", "7", "the cat", "a dog", "in", "please")
+    first, later = ([render(question, earlier) for question in questions] for earlier in (False, True))
+    before = [common_prefix(rows) for rows in (first, later)]
+    end = common_prefix([row[::-1] for row in first])[::-1]
+    return common_prefix([row[::-1] for row in before])[::-1], end
+
+
+def common_prefix(rows: list[list[int]]) -> list[int]:
+    """The longest list with which all of `rows` begin."""
+    shortest = min(map(len, rows))
+    length = next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
+    return rows[0][:length]
 
 
 def chat_messages(prompt: str | list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:

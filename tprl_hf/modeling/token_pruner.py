@@ -33,6 +33,8 @@ class PruningInputs:
         keep_ratio (`[B]`, *optional*): fraction that is to be kept, for policies that are told; without it no budget.
         attention (`float [B, N]`, *optional*): attention each token received in the vision tower; only there for
             pruners with `needs_attention`.
+        lvlm (`PreTrainedModel`, *optional*): the base model, for methods that run a part of it. Others use it too:
+            nothing in it is to be changed.
     """
 
     tokens: Tensor
@@ -43,6 +45,7 @@ class PruningInputs:
     sample_keys: list[int]
     keep_ratio: Tensor | None = None
     attention: Tensor | None = None
+    lvlm: PreTrainedModel | None = None
 
     @cached_property
     def num_visual(self) -> Tensor:
@@ -125,6 +128,8 @@ class TokenPruner:
 
     def attach(self, lvlm: PreTrainedModel) -> None:
         """Called when a model takes this pruner, with its base model, for methods that run a part of it.
+
+        Nothing is to be kept: other threads may use the pruner with other models. `PruningInputs.lvlm` is that in use.
 
         Raises:
             `ValueError`: for a base model with which the method does not work.

@@ -1,9 +1,11 @@
 """How much attention each visual token received in the vision tower, for pruners that read it.
 
 Towers split their images into tiles, windows or sequences and seldom return their attention. What computes it is
-therefore replaced, through the library's own `AttentionInterface`, by eager attention that also takes notes.
+therefore replaced, through the library's own `AttentionInterface`, by eager attention that also takes notes; in a twin
+of the tower, so that nobody else's tower takes them.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
+from .module_twins import copied_configs, twin_of
 from .token_layout import Block
 
 OBSERVED = "tprl_observed"
@@ -86,8 +89,11 @@ AttentionMaskInterface.register(OBSERVED, eager_mask)
 
 
 @contextmanager
-def observed_tower(base: PreTrainedModel) -> Iterator[list[ObservedLayer]]:
-    """Inside the `with`, the vision tower notes its attention layer by layer.
+def observed_tower(base: PreTrainedModel) -> Iterator[tuple[Any, list[ObservedLayer]]]:
+    """Inside the `with`, the vision tower of a twin of `base.base_model` notes its attention layer by layer.
+
+    Returns:
+        The twin, which shares the weights, and the notes. The base model itself is not changed.
 
     Raises:
         `ValueError`: for a base model without a tower of its own.
@@ -98,15 +104,15 @@ def observed_tower(base: PreTrainedModel) -> Iterator[list[ObservedLayer]]:
             f"Models of type {base.config.model_type!r} have no vision tower whose attention could be read. Use a "
             "pruner without `needs_attention`."
         )
-    before = tower._attn_implementation
+    configs = copied_configs(tower, OBSERVED)
+    configs[id(base.config)] = copy.copy(base.config)
+    configs[id(base.config)].vision_config = configs[id(tower)]
     layers: list[ObservedLayer] = []
-    base.set_attn_implementation({"vision_config": OBSERVED})
     token = _notes.set(layers)
     try:
-        yield layers
+        yield twin_of(base.base_model, configs, shared=[base.get_decoder()]), layers
     finally:
         _notes.reset(token)
-        base.set_attn_implementation({"vision_config": before})
 
 
 def choose_layer(layers: list[ObservedLayer], layer: int, model_type: str) -> ObservedLayer:

@@ -16,7 +16,7 @@ class FastVPruner(LLMAttentionPruner):
     """`score_i` = attention from the last token to token i, mean over heads, in layer K of the LLM.
 
     Args:
-        lvlm (`PreTrainedModel`, *optional*): the base model. A model that takes the pruner passes its own.
+        lvlm (`PreTrainedModel`, *optional*): the base model. A model that uses the pruner passes its own.
         layer (`int`, defaults to 2): FastV's K, counted from 1.
         **budget: see [`TokenPruner`].
     """

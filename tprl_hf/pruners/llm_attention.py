@@ -1,13 +1,12 @@
 """The base of pruners that read the attention of an early layer of the LLM; it runs that part of the LLM first."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tprl_hf.modeling.module_twins import copied_configs, twin_of
 from tprl_hf.modeling.token_pruner import PruningInputs, TokenPruner
 
 
@@ -27,7 +26,7 @@ class LLMAttentionPruner(TokenPruner):
     that says whose attention counts, [`raters`].
 
     Args:
-        lvlm (`PreTrainedModel`, *optional*): the base model. A model that takes the pruner passes its own.
+        lvlm (`PreTrainedModel`, *optional*): the base model. A model that uses the pruner passes its own.
         layer (`int`, defaults to 2): the layer whose attention is read, counted from 1.
         **budget: see [`TokenPruner`].
 
@@ -41,14 +40,18 @@ class LLMAttentionPruner(TokenPruner):
     def __init__(self, lvlm: PreTrainedModel | None = None, layer: int = 2, **budget):
         super().__init__(**budget)
         self.layer = layer
-        self.decoder: Any = None
+        self.lvlm = lvlm
         if lvlm is not None:
             self.attach(lvlm)
 
     def attach(self, lvlm: PreTrainedModel) -> None:
+        self.decoder_of(lvlm)
+
+    def decoder_of(self, lvlm: PreTrainedModel) -> Any:
+        """The layers of the LLM. Raises `ValueError` where they do not work with this pruner."""
         # some families call the LLM with its output layer their decoder
-        self.decoder = next(module for module in lvlm.get_decoder().modules() if hasattr(module, "layers"))
-        name, layer, layers = type(self).__name__, self.layer, self.decoder.layers
+        decoder = next(module for module in lvlm.get_decoder().modules() if hasattr(module, "layers"))
+        name, layer, layers = type(self).__name__, self.layer, decoder.layers
         if not 1 <= layer <= len(layers):
             raise ValueError(f"layer={layer}, but the LLM has layers 1 to {len(layers)}.")
         if not hasattr(layers[layer - 1], "self_attn"):
@@ -57,11 +60,12 @@ class LLMAttentionPruner(TokenPruner):
                 f"{name} reads attention, and layer {layer} of this LLM has none; "
                 + (f"layers that do: {', '.join(having)}." if having else "nor has any other.")
             )
-        if self.decoder.config.to_dict().get("hidden_size_per_layer_input"):
+        if decoder.config.to_dict().get("hidden_size_per_layer_input"):
             raise ValueError(
                 f"{name} runs the LLM on visual tokens, but every layer of {lvlm.config.model_type!r} also reads the "
                 "prompt's ids: use a pruner that does not need the LLM."
             )
+        return decoder
 
     def raters(self, inputs: PruningInputs) -> Tensor:
         """Whose attention counts: `bool [B, N + L]`, at least one of each sample's visual tokens and question."""
@@ -69,12 +73,15 @@ class LLMAttentionPruner(TokenPruner):
 
     def score(self, inputs: PruningInputs) -> Tensor:
         mask = torch.cat([inputs.valid, inputs.query_mask], dim=1)
-        weights = self.attention(torch.cat([inputs.tokens, inputs.query], dim=1), mask)  # (B, N + L, N + L)
+        lvlm = self.lvlm if inputs.lvlm is None else inputs.lvlm
+        assert lvlm is not None
+        embeddings = torch.cat([inputs.tokens, inputs.query], dim=1)
+        weights = self.attention(self.decoder_of(lvlm), embeddings, mask)  # (B, N + L, N + L)
         raters = self.raters(inputs)
         received = (weights * raters[:, :, None]).sum(1) / raters.sum(1)[:, None]
         return received[:, : inputs.valid.shape[1]]
 
-    def attention(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+    def attention(self, decoder: Any, embeddings: Tensor, mask: Tensor) -> Tensor:
         """Attention of the layer, mean over heads, float32 `[B, S, S]`, for `embeddings [B, S, D]`."""
 
         def catch(module: nn.Module, arguments: Any, output: Any) -> NoReturn:
@@ -82,10 +89,12 @@ class LLMAttentionPruner(TokenPruner):
                 raise ValueError(f"{type(module).__name__} returns no attention weights for {type(self).__name__}.")
             raise _Attention(output[1])
 
-        hook = self.decoder.layers[self.layer - 1].self_attn.register_forward_hook(catch)
+        # a twin, so that the LLM of other threads computes attention as before
+        twin = twin_of(decoder, copied_configs(decoder.config, "eager"), decoder.layers[self.layer :])
+        twin.layers[self.layer - 1].self_attn.register_forward_hook(catch)
         try:
-            with eager_attention(self.decoder), torch.no_grad():
-                self.decoder(
+            with torch.no_grad():
+                twin(
                     inputs_embeds=embeddings,
                     attention_mask=mask.long(),
                     position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
@@ -93,8 +102,6 @@ class LLMAttentionPruner(TokenPruner):
                 )
         except _Attention as caught:
             return caught.weights.float().mean(1)
-        finally:
-            hook.remove()
         raise RuntimeError("The decoder did not run its layer.")
 
 
@@ -103,14 +110,3 @@ def last_token(inputs: PruningInputs) -> Tensor:
     mask = torch.cat([inputs.valid, inputs.query_mask], dim=1)
     last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(dim=1)
     return nn.functional.one_hot(last, mask.shape[1]).bool()
-
-
-@contextmanager
-def eager_attention(decoder: PreTrainedModel) -> Iterator[None]:
-    """Inside the `with`, the LLM computes attention in the way that can return it."""
-    before = decoder.config._attn_implementation
-    decoder.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        decoder.set_attn_implementation(before)

@@ -20,7 +20,7 @@ class SparseVLMPruner(LLMAttentionPruner):
     they enter the LLM, is at least the mean of all. Without a question the last token rates, as in FastV.
 
     Args:
-        lvlm (`PreTrainedModel`, *optional*): the base model. A model that takes the pruner passes its own.
+        lvlm (`PreTrainedModel`, *optional*): the base model. A model that uses the pruner passes its own.
         layer (`int`, defaults to 2): the layer whose attention is read, counted from 1.
         **budget: see [`TokenPruner`].
     """

@@ -16,7 +16,7 @@ class AutoencoderNetworks(TrainedNetworks):
     """The autoencoder's loss of each sample."""
 
     def forward(self, tokens: Tensor, valid: Tensor) -> Tensor:
-        """Mean squared error of each sample, float32 `[B]`, from tokens `[B, N, D]`; `valid [B, N]` are no padding."""
+        """Mean squared error of each sample, float32 `[B]`, over tokens `[B, N, D]` where `valid [B, N]` is True."""
         error = self.autoencoder.decode(self.autoencoder.encode(tokens)) - tokens.float()
         error = error.square().mean(-1).masked_fill(~valid, 0.0)  # (B, N)
         return error.sum(1) / valid.sum(1).clamp(min=1)

@@ -41,7 +41,7 @@ def calibrate_threshold(
         `float`: the threshold, in (0, 1).
 
     Raises:
-        `ValueError`: when `keep_ratio` is no fraction, or out of reach because `min_keep` or `max_keep` bound it.
+        `ValueError`: when `keep_ratio` is not a fraction, or out of reach because `min_keep` or `max_keep` bound it.
     """
     if not 0 < keep_ratio < 1:
         raise ValueError(f"keep_ratio is the fraction of visual tokens that is kept, in (0, 1); got {keep_ratio}.")

@@ -48,8 +48,8 @@ class CounterfactualTrainer(RolloutTrainer):
     gives one reward to all bits of a mask instead; an answer depends on a few of hundreds, so it is mostly noise.
 
     Then `sum_i gain_i * (p_i - p_i of the rollout)` has the gradient of J where the policy is still that of the
-    rollout. Written as PPO's surrogate, with the ratio `1 + p_i - p_i of the rollout`, it can be clipped: no
-    probability moves by more than `epsilon`.
+    rollout. Written as PPO's surrogate, with the ratio `1 + p_i - p_i of the rollout`, it can be clipped: an
+    update gains nothing by moving a probability further than `epsilon`.
 
     - **Flips.** `num_flips` bits of a mask are flipped, drawn by `p_i * (1 - p_i)`, the factor that the logit's
       gradient has anyway; the gain of the others counts as 0. A mask whose score cannot rise by `min_spread` is not

@@ -87,7 +87,7 @@ def generate_demonstrations(
         visual tokens.
 
     Raises:
-        `ValueError`: when the ratios are no fractions in descending order.
+        `ValueError`: when the ratios are not fractions in descending order.
 
     Example:
 

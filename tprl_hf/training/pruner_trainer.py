@@ -114,7 +114,7 @@ class PrunerTrainer(Trainer):
         model.eval()
         model.to(args.device)
         # so that prompts without a `query_mask` are read at inference as in training
-        model.config.special_token_ids = sorted(processing_class.tokenizer.all_special_ids)
+        model.read_chat_template(processing_class)
         self.tprl_model = model
         self.encoder = SampleEncoder(model, processing_class, args.feature_cache_mb * 2**20)
         self.metrics: dict[str, list[float]] = defaultdict(list)

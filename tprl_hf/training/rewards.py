@@ -101,6 +101,21 @@ def load_reward(name: str) -> RewardFunction:
     return found
 
 
+def check_rewards(functions: Sequence[RewardFunction], weights: Sequence[float] | None) -> list[float]:
+    """
+    The weight of each reward function, 1 without `weights`.
+
+    Raises:
+        `ValueError`: when two functions have one name, or `weights` are not one for each.
+    """
+    names = [reward_name(function) for function in functions]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Each reward function is logged under its name, but some share one: {', '.join(names)}.")
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(f"reward_weights={list(weights)} are not one for each of {names}.")
+    return [1.0] * len(names) if weights is None else list(weights)
+
+
 @torch.no_grad()
 def reward_function_scores(
     reward_funcs: Sequence[RewardFunction],

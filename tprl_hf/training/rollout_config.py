@@ -76,7 +76,7 @@ class BudgetedRolloutConfig(RolloutConfig):
         rollout_keep_ratios (`list[float]`, *optional*):
             Draw at budgets, one of these for each question: a shift of all logits, part of the state and not of the
             policy, brings the expected number of kept tokens to `keep_ratio ** ((t + 1) / T)`. So the policy is
-            trained on the sets that a budget at inference asks for. Wants `lambda_disc=1` where there is one.
+            trained on the sets that a budget at inference asks for. Set `lambda_disc=1` with it.
         shared_budget (`float`, defaults to 0):
             Fraction of buffers whose budget holds for the whole batch instead of for each question. Questions then
             compete for tokens, as they do under a threshold at inference.

@@ -16,7 +16,7 @@ from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from .answer_batches import AnswerBatch
 from .answer_scores import score_answers
 from .pruner_trainer import PolicyTrainer
-from .rewards import MaskScores, RewardFunction, reward_function_scores, reward_name
+from .rewards import MaskScores, RewardFunction, check_rewards, reward_function_scores
 from .rollout_config import RolloutConfig
 from .rollouts import Budgets, Rollouts
 
@@ -55,12 +55,7 @@ class RolloutTrainer(PolicyTrainer):
     ):
         super().__init__(model, args, processing_class, train_dataset, eval_dataset, callbacks, optimizers)
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [])
-        names = [reward_name(function) for function in self.reward_funcs]
-        if len(set(names)) < len(names):
-            raise ValueError(f"Each reward function is logged under its name, but some share one: {', '.join(names)}.")
-        self.reward_weights = args.reward_weights or [1.0] * len(names)
-        if len(self.reward_weights) != len(names):
-            raise ValueError(f"reward_weights={args.reward_weights} are not one for each of {names}.")
+        self.reward_weights = check_rewards(self.reward_funcs, args.reward_weights)
         self.batch: AnswerBatch
         self.rollouts: Rollouts | None = None
         self.buffer: dict[str, Tensor] = {}  # by name [T, S, ...], and `is_trained_on [S]`; without it all are
@@ -168,8 +163,8 @@ class RolloutTrainer(PolicyTrainer):
         """
         Scores before the first step and after each, float32 `[T + 1, S]`.
 
-        Without `every_step` only the last masks are scored and all others are 0: right for algorithms that compare
-        the rollouts of one question, of which the score of the unpruned prompt, the most expensive one, cancels.
+        Without `every_step` only the last masks are scored, and all other scores are 0. This is enough where the
+        rollouts of one question are compared: the score of its unpruned prompt, the most expensive one, cancels.
         """
         num_steps, num_trajectories = rollouts.step_mask.shape
         if not every_step:
