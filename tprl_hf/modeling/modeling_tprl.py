@@ -271,15 +271,21 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         configs = (generation_config, self.generation_config)
         copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
         cache, asked = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
-        record = None
-        if is_filled(cache) and (prune is not False or CachedPrompt.is_on(cache)):
+        record, filled = None, is_filled(cache)
+        if filled and (prune is not False or CachedPrompt.is_on(cache)):
+            if any(setting(name, kwargs, *configs) for name in ("assistant_model", "prompt_lookup_num_tokens")):
+                raise ValueError(
+                    "An assistant model and prompt lookup read the whole prompt again, behind what is cached: leave "
+                    "them out, or pass the conversation without `past_key_values`."
+                )
             record = self._read_cache(cache, input_ids, asked, kwargs, copies)
             if setting("is_assistant", kwargs, *configs):
                 record = self._go_back(cache, record, input_ids, asked)
         filler = setting("pad_token_id", kwargs, *configs)
         if self._leaves_alone(input_ids, choice, visual_features, record):
             output = self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
-            self._note_unpruned_answer(cache, input_ids, asked, kwargs, output, copies, filler)
+            if not filled:
+                self._note_unpruned_answer(cache, input_ids, asked, kwargs, output, copies, filler)
             return output
 
         batch = self._batch(

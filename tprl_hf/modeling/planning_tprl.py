@@ -218,7 +218,14 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
             scores = chosen_scores if new.all() else chosen_scores.new_ones(total).index_put((new,), chosen_scores)
             keep_mask[new] = unpad_rows(chosen.cpu(), inputs.num_visual)
         if batch.record is not None:
-            keep_mask[~batch.new] = torch.cat(batch.record.keep_masks)
+            decided = torch.cat(batch.record.keep_masks)
+            differs = int((keep_mask[~batch.new] != decided).sum())
+            if isinstance(choice, Tensor) and differs:
+                raise ValueError(
+                    f"keep_mask says otherwise about {differs} visual tokens than the cache, which has them or not by "
+                    "now. Begin it with the `keep_mask` of the last turn, or leave it out."
+                )
+            keep_mask[~batch.new] = decided
         kept = [int(mask.sum()) for mask in keep_mask.split(batch.num_visual.tolist())]
         num_kept = torch.tensor(kept, device="cpu")
         return PrunePlan(keep_mask, scores, num_kept, batch.num_visual, layout)
