@@ -23,6 +23,7 @@ from .family_adapters import adapter_for
 from .keep_mask import Budget
 from .prune_plan import PrunePlan, layout_of, pruning_inputs
 from .pruned_batch import PromptBatch
+from .pruned_core import note_labels
 from .pruner_choice import PrunerChoiceMixin
 from .pruning_policy import PruningPolicy
 from .text_query import config_special_ids, default_query_mask, template_ids
@@ -62,6 +63,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                 "tokens cannot keep theirs: pass position_ids='contiguous'."
             )
         self._init_pruner()
+        self.register_forward_pre_hook(note_labels, with_kwargs=True)
         self.post_init()
 
     @classmethod
