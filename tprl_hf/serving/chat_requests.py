@@ -2,21 +2,19 @@
 
 import base64
 import binascii
-import io
 import json
 import urllib.request
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from starlette.exceptions import HTTPException
 
 from tprl_hf.modeling.keep_mask import Budget
 from tprl_hf.modeling.prune_plan import refuse_several
+from tprl_hf.pictures import PictureError, open_picture
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # readers that start no other program
-MAX_PIXELS = 50_000_000
 DOWNLOAD_SECONDS = 10
 BUDGET_TYPES: dict[str, tuple[type, ...]] = {
     "keep_ratio": (float, int),
@@ -168,14 +166,9 @@ def open_image(url: str, limits: Limits) -> Image.Image:
     else:
         raise refuse(f"An image is sent as data:image/png;base64,...; got {url[:40]!r}. No files are read.")
     try:
-        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise refuse(f"The image has {image.width} x {image.height} pixels; at most {MAX_PIXELS} are read.")
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError:
-        raise refuse(f"The image is none of {', '.join(IMAGE_FORMATS)}.") from None
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
-        raise refuse(f"The image is damaged ({error}).") from None
+        return open_picture(content)
+    except PictureError as error:
+        raise refuse(str(error)) from None
 
 
 def download(url: str, max_bytes: int) -> bytes:
