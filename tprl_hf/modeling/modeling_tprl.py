@@ -276,9 +276,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         if kwargs.get("mm_encoder_outputs") is not None:  # of the model whose draft this one is
             if prune or any(value is not None for value in (keep_ratio, num_keep, threshold, keep_mask)):
-                raise ValueError(
-                    "`mm_encoder_outputs` are not pruned: pass pixels or `visual_features` with a budget."
-                )
+                raise ValueError("`mm_encoder_outputs` are not pruned: with a budget pass pixels.")
             return self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
         kwargs |= cache_argument(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         configs = (generation_config, self.generation_config)
