@@ -174,8 +174,8 @@ def section() -> list[str]:
             "import no image processor at all, not even one that does not need torchvision. `tprl` says so in one "
             "line. There are two cures. Install both with the one command that PyTorch's installation page gives for "
             "your machine, before `tprl_hf[processors]`. Or `pip uninstall torchvision`: the families of the first "
-            "row then work with Pillow. `timm` installs torchvision too. Where it is installed, image processors "
-            "resize with torchvision instead of with Pillow, and pixels differ a little."
+            "row then work with Pillow. `timm` installs torchvision too. Where torchvision is installed, image "
+            "processors resize with it instead of with Pillow, and pixels differ a little."
         ),
         "",
     ]

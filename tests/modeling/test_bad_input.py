@@ -146,7 +146,7 @@ def test_pruners_without_what_they_need(model, batch):
 
 @pytest.fixture
 def checkpoint(model, tmp_path):
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, save_base_model=False)
     return tmp_path
 
 

@@ -178,6 +178,23 @@ def test_samples_of_a_packed_row_are_alone(family):
     assert plan.num_kept.tolist() == [min(2, n) for n in total]
 
 
+@torch.no_grad()
+def test_the_llm_sees_the_short_batch_alone():
+    """`generate` and `forward` cost what the kept columns cost, and the compact form is no copy."""
+    _, model = wrap("llava")
+    inputs = collate("llava", [sample("llava", 1, 1), sample("llava", 2, 2)])
+    widths = []
+    hook = model.lvlm.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    model.generate(**inputs, num_keep=3, max_new_tokens=2)
+    output = model(**inputs, num_keep=3)
+    hook.remove()
+    longest = max(len(columns[columns >= 0]) for columns in output.columns)
+    assert widths == [longest, 1, longest] and output.logits.shape[1] == inputs["input_ids"].shape[1]
+    assert model(**inputs, num_keep=3, compact=True).logits.shape[1] == longest
+
+
 def test_labels_of_placeholders_never_count():
     _, model = wrap("llava")
     inputs = collate("llava", [sample("llava", 1, 1), sample("llava", 2, 2)])

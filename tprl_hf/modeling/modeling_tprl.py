@@ -9,11 +9,10 @@ from transformers.utils import ModelOutput
 
 from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument, is_filled
 from .columns import restore_prompt, source_columns
-from .conversation_tprl import ConversationMixin
+from .conversation_tprl import TPRLConversationModel
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .keep_mask import Budget
 from .packed_rows import PackedRows
-from .planning_tprl import TPRLPlanningModel
 from .prompt_output import logits_wanted, to_prompt_output
 from .prune_plan import PrunePlan, TPRLOutput
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
@@ -21,7 +20,7 @@ from .sequence_inputs import count_no_placeholders, predicted_labels, refuse_oth
 from .visual_features import VisualFeatures
 
 
-class TPRLForConditionalGeneration(ConversationMixin, TPRLPlanningModel, GenerationMixin):
+class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
     r"""
     An LVLM whose visual tokens are pruned before its LLM.
 
@@ -54,13 +53,14 @@ class TPRLForConditionalGeneration(ConversationMixin, TPRLPlanningModel, Generat
             self.lvlm.generation_config = config
 
     def _pruned(self, batch: PromptBatch, plan: PrunePlan, **options) -> PrunedBatch:
-        pad = self.generation_config.pad_token_id
+        pad, num_ids = self.generation_config.pad_token_id, len(self.get_input_embeddings().weight)
         return prune_batch(
             batch,
             plan.keep_mask,
             self.adapter,
             contiguous=self.config.position_ids == "contiguous",
-            pad_token_id=0 if pad is None else pad,
+            # nothing attends to padding, but it is looked up; some checkpoints say -1
+            pad_token_id=pad if pad is not None and 0 <= pad < num_ids else 0,
             **options,
         )
 
@@ -254,12 +254,19 @@ class TPRLForConditionalGeneration(ConversationMixin, TPRLPlanningModel, Generat
             visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
             generation_config, kwargs: as in [`~transformers.GenerationMixin.generate`]. With `past_key_values` (also
                 called `cache`) of an earlier call pass the whole conversation; tokens already in it stay as they were.
+                `mm_encoder_outputs`, such as a draft model gets from its target, are taken as they are.
 
         Returns:
             As [`~transformers.GenerationMixin.generate`]; a dict also has `keep_mask`, `num_kept` and `num_visual`.
         """
         input_ids = kwargs.pop("input_ids", inputs)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
+        if kwargs.get("mm_encoder_outputs") is not None:  # of the model whose draft this one is
+            if prune or any(value is not None for value in (keep_ratio, num_keep, threshold, keep_mask)):
+                raise ValueError(
+                    "`mm_encoder_outputs` are not pruned: pass pixels or `visual_features` with a budget."
+                )
+            return self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
         kwargs |= cache_argument(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         configs = (generation_config, self.generation_config)
         copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))

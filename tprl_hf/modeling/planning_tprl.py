@@ -101,6 +101,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
             logger.warning_once(f"No policy has been trained for this model: {cls.default_pruner} chooses its tokens.")
         config = TPRLConfig(base_config=copy.deepcopy(base.config), **fields)
         model = cls._around(base, config)
+        model._base_cache_dir = settings.get("cache_dir")
         if given is not None:
             model.set_pruner(given)
         return model
