@@ -60,7 +60,7 @@ def test_a_batch_of_a_family(family):
     inputs, keep_masks = take_inputs(batch.inputs, rollouts.sample_index), rollouts.keep_masks
     codes, positions = model.autoencoder.encode(inputs.tokens), inputs.layout.positions()
     logits = [
-        model.policy(codes, keep_masks[t], inputs.query, inputs.query_mask, t, positions).logits for t in range(2)
+        model.policy(codes, keep_masks[t], inputs.query, inputs.query_valid, t, positions).logits for t in range(2)
     ]
     replayed = replayed_logprobs(rollouts, logits_at_budget(rollouts, torch.stack(logits), 1.0), 1.0)
     torch.testing.assert_close(replayed, rollouts.logprobs, atol=1e-5, rtol=1e-5)

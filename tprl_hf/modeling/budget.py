@@ -15,7 +15,7 @@ class Budget:
 
     Args:
         keep_ratio (`float`, *optional*): Fraction of each sample's visual tokens that is KEPT, in (0, 1].
-        num_keep (`int`, *optional*): Number of tokens kept of each sample.
+        num_keep (`int`, *optional*): Number of tokens kept of each sample; all of a sample that has fewer.
         threshold (`float`, *optional*): Tokens with a larger score are kept (eq. 16, for probabilities).
         min_keep (`int`, defaults to 1): At least so many tokens stay in a sample that has any.
         max_keep (`int`, *optional*): At most so many tokens stay in a sample.
@@ -54,19 +54,10 @@ class Budget:
 def keep_counts(num_visual: Tensor, budget: Budget) -> Tensor:
     """Number of tokens to keep of each sample, `int64 [B]`, for a `keep_ratio` or `num_keep` budget.
 
-    Each sample has its own budget, so that no result depends on the samples that share its batch.
-
-    Raises:
-        `ValueError`: when `num_keep` is larger than a sample's number of visual tokens.
+    Each sample has its own budget, so that no result depends on the samples that share its batch. A sample with fewer
+    visual tokens than `num_keep` keeps all of them.
     """
     if budget.num_keep is not None:
-        short = (num_visual > 0) & (num_visual < budget.num_keep)
-        if short.any():
-            sample = int(short.nonzero()[0])
-            raise ValueError(
-                f"num_keep={budget.num_keep}, but sample {sample} has only {int(num_visual[sample])} visual tokens. "
-                "Lower num_keep or pass keep_ratio, which adapts to each sample."
-            )
         counts = torch.full_like(num_visual, budget.num_keep)
     elif budget.keep_ratio is not None:
         ratio = budget.keep_ratio

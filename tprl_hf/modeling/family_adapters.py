@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .columns import run_lengths
-from .lvlm_adapters import LVLMAdapter, RopeIndexAdapter
+from .lvlm_adapters import HANDED, LVLMAdapter, RopeIndexAdapter
 from .token_layout import SEPARATOR, Block, grid_blocks, join_rows, square_block
 from .vision_attention import ObservedLayer, received_by_patches, undo_windows
 from .visual_features import EncodedModality, VisualFeatures
@@ -376,8 +376,8 @@ def adapter_for(base: PreTrainedModel) -> LVLMAdapter:
     model_type = base.config.model_type
     if model_type in REFUSED:
         raise ValueError(cannot_be_pruned(model_type, REFUSED[model_type]))
-    if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
-        raise ValueError(cannot_be_pruned(model_type, "its `forward` does not take `mm_encoder_outputs`"))
+    if HANDED not in inspect.signature(base.forward).parameters:
+        raise ValueError(cannot_be_pruned(model_type, f"its `forward` does not take `{HANDED}`"))
     default = RopeIndexAdapter if hasattr(base.base_model, "get_rope_index") else LVLMAdapter
     adapter = ADAPTERS.get(model_type, default)(base)
     if not adapter.encoder_names:

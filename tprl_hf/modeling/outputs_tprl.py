@@ -38,14 +38,18 @@ class PrunePlan:
 @dataclass
 class TPRLOutput(ModelOutput):
     """
-    Output of [`TPRLForConditionalGeneration`]. P columns of the pruned, left-padded batch.
+    Output of [`TPRLForConditionalGeneration`], in the L columns of the caller's prompt; with `compact=True` in the P
+    columns of the pruned, left-padded batch.
+
+    A pruned column has the logits and hidden states of the last kept column before it, and gets no attention. Columns
+    before the first kept one are 0.
 
     Args:
         loss (`[]`, *optional*): language-modelling loss over the labels, when these were passed.
-        logits (`[B, P, vocab]`): `logits[:, -k:]` are those of the last k tokens of every sample.
+        logits (`[B, L, vocab]`): `logits[:, i]` predict the next kept token behind column i.
         past_key_values (`Cache`, *optional*): filled with the kept tokens only. As in the base model's own outputs,
             the field is called `cache` since transformers 5.24, where `past_key_values` still reads it.
-        hidden_states, attentions (tuples, *optional*): of the base model, over P columns.
+        hidden_states, attentions (tuples, *optional*): of the base model, `[B, L, D]` and `[B, heads, L, L]` each.
         keep_mask (`bool [V]`): which visual tokens were kept, in placeholder order.
         num_kept (`int64 [B]`): how many of each sample.
         columns (`int64 [B, P]`): column of the original prompt that each pruned column comes from, -1 for padding.

@@ -12,8 +12,7 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 from starlette.exceptions import HTTPException
 
-from tprl_hf.modeling.keep_mask import Budget
-from tprl_hf.modeling.prune_plan import refuse_several
+from tprl_hf.modeling.budget import Budget, refuse_several
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # readers that start no other program
 MAX_PIXELS = 50_000_000
