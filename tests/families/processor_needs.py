@@ -25,7 +25,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils.import_utils import define_import_structure
 
 from tprl_hf.missing_packages import PACKAGES
-from tprl_hf.modeling.lvlm_adapters import REFUSED
+from tprl_hf.modeling.family_adapters import REFUSED
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 TITLE = "## What your family's processor needs"

@@ -8,14 +8,14 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
+from .budget import Budget
 from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument, is_filled
 from .columns import restore_prompt, source_columns
 from .conversation_tprl import TPRLConversationModel
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
-from .keep_mask import Budget
+from .outputs_tprl import PrunePlan, TPRLOutput
 from .packed_rows import PackedRows
 from .prompt_output import logits_wanted, to_prompt_output
-from .prune_plan import PrunePlan, TPRLOutput
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
 from .pruned_core import PrunedCore
 from .sequence_inputs import count_no_placeholders, predicted_labels, refuse_other_forms, shifted_labels

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
+from .budget import Budget
 from .cached_prompt import CachedPrompt
 from .checkpoint_checks import (
     absolute_path,
@@ -20,11 +21,11 @@ from .checkpoint_tprl import HUB_NAMES, TPRLPreTrainedModel
 from .columns import unpad_rows
 from .configuration_tprl import TPRLConfig
 from .family_adapters import adapter_for
-from .keep_mask import Budget
-from .prune_plan import PrunePlan, layout_of, pruning_inputs
+from .outputs_tprl import PrunePlan
 from .pruned_batch import PromptBatch
 from .pruned_core import note_labels
 from .pruner_choice import PrunerChoiceMixin
+from .pruner_inputs import layout_of, pruning_inputs
 from .pruning_policy import PruningPolicy
 from .text_query import config_special_ids, default_query_mask, template_ids
 from .token_autoencoder import TokenAutoencoder
