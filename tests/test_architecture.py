@@ -1,6 +1,7 @@
-"""Holds the arrows of docs/architecture.md: who may import whom, and how."""
+"""The arrows of docs/architecture.md: who may import whom, and how."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -82,6 +83,17 @@ def violations(package: Path) -> list[str]:
 
 def test_the_package_keeps_its_arrows():
     assert violations(PACKAGE) == []
+
+
+def test_the_page_has_the_same_arrows():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = page[: page.index("## The model")]
+    drawn = {}
+    for name, imports in re.findall(r"^\| (?:`(\w+)(?:/|\.py)`|root: .*) \| .* \| (.*) \|$", rooms, re.M):
+        listed = {word.strip("`") for word in imports.split(", ")} - {"none"}
+        drawn[name] = {"" if word == "root" else word for word in listed}
+    assert any("all rooms" in words for words in drawn.pop("cli"))
+    assert drawn == {room: targets - {room} for room, targets in MAY_IMPORT.items() if room != "cli"}
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,6 @@ ROOT = Path(__file__).parents[1]
 NOT_SOURCE = (".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "runs", "tprl_output")
 LINKS = ("modeling", "training", "recipes")
 
-pytestmark = pytest.mark.short
-
 
 def succeed(*command: str | Path, cwd: Path) -> str:
     """The output of a command that has to succeed, within minutes."""
@@ -110,14 +108,16 @@ def test_the_tests_of_the_source_distribution_run_there(unpacked):
     assert " passed" in succeed(sys.executable, *words, *own, cwd=unpacked)
 
 
+@pytest.mark.short
 def test_the_wheel_runs_in_another_folder(installed, tmp_path):
     code = "import tprl_hf, tprl_hf.modeling.modeling_tprl as m; print(tprl_hf.__file__, m.__file__)"
     places = succeed(installed / "python", "-c", code, cwd=tmp_path).split()
     assert all(Path(place).is_relative_to(installed.parent) for place in places)
     out = succeed(installed / "tprl", "demo", "--num-samples", "2", "--num-shown", "1", cwd=tmp_path)
-    assert "right answers" in out and (tmp_path / "tprl_output" / "demo" / "kept_tokens.png").is_file()
+    assert "correct answers" in out and (tmp_path / "tprl_output" / "demo" / "kept_tokens.png").is_file()
 
 
+@pytest.mark.short
 def test_the_wheel_trains_by_the_name_of_a_recipe(installed, tmp_path):
     data = [f"data.{name}={{source: mosaic, num_samples: 8}}" for name in ("train", "validation")]
     settings = [*data, f"base_model={tprl_hf.embedded_checkpoint()}", "autoencoder.max_steps=1", "output_dir=run"]

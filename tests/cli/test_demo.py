@@ -38,7 +38,7 @@ def test_it_shows_questions_counts_right_answers_and_times_each_pruner(demo):
     assert questions[0] == ["type", "question", "reference", "none", "random", "uniform", "vispruner"]
     assert len(questions) == 1 + 3
     header, *rows = table_under(out, "pruner")
-    assert header == ["pruner", "tokens kept", "right answers", "LLM prefill", "whole prefill"]
+    assert header == ["pruner", "tokens kept", "correct answers", "LLM prefill", "whole prefill"]
     assert [row[0] for row in rows] == ["none", "random", "uniform", "vispruner"]
     assert [row[1] for row in rows] == ["16 of 16", *["5 of 16"] * 3]
     for row in rows:

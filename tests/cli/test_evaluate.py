@@ -52,8 +52,8 @@ def test_each_setting_has_a_row_with_the_baselines_first(evaluate, tmp_path):
         "keep",
         "tokens kept (min-max)",
         "accuracy %",
-        "less unpruned",
-        "of unpruned %",
+        "vs. unpruned (pp)",
+        "relative to unpruned (%)",
         *costs,
     ]
     kept = {"1": "16.0 of 16.0 (16-16)", "1/2": "8.0 of 16.0 (8-8)", "1/4": "4.0 of 16.0 (4-4)"}

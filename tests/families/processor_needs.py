@@ -13,6 +13,7 @@ import functools
 import inspect
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import transformers
@@ -24,9 +25,9 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils.import_utils import define_import_structure
 
 from tprl_hf.missing_packages import PACKAGES
-from tprl_hf.modeling.lvlm_adapters import REFUSED
+from tprl_hf.modeling.family_adapters import REFUSED
 
-PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 TITLE = "## What your family's processor needs"
 SOURCES = Path(transformers.__file__).parent
 # What our own installation brings, by the names of modules and of transformers' backends.
@@ -132,6 +133,12 @@ def listed(needs: Needs) -> str:
     return ", ".join(f"`{PACKAGES.get(name, name)}`" for name in sorted(needs)) or NOTHING
 
 
+def wrapped(paragraph: str) -> str:
+    """A paragraph or an item of a list, wrapped as the other pages are."""
+    indent = "  " if paragraph.startswith("- ") else ""
+    return textwrap.fill(paragraph, 125, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
 def section() -> list[str]:
     """The section as lines of Markdown."""
     rows: dict[tuple[str, str], list[str]] = {}
@@ -146,24 +153,30 @@ def section() -> list[str]:
     return [
         TITLE,
         "",
-        "Written by `python -m tests.families.processor_needs --write`, read from the source of transformers "
-        f"{transformers.__version__}.",
+        wrapped(
+            "Written by `python -m tests.families.processor_needs --write`, read from the source of transformers "
+            f"{transformers.__version__}."
+        ),
         "",
-        "Beyond the base installation. `pip install 'tprl_hf[processors]'` brings all of it, and `sentencepiece` and "
-        "`tiktoken` for tokenizers that come without a `tokenizer.json`.",
+        wrapped(
+            "The table lists packages beyond the base installation. `pip install 'tprl_hf[processors]'` installs all "
+            "of them, and also `sentencepiece` and `tiktoken` for tokenizers that come without a `tokenizer.json`."
+        ),
         "",
         "| processor needs | model needs | families |",
         "|---|---|---|",
         *(f"| {processor} | {model} | {', '.join(families)} |" for (processor, model), families in base_first),
         "",
-        "**torchvision must be of the same build as torch**: the same release (torch 2.13 goes with torchvision 0.28) "
-        "and the same CUDA or CPU variant. pip checks the release only. A torchvision for CUDA beside a torch for the "
-        "CPU fails with `operator torchvision::nms does not exist`, and then transformers can import no image "
-        "processor at all, not even those that need no torchvision. `tprl` says so in one line. Install both with the "
-        "one command that PyTorch's installation page gives for your machine, before `tprl_hf[processors]`. Or `pip "
-        "uninstall torchvision`: the families of the first row then work with Pillow. `timm` brings torchvision by "
-        "itself. Where torchvision is installed, image processors resize by it instead of by Pillow, and pixels "
-        "differ a little.",
+        wrapped(
+            "**torchvision must be of the same build as torch**: the same release (torch 2.13 goes with torchvision "
+            "0.28) and the same CUDA or CPU variant. pip checks the release only. A torchvision for CUDA together "
+            "with a torch for the CPU fails with `operator torchvision::nms does not exist`. transformers can then "
+            "import no image processor at all, not even one that does not need torchvision. `tprl` says so in one "
+            "line. There are two cures. Install both with the one command that PyTorch's installation page gives for "
+            "your machine, before `tprl_hf[processors]`. Or `pip uninstall torchvision`: the families of the first "
+            "row then work with Pillow. `timm` installs torchvision too. Where torchvision is installed, image "
+            "processors resize with it instead of with Pillow, and pixels differ a little."
+        ),
         "",
     ]
 

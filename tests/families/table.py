@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from tests.families.more import OTHERS
-from tests.families.processor_needs import section
+from tests.families.processor_needs import section, wrapped
 from tests.families.tiny_models import FAMILIES, Sample, build, collate, entry, sample
 from tests.families.ways_to_generate import CANNOT, WAYS
 from tests.reference import delete_by_hand
 from tests.stand_ins.flash import BASE_DIFFERS, BASE_FAILS, BEAR_NO_PADDING
 from tprl_hf.modeling import TPRLForConditionalGeneration, adapter_for
-from tprl_hf.modeling.lvlm_adapters import REFUSED
+from tprl_hf.modeling.family_adapters import REFUSED
 
 COLUMNS = {
     "keep_all": "keep-all = base",
@@ -36,11 +36,11 @@ COLUMNS = {
 
 # Why a type that takes `mm_encoder_outputs` has no entry.
 UNTESTED = {
-    "fast_vlm": "its tower needs timm, which is none of our dependencies",
-    "gemma3n": "its tower needs timm, which is none of our dependencies",
-    "inkling_mm_model": "its tower needs scipy, which is none of our dependencies",
-    "perception_lm": "its tower needs timm, which is none of our dependencies",
-    "shieldgemma2": "exact, but transformers does not load again what it saves of it",
+    "fast_vlm": "its tower needs timm, which is not one of our dependencies",
+    "gemma3n": "its tower needs timm, which is not one of our dependencies",
+    "inkling_mm_model": "its tower needs scipy, which is not one of our dependencies",
+    "perception_lm": "its tower needs timm, which is not one of our dependencies",
+    "shieldgemma2": "exact, but transformers cannot load the checkpoint that it saves",
 }
 
 
@@ -54,7 +54,7 @@ def deviation(a: Tensor, b: Tensor) -> float:
 def measure(family: str) -> dict[str, float]:
     """Largest deviation of each invariant; infinity where greedy tokens differ."""
     base = build(family)
-    numbering = "contiguous" if entry(family).numbered_anew else "original"
+    numbering = "contiguous" if entry(family).own_positions else "original"
     model = TPRLForConditionalGeneration.from_base_model(
         base, latent_dim=8, policy_training={"stage": "lfd"}, position_ids=numbering
     ).eval()
@@ -71,7 +71,7 @@ def measure(family: str) -> dict[str, float]:
     one = collate(family, samples[1:2])
     keep_mask = model.prune(**one, keep_ratio=0.4).keep_mask
     for name, position_ids in (("by_hand", "original"), ("contiguous", "contiguous")):
-        if name == "by_hand" and entry(family).numbered_anew:
+        if name == "by_hand" and entry(family).own_positions:
             continue
         model.config.position_ids = position_ids
         expected, tokens = delete_by_hand(base, one, keep_mask, position_ids, 4)
@@ -164,52 +164,70 @@ def table() -> str:
             "",
             "Written by `python -m tests.families.table --write`.",
             "",
-            f"Of the {len(registered())} image-text-to-text types that transformers {transformers.__version__} "
-            f"registers, **{len(exact)} are exact** on tiny random models, {counts['untested']} are untested and "
-            f"{counts['refused']} are refused. An untested type gets the default adapter and a warning. "
-            f"Largest deviation of all: **{largest:.1e}**.",
+            wrapped(
+                f"Of the {len(registered())} image-text-to-text types that transformers {transformers.__version__} "
+                f"registers, **{len(exact)} are exact** on tiny random models, {counts['untested']} are untested and "
+                f"{counts['refused']} are refused. An untested type gets the default adapter and a warning. "
+                f"The largest deviation of all is **{largest:.1e}**."
+            ),
             "",
             "## Exact",
-            "Largest absolute difference of float32 logits on the CPU (hidden 32, two layers). Keep-all and deletion "
-            "by hand also compare greedy tokens. The batch holds one image, two images, no image, padded on either "
-            "side. A dash under deletion: the base model does not respect gaps in positions, so that only renumbered "
-            "ones are possible. A dash under batch: the base model's own batch is not its samples one by one. The "
-            "last column says whether pruners can read the attention of the vision tower.",
+            "",
+            wrapped(
+                "The numbers are largest absolute differences of float32 logits on the CPU (hidden 32, two layers). "
+                "Keep-all and deletion by hand also compare greedy tokens. The batch has one sample with one image, "
+                "one with two images and one without an image, padded on either side. A dash under deletion: the base "
+                "model does not respect gaps in positions, so only renumbered positions are possible. A dash under "
+                "batch: the base model's own batch differs from its samples one by one. The last column says whether "
+                "pruners can read the attention of the vision tower."
+            ),
             "",
             "| family | adapter | " + " | ".join(COLUMNS.values()) + " | attention of the tower |",
             "|---|---|" + "---|" * len(COLUMNS) + "---|",
             *rows,
             "",
             "## Ways to generate",
-            f"{', '.join(WAYS).capitalize()}: the answer is that of plain greedy decoding, a batch answers as its "
-            "samples, keeping all is the base model (`tests/families/ways_to_generate.py`). What a base model itself "
-            "cannot:",
+            "",
+            wrapped(
+                f"Tests run these ways: {', '.join(WAYS)}. For each way they check that the answer is that of plain "
+                "greedy decoding, that a batch answers as its samples do, and that keeping all tokens gives the base "
+                "model's answer (`tests/families/ways_to_generate.py`). Some base models cannot do some of these, "
+                "also without pruning:"
+            ),
             "",
             *(
-                f"- {', '.join(families)}: {', '.join(ways)} ({reason})"
+                wrapped(f"- {', '.join(families)}: {', '.join(ways)} ({reason})")
                 for (reason, ways), families in exceptions().items()
             ),
             "",
             "## Flash Attention",
-            'With `attn_implementation="flash_attention_2"` logits and answers are those of sdpa, alone and in '
-            "batches, and with a new image in a second turn. What transformers does around the kernels is its own; "
-            "the kernels are plain torch in the tests (`tests/stand_ins/flash.py`), which have no GPU. What cannot "
-            "be:",
             "",
-            f"- {', '.join(BASE_FAILS)}: the base model itself fails with it",
-            f"- {', '.join(BASE_DIFFERS)}: the base model itself answers otherwise than with sdpa",
-            f"- {', '.join(BEAR_NO_PADDING)}: a new image behind a cache is refused, as layers carry a state",
+            wrapped(
+                'With `attn_implementation="flash_attention_2"` logits and answers equal those of sdpa, for single '
+                "samples, in batches, and with a new image in a second turn. The tests have no GPU. They run "
+                "transformers' own code around the kernels; the kernels themselves are written in plain torch "
+                "(`tests/stand_ins/flash.py`). Three things do not work:"
+            ),
+            "",
+            wrapped(f"- {', '.join(BASE_FAILS)}: the base model itself fails with Flash Attention"),
+            wrapped(f"- {', '.join(BASE_DIFFERS)}: the base model itself answers differently than with sdpa"),
+            wrapped(f"- {', '.join(BEAR_NO_PADDING)}: a new image behind a cache is refused, as layers carry a state"),
             "",
             *section(),
             "## Others",
+            "",
             "| type | status | why |",
             "|---|---|---|",
             *others,
             "",
             "## Adding one",
-            "A family of the default kind costs one entry with a tiny config in `tests/families/more.py` and its name "
-            "in `SUPPORTED` (`tprl_hf/modeling/lvlm_adapters.py`). Run the command above; where a number is not "
-            "small, the family needs an adapter in `family_adapters.py`, which says only what differs.",
+            "",
+            wrapped(
+                "A family that the default adapter fits needs one entry with a tiny config in "
+                "`tests/families/more.py` and its name in `SUPPORTED` of `tprl_hf/modeling/family_adapters.py`. Then "
+                "run the command above. Where a number is not small, the family needs an adapter in the same file; "
+                "the adapter says only what differs."
+            ),
             "",
         ]
     )

@@ -35,13 +35,13 @@ CANNOT: dict[str, dict[str, str]] = {
     "ernie4_5_vl_moe": dict.fromkeys(
         ("no cache", "assisted", "prompt lookup"), "the base model does not lengthen its token types without a cache"
     ),
-    "gemma4_unified": {"chunked prefill": "the base model's own answer is another with it"},
+    "gemma4_unified": {"chunked prefill": "it changes the base model's own answer"},
     **{
         family: dict.fromkeys(("beams", "keep-all beams", "chunked prefill"), NO_FIELD)
         for family in ("fuyu", "llama4")
     },
 }
-PREFIX = "a prompt is read in both directions, so that a second turn changes how the first is read"
+PREFIX = "the model reads a prompt in both directions, so a second turn changes how it reads the first"
 CANNOT["paligemma"] = dict.fromkeys(("conversation", "new image"), PREFIX)
 CANNOT["paligemma2"] = CANNOT["paligemma"] | {"static cache": "its forward does not take the masks its generate makes"}
 CANNOT["granite4_vision"] |= {
@@ -62,7 +62,7 @@ class Trial:
     @classmethod
     def of(cls, family: str) -> "Trial":
         base = build(family)
-        numbering = "contiguous" if entry(family).numbered_anew else "original"
+        numbering = "contiguous" if entry(family).own_positions else "original"
         model = TPRLForConditionalGeneration.from_base_model(
             base, latent_dim=8, keep_ratio=0.4, position_ids=numbering
         ).eval()

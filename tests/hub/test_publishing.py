@@ -272,7 +272,7 @@ def test_what_cannot_be_pushed(tmp_path, capsys):
         build("llava"), latent_dim=8, policy_training={"stage": "lfd"}
     )
     model.config.base_model_name_or_path = "some/where"
-    model.save_pretrained(tmp_path / "policy")
+    model.save_pretrained(tmp_path / "policy", save_base_model=False)
     config = TPRLConfig.from_pretrained(tmp_path / "policy")
     config.base_model_name_or_path = str(tmp_path)
     config.save_pretrained(tmp_path / "policy")

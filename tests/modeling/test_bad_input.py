@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BlipConfig, BlipForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 from tests.families.tiny_models import build, collate, sample
-from tprl_hf.modeling import TPRLConfig, TPRLForConditionalGeneration
+from tprl_hf.modeling import TPRLConfig, TPRLForConditionalGeneration, adapter_for, family_adapters
 from tprl_hf.pruners import RandomPruner, VisPruner
 
 
@@ -140,11 +140,25 @@ def test_masks_of_another_shape(model, batch):
 def test_base_models_of_another_kind():
     tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     blip = BlipForConditionalGeneration(BlipConfig(text_config={**tiny, "vocab_size": 99}, vision_config=tiny))
-    with pytest.raises(ValueError, match=r"'blip' cannot be pruned.*Supported are.*llava"):
+    with pytest.raises(ValueError, match=r"'blip' cannot be pruned: its `forward` .*docs/families.md"):
         TPRLForConditionalGeneration.from_base_model(blip)
     llama = LlamaForCausalLM(LlamaConfig(**tiny, vocab_size=99))
-    with pytest.raises(ValueError, match=r"'llama' cannot be pruned.*Supported are.*llava"):
+    with pytest.raises(ValueError, match=r"'llama' cannot be pruned.*similar name: llama4.*families.md") as error:
         TPRLForConditionalGeneration.from_base_model(llama)
+    assert len(str(error.value)) < 3 * 119
+
+
+def test_a_refused_model_is_not_warned_about_first(monkeypatch):
+    tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    said: list[str] = []
+    monkeypatch.setattr(family_adapters.logger, "warning", said.append)
+    with pytest.raises(ValueError, match="cannot be pruned"):
+        adapter_for(LlamaForCausalLM(LlamaConfig(**tiny, vocab_size=99)))
+    assert said == []
+    base = build("llava")
+    base.config.model_type = "llava_of_tomorrow"
+    adapter_for(base)
+    assert len(said) == 1 and "untested for models of type 'llava_of_tomorrow'" in said[0]
 
 
 def test_settings_that_nobody_knows():
@@ -171,7 +185,7 @@ def test_pruners_without_what_they_need(model, batch):
 
 @pytest.fixture
 def checkpoint(model, tmp_path):
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, save_base_model=False)
     return tmp_path
 
 

@@ -254,6 +254,11 @@ def test_offload(tmp_path, model, batch):
         )
         assert torch.equal(loaded(**batch).logits, expected)
         assert torch.equal(loaded.generate(**batch, max_new_tokens=3), tokens)
+        loaded.save_pretrained(tmp_path / f"again-{name}")
+        assert (tmp_path / f"again-{name}" / "model.safetensors").stat().st_size < 2e5  # the policy alone
+        loaded.save_pretrained(tmp_path / f"whole-{name}", save_base_model=True)
+        whole = TPRLForConditionalGeneration.from_pretrained(tmp_path / f"whole-{name}")
+        assert torch.equal(whole(**batch).logits, expected)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from transformers import AutoProcessor, pipeline
 from tests.families.tiny_models import IMAGE, build
 from tests.families.tiny_processor import make_chat_processor
 from tprl_hf.modeling import TPRLConfig, TPRLForConditionalGeneration, TPRLProcessor, question_mask
+from tprl_hf.pruners import DivPrune
 
 PICTURES = [Image.new("RGB", (30, 24), colour) for colour in ("red", "green")]
 
@@ -117,6 +118,23 @@ def test_pipeline(model):
     _, inputs = tokens([chat("what colour is the cat ?")], PICTURES[:1])
     made = model.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
     assert answer == reader.decode(made, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def test_pipeline_of_a_checkpoint_with_a_pruner(tmp_path, model):
+    """By its directory alone: the pruner that was set comes back in the pipeline, too."""
+    wrapped = TPRLForConditionalGeneration.from_base_model(model.lvlm, latent_dim=8, pruner="divprune", num_keep=5)
+    wrapped.save_pretrained(tmp_path, save_base_model=True)
+    reader = make_chat_processor()
+    reader.save_pretrained(tmp_path)
+    ask = pipeline("image-text-to-text", model=str(tmp_path))
+    assert type(ask.model.pruner) is DivPrune and ask.model.config.num_keep == 5
+    messages = chat("what colour is the cat ?")
+    messages[0]["content"][0]["image"] = PICTURES[0]
+    answer = ask(text=messages, max_new_tokens=4, return_full_text=False)[0]["generated_text"]
+    _, inputs = tokens([chat("what colour is the cat ?")], PICTURES[:1])
+    made = wrapped.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+    assert answer.strip() == reader.decode(made, skip_special_tokens=True).strip()
 
 
 def test_processor_of_a_checkpoint_is_its_bases(tmp_path, model):

@@ -22,7 +22,7 @@ ANSWERS = ([11, 12, 13, 14, 15], [21, 22])
 
 def wrap(family, **settings):
     base = build(family)
-    numbering = "contiguous" if entry(family).numbered_anew else "original"
+    numbering = "contiguous" if entry(family).own_positions else "original"
     model = TPRLForConditionalGeneration.from_base_model(base, **SETTINGS, position_ids=numbering, **settings)
     return base, model.eval()
 
@@ -94,7 +94,7 @@ def test_outputs_lie_in_the_prompts_columns(family):
         assert far(found, placed.logits[:, wanted if torch.is_tensor(wanted) else slice(-wanted, None)]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].numbered_anew])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].own_positions])
 @torch.no_grad()
 def test_keep_all_equals_the_base_in_all_forms(family):
     base, model = wrap(family)
@@ -176,6 +176,23 @@ def test_samples_of_a_packed_row_are_alone(family):
     # each sample has its own budget
     plan = model(**call, num_keep=2)
     assert plan.num_kept.tolist() == [min(2, n) for n in total]
+
+
+@torch.no_grad()
+def test_the_llm_sees_the_short_batch_alone():
+    """`generate` and `forward` cost what the kept columns cost, and the compact form is no copy."""
+    _, model = wrap("llava")
+    inputs = collate("llava", [sample("llava", 1, 1), sample("llava", 2, 2)])
+    widths = []
+    hook = model.lvlm.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    model.generate(**inputs, num_keep=3, max_new_tokens=2)
+    output = model(**inputs, num_keep=3)
+    hook.remove()
+    longest = max(len(columns[columns >= 0]) for columns in output.columns)
+    assert widths == [longest, 1, longest] and output.logits.shape[1] == inputs["input_ids"].shape[1]
+    assert model(**inputs, num_keep=3, compact=True).logits.shape[1] == longest
 
 
 def test_labels_of_placeholders_never_count():

@@ -53,7 +53,7 @@ def control() -> None:
 def families() -> None:
     """Logits and answers are those of the CPU."""
     for family in (*FAMILIES, *OTHERS):
-        numbering = "contiguous" if entry(family).numbered_anew else "original"
+        numbering = "contiguous" if entry(family).own_positions else "original"
         model = TPRLForConditionalGeneration.from_base_model(
             build(family), latent_dim=8, policy_training={"stage": "lfd"}, position_ids=numbering
         )

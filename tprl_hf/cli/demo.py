@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     figures, kept = draw(model, processor, samples, shown, pruners, budgets, answers, right)
     times = time_prefill(model, processor, samples[:TIMED_PROMPTS], pruners, budgets)
-    rows = [["pruner", "tokens kept", "right answers", "LLM prefill", "whole prefill"]]
+    rows = [["pruner", "tokens kept", "correct answers", "LLM prefill", "whole prefill"]]
     for name in pruners:
         count = sum(right[name])
         accuracy = f"{count} of {len(samples)} ({100 * count / len(samples):.1f} %)"

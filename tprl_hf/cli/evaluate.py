@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=positive_int, default=16, metavar="N", help="longest answer (default: 16)"
     )
     parser.add_argument(
-        "--metric", choices=METRICS, help="when an answer is right (default: exact; a task of lmms-eval has its own)"
+        "--metric", choices=METRICS, help="when an answer is correct (default: exact; a task of lmms-eval has its own)"
     )
     parser.add_argument(
         "--output-dir",
@@ -371,15 +371,15 @@ def notes_of(rows, described: dict[str, Any]) -> list[str]:
         )
     if any(row.pruner.endswith(MARK) for row in rows):
         more.append(
-            "*: reads attention of an LLM layer that this model was trained with boxes on: such rows show the "
-            "boxes, and do not compare the method with others."
+            "*: reads attention that was trained with boxes of the objects while this model was made. Such a row has "
+            "an unfair advantage here; do not compare it with other rows."
         )
     versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
     written = described["seed"] if isinstance(described["seed"], int) else ",".join(map(str, described["seed"]))
     return [
         f"{described['num_samples']} questions of {described['data']}, split {described['split']}, seed {written}. "
         f"Accuracy: {described['score']}; in brackets 95 % bootstrap intervals over images (2000 resamples).",
-        "less unpruned: mean of the paired differences to the unpruned model on the same questions, in percentage "
+        "vs. unpruned (pp): mean of the paired differences to the unpruned model on the same questions, in percentage "
         "points.",
         *more,
         f"Device: {described['device']}; {versions}; weights {described['weights']}.",

@@ -23,7 +23,8 @@ class Row:
         mean_kept, min_kept, max_kept (`float`, `int`, `int`): Visual tokens a sample that the LLM saw.
         mean_visual (`float`): Visual tokens a sample that there were.
         accuracy ([`Estimate`]): Mean score over all samples, in [0, 1].
-        difference ([`Estimate`]): Mean over the samples of the score less the unpruned model's on the same sample.
+        difference ([`Estimate`]): Mean over the samples of the score minus the unpruned model's score on
+            the same sample.
         by_type (`dict[str, Estimate]`): Mean score by question type.
         by_pruner_seed (`dict[str, float]`): Mean score by the pruner's seed, of methods that have one.
         by_data_seed (`dict[str, float]`): Mean score by the seed of the data.
@@ -122,7 +123,7 @@ def _by_type(
 
 def accuracy_table(rows: Sequence[Row]) -> list[list[str]]:
     """Header and rows of the main table, as texts. Spreads over seeds have a column where there are several."""
-    header = ["pruner", "keep", "tokens kept (min-max)", "accuracy %", "less unpruned", "of unpruned %"]
+    header = ["pruner", "keep", "tokens kept (min-max)", "accuracy %", "vs. unpruned (pp)", "relative to unpruned (%)"]
     has_counts = all(row.counted for row in rows)
     spreads = {
         "sd, pruner seeds": [row.by_pruner_seed for row in rows],

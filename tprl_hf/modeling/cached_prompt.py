@@ -1,19 +1,25 @@
-"""What a key-value cache holds: the pruned prompt that filled it.
+"""What a key-value cache holds, column by column, and how it is read when a conversation goes on from it.
 
-A conversation that goes on from a cache passes its full prompt again. Which of its visual tokens are in the cache, at
-which positions, only this record knows; it lies on the cache object, so that a copy of the cache has it too.
+A conversation passes its full prompt again. Which of its visual tokens are in the cache, at which positions, only this
+record knows. It lies on the cache object, so that a copy of the cache has it too, and is laid over what the cache has
+by then: fewer columns after `crop`, other rows after they were repeated, selected or reordered.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .cache_fingerprint import CacheFingerprint
+
 # What transformers calls a cache, among arguments and in outputs: 5.24 renamed `past_key_values` to `cache`.
 CACHE_NAME = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("past_key_values", "cache"))
+UNKNOWN = -1  # id of a column whose token was not noted
 _ATTRIBUTE = "tprl_cached_prompt"
+ADVICE = "Pass a cache returned by this model, the whole conversation without a cache, or prune=False."
 
 
 def cache_argument(past_key_values: Cache | None, cache: Cache | None) -> dict[str, Cache]:
@@ -28,59 +34,173 @@ def cache_argument(past_key_values: Cache | None, cache: Cache | None) -> dict[s
     return {} if given is None else {CACHE_NAME: given}
 
 
+def is_filled(cache: Cache | None) -> bool:
+    return cache is not None and int(cache.get_seq_length()) > 0
+
+
 @dataclass
 class CachedPrompt:
     """
     All of it on the CPU.
 
     Args:
-        input_ids (`int64 [B, C]`): ids of the cached columns.
+        input_ids (`int64 [B, C]`): ids of the cached columns, -1 where they are not known.
         attention_mask (`int64 [B, C]`): 0 in their padding.
+        positions (`int64 [B, C]`): position of each column, the largest of its axes.
+        num_decided (`int64 [B, C]`): visual tokens of the conversation up to each column, dropped ones too.
         keep_masks: for each sample, which of its visual tokens so far were kept, `bool [N]`.
-        next_position (`int64 [B]`): position of the token after the last cached one.
+        is_filler (`bool [B, C]`, *optional*): what `generate` wrote behind answers that ended before others.
         carries_state (`bool`): whether some layers read all columns in their order, padding too.
+        fingerprint: what the cache looked like.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
+    positions: Tensor
+    num_decided: Tensor
     keep_masks: list[Tensor]
-    next_position: Tensor
+    is_filler: Tensor | None = None
     carries_state: bool = False
+    fingerprint: CacheFingerprint | None = None
+
+    @classmethod
+    def unpruned(cls, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, visual: Tensor) -> "CachedPrompt":
+        """The record of a prompt that was read whole. `visual [B, C]` are its placeholders."""
+        masks = [torch.ones(count, dtype=torch.bool, device="cpu") for count in visual.sum(1).tolist()]
+        return cls(input_ids, attention_mask.long(), positions, visual.cumsum(1), masks)
+
+    # ---- on a cache ----
 
     def attach(self, cache: Cache) -> None:
-        self.carries_state = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+        self.note_layers(cache)
+        self.fingerprint = CacheFingerprint(cache)
         setattr(cache, _ATTRIBUTE, self)
 
-    @staticmethod
-    def is_on(cache: Cache) -> bool:
-        """Whether a call of this model filled `cache`."""
-        return hasattr(cache, _ATTRIBUTE)
+    def note_layers(self, cache: Cache) -> None:
+        self.carries_state = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
 
     @staticmethod
-    def of(cache: Cache | None) -> "CachedPrompt | None":
-        """The record of `cache`; `None` for an empty cache.
+    def is_on(cache: Cache | None) -> bool:
+        """Whether a call of this model filled `cache`."""
+        return is_filled(cache) and hasattr(cache, _ATTRIBUTE)
+
+    @staticmethod
+    def of(cache: Cache) -> "CachedPrompt":
+        """The record of a filled `cache`, with the rows and columns that it has by now.
 
         Raises:
-            `ValueError`: for a filled cache without a record, whose columns cannot be told.
+            `ValueError`: where nothing tells what the columns are: no call of this model filled the cache, or another
+                call wrote into it afterwards.
         """
-        if cache is None or int(cache.get_seq_length()) == 0:
-            return None
+        held = int(cache.get_seq_length())
         record = getattr(cache, _ATTRIBUTE, None)
         if record is None:
             raise ValueError(
-                f"`past_key_values` holds {int(cache.get_seq_length())} columns that this model did not prune, so "
-                "that their positions are unknown. Pass a cache returned by this model, or prune=False."
+                f"`past_key_values` holds {held} columns that this model did not prune, so that their positions are "
+                f"unknown. {ADVICE}"
             )
-        return record
+        rows = record.fingerprint.find_rows(cache, len(record.input_ids))
+        known = record.input_ids.shape[1]
+        if rows is None or held > known:
+            what = "other columns than" if rows is None else f"{held} columns, {held - known} more than"
+            raise ValueError(
+                f"`past_key_values` holds {what} this model's last call left in it, so that their tokens are unknown. "
+                f"{ADVICE}"
+            )
+        return record.take(rows).cut(held)
 
-    def extend(self, input_ids: Tensor, attention_mask: Tensor, next_position: Tensor) -> "CachedPrompt":
+    def take(self, rows: list[int]) -> "CachedPrompt":
+        """The same columns of other rows."""
+        if rows == list(range(len(self.input_ids))):
+            return self
+        tensors: dict[str, Any] = {n: v[rows] for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors, keep_masks=[self.keep_masks[row] for row in rows])
+
+    def cut(self, length: int) -> "CachedPrompt":
+        """The first `length` columns. Visual tokens behind them are undecided again."""
+        if length == self.input_ids.shape[1]:
+            return self
+        tensors: dict[str, Any] = {n: v[:, :length] for n, v in vars(self).items() if isinstance(v, Tensor)}
+        decided = self.num_decided[:, length - 1].tolist() if length else [0] * len(self.input_ids)
+        masks = [mask[:count] for mask, count in zip(self.keep_masks, decided, strict=True)]
+        return replace(self, **tensors, keep_masks=masks)
+
+    def for_prompts(self, num_prompts: int, copies: int) -> "CachedPrompt":
+        """One row for each of `num_prompts` prompts, of which `generate` makes `copies`.
+
+        Raises:
+            `ValueError`: where the rows do not belong to so many prompts.
+        """
+        num_rows = len(self.input_ids)
+        if num_rows == num_prompts:
+            return self
+        if num_rows != num_prompts * copies:
+            made = f", of which `generate` makes {copies} copies each" if copies > 1 else ""
+            raise ValueError(
+                f"`past_key_values` has {num_rows} rows, but {num_prompts} prompts were passed{made}: pass one prompt "
+                "for each row of the cache."
+            )
+        first = self.take(list(range(0, num_rows, copies)))
+        for row in range(num_rows):
+            here, there = self.take([row]), first.take([row // copies])
+            if not (
+                torch.equal(here.input_ids, there.input_ids)
+                and torch.equal(here.attention_mask, there.attention_mask)
+                and torch.equal(here.keep_masks[0], there.keep_masks[0])
+            ):
+                raise ValueError(
+                    f"Row {row} of `past_key_values` is not the same as row {row // copies * copies}, but one prompt "
+                    "was passed for both: pass one prompt for each row of the cache."
+                )
+        return first
+
+    # ---- adding to it ----
+
+    @property
+    def next_position(self) -> Tensor:
+        """Position of the token after the last attended column, `int64 [B]`."""
+        return next_position(self.positions, self.attention_mask)
+
+    def extend(self, input_ids: Tensor, attention_mask: Tensor) -> "CachedPrompt":
         """The record after columns of text were added behind it."""
-        return CachedPrompt(
-            torch.cat([self.input_ids, input_ids], 1),
-            torch.cat([self.attention_mask, attention_mask], 1),
-            self.keep_masks,
-            next_position,
+        new = attention_mask.long().cumsum(1) - 1
+        decided = torch.tensor([[len(mask)] for mask in self.keep_masks], device="cpu").expand(-1, input_ids.shape[1])
+        return replace(
+            self,
+            input_ids=torch.cat([self.input_ids, input_ids], 1),
+            attention_mask=torch.cat([self.attention_mask, attention_mask.long()], 1),
+            positions=torch.cat([self.positions, self.next_position[:, None] + new], 1),
+            num_decided=torch.cat([self.num_decided, decided], 1),
+            is_filler=None,
         )
+
+    def answered(self, sequences: Tensor, copies: int, held: int, pad_token_id: int | None) -> "CachedPrompt":
+        """The record after `generate`.
+
+        Args:
+            sequences (`int64 [R, C + G]`): what it returned, R being the prompts or `copies` of each.
+            copies: rows of the cache for each prompt.
+            held: columns that the cache holds by now.
+            pad_token_id: what it writes behind answers that have ended.
+        """
+        length = self.input_ids.shape[1]
+        rows = [row for row in range(len(self.input_ids)) for _ in range(copies)]
+        record = self.take(rows)
+        if held <= length:
+            return record.cut(held)
+        if len(sequences) == len(rows):
+            answers = sequences[:, length:].cpu()
+        else:  # of a beam's rows nobody tells which sequence they hold
+            answers = torch.full((len(rows), held - length), UNKNOWN, device="cpu")
+        filler = torch.zeros_like(answers, dtype=torch.bool)
+        if pad_token_id is not None and len(sequences) == len(rows):
+            filler = (answers == pad_token_id).flip(1).cumprod(1).flip(1).bool()
+        new = answers[:, : held - length]
+        record = record.extend(new, torch.ones_like(new))
+        before = torch.zeros_like(record.input_ids[:, :length], dtype=torch.bool)
+        return replace(record, is_filler=torch.cat([before, filler[:, : held - length]], 1))
+
+    # ---- reading a prompt by it ----
 
     def check_padding(self, valid: Tensor) -> None:
         """Raises `ValueError` for padding among the new columns `valid [B, S]` that would change a layer's state."""
@@ -91,15 +211,31 @@ class CachedPrompt:
                 "Attention new images need padding, too; attn_implementation='sdpa' does without."
             )
 
-    def check_prefix(self, sample: int, tokens: Tensor) -> None:
-        """Raises `ValueError` unless the pruned prompt `tokens [n]` begins with the sample's cached tokens."""
-        cached = self.input_ids[sample][self.attention_mask[sample].bool()]
-        if len(tokens) <= len(cached):
+    def attended_columns(self, sample: int, tokens: Tensor) -> Tensor:
+        """Which columns of a sample its pruned prompt `tokens [n]` begins with, `bool [C]`.
+
+        What was written behind an answer that had ended counts as far as the prompt has it, too.
+
+        Raises:
+            `ValueError`: where the prompt begins otherwise, or ends with what is cached.
+        """
+        attended = self.attention_mask[sample].bool()
+        if self.is_filler is not None and self.is_filler[sample].any():
+            filler = self.is_filler[sample]
+            place = int((attended & ~filler).sum())
+            behind = tokens[place : place + int(filler.sum())]
+            agree = int((behind == self.input_ids[sample][filler][: len(behind)]).long().cumprod(0).sum())
+            attended = attended & ~(filler & (filler.long().cumsum(0) > agree))
+            self.check_padding(attended[filler])
+        cached = self.input_ids[sample][attended]
+        if len(cached) and bool((cached == UNKNOWN).any()):
+            first = int((self.input_ids[sample] == UNKNOWN).nonzero()[0])
             raise ValueError(
-                f"Sample {sample} has {len(tokens)} tokens after pruning and the cache already {len(cached)}: with "
-                "`past_key_values`, pass the whole conversation and at least one new token."
+                f"The cache's columns from {first} on were written by a beam search, whose tokens in a cache are not "
+                f"known. Cut them off by `crop({first - len(attended)})`, or pass the conversation without a cache."
             )
-        differs = (tokens[: len(cached)] != cached).nonzero()
+        common = min(len(tokens), len(cached))
+        differs = (tokens[:common] != cached[:common]).nonzero()
         if len(differs):
             column = int(differs[0])
             raise ValueError(
@@ -107,3 +243,36 @@ class CachedPrompt:
                 f"{int(tokens[column])} instead of {int(cached[column])}. Begin the prompt with the sequences that "
                 "`generate` returned."
             )
+        if len(tokens) <= len(cached):
+            raise ValueError(
+                f"Sample {sample} has {len(tokens)} tokens after pruning and the cache already {len(cached)}: with "
+                "`past_key_values`, pass the whole conversation and at least one new token."
+            )
+        return attended
+
+    def check_images(self, sample: int, num_visual: Tensor, attended: Tensor) -> None:
+        """Raises `ValueError` where dropped tokens differ: the prompt has `num_visual [n]` up to each cached token."""
+        decided = self.num_decided[sample][attended]
+        differs = (num_visual != decided).nonzero()
+        if len(differs):
+            column = int(differs[0])
+            raise ValueError(
+                f"The prompt of sample {sample} differs from the cached conversation at pruned token {column}: "
+                f"{int(num_visual[column])} visual tokens up to there instead of {int(decided[column])}. Pass the "
+                "conversation with the images that it began with."
+            )
+
+    def common_length(self, tokens: Tensor) -> int:
+        """Columns of the only sample that the pruned prompt `tokens [n]` begins with; its last token is new."""
+        cached = self.input_ids[0][self.attention_mask[0].bool()]
+        common = min(len(tokens) - 1, len(cached))
+        agree = int((tokens[:common] == cached[:common]).long().cumprod(0).sum())
+        columns = self.attention_mask[0].bool().nonzero()[:, 0]
+        return int(columns[agree]) if agree < len(columns) else self.input_ids.shape[1]
+
+
+def next_position(positions: Tensor, attention_mask: Tensor) -> Tensor:
+    """Position after the last attended column of `positions [B, C]`, 0 without one: `int64 [B]`."""
+    column = torch.arange(positions.shape[1], device="cpu")
+    last = torch.where(attention_mask.bool(), column, -1).amax(1)
+    return torch.where(last < 0, 0, positions.gather(1, last.clamp(min=0)[:, None])[:, 0] + 1)

@@ -8,12 +8,20 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from .base_weights import (
+    changed_weights,
+    digests,
+    is_quantised,
+    refuse_adapters,
+    refuse_what_no_checkpoint_holds,
+    weight_files,
+)
 from .checkpoint_checks import (
     absolute_path,
     cached,
@@ -39,10 +47,11 @@ from .hub_tprl import (
     set_code,
     update_card,
 )
+from .policy_linear import PolicyLinear
 
 logger = logging.get_logger(__name__)
 
-POLICY_PREFIXES = ("autoencoder.", "policy.")
+BASE_PREFIX, POLICY_PREFIXES = "lvlm.", ("autoencoder.", "policy.")
 HUB_NAMES = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Of a call that loads a policy, what does not concern its base model. Trust in the code beside a policy is no trust in
 # code beside whatever base model its config names.
@@ -52,29 +61,25 @@ NOT_FOR_THE_BASE = (
 )
 
 
-def policy_state(model: nn.Module) -> dict[str, Tensor]:
+def policy_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights that are ours: autoencoder and policy."""
-    return {name: value for name, value in model.state_dict().items() if name.startswith(POLICY_PREFIXES)}
+    return {name: value for name, value in state.items() if name.startswith(POLICY_PREFIXES)}
 
 
-def cast_base(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def base_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The base model's weights, by its own names."""
+    return {name.removeprefix(BASE_PREFIX): value for name, value in state.items() if name.startswith(BASE_PREFIX)}
+
+
+def cast_base(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """All weights, those of the base model in `dtype`; tensors that share memory still do."""
     cast: dict[int, Tensor] = {}
     state = {}
-    for name, value in model.state_dict().items():
-        if name.startswith("lvlm.") and value.is_floating_point():
+    for name, value in weights.items():
+        if name.startswith(BASE_PREFIX) and value.is_floating_point():
             value = cast.setdefault(value.data_ptr(), value.to(dtype))
         state[name] = value
     return state
-
-
-def has_policy_names(directory: Path, policy: dict[str, Tensor]) -> bool:
-    """Whether the weight files in `directory` hold the policy under its own names."""
-    held: set[str] = set()
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            held.update(file.keys())
-    return held >= set(policy)
 
 
 def move_into(source: Path, target: Path) -> None:
@@ -140,7 +145,7 @@ def load_policy(model: nn.Module, state: dict[str, Tensor], source: str) -> None
     Raises:
         `ValueError`: for missing or foreign weights, and for weights of another width.
     """
-    own = policy_state(model)
+    own = policy_state(model.state_dict())
     missing, foreign = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or foreign:
         raise ValueError(
@@ -161,6 +166,8 @@ class TPRLPreTrainedModel(PreTrainedModel):
 
     config_class = TPRLConfig
     base_model_prefix = "lvlm"
+    _quantised_weights: dict[str, tuple] | None = None
+    _base_cache_dir: str | os.PathLike | None = None
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _keep_in_fp32_modules_strict = ("autoencoder", "policy")
@@ -168,6 +175,15 @@ class TPRLPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PolicyLinear):  # as transformers starts an nn.Linear
+            std = getattr(self.config.get_text_config(), "initializer_range", 0.02)
+            initialization.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                initialization.zeros_(module.bias)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, base_model=None, **kwargs):
@@ -226,6 +242,7 @@ class TPRLPreTrainedModel(PreTrainedModel):
         refuse_other_base(config, base_model.config, source, base_model.config.name_or_path or "this model")
         model = cls._around(base_model, config)
         load_policy(model, state, source)
+        model._base_cache_dir = hub_kwargs.get("cache_dir")
         model.name_or_path = source
         model.eval()
         return (model, {}) if kwargs.get("output_loading_info") else model
@@ -255,48 +272,58 @@ class TPRLPreTrainedModel(PreTrainedModel):
             ) from error
 
     def save_pretrained(
-        self, save_directory, save_base_model: bool = False, base_dtype=None, include_code: bool = False, **kwargs
+        self,
+        save_directory,
+        save_base_model: bool | None = None,
+        base_dtype=None,
+        include_code: bool = False,
+        **kwargs,
     ):
         r"""
-        Saves the policy with the base model's name and revision, or everything.
+        Saves what is needed to get this model back: the policy with the base model's name and revision where the base
+        model is as it was loaded from there, else everything. Nothing trained is lost.
 
         Args:
             save_directory (`str` or `os.PathLike`): where to; made when missing.
-            save_base_model (`bool`, defaults to `False`): save the base model's weights too.
+            save_base_model (`bool`, *optional*): save the base model's weights too. By default, if they are not those
+                of the checkpoint that the config names, or cannot be compared with them.
             base_dtype (`torch.dtype`, *optional*): store the base model's weights in this precision, e.g.
                 `torch.float16` for half the size. The config keeps the live model's dtype, in which they are loaded.
             include_code (`bool`, defaults to `False`): put our code beside the weights, so that the checkpoint loads
                 with `trust_remote_code=True` where `tprl_hf` is not installed. A model that was loaded so, or was
                 registered with `register_for_auto_class`, always takes its code along.
-            kwargs: as in [`~transformers.PreTrainedModel.save_pretrained`]; `push_to_hub=True` and the arguments of
-                [`push_to_hub`] among them.
+            kwargs: as in [`~transformers.PreTrainedModel.save_pretrained`]; `state_dict`, `push_to_hub=True` and the
+                arguments of [`push_to_hub`] among them. Weights keep the names that they have in memory, so that
+                `Trainer` can resume from them, unless `save_original_format=True`.
+
+        Raises:
+            `ValueError`: for `save_base_model=False` when the base model was changed; and for a base model whose
+                weights `from_pretrained` would not bring back: a quantised one that was changed, or with adapters.
         """
         directory = Path(save_directory)
         upload = kwargs.pop("push_to_hub", False)
         hub = {name: kwargs.pop(name) for name in ("repo_id", "token", "private", "commit_message") if name in kwargs}
-        if not save_base_model:
-            if self.config.base_model_name_or_path is None:
-                logger.warning(
-                    "The base model has no name or path, so the saved policy cannot find it again: load it with "
-                    "from_pretrained(..., base_model=MODEL), or save with save_base_model=True."
-                )
+        if not kwargs.get("is_main_process", True):
+            return
+        given = kwargs.pop("state_dict", None)
+        state = self._weights() if given is None else given
+        whole = self._needs_base(state, save_base_model)
+        if whole:
+            refuse_what_no_checkpoint_holds(self.lvlm, base_state(self.state_dict() if given is None else given))
+            if base_dtype is not None:
+                given = cast_base(state, base_dtype)
+            kwargs.setdefault("save_original_format", False)
         config = self.config
         before = config.includes_base_model, config.base_model_relative_path
-        config.includes_base_model = save_base_model
+        config.includes_base_model = whole
         config.base_model_name_or_path = absolute_path(config.base_model_name_or_path)
         config.base_model_relative_path = relative_path(config.base_model_name_or_path, directory)
         try:
             with scratch_directory(directory) as scratch:
-                if save_base_model:
-                    if base_dtype is not None:
-                        kwargs["state_dict"] = cast_base(self, base_dtype)
-                    super().save_pretrained(scratch, **kwargs)
-                    # Some families' conversions to their original names rename whatever looks like theirs.
-                    own = "save_original_format" in kwargs or has_policy_names(Path(scratch), policy_state(self))
-                    if not own:
-                        super().save_pretrained(scratch, save_original_format=False, **kwargs)
+                if whole:
+                    super().save_pretrained(scratch, state_dict=given, **kwargs)
                 else:
-                    self._save_policy(Path(scratch))
+                    self._save_policy(Path(scratch), state)
                 takes_code = include_code or self._auto_class is not None
                 set_code(Path(scratch), code_files(self.config, self.pruner_classes) if takes_code else {})
                 move_into(Path(scratch), directory)
@@ -304,21 +331,80 @@ class TPRLPreTrainedModel(PreTrainedModel):
             config.includes_base_model, config.base_model_relative_path = before
         if upload:
             hub.setdefault("repo_id", directory.name)
-            self.push_to_hub(**hub, save_base_model=save_base_model, base_dtype=base_dtype)
+            self.push_to_hub(**hub, save_base_model=whole, base_dtype=base_dtype)
 
-    def _save_policy(self, directory: Path) -> None:
+    def add_adapter(self, adapter_config, adapter_name: str | None = None) -> None:
+        """Raises `ValueError`: what it adds, a checkpoint of ours would not hold."""
+        raise ValueError(
+            "add_adapter would train weights that save_pretrained cannot bring back: use peft.get_peft_model(model, "
+            "config), whose own save_pretrained saves the adapter, or merge_and_unload() to have one model."
+        )
+
+    def _weights(self) -> dict[str, Tensor]:
+        """All weights, of which those that lie on a disk until they are needed can only be had by writing them."""
+        state = self.state_dict()
+        if not any(value.is_meta for value in state.values()):
+            return state
+        with tempfile.TemporaryDirectory() as scratch:
+            super().save_pretrained(scratch, save_original_format=False)
+            files = [load_file(path) for path in Path(scratch).glob("*.safetensors")]
+        return {name: value for file in files for name, value in file.items()}
+
+    def _needs_base(self, state: dict[str, Tensor], wanted: bool | None) -> bool:
+        """Whether the base model's weights are to be saved, and refuses to lose any."""
+        refuse_adapters(state)
+        if wanted:
+            return True
+        config, base = self.config, base_state(state)
+        if self._quantised_weights is not None and is_quantised(self.lvlm):
+            now = digests(base)
+            changed = sorted(name for name in now if now[name] != self._quantised_weights.get(name))
+            known = True
+        else:
+            cache_dir = self._base_cache_dir
+            files = weight_files(config.base_model_name_or_path, config.base_model_revision, cache_dir)
+            known = bool(files)
+            changed = changed_weights(self.lvlm, base, files) if known else []
+        if not changed and (known or wanted is False):
+            self._tell_what_the_policy_needs(known)
+            return False
+        if wanted is False:
+            raise ValueError(
+                f"save_base_model=False would lose {len(changed)} weights of the base model that are not those of "
+                f"{config.base_model_name_or_path} (such as {changed[0]}): leave it out, or pass True."
+            )
+        if is_quantised(self.lvlm):
+            refuse_what_no_checkpoint_holds(self.lvlm, base)
+        if not known and config.base_model_name_or_path is not None:
+            logger.warning(
+                f"The weights of the base model, {config.base_model_name_or_path}, are not on this machine to compare "
+                "with, so that they are saved too. Pass save_base_model=False if they were not changed."
+            )
+        return True
+
+    def _tell_what_the_policy_needs(self, known: bool) -> None:
+        name = self.config.base_model_name_or_path
+        if name is None:
+            logger.warning(
+                "The base model has no name or path, so the saved policy cannot find it again: load it with "
+                "from_pretrained(..., base_model=MODEL), or save with save_base_model=True."
+            )
+        elif not known:
+            logger.warning(f"The base model is not saved, and could not be compared with {name}, from which it loads.")
+
+    def _save_policy(self, directory: Path, state: dict[str, Tensor]) -> None:
         # Not by the library's own saving: it would rename weights as the base model's family wants them renamed.
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(directory)
         self.generation_config.save_pretrained(directory)
-        state = {name: value.detach().contiguous().cpu() for name, value in policy_state(self).items()}
-        save_file(state, directory / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        own = {name: value.detach().contiguous().cpu() for name, value in policy_state(state).items()}
+        save_file(own, directory / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
-        save_base_model: bool = False,
+        save_base_model: bool | None = None,
         base_dtype: torch.dtype | None = None,
         commit_message: str | None = None,
         commit_description: str | None = None,
@@ -347,6 +433,7 @@ class TPRLPreTrainedModel(PreTrainedModel):
             refuse_untrained(self.config)
         api = HfApi(token=token)
         before = self.config.base_model_name_or_path, self.config.base_model_revision
+        save_base_model = self._needs_base(self._weights(), save_base_model)
         if save_base_model:
             if not is_hub_name(before[0]):  # a path is of this machine only
                 self.config.base_model_name_or_path = self.config.base_model_revision = None
@@ -385,6 +472,11 @@ class TPRLPreTrainedModel(PreTrainedModel):
         for module in base.modules():
             module._is_hf_initialized = True
         model = cls(config, lvlm=base)
+        # There are no files to compare these with later on.
+        model._quantised_weights = digests(base.state_dict()) if is_quantised(base) else None
+        if hasattr(base, "hf_device_map"):  # for `Trainer` and for saving, which look at the outer model
+            places = base.hf_device_map.items()
+            model.hf_device_map = {f"{BASE_PREFIX}{name}".rstrip("."): place for name, place in places}
         model.config.base_config = base.config
         model.generation_config = base.generation_config
         return model

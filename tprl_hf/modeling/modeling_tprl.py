@@ -1,5 +1,6 @@
 """TPRL around any LVLM: between projector and LLM a policy decides which visual tokens the LLM gets to see."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,20 +8,26 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
-from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument
+from .budget import Budget
+from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument, is_filled
 from .columns import restore_prompt, source_columns
+from .conversation_tprl import TPRLConversationModel
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
-from .keep_mask import Budget
+from .outputs_tprl import PrunePlan, TPRLOutput
 from .packed_rows import PackedRows
-from .planning_tprl import TPRLPlanningModel
 from .prompt_output import logits_wanted, to_prompt_output
-from .prune_plan import PrunePlan, TPRLOutput
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
+from .pruned_core import PrunedCore
 from .sequence_inputs import count_no_placeholders, predicted_labels, refuse_other_forms, shifted_labels
 from .visual_features import VisualFeatures
 
 
-class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
+def run_base(model: Any, inputs: dict[str, Any]) -> ModelOutput:
+    """The whole base model."""
+    return model.lvlm(**inputs, return_dict=True)
+
+
+class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
     r"""
     An LVLM whose visual tokens are pruned before its LLM.
 
@@ -51,6 +58,11 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
     def generation_config(self, config: GenerationConfig | None) -> None:
         if "lvlm" in self._modules:  # transformers sets one before there is a base model
             self.lvlm.generation_config = config
+
+    @property
+    def base_model(self) -> Any:
+        """[`PrunedCore`]: the base model without its head, pruned; for trainers that run the head themselves."""
+        return PrunedCore(self) if "lvlm" in self._modules else self  # transformers asks before there is one
 
     def _pruned(self, batch: PromptBatch, plan: PrunePlan, **options) -> PrunedBatch:
         pad, num_ids = self.generation_config.pad_token_id, len(self.get_input_embeddings().weight)
@@ -120,13 +132,15 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         inputs |= cache_argument(past_key_values, cache)
         cache = inputs.get(CACHE_NAME)
-        filled = cache is not None and int(cache.get_seq_length()) > 0
+        filled = is_filled(cache)
         if filled and (prune is not False or CachedPrompt.is_on(cache)):
             assert input_ids is not None
             return self._forward_cached(input_ids, attention_mask, inputs, return_dict)
         if self._leaves_alone(input_ids, choice, visual_features, None):
             output = self.lvlm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **inputs)
             output = self._output(output)
+            if not self.training and not filled:
+                self._note_unpruned(output.get(CACHE_NAME), input_ids, attention_mask, inputs)
             return output if return_dict else output.to_tuple()
 
         output = self._run(input_ids, attention_mask, inputs, choice, query_mask, visual_features, compact)
@@ -141,8 +155,9 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         query_mask: Tensor | None,
         visual_features: VisualFeatures | None,
         compact: bool,
+        run: Callable[[Any, dict[str, Any]], ModelOutput] = run_base,
     ) -> TPRLOutput:
-        """Prunes the prompts and runs the base model on what stays."""
+        """Prunes the prompts and runs the base model, or part of it, on what stays."""
         if input_ids is not None:
             refuse_other_forms(inputs, input_ids)
             packed = None if attention_mask is not None else self._packed_rows(input_ids, inputs)
@@ -150,7 +165,7 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
                 given = packed.unpack_inputs({**inputs, "input_ids": input_ids, "query_mask": query_mask})
                 ids, wanted = given.pop("input_ids"), given.pop("logits_to_keep", 0)
                 mask = packed.valid.long().to(ids.device)
-                output = self._run(ids, mask, given, choice, given.pop("query_mask"), visual_features, False)
+                output = self._run(ids, mask, given, choice, given.pop("query_mask"), visual_features, False, run)
                 return packed.pack_output(output, wanted)
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
         plan = self._plan(batch, choice, query_mask)
@@ -169,14 +184,12 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
             wanted, needed = logits_wanted(wanted, source, columns.shape[1])
         if torch.is_tensor(needed) or 0 < needed < columns.shape[1]:
             pruned.inputs["logits_to_keep"] = needed
-        output = self._output(self.lvlm(**pruned.inputs, return_dict=True), plan, pruned)
+        output = self._output(run(self, pruned.inputs), plan, pruned)
         if not compact:
             own = torch.zeros_like(source, dtype=torch.bool).scatter_(1, columns.clamp(min=0), True)
             own[:, 0] = (columns == 0).any(1)  # padding pointed there
             to_prompt_output(output, source, wanted, needed, own)
-        if output.get(CACHE_NAME) is not None:
-            record = CachedPrompt(pruned.input_ids, pruned.attention_mask, pruned.keep_masks, pruned.next_position)
-            record.attach(output[CACHE_NAME])
+        self._note(output.get(CACHE_NAME), pruned.record)
         return output
 
     def _packed_rows(self, input_ids: Tensor, inputs: dict[str, Any]) -> PackedRows | None:
@@ -193,8 +206,7 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
 
     def _forward_cached(self, input_ids, attention_mask, inputs, return_dict):
         """New tokens behind a cache: positions and mask go on from what the cache holds."""
-        record = CachedPrompt.of(inputs[CACHE_NAME])
-        assert record is not None
+        record = CachedPrompt.of(inputs[CACHE_NAME]).for_prompts(len(input_ids), 1)
         device, ids = input_ids.device, input_ids.cpu()
         if self.adapter.find_visual(ids).any():
             raise ValueError(
@@ -217,8 +229,7 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
             return_dict=True,
             **inputs,
         )
-        record = record.extend(ids, new, positions[:, -1] + 1)
-        record.attach(output[CACHE_NAME])
+        self._note(output[CACHE_NAME], record.extend(ids, new))
         output = self._output(output)
         return output if return_dict else output.to_tuple()
 
@@ -268,19 +279,30 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
                 raise ValueError("`mm_encoder_outputs` are not pruned: with a budget pass pixels.")
             return self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
         kwargs |= cache_argument(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
-        cache = kwargs.get(CACHE_NAME)
-        record = None
-        if cache is not None and (prune is not False or CachedPrompt.is_on(cache)):
-            record = CachedPrompt.of(cache)
+        configs = (generation_config, self.generation_config)
+        copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
+        cache, asked = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
+        record, filled = None, is_filled(cache)
+        if filled and (prune is not False or CachedPrompt.is_on(cache)):
+            if any(setting(name, kwargs, *configs) for name in ("assistant_model", "prompt_lookup_num_tokens")):
+                raise ValueError(
+                    "An assistant model and prompt lookup read the whole prompt again, behind what is cached: leave "
+                    "them out, or pass the conversation without `past_key_values`."
+                )
+            record = self._read_cache(cache, input_ids, asked, kwargs, copies)
+            if setting("is_assistant", kwargs, *configs):
+                record = self._go_back(cache, record, input_ids, asked)
+        filler = setting("pad_token_id", kwargs, *configs)
         if self._leaves_alone(input_ids, choice, visual_features, record):
-            return self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
+            output = self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
+            if not filled:
+                self._note_unpruned_answer(cache, input_ids, asked, kwargs, output, copies, filler)
+            return output
 
         batch = self._batch(
             input_ids, kwargs.pop("attention_mask", None), visual_features, kwargs, record, self._looks(choice)
         )
         plan = self._plan(batch, choice, query_mask)
-        configs = (generation_config, self.generation_config)
-        copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
         no_cache = setting("use_cache", kwargs, *configs) is False
         pruned = self._pruned(batch, plan, same_length=copies > 1, min_padding=int(no_cache))
         prompt, length = batch.input_ids.to(batch.device), pruned.input_ids.shape[1]
@@ -292,9 +314,7 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         output = self.lvlm.generate(generation_config=generation_config, **arguments)
 
         sequences = output if torch.is_tensor(output) else output.sequences
-        cache = (arguments if torch.is_tensor(output) else output).get(CACHE_NAME)
-        if cache is not None and len(sequences) == len(prompt):
-            self._remember(cache, sequences, pruned, length)
+        self._note_answer(cache, pruned.record, output, copies, filler)
         restored = restore_prompt(sequences, prompt, length)
         if torch.is_tensor(output):
             return restored
@@ -302,11 +322,3 @@ class TPRLForConditionalGeneration(TPRLPlanningModel, GenerationMixin):
         for name in ("keep_mask", "num_kept", "num_visual"):
             output[name] = getattr(plan, name).to(batch.device)
         return output
-
-    def _remember(self, cache: Any, sequences: Tensor, pruned: PrunedBatch, length: int) -> None:
-        """Notes on the cache what it holds after `generate`."""
-        held = int(cache.get_seq_length())
-        attended = pruned.attention_mask
-        attended = torch.cat([attended, attended.new_ones(len(attended), max(held - length, 0))], 1)[:, :held]
-        next_position = pruned.next_position + held - length
-        CachedPrompt(sequences[:, :held].cpu(), attended, pruned.keep_masks, next_position).attach(cache)

@@ -72,7 +72,7 @@ class LLMAttentionPruner(TokenPruner):
         raise NotImplementedError(f"{type(self).__name__} must define `raters`.")
 
     def score(self, inputs: PruningInputs) -> Tensor:
-        mask = torch.cat([inputs.valid, inputs.query_mask], dim=1)
+        mask = torch.cat([inputs.valid, inputs.query_valid], dim=1)
         lvlm = self.lvlm if inputs.lvlm is None else inputs.lvlm
         assert lvlm is not None
         embeddings = torch.cat([inputs.tokens, inputs.query], dim=1)
@@ -107,6 +107,6 @@ class LLMAttentionPruner(TokenPruner):
 
 def last_token(inputs: PruningInputs) -> Tensor:
     """Each sample's last token of visual tokens and question, `bool [B, N + L]`."""
-    mask = torch.cat([inputs.valid, inputs.query_mask], dim=1)
+    mask = torch.cat([inputs.valid, inputs.query_valid], dim=1)
     last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(dim=1)
     return nn.functional.one_hot(last, mask.shape[1]).bool()

@@ -11,8 +11,7 @@ from typing import Any
 from PIL import Image
 from starlette.exceptions import HTTPException
 
-from tprl_hf.modeling.keep_mask import Budget
-from tprl_hf.modeling.prune_plan import refuse_several
+from tprl_hf.modeling.budget import Budget, refuse_several
 from tprl_hf.pictures import PictureError, open_picture
 
 DOWNLOAD_SECONDS = 10

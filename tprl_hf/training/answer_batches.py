@@ -19,8 +19,6 @@ from tprl_hf.pictures import picture_of
 
 from .feature_cache import FeatureCache, join_features
 
-# Type of answer tokens in `token_type_ids`: PaliGemma reads what has type 0 in both directions.
-ANSWER_TYPES = {"paligemma": 1}
 MAX_CACHED_TEXTS = 100_000
 
 

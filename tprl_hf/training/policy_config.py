@@ -19,8 +19,9 @@ class PrunerTrainingConfig(TrainingArguments):
             Room for visual features, which are computed once for each image while they fit.
         score_batch_size (`int`, defaults to 64):
             Prompts that run through the frozen LLM together.
-        save_base_model (`bool`, defaults to `False`):
-            Save the frozen LVLM too, at the end of training.
+        save_base_model (`bool`, *optional*):
+            Save the frozen LVLM too, at the end of training. By default, where the policy could not find it again: it
+            has no name, or was tuned.
         logging_steps (`float`, defaults to 10), save_total_limit (`int`, defaults to 2),
         remove_unused_columns (`bool`, defaults to `False`), report_to (`str`, defaults to `"none"`),
         dataloader_pin_memory (`bool`, defaults to `False`),
@@ -34,7 +35,7 @@ class PrunerTrainingConfig(TrainingArguments):
 
     feature_cache_mb: int = 1024
     score_batch_size: int = 64
-    save_base_model: bool = False
+    save_base_model: bool | None = None
     logging_steps: float = 10
     save_total_limit: int | None = 2
     remove_unused_columns: bool = False

@@ -16,8 +16,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from tprl_hf import __version__
 from tprl_hf.hub.publishing import changed_settings, publish
+from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.hub_tprl import is_hub_name
-from tprl_hf.modeling.keep_mask import Budget
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.pruning_policy import PolicyOutput
 from tprl_hf.modeling.token_pruner import PruningInputs
@@ -229,14 +229,14 @@ class PrunerTrainer(Trainer):
         """
         directory = output_dir or self.args.output_dir
         if self.args.should_save:
-            self.write_model(directory, self.args.save_base_model and not _internal_call)
+            self.write_model(directory, None if _internal_call else self.args.save_base_model)
         if _internal_call:
             os.makedirs(directory, exist_ok=True)
             torch.save(self.saved_state(), Path(directory) / STATE_FILE.format(rank=self.args.process_index))
         elif self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def write_model(self, directory: str, save_base_model: bool) -> None:
+    def write_model(self, directory: str, save_base_model: bool | None) -> None:
         """Model and processor, as all ways to save them write them."""
         self.tprl_model.save_pretrained(directory, save_base_model=save_base_model)
         self.processing_class.save_pretrained(directory)
