@@ -16,7 +16,9 @@ from transformers import DynamicCache, StaticCache
 from tests.families.more import OTHERS
 from tests.families.tiny_models import (
     FAMILIES,
+    IMAGE,
     PAD,
+    VIDEO,
     Sample,
     build,
     collate,
@@ -233,6 +235,51 @@ def test_filled_by_another_call(family, way):
         chat.answer()
 
 
+ANSWERED = {
+    "prompt lookup": {"prompt_lookup_num_tokens": 2},
+    "assisted": {},
+    "chunked prefill": {"prefill_chunk_size": 5},
+    "sampled": {"do_sample": True, "suppress_tokens": [IMAGE, VIDEO]},
+}
+
+
+@pytest.mark.parametrize("way", ANSWERED)
+@pytest.mark.parametrize("family", [family for family in VARIED if family not in STATEFUL])
+@torch.no_grad()
+def test_turns_answered_otherwise(family, way):
+    """The cache that each way to generate leaves serves the next turn."""
+    if family in SEE_WHOLE_IMAGES and way == "chunked prefill":
+        pytest.skip("the base model itself reads an image by chunks otherwise than whole")
+    chat = Chat(family, wrap(family)[1])
+    settings = ANSWERED[way] or {"assistant_model": build(family, seed=1)}
+    for kind in ("image", "text", "image"):
+        chat.say(kind)
+        if way in ("prompt lookup", "assisted") and chat.cache is not None:
+            with pytest.raises(ValueError, match="read the whole prompt again"):
+                generate(chat.model, chat.inputs, past_key_values=chat.cache, **settings)
+            chat.cache = None
+        torch.manual_seed(chat.seed)
+        output = generate(chat.model, chat.inputs, past_key_values=chat.cache, **settings)
+        chat.ids, chat.cache = output.sequences[0].tolist(), output.past_key_values
+        chat.say("text")
+        chat.answer()
+
+
+@pytest.mark.parametrize("family", VARIED)
+@torch.no_grad()
+def test_pixels_are_needed_for_new_images_only(family):
+    chat = Chat(family, wrap(family)[1])
+    for kind in ("two images", "text", "text"):
+        chat.say(kind)
+        inputs = chat.inputs
+        if chat.cache is not None:
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            inputs |= entry(family).extras(inputs["input_ids"])
+        output = generate(chat.model, inputs, past_key_values=chat.cache)
+        check_afresh(chat.model, chat.inputs, output)
+        chat.ids, chat.cache = output.sequences[0].tolist(), output.past_key_values
+
+
 # ---- batches ----
 
 
@@ -364,6 +411,25 @@ def test_answers_that_end_at_different_steps(family, masked):
     check_afresh(model, inputs, following)
 
 
+@pytest.mark.parametrize("family", [family for family in VARIED if family not in STATEFUL])
+@torch.no_grad()
+def test_turns_of_different_length(family):
+    """Three turns of a batch, whose rows are padded anew each time; in the second, one of them gets an image."""
+    model = wrap(family)[1]
+    samples, cache = [sample(family, 1, 1), sample(family, 0, 2), sample(family, 2, 3)], None
+    shown = sample(family, 1, 5)
+    for turn in range(3):
+        if turn == 1:
+            samples[1] = Sample(samples[1].ids + shown.ids[1:], shown.images)
+        asked = [Sample([*one.ids, *range(10, 11 + turn + 2 * row)], one.images) for row, one in enumerate(samples)]
+        inputs = collate(family, asked)
+        output = generate(model, inputs, past_key_values=cache)
+        check_afresh(model, inputs, output)
+        answers = output.sequences[:, -NEW:].tolist()
+        samples = [Sample(one.ids + answer, one.images) for one, answer in zip(asked, answers, strict=True)]
+        cache = output.past_key_values
+
+
 # ---- caches of something else ----
 
 
@@ -411,6 +477,20 @@ def test_a_cache_of_another_conversation_is_refused(family):
     del lost.tprl_cached_prompt  # as in a cache that was put together from the tensors of another
     with pytest.raises(ValueError, match="did not prune"):
         generate(model, chat.inputs, past_key_values=lost)
+
+
+@torch.no_grad()
+def test_a_keep_mask_that_is_not_the_caches_is_refused():
+    chat = Chat("llava", wrap("llava")[1])
+    chat.say("image")
+    chat.answer()
+    chat.say("image")
+    mask = torch.cat([chat.keep_mask, ~chat.keep_mask])
+    with pytest.raises(ValueError, match="about 16 visual tokens"):
+        generate(chat.model, chat.inputs, past_key_values=copy.deepcopy(chat.cache), keep_mask=~mask)
+    output = generate(chat.model, chat.inputs, past_key_values=chat.cache, keep_mask=mask)
+    assert torch.equal(output.keep_mask, mask)
+    check_afresh(chat.model, chat.inputs, output)
 
 
 @torch.no_grad()

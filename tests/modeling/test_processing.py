@@ -58,10 +58,43 @@ def test_questions_that_are_not_there():
     reader, inputs = tokens([chat("what is the cat ?")], PICTURES[:1])
     with pytest.raises(ValueError, match="is not in its prompt"):
         question_mask(reader, [chat("what is the dog ?")], inputs["input_ids"])
-    with pytest.raises(ValueError, match="has no text"):
-        question_mask(reader, [chat("")], inputs["input_ids"])
-    with pytest.raises(ValueError, match="no message with role 'user'"):
-        question_mask(reader, [[{"role": "assistant", "content": "left"}]], inputs["input_ids"])
+
+
+PICTURE = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [PICTURE, "what colour is the cat ?"],
+        ["where is", PICTURE, "the cat ?"],
+        ["what is left of", PICTURE, "the cat", PICTURE, "?"],
+        ["where is the cat ? ", "left", PICTURE, "what", PICTURE],
+        ["the cat", PICTURE, "the cat", PICTURE, "the cat"],
+        ["", PICTURE, "where ?", ""],
+        [PICTURE],
+        [PICTURE, ""],
+        [""],
+    ],
+)
+@torch.no_grad()
+def test_images_between_the_words(model, parts):
+    """Exactly the words are the question, wherever images lie; one without words is answered too."""
+    content = [part if part is PICTURE else {"type": "text", "text": part} for part in parts]
+    earlier = [*chat("where is the cat ?", image=False), {"role": "assistant", "content": "left"}]
+    asked = [[{"role": "user", "content": content}], [*earlier, {"role": "user", "content": content}]]
+    number = sum(part is PICTURE for part in parts)
+    reader, inputs = tokens(asked, PICTURES[:number] * 2 if number else None)
+    mask = question_mask(reader, asked, inputs["input_ids"], inputs["attention_mask"])
+    expected = " ".join(" ".join(part for part in parts if part is not PICTURE).split())
+    assert words(reader, inputs, mask) == [expected] * 2
+    assert not (mask & (inputs["input_ids"] == IMAGE)).any()
+    together = model.generate(**inputs, query_mask=mask, max_new_tokens=3)
+    alone = {name: value[: len(value) // 2] for name, value in inputs.items()}
+    left_out = int((inputs["attention_mask"][0] == 0).sum())
+    alone |= {name: alone[name][:, left_out:] for name in ("input_ids", "attention_mask")}
+    single = model.generate(**alone, query_mask=mask[:1, left_out:], max_new_tokens=3)
+    assert torch.equal(together[0, left_out:], single[0])
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ def readable_keys(cache: Cache) -> ReadableKeys | None:
 
     `None` where no layer keeps keys as they were computed, as in a quantised cache.
     """
+    if cache.offloading and torch.accelerator.is_available():  # it copies without waiting
+        torch.accelerator.synchronize()
     held = int(cache.get_seq_length())
     found: ReadableKeys | None = None
     for index, layer in enumerate(cache.layers):

@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo, HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .base_weights import (
@@ -47,6 +47,7 @@ from .hub_tprl import (
     set_code,
     update_card,
 )
+from .policy_linear import PolicyLinear
 
 logger = logging.get_logger(__name__)
 
@@ -174,6 +175,15 @@ class TPRLPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PolicyLinear):  # as transformers starts an nn.Linear
+            std = getattr(self.config.get_text_config(), "initializer_range", 0.02)
+            initialization.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                initialization.zeros_(module.bias)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, base_model=None, **kwargs):

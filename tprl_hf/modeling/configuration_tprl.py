@@ -135,6 +135,26 @@ class TPRLConfig(PreTrainedConfig):
             kwargs["tie_word_embeddings"] = getattr(self.base_config, "tie_word_embeddings", False)
         super().__post_init__(**kwargs)
 
+    # As the base model's config: others, such as TRL, look there for the ids of placeholders.
+
+    @property
+    def image_token_id(self) -> int | None:
+        return getattr(self.base_config, "image_token_id", None)
+
+    @image_token_id.setter
+    def image_token_id(self, value: int | None) -> None:
+        base: Any = self.base_config
+        base.image_token_id = value
+
+    @property
+    def video_token_id(self) -> int | None:
+        return getattr(self.base_config, "video_token_id", None)
+
+    @video_token_id.setter
+    def video_token_id(self, value: int | None) -> None:
+        base: Any = self.base_config
+        base.video_token_id = value
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The wrapped LVLM's text config."""
         if isinstance(self.base_config, PreTrainedConfig):

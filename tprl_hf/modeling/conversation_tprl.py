@@ -132,7 +132,7 @@ class TPRLConversationModel(TPRLPlanningModel):
     def _unpruned_prompt(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs: dict[str, Any]
     ) -> CachedPrompt | None:
-        """The record of a prompt that is read as it is; `None` where its columns are not those of its ids."""
+        """The record of a prompt that is read as it is; `None` where its columns or positions cannot be told."""
         if input_ids is None or (attention_mask is not None and attention_mask.shape != input_ids.shape):
             return None
         ids = input_ids.cpu().clone()
@@ -142,6 +142,8 @@ class TPRLConversationModel(TPRLPlanningModel):
         if positions is not None:
             positions = positions.cpu().expand(*positions.shape[:-2], *ids.shape)
         elif visual.any():
+            if not self.adapter.knows_positions(inputs):
+                return None
             positions = self.adapter.position_ids(ids, mask, inputs)
         else:
             positions = self.adapter.spread_positions(count_positions(mask), mask.bool())

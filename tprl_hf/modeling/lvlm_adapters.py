@@ -270,6 +270,10 @@ class LVLMAdapter:
             )
         return positions.expand(len(attention_mask), -1)
 
+    def knows_positions(self, inputs: dict[str, Any]) -> bool:
+        """Whether `inputs` have what positions of visual tokens depend on."""
+        return True
+
     def spread_positions(self, positions: Tensor, valid: Tensor) -> Tensor:
         """Text positions `[B, P]` with as many axes as the base model wants."""
         return positions
@@ -348,6 +352,9 @@ class RopeIndexAdapter(LVLMAdapter):
         if num_axes == 3 and self.has_text_axis:
             return torch.cat([count_positions(attention_mask)[None].to(positions.device), positions])
         return positions
+
+    def knows_positions(self, inputs: dict[str, Any]) -> bool:
+        return any(inputs.get(name) is not None for name in (*self.geometry_names, *SIZE_NAMES))
 
     def spread_positions(self, positions: Tensor, valid: Tensor) -> Tensor:
         return self.renumber_text_axis(positions.expand(3 + self.has_text_axis, -1, -1), valid)

@@ -1,5 +1,6 @@
 """TPRL around any LVLM: between projector and LLM a policy decides which visual tokens the LLM gets to see."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,14 @@ from .outputs_tprl import PrunePlan, TPRLOutput
 from .packed_rows import PackedRows
 from .prompt_output import logits_wanted, to_prompt_output
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
+from .pruned_core import PrunedCore
 from .sequence_inputs import count_no_placeholders, predicted_labels, refuse_other_forms, shifted_labels
 from .visual_features import VisualFeatures
+
+
+def run_base(model: Any, inputs: dict[str, Any]) -> ModelOutput:
+    """The whole base model."""
+    return model.lvlm(**inputs, return_dict=True)
 
 
 class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
@@ -51,6 +58,11 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
     def generation_config(self, config: GenerationConfig | None) -> None:
         if "lvlm" in self._modules:  # transformers sets one before there is a base model
             self.lvlm.generation_config = config
+
+    @property
+    def base_model(self) -> Any:
+        """[`PrunedCore`]: the base model without its head, pruned; for trainers that run the head themselves."""
+        return PrunedCore(self) if "lvlm" in self._modules else self  # transformers asks before there is one
 
     def _pruned(self, batch: PromptBatch, plan: PrunePlan, **options) -> PrunedBatch:
         pad, num_ids = self.generation_config.pad_token_id, len(self.get_input_embeddings().weight)
@@ -143,8 +155,9 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         query_mask: Tensor | None,
         visual_features: VisualFeatures | None,
         compact: bool,
+        run: Callable[[Any, dict[str, Any]], ModelOutput] = run_base,
     ) -> TPRLOutput:
-        """Prunes the prompts and runs the base model on what stays."""
+        """Prunes the prompts and runs the base model, or part of it, on what stays."""
         if input_ids is not None:
             refuse_other_forms(inputs, input_ids)
             packed = None if attention_mask is not None else self._packed_rows(input_ids, inputs)
@@ -152,7 +165,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
                 given = packed.unpack_inputs({**inputs, "input_ids": input_ids, "query_mask": query_mask})
                 ids, wanted = given.pop("input_ids"), given.pop("logits_to_keep", 0)
                 mask = packed.valid.long().to(ids.device)
-                output = self._run(ids, mask, given, choice, given.pop("query_mask"), visual_features, False)
+                output = self._run(ids, mask, given, choice, given.pop("query_mask"), visual_features, False, run)
                 return packed.pack_output(output, wanted)
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
         plan = self._plan(batch, choice, query_mask)
@@ -171,7 +184,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             wanted, needed = logits_wanted(wanted, source, columns.shape[1])
         if torch.is_tensor(needed) or 0 < needed < columns.shape[1]:
             pruned.inputs["logits_to_keep"] = needed
-        output = self._output(self.lvlm(**pruned.inputs, return_dict=True), plan, pruned)
+        output = self._output(run(self, pruned.inputs), plan, pruned)
         if not compact:
             own = torch.zeros_like(source, dtype=torch.bool).scatter_(1, columns.clamp(min=0), True)
             own[:, 0] = (columns == 0).any(1)  # padding pointed there
@@ -263,23 +276,27 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         if kwargs.get("mm_encoder_outputs") is not None:  # of the model whose draft this one is
             if prune or any(value is not None for value in (keep_ratio, num_keep, threshold, keep_mask)):
-                raise ValueError(
-                    "`mm_encoder_outputs` are not pruned: pass pixels or `visual_features` with a budget."
-                )
+                raise ValueError("`mm_encoder_outputs` are not pruned: with a budget pass pixels.")
             return self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
         kwargs |= cache_argument(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         configs = (generation_config, self.generation_config)
         copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
         cache, asked = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
-        record = None
-        if is_filled(cache) and (prune is not False or CachedPrompt.is_on(cache)):
+        record, filled = None, is_filled(cache)
+        if filled and (prune is not False or CachedPrompt.is_on(cache)):
+            if any(setting(name, kwargs, *configs) for name in ("assistant_model", "prompt_lookup_num_tokens")):
+                raise ValueError(
+                    "An assistant model and prompt lookup read the whole prompt again, behind what is cached: leave "
+                    "them out, or pass the conversation without `past_key_values`."
+                )
             record = self._read_cache(cache, input_ids, asked, kwargs, copies)
             if setting("is_assistant", kwargs, *configs):
                 record = self._go_back(cache, record, input_ids, asked)
         filler = setting("pad_token_id", kwargs, *configs)
         if self._leaves_alone(input_ids, choice, visual_features, record):
             output = self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
-            self._note_unpruned_answer(cache, input_ids, asked, kwargs, output, copies, filler)
+            if not filled:
+                self._note_unpruned_answer(cache, input_ids, asked, kwargs, output, copies, filler)
             return output
 
         batch = self._batch(

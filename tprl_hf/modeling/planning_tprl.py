@@ -23,6 +23,7 @@ from .configuration_tprl import TPRLConfig
 from .family_adapters import adapter_for
 from .outputs_tprl import PrunePlan
 from .pruned_batch import PromptBatch
+from .pruned_core import note_labels
 from .pruner_choice import PrunerChoiceMixin
 from .pruner_inputs import layout_of, pruning_inputs
 from .pruning_policy import PruningPolicy
@@ -63,6 +64,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                 "tokens cannot keep theirs: pass position_ids='contiguous'."
             )
         self._init_pruner()
+        self.register_forward_pre_hook(note_labels, with_kwargs=True)
         self.post_init()
 
     @classmethod
@@ -219,7 +221,14 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
             scores = chosen_scores if new.all() else chosen_scores.new_ones(total).index_put((new,), chosen_scores)
             keep_mask[new] = unpad_rows(chosen.cpu(), inputs.num_visual)
         if batch.record is not None:
-            keep_mask[~batch.new] = torch.cat(batch.record.keep_masks)
+            decided = torch.cat(batch.record.keep_masks)
+            differs = int((keep_mask[~batch.new] != decided).sum())
+            if isinstance(choice, Tensor) and differs:
+                raise ValueError(
+                    f"keep_mask says otherwise about {differs} visual tokens than the cache, which has them or not by "
+                    "now. Begin it with the `keep_mask` of the last turn, or leave it out."
+                )
+            keep_mask[~batch.new] = decided
         kept = [int(mask.sum()) for mask in keep_mask.split(batch.num_visual.tolist())]
         num_kept = torch.tensor(kept, device="cpu")
         return PrunePlan(keep_mask, scores, num_kept, batch.num_visual, layout)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .policy_linear import PolicyLinear
 from .token_autoencoder import Float32Module
 
 NUM_FREQUENCIES = 4  # of the place in an image, whose sides are 1
@@ -32,9 +33,9 @@ class ResidualMLP(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.linear_in = nn.Linear(dim, hidden_dim)
+        self.linear_in = PolicyLinear(dim, hidden_dim)
         self.act = nn.GELU()
-        self.linear_out = nn.Linear(hidden_dim, dim)
+        self.linear_out = PolicyLinear(hidden_dim, dim)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,8 +48,8 @@ class AttentionBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, hidden_dim: int | None = None):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv_proj = nn.Linear(dim, 3 * dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.qkv_proj = PolicyLinear(dim, 3 * dim)
+        self.out_proj = PolicyLinear(dim, dim)
         self.norm = nn.LayerNorm(dim)
         self.mlp = ResidualMLP(dim, hidden_dim) if hidden_dim is not None else nn.Identity()
 
@@ -94,9 +95,9 @@ class PruningPolicy(Float32Module):
             raise ValueError(
                 f"latent_dim={latent_dim} is not a multiple of policy_num_heads={num_heads}: change one of them."
             )
-        self.query_proj = nn.Linear(token_dim, latent_dim)
-        self.position_proj = nn.Linear(4 * NUM_FREQUENCIES, latent_dim) if use_positions else None
-        self.word_proj = nn.Linear(2 * NUM_WORD_FREQUENCIES, latent_dim) if use_positions else None
+        self.query_proj = PolicyLinear(token_dim, latent_dim)
+        self.position_proj = PolicyLinear(4 * NUM_FREQUENCIES, latent_dim) if use_positions else None
+        self.word_proj = PolicyLinear(2 * NUM_WORD_FREQUENCIES, latent_dim) if use_positions else None
         self.budget_proj = BudgetEmbedding(latent_dim) if use_budget else None
         self.step_embedding = nn.Embedding(num_steps, latent_dim) if num_steps is not None else None
         last = num_layers - 1
@@ -104,9 +105,9 @@ class PruningPolicy(Float32Module):
             AttentionBlock(latent_dim, num_heads, hidden_dim if i < last else None) for i in range(num_layers)
         )
         self.policy_mlp = ResidualMLP(latent_dim, hidden_dim)
-        self.policy_head = nn.Linear(latent_dim, 1)
+        self.policy_head = PolicyLinear(latent_dim, 1)
         self.value_mlp = ResidualMLP(latent_dim, hidden_dim)
-        self.value_head = nn.Linear(latent_dim, 1)
+        self.value_head = PolicyLinear(latent_dim, 1)
 
     def forward(
         self,
@@ -184,8 +185,8 @@ class BudgetEmbedding(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.linear_in = nn.Linear(1, dim, bias=False)
-        self.linear_out = nn.Linear(dim, dim, bias=False)
+        self.linear_in = PolicyLinear(1, dim, bias=False)
+        self.linear_out = PolicyLinear(dim, dim, bias=False)
 
     def forward(self, keep_ratio: Tensor) -> Tensor:
         return self.linear_out(self.linear_in(keep_ratio.float().log()[:, None]).tanh())[:, None]

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .policy_linear import PolicyLinear
+
 
 class Float32Module(nn.Module):
     """A module that stays in float32 when the model around it is cast.
@@ -36,10 +38,16 @@ class TokenAutoencoder(Float32Module):
     def __init__(self, token_dim: int, hidden_dim: int, latent_dim: int):
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.Linear(token_dim, hidden_dim), nn.LayerNorm(hidden_dim), nn.GELU(), nn.Linear(hidden_dim, latent_dim)
+            PolicyLinear(token_dim, hidden_dim),
+            nn.LayerNorm(hidden_dim),
+            nn.GELU(),
+            PolicyLinear(hidden_dim, latent_dim),
         )
         self.decoder = nn.Sequential(
-            nn.Linear(latent_dim, hidden_dim), nn.LayerNorm(hidden_dim), nn.GELU(), nn.Linear(hidden_dim, token_dim)
+            PolicyLinear(latent_dim, hidden_dim),
+            nn.LayerNorm(hidden_dim),
+            nn.GELU(),
+            PolicyLinear(hidden_dim, token_dim),
         )
 
     def encode(self, tokens: Tensor) -> Tensor:

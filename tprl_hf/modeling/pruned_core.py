@@ -1,0 +1,96 @@
+"""The model without its head, as others call it: TRL's trainers ask `model.base_model` for hidden states and run the
+head themselves."""
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .cached_prompt import CACHE_NAME, is_filled
+from .outputs_tprl import TPRLOutput
+from .sequence_inputs import count_no_placeholders
+
+if TYPE_CHECKING:
+    from .modeling_tprl import TPRLForConditionalGeneration
+
+CHOICES = ("keep_ratio", "num_keep", "threshold", "prune", "keep_mask")
+OF_THE_HEAD = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep")
+# The ids of the call in progress and their labels, which TRL keeps to itself.
+labels_of_call: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("labels_of_call", default=None)
+
+
+def note_labels(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Before a forward whose head and loss are TRL's: labels of visual tokens do not count, as in our own."""
+    input_ids, labels = kwargs.get("input_ids"), kwargs.get("labels")
+    if not kwargs.get("fused_lm_head") or input_ids is None or labels is None:
+        return None
+    kwargs = count_no_placeholders(kwargs, model.adapter.find_visual(input_ids.cpu()))
+    labels_of_call.set((input_ids, kwargs["labels"]))
+    return args, kwargs
+
+
+class PrunedCore:
+    """
+    The base model without its head, on pruned prompts. All else is the base model's: `model.base_model.config`.
+
+    Args:
+        model ([`TPRLForConditionalGeneration`]): whose base model it is.
+    """
+
+    def __init__(self, model: "TPRLForConditionalGeneration"):
+        self.__dict__["model"] = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model"].lvlm, name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PrunedCore) and other.__dict__["model"] is self.__dict__["model"]
+
+    def __hash__(self) -> int:
+        return id(self.__dict__["model"])
+
+    def __call__(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **inputs
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids, attention_mask (`int64 [B, L]`), inputs: as in [`~TPRLForConditionalGeneration.forward`].
+
+        Returns:
+            `BaseModelOutputWithPast` whose `last_hidden_state` `[B, L, D]` is in the columns of `input_ids`: the state
+            of a pruned column is that of the last kept one before it, so that each column predicts the next.
+
+        Raises:
+            `ValueError`: for a filled cache, and for router logits.
+        """
+        model = self.__dict__["model"]
+        if is_filled(inputs.get(CACHE_NAME)) or is_filled(inputs.get("past_key_values")):
+            raise ValueError("base_model takes whole prompts, without a cache: call the model itself.")
+        inputs.pop("return_dict", None)
+        choice = model._choice(*(inputs.pop(name, None) for name in CHOICES))
+        query_mask, features = inputs.pop("query_mask", None), inputs.pop("visual_features", None)
+        if model._leaves_alone(input_ids, choice, features, None):
+            inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+            return BaseModelOutputWithPast(last_hidden_state=last_states(model, inputs)["hidden_states"][-1])
+        noted = labels_of_call.get()
+        if noted is not None and noted[0] is input_ids:
+            inputs["labels"] = noted[1]  # they tell the question from the answer
+        output = model._run(input_ids, attention_mask, inputs, choice, query_mask, features, False, last_states)
+        return BaseModelOutputWithPast(last_hidden_state=output.hidden_states[-1])
+
+
+def last_states(model: "TPRLForConditionalGeneration", inputs: dict[str, Any]) -> TPRLOutput:
+    """Runs the base model without its head; of hidden states it gives the last only."""
+    if inputs.get("output_router_logits"):
+        raise ValueError(
+            "Router logits belong to the columns that were kept, which TRL's load-balancing loss does not know: pass "
+            "router_aux_loss_coef=0.0."
+        )
+    inputs = {name: value for name, value in inputs.items() if name not in OF_THE_HEAD}
+    core = model.adapter.core
+    if core is model.lvlm:  # a family whose head is not beside it
+        states = core(**inputs, return_dict=True, output_hidden_states=True).hidden_states[-1]
+    else:
+        states = core(**inputs, return_dict=True).last_hidden_state
+    return TPRLOutput(hidden_states=(states,))
