@@ -31,7 +31,7 @@ def generate(capsys, base_checkpoint, image_file):
     """Runs `tprl generate` and returns exit code, stdout and stderr."""
 
     def run(*words: str, model=base_checkpoint, image=image_file):
-        required = ["--image", str(image), "--question", QUESTION, "--model", str(model), "--max-new-tokens", "4"]
+        required = ["--image", str(image), "--question", QUESTION, str(model), "--max-new-tokens", "4"]
         code = main(["generate", *required, *map(str, words)])
         return code, *capsys.readouterr()
 

@@ -129,7 +129,7 @@ def commands() -> None:
         pruners = ",".join(method_names())
         sizes = ["--num-samples", "6", "--keep-ratios", "1/3"]
         assert main(["evaluate", "--pruners", pruners, *sizes, "--output-dir", folder]) == 0
-        assert main(["benchmark", "--rounds", "2", "--new-tokens", "2", "--load", "1,2"]) == 0
+        assert main(["benchmark", "--rounds", "2", "--max-new-tokens", "2", "--load", "1,2"]) == 0
         assert main(["demo", "--num-shown", "1", "--output-dir", folder]) == 0
 
 

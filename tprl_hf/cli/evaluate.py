@@ -30,9 +30,7 @@ MARK = "*"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(model=None)
-    add_model_argument(parser, default=argparse.SUPPRESS)
-    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="the same as --model")
+    add_model_argument(parser)
     parser.add_argument(
         "--data",
         default="mosaic",
