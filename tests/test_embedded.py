@@ -195,7 +195,7 @@ def test_trainers_commands_and_plain_calls_read_the_same_question(model, process
         assert ids[mask].tolist() == processor.tokenizer(row["prompt"], add_special_tokens=False).input_ids
     trained = SampleEncoder(model, processor)(rows).inputs
     words = model.get_input_embeddings()(asked["input_ids"][asked["query_mask"]])
-    assert torch.equal(trained.query[trained.query_mask], words)
+    assert torch.equal(trained.query[trained.query_valid], words)
     for pruner in (QuerySimilarityPruner(keep_ratio=0.2), CDPruner(keep_ratio=0.2), model.pruner):
         with model.using(pruner):
             plain = model.prune(**encode(processor, rows)).keep_mask

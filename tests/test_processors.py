@@ -134,12 +134,12 @@ class TestMissingPackages:
         image = ["--image", str(tmp_path / "red.png"), "--question", "what ?"]
         qwen = str(tmp_path / "qwen")
         calls = [
-            (["generate", *image, "--model", qwen], "torchvision"),
-            (["evaluate", "--model", qwen, "--output-dir", str(tmp_path / "results")], "torchvision"),
+            (["generate", qwen, *image], "torchvision"),
+            (["evaluate", qwen, "--output-dir", str(tmp_path / "results")], "torchvision"),
             (["benchmark", qwen], "torchvision"),
             (["serve", qwen, "--port", "0"], "torchvision"),
             (["train", "autoencoder", "--config", str(recipe)], "torchvision"),
-            (["generate", *image, "--model", str(tmp_path / "tower")], "timm"),
+            (["generate", str(tmp_path / "tower"), *image], "timm"),
         ]
         code = (
             "from tprl_hf.cli.main import main\n"

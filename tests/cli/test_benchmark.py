@@ -30,14 +30,14 @@ def benchmark(capsys, base_checkpoint):
     """Runs `tprl benchmark` on the tiny model and returns exit code, stdout and stderr."""
 
     def run(*words: str):
-        options = ["benchmark", str(base_checkpoint), "--new-tokens", "2", "--rounds", "2", "--keep", "1/4"]
+        options = ["benchmark", str(base_checkpoint), "--max-new-tokens", "2", "--rounds", "2", "--keep-ratio", "1/4"]
         return main([*options, *words]), *capsys.readouterr()
 
     return run
 
 
 def test_every_part_is_timed_and_the_floor_stands_beside(benchmark):
-    code, out, _ = benchmark("--batch", "2")
+    code, out, _ = benchmark("--batch-size", "2")
     assert code == 0
     rows = table_under(out, "part")
     assert [row[0] for row in rows[1:]] == PARTS and all(float(row[1]) > 0 for row in rows[1:])

@@ -17,7 +17,7 @@ def demo(capsys, base_checkpoint, tmp_path):
     """Runs `tprl demo` on 8 questions and returns exit code, stdout and stderr."""
 
     def run(*words: str, model=base_checkpoint):
-        options = ["--model", str(model), "--num-samples", "8", "--num-shown", "3", "--output-dir", str(tmp_path)]
+        options = [str(model), "--num-samples", "8", "--num-shown", "3", "--output-dir", str(tmp_path)]
         return main(["demo", *options, *words]), *capsys.readouterr()
 
     return run
@@ -70,7 +70,7 @@ def test_pictures_show_each_question_with_each_pruner(demo, tmp_path):
     page = (tmp_path / "kept_tokens.html").read_text()
     assert page.count("<section>") == 3 and page.count("<figure>") == 3 * 4
     assert page.count('class="patch kept"') == 3 * 3 * 4
-    assert "tprl demo --num-samples 8 --num-shown 3 --seed 7 --keep-ratio 0.25" in page
+    assert "--num-samples 8 --num-shown 3 --seed 7 --keep-ratio 0.25" in page
     assert (tmp_path / "kept_tokens.png").stat().st_size > 0
 
 

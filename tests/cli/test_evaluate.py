@@ -199,15 +199,7 @@ def test_a_trained_policy_has_rows_of_its_own(evaluate, tmp_path):
     )
     model.save_pretrained(tmp_path / "model", save_base_model=True)
     make_processor().save_pretrained(tmp_path / "model")
-    command = [
-        "evaluate",
-        "--model",
-        str(tmp_path / "model"),
-        "--num-samples",
-        "2",
-        "--output-dir",
-        str(tmp_path / "o"),
-    ]
+    command = ["evaluate", str(tmp_path / "model"), "--num-samples", "2", "--output-dir", str(tmp_path / "o")]
     assert main(command) == 0
     rows = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
     thirds = [row["pruner"] for row in rows if row["budget"] == "1/3"]

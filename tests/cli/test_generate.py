@@ -31,7 +31,7 @@ def generate(capsys, base_checkpoint, image_file):
     """Runs `tprl generate` and returns exit code, stdout and stderr."""
 
     def run(*words: str, model=base_checkpoint, image=image_file):
-        required = ["--image", str(image), "--question", QUESTION, "--model", str(model), "--max-new-tokens", "4"]
+        required = ["--image", str(image), "--question", QUESTION, str(model), "--max-new-tokens", "4"]
         code = main(["generate", *required, *map(str, words)])
         return code, *capsys.readouterr()
 
@@ -97,7 +97,6 @@ def test_pictures_are_written_where_asked(generate, tmp_path):
     ("words", "message"),
     [
         (["--pruner", "learned"], "policy has not been trained: it would keep random tokens. Choose a pruner"),
-        (["--num-keep", "17"], "num_keep=17, but sample 0 has only 16 visual tokens"),
         (["--pruner", "none", "--keep-ratio", "0.5"], "--pruner none keeps all tokens: leave out --keep-ratio"),
         (["--threshold", "0.5"], "threshold=0.5"),
     ],
@@ -122,13 +121,13 @@ def test_files_that_are_missing_or_broken_are_one_line_and_exit_code_2(generate,
 def test_a_photo_is_turned_upright(tmp_path, image_file):
     from PIL import Image
 
-    from tprl_hf.cli.generate import open_image
+    from tprl_hf.pictures import open_picture
 
     turned = Image.Exif()
     turned[0x0112] = 6  # orientation: the camera lay on its side
     Image.open(image_file).save(tmp_path / "photo.png", exif=turned)
-    assert open_image(str(tmp_path / "photo.png")).size == (30, 40)
-    assert open_image(str(image_file)).size == (40, 30)
+    assert open_picture(str(tmp_path / "photo.png")).size == (30, 40)
+    assert open_picture(str(image_file)).size == (40, 30)
 
 
 def test_damaged_checkpoints_are_one_line_and_exit_code_2(generate, base_checkpoint, tmp_path):

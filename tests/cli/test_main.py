@@ -52,6 +52,30 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(capsys, words
     assert message in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("demo --model DIR", "demo DIR"),
+        ("generate --model DIR --image a --question b", "generate DIR --image a --question b"),
+        ("evaluate --model DIR --num-samples 2", "evaluate --num-samples 2 DIR"),
+        ("benchmark DIR --keep 1/4", "benchmark DIR --keep-ratio 1/4"),
+        ("benchmark --batch 2", "benchmark --batch-size 2"),
+        ("benchmark --new-tokens 4", "benchmark --max-new-tokens 4"),
+        ("flops --new-tokens 4", "flops --max-new-tokens 4"),
+    ],
+)
+def test_old_spellings_mean_the_same_and_say_so(capsys, old, new):
+    parser = cli.make_parser()
+    expected = parser.parse_args(new.split())
+    assert capsys.readouterr().err == ""
+    assert parser.parse_args(old.split()) == expected
+    option = next(word for word in old.split() if word.startswith("--") and word not in new.split())
+    assert f"{option} is deprecated: write " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parser.parse_args([new.split()[0], "--help"])
+    assert f"  {option} " not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("text", "value"), [("1/3", 1 / 3), ("0.25", 0.25), ("1", 1.0), ("2/4", 0.5)])
 def test_keep_ratio_reads_decimals_and_fractions(text, value):
     assert keep_ratio(text) == value

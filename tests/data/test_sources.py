@@ -32,3 +32,49 @@ def test_what_is_not_a_source(tmp_path):
         assert not is_source(name)
         with pytest.raises(ValueError, match=f"There are no data '{name}': a source is mosaic, easy-vqa"):
             read_source(name, "train")
+
+
+@pytest.mark.parametrize("mark", [" ", "\u2028", "\u2029", "\u0085", "\x1c", "\x0b", "\x0c"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_json_lines_end_where_json_says(tmp_path, mark, end):
+    row = {"prompt": f"is there{mark}a star ?", "answer": f"yes{mark}"}
+    line = json.dumps(row, ensure_ascii=False)
+    (tmp_path / "own.jsonl").write_bytes(b"\xef\xbb\xbf" + (line + end + end + line + end + "x").encode())
+    with pytest.raises(ValueError, match="line 4: not JSON"):
+        read_source(str(tmp_path / "own.jsonl"), "train")
+    (tmp_path / "own.jsonl").write_bytes((line + end + line).encode())
+    rows = read_source(str(tmp_path / "own.jsonl"), "train")
+    assert rows["prompt"] == [row["prompt"]] * 2 and rows["answer"] == [row["answer"]] * 2
+
+
+@pytest.mark.parametrize("name", ["image", "images", "question_type", "boxes", "image_id", "unknown"])
+def test_null_is_as_if_it_were_not_there(tmp_path, name):
+    row = {"prompt": "what ?", "answer": ["a", None]}
+    rows = []
+    for given in (row, {**row, name: None}):
+        (tmp_path / "own.jsonl").write_text(json.dumps(given))
+        rows.append(read_source(str(tmp_path / "own.jsonl"), "train")[0])
+    assert rows[0] == rows[1] and rows[0]["answer"] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("null", "line 2: expected an object"),
+        ('{"prompt": null, "answer": "a"}', "line 2: `prompt` is missing"),
+        ('{"prompt": "q", "answer": null}', "line 2: `answer` is missing"),
+        ('{"prompt": "q", "answer": "a", "images": [null]}', "line 2: an image is named by its path; got null"),
+        ('{"prompt": "q", "answer": "a", "image": 3}', "line 2: an image is named by its path; got 3"),
+        ("[" * 100_000, "line 2: not JSON"),
+    ],
+)
+def test_an_odd_line_is_named(tmp_path, line, message):
+    (tmp_path / "own.jsonl").write_text('{"prompt": "q", "answer": "a"}\n' + line)
+    with pytest.raises(ValueError, match=message):
+        read_source(str(tmp_path / "own.jsonl"), "train")
+
+
+def test_another_encoding_is_said(tmp_path):
+    (tmp_path / "own.jsonl").write_bytes('{"prompt": "grün", "answer": "a"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"own\.jsonl is not a text in UTF-8"):
+        read_source(str(tmp_path / "own.jsonl"), "train")

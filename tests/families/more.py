@@ -194,7 +194,7 @@ OTHERS: dict[str, Family] = {
         expert_types,
     ),
     "exaone4_5": Family(
-        lambda: shrunk("exaone4_5", vision_config=SMALL_WINDOWS), grid, concatenate, numbered_anew=True
+        lambda: shrunk("exaone4_5", vision_config=SMALL_WINDOWS), grid, concatenate, own_positions=True
     ),
     "glm46v": Family(
         lambda: shrunk("glm46v", vision_config=SMALL_PATCHES, text_config=GLM_ROPE), grid, concatenate, modality_types
@@ -230,7 +230,7 @@ OTHERS: dict[str, Family] = {
     ),
     "got_ocr2": Family(lambda: shrunk("got_ocr2"), square, concatenate),
     "hyperclovax_vision_v2": Family(
-        lambda: shrunk("hyperclovax_vision_v2", vision_config=SMALL_PATCHES), grid, concatenate, numbered_anew=True
+        lambda: shrunk("hyperclovax_vision_v2", vision_config=SMALL_PATCHES), grid, concatenate, own_positions=True
     ),
     "idefics2": Family(lambda: shrunk("idefics2"), masked, per_sample),
     "inkling2": Family(lambda: shrunk("inkling2", vision_config=SMALL_PATCHES), merged_patches, concatenate),

@@ -25,7 +25,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils.import_utils import define_import_structure
 
 from tprl_hf.missing_packages import PACKAGES
-from tprl_hf.modeling.lvlm_adapters import REFUSED
+from tprl_hf.modeling.family_adapters import REFUSED
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 TITLE = "## What your family's processor needs"
@@ -174,8 +174,8 @@ def section() -> list[str]:
             "import no image processor at all, not even one that does not need torchvision. `tprl` says so in one "
             "line. There are two cures. Install both with the one command that PyTorch's installation page gives for "
             "your machine, before `tprl_hf[processors]`. Or `pip uninstall torchvision`: the families of the first "
-            "row then work with Pillow. `timm` installs torchvision too. Where it is installed, image processors "
-            "resize with torchvision instead of with Pillow, and pixels differ a little."
+            "row then work with Pillow. `timm` installs torchvision too. Where torchvision is installed, image "
+            "processors resize with it instead of with Pillow, and pixels differ a little."
         ),
         "",
     ]

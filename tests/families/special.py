@@ -220,7 +220,7 @@ SPECIAL: dict[str, Family] = {
         pooled,
         join_pooled,
         modality_types,
-        numbered_anew=True,
+        own_positions=True,
     ),
     "unlimited_ocr": Family(
         lambda: shrunk(

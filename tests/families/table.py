@@ -24,7 +24,7 @@ from tests.families.ways_to_generate import CANNOT, WAYS
 from tests.reference import delete_by_hand
 from tests.stand_ins.flash import BASE_DIFFERS, BASE_FAILS, BEAR_NO_PADDING
 from tprl_hf.modeling import TPRLForConditionalGeneration, adapter_for
-from tprl_hf.modeling.lvlm_adapters import REFUSED
+from tprl_hf.modeling.family_adapters import REFUSED
 
 COLUMNS = {
     "keep_all": "keep-all = base",
@@ -54,7 +54,7 @@ def deviation(a: Tensor, b: Tensor) -> float:
 def measure(family: str) -> dict[str, float]:
     """Largest deviation of each invariant; infinity where greedy tokens differ."""
     base = build(family)
-    numbering = "contiguous" if entry(family).numbered_anew else "original"
+    numbering = "contiguous" if entry(family).own_positions else "original"
     model = TPRLForConditionalGeneration.from_base_model(
         base, latent_dim=8, policy_training={"stage": "lfd"}, position_ids=numbering
     ).eval()
@@ -71,7 +71,7 @@ def measure(family: str) -> dict[str, float]:
     one = collate(family, samples[1:2])
     keep_mask = model.prune(**one, keep_ratio=0.4).keep_mask
     for name, position_ids in (("by_hand", "original"), ("contiguous", "contiguous")):
-        if name == "by_hand" and entry(family).numbered_anew:
+        if name == "by_hand" and entry(family).own_positions:
             continue
         model.config.position_ids = position_ids
         expected, tokens = delete_by_hand(base, one, keep_mask, position_ids, 4)
@@ -224,8 +224,8 @@ def table() -> str:
             "",
             wrapped(
                 "A family that the default adapter fits needs one entry with a tiny config in "
-                "`tests/families/more.py` and its name in `SUPPORTED` (`tprl_hf/modeling/lvlm_adapters.py`). Then run "
-                "the command above. Where a number is not small, the family needs an adapter in `family_adapters.py`; "
+                "`tests/families/more.py` and its name in `SUPPORTED` of `tprl_hf/modeling/family_adapters.py`. Then "
+                "run the command above. Where a number is not small, the family needs an adapter in the same file; "
                 "the adapter says only what differs."
             ),
             "",

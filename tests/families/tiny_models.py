@@ -61,7 +61,7 @@ class Family:
         join: pixels of several samples, each a list of images, as one batch.
         extras: further inputs that follow from the ids.
         uncached_differs: the base model's own generation without a cache is not that with one.
-        numbered_anew: the base model respects no gaps in positions.
+        own_positions: the base model respects no gaps in positions.
         batch_differs: the base model's own batch is not its samples one by one.
     """
 
@@ -70,7 +70,7 @@ class Family:
     join: Callable[[list[list[Pixels]]], Pixels]
     extras: Callable[[Tensor], dict[str, Tensor]] = lambda ids: {}
     uncached_differs: bool = False
-    numbered_anew: bool = False
+    own_positions: bool = False
     batch_differs: bool = False
 
 

@@ -62,7 +62,7 @@ class Trial:
     @classmethod
     def of(cls, family: str) -> "Trial":
         base = build(family)
-        numbering = "contiguous" if entry(family).numbered_anew else "original"
+        numbering = "contiguous" if entry(family).own_positions else "original"
         model = TPRLForConditionalGeneration.from_base_model(
             base, latent_dim=8, keep_ratio=0.4, position_ids=numbering
         ).eval()

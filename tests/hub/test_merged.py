@@ -31,7 +31,7 @@ def is_tied(model):
 def test_merged_in_shards_and_tied(family, tmp_path):
     base = tied_base(family)
     assert is_tied(base) == (family not in NEVER_TIED)
-    numbering = "contiguous" if entry(family).numbered_anew else "original"
+    numbering = "contiguous" if entry(family).own_positions else "original"
     model = TPRLForConditionalGeneration.from_base_model(
         base, latent_dim=8, policy_training={"stage": "lfd"}, position_ids=numbering
     )

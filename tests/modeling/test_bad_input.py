@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BlipConfig, BlipForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 from tests.families.tiny_models import build, collate, sample
-from tprl_hf.modeling import TPRLConfig, TPRLForConditionalGeneration
+from tprl_hf.modeling import TPRLConfig, TPRLForConditionalGeneration, adapter_for, family_adapters
 from tprl_hf.pruners import RandomPruner, VisPruner
 
 
@@ -29,7 +29,6 @@ def batch():
         ({"keep_ratio": 1.5}, r"\(0, 1\]; got 1.5"),
         ({"keep_ratio": float("nan")}, r"\(0, 1\]; got nan"),
         ({"num_keep": 0}, "at least 1; got 0"),
-        ({"num_keep": 17}, "num_keep=17, but sample 0 has only 16"),
         ({"keep_ratio": 0.5, "num_keep": 3}, "keep_ratio=0.5, num_keep=3"),
         ({"keep_ratio": 0.5, "prune": False}, "keep_ratio=0.5, prune=False"),
         ({"prune": True}, "No budget"),
@@ -43,6 +42,46 @@ def test_budgets(model, batch, settings, message):
     for method in (model.prune, model, model.generate):
         with pytest.raises(ValueError, match=message):
             method(**batch, **settings)
+
+
+def test_more_than_there_is_keeps_all(model, batch):
+    """A sample with few tokens does not end a long evaluation."""
+    assert model.prune(**batch, num_keep=17).num_kept.tolist() == [16, 17]
+    with model.using(VisPruner(num_keep=100)):
+        assert torch.equal(model.generate(**batch, max_new_tokens=3), model.lvlm.generate(**batch, max_new_tokens=3))
+    assert torch.equal(model(**batch, num_keep=100).logits, model(**batch, keep_ratio=1.0).logits)
+
+
+@pytest.mark.parametrize("pad", [-1, 10_000, None])
+def test_a_padding_id_that_no_table_has(pad):
+    """Nothing attends to padding; some old checkpoints name -1."""
+    base = build("llava")
+    base.generation_config.pad_token_id, base.generation_config.eos_token_id = pad, None
+    own = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8, policy_training={"stage": "lfd"}).eval()
+    batch = collate("llava", [sample("llava", 1, 1, text=9), sample("llava", 1, 2)])
+    expected = base.generate(**batch, max_new_tokens=4)
+    assert torch.equal(own.generate(**batch, keep_ratio=1.0, max_new_tokens=4), expected)
+    alone = collate("llava", [sample("llava", 1, 2)])
+    pruned = own.generate(**batch, keep_ratio=0.4, max_new_tokens=4)[1]
+    single = own.generate(**alone, keep_ratio=0.4, max_new_tokens=4)[0]
+    assert torch.equal(pruned[-4:], single[-4:])
+    assert own(**batch, keep_ratio=0.4).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("target_is_pruned", [False, True])
+@torch.no_grad()
+def test_a_pruned_model_as_a_draft(target_is_pruned):
+    base = build("llava")
+    settings = {"latent_dim": 8, "policy_training": {"stage": "lfd"}}
+    target = TPRLForConditionalGeneration.from_base_model(base, keep_ratio=0.5, **settings).eval()
+    draft = TPRLForConditionalGeneration.from_base_model(build("llava", seed=1), keep_ratio=0.3, **settings).eval()
+    one = collate("llava", [sample("llava", 1, 1)])
+    target = target if target_is_pruned else base
+    expected = target.generate(**one, max_new_tokens=8)
+    assert torch.equal(target.generate(**one, max_new_tokens=8, assistant_model=draft), expected)
+    features = base.model.get_image_features(one["pixel_values"], return_dict=True)
+    with pytest.raises(ValueError, match="`mm_encoder_outputs` are not pruned"):
+        draft.generate(one["input_ids"], mm_encoder_outputs={"image": features}, num_keep=3)
 
 
 def test_image_tokens_without_an_image(model, batch):
@@ -101,11 +140,25 @@ def test_masks_of_another_shape(model, batch):
 def test_base_models_of_another_kind():
     tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     blip = BlipForConditionalGeneration(BlipConfig(text_config={**tiny, "vocab_size": 99}, vision_config=tiny))
-    with pytest.raises(ValueError, match=r"'blip' cannot be pruned.*Supported are.*llava"):
+    with pytest.raises(ValueError, match=r"'blip' cannot be pruned: its `forward` .*docs/families.md"):
         TPRLForConditionalGeneration.from_base_model(blip)
     llama = LlamaForCausalLM(LlamaConfig(**tiny, vocab_size=99))
-    with pytest.raises(ValueError, match=r"'llama' cannot be pruned.*Supported are.*llava"):
+    with pytest.raises(ValueError, match=r"'llama' cannot be pruned.*similar name: llama4.*families.md") as error:
         TPRLForConditionalGeneration.from_base_model(llama)
+    assert len(str(error.value)) < 3 * 119
+
+
+def test_a_refused_model_is_not_warned_about_first(monkeypatch):
+    tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    said: list[str] = []
+    monkeypatch.setattr(family_adapters.logger, "warning", said.append)
+    with pytest.raises(ValueError, match="cannot be pruned"):
+        adapter_for(LlamaForCausalLM(LlamaConfig(**tiny, vocab_size=99)))
+    assert said == []
+    base = build("llava")
+    base.config.model_type = "llava_of_tomorrow"
+    adapter_for(base)
+    assert len(said) == 1 and "untested for models of type 'llava_of_tomorrow'" in said[0]
 
 
 def test_settings_that_nobody_knows():

@@ -16,7 +16,7 @@ from tests.families.shrunk_configs import shrunk
 from tests.families.table import measure, registered
 from tests.families.tiny_models import FAMILIES, MODEL_TYPES, build, collate, entry, sample
 from tprl_hf.modeling import TokenLayout, TPRLForConditionalGeneration, adapter_for
-from tprl_hf.modeling.lvlm_adapters import REFUSED, SUPPORTED
+from tprl_hf.modeling.family_adapters import REFUSED, SUPPORTED
 from tprl_hf.pruners import ToMePruner
 from tprl_hf.visualization import Panel, draw_kept_tokens, figures_by_block
 
@@ -65,7 +65,7 @@ def test_layout_serves_grid_pruners_and_pictures(family):
 def test_pruning_and_pixels_matter(family):
     """Without this, a model that looks at no image would pass everything else."""
     base = build(family)
-    numbering = "contiguous" if entry(family).numbered_anew else "original"
+    numbering = "contiguous" if entry(family).own_positions else "original"
     model = TPRLForConditionalGeneration.from_base_model(
         base, latent_dim=8, policy_training={"stage": "lfd"}, position_ids=numbering
     ).eval()
@@ -116,7 +116,7 @@ def test_merged_tokens_cannot_go_to_a_base_that_projects_itself():
         model(**batch)
 
 
-@pytest.mark.parametrize("family", [f for f in [*FAMILIES, *OTHERS] if entry(f).numbered_anew])
+@pytest.mark.parametrize("family", [f for f in [*FAMILIES, *OTHERS] if entry(f).own_positions])
 def test_gaps_are_refused_where_they_are_not_respected(family):
     with pytest.raises(ValueError, match="pass position_ids='contiguous'"):
         TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8, policy_training={"stage": "lfd"})

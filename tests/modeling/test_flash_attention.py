@@ -18,7 +18,7 @@ SAME = [family for family in (*FAMILIES, *OTHERS) if family not in BASE_FAILS + 
 
 
 def wrap(family, **settings):
-    numbering = "contiguous" if entry(family).numbered_anew else "original"
+    numbering = "contiguous" if entry(family).own_positions else "original"
     settings = {"position_ids": numbering, "keep_ratio": 0.4, **settings}
     base = build(family)
     return base, TPRLForConditionalGeneration.from_base_model(

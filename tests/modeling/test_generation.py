@@ -305,7 +305,7 @@ class NearestToQuestion(TokenPruner):
     """Keeps what is most similar to the question's words."""
 
     def score(self, inputs):
-        question = (inputs.query * inputs.query_mask[..., None]).sum(1, keepdim=True)
+        question = (inputs.query * inputs.query_valid[..., None]).sum(1, keepdim=True)
         return torch.cosine_similarity(inputs.tokens, question, dim=-1)
 
 

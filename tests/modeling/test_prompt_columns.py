@@ -22,7 +22,7 @@ ANSWERS = ([11, 12, 13, 14, 15], [21, 22])
 
 def wrap(family, **settings):
     base = build(family)
-    numbering = "contiguous" if entry(family).numbered_anew else "original"
+    numbering = "contiguous" if entry(family).own_positions else "original"
     model = TPRLForConditionalGeneration.from_base_model(base, **SETTINGS, position_ids=numbering, **settings)
     return base, model.eval()
 
@@ -94,7 +94,7 @@ def test_outputs_lie_in_the_prompts_columns(family):
         assert far(found, placed.logits[:, wanted if torch.is_tensor(wanted) else slice(-wanted, None)]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].numbered_anew])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].own_positions])
 @torch.no_grad()
 def test_keep_all_equals_the_base_in_all_forms(family):
     base, model = wrap(family)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tprl_hf.modeling.budget import Budget, keep_counts
 from tprl_hf.modeling.columns import (
     gather_columns,
     kept_columns,
@@ -13,9 +14,7 @@ from tprl_hf.modeling.columns import (
     run_lengths,
 )
 from tprl_hf.modeling.keep_mask import (
-    Budget,
     keep_above_threshold,
-    keep_counts,
     keep_entropy,
     keep_logprobs,
     keep_top_k,

@@ -35,15 +35,17 @@ def make_inputs(num_samples=2, height=3, width=4, dim=6, words=3, seed=0) -> Pru
     layout = TokenLayout.from_blocks([[Block(height, width)]])
     fields = {name: value.expand(num_samples, -1).clone() for name, value in vars(layout).items()}
     valid = torch.ones(num_samples, height * width, dtype=torch.bool)
-    query_mask = torch.ones(num_samples, words, dtype=torch.bool)
+    query_valid = torch.ones(num_samples, words, dtype=torch.bool)
     valid[-1, -2:] = False
-    query_mask[-1, 0] = False
+    query_valid[-1, 0] = False
     return PruningInputs(
         tokens=torch.randn(num_samples, height * width, dim, generator=generator),
         valid=valid,
+        num_visual=valid.sum(1),
         layout=TokenLayout(**fields),
+        protected=None,
         query=torch.randn(num_samples, words, dim, generator=generator),
-        query_mask=query_mask,
+        query_valid=query_valid,
         sample_keys=list(range(num_samples)),
         attention=torch.rand(num_samples, height * width, generator=generator) ** 4,
     )
@@ -69,12 +71,12 @@ def test_query_similarity_is_a_cosine_to_the_words_that_are_there(reduce):
     inputs = make_inputs()
     scores = QuerySimilarityPruner(reduce).score(inputs)
     for b, n in itertools.product(range(2), range(12)):
-        cosines = [cosine(inputs.tokens[b, n], q) for q in inputs.query[b][inputs.query_mask[b]]]
+        cosines = [cosine(inputs.tokens[b, n], q) for q in inputs.query[b][inputs.query_valid[b]]]
         expected = max(cosines) if reduce == "max" else sum(cosines) / len(cosines)
         assert scores[b, n] == pytest.approx(expected, abs=1e-6)
-    inputs.query_mask[0] = False
+    inputs.query_valid[0] = False
     assert (QuerySimilarityPruner(reduce).score(inputs)[0] == 0).all()
-    inputs.query, inputs.query_mask = inputs.query[:, :0], inputs.query_mask[:, :0]
+    inputs.query, inputs.query_valid = inputs.query[:, :0], inputs.query_valid[:, :0]
     assert (QuerySimilarityPruner(reduce).score(inputs) == 0).all()
 
 
@@ -119,7 +121,7 @@ def test_cdpruner_is_the_greedy_maximum_of_the_determinant():
 
 def test_cdpruner_without_a_question_and_beyond_the_rank_of_the_kernel():
     inputs = make_inputs(dim=3)
-    inputs.query, inputs.query_mask = inputs.query[:, :0], inputs.query_mask[:, :0]
+    inputs.query, inputs.query_valid = inputs.query[:, :0], inputs.query_valid[:, :0]
     assert select(CDPruner(), inputs, 9).sum(1).tolist() == [9, 9]
 
 
@@ -229,7 +231,7 @@ def test_fastv_is_the_attention_of_the_last_token(family):
     assert not base.get_decoder().layers[1].self_attn._forward_hooks
     assert base.config.text_config._attn_implementation == "sdpa"
     for b in range(2):
-        tokens, words = inputs.tokens[b][inputs.valid[b]], inputs.query[b][inputs.query_mask[b]]
+        tokens, words = inputs.tokens[b][inputs.valid[b]], inputs.query[b][inputs.query_valid[b]]
         expected = llm_attention(base, tokens, words, layer=2)[-1, : len(tokens)]
         assert torch.allclose(scores[b][inputs.valid[b]], expected, atol=1e-5)
 
@@ -241,7 +243,7 @@ def test_sparsevlm_lets_the_relevant_words_rate(family):
     scores = SparseVLMPruner(base, layer=1).score(inputs)
     numbers = []
     for b in range(2):
-        tokens, words = inputs.tokens[b][inputs.valid[b]], inputs.query[b][inputs.query_mask[b]]
+        tokens, words = inputs.tokens[b][inputs.valid[b]], inputs.query[b][inputs.query_valid[b]]
         relevance = [0.0] * len(words)
         for v in tokens:
             exponents = [math.exp(float(v @ q)) for q in words]
@@ -258,16 +260,16 @@ def test_sparsevlm_lets_the_relevant_words_rate(family):
 @torch.no_grad()
 def test_sparsevlm_without_a_question_is_fastv():
     base, inputs = build("llava"), make_inputs(dim=32)
-    inputs.query_mask[0] = False
+    inputs.query_valid[0] = False
     assert torch.equal(*(pruner(base).score(inputs)[0] for pruner in (SparseVLMPruner, FastVPruner)))
-    inputs.query, inputs.query_mask = inputs.query[:, :0], inputs.query_mask[:, :0]
+    inputs.query, inputs.query_valid = inputs.query[:, :0], inputs.query_valid[:, :0]
     assert torch.equal(*(pruner(base).score(inputs) for pruner in (SparseVLMPruner, FastVPruner)))
 
 
 def test_equal_words_all_rate():
     inputs = make_inputs(words=3)
     inputs.query[:] = 1.0
-    assert torch.equal(text_raters(inputs), inputs.query_mask)
+    assert torch.equal(text_raters(inputs), inputs.query_valid)
 
 
 def test_a_layer_that_the_llm_does_not_have_is_refused():

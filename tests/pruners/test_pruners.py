@@ -5,7 +5,7 @@ import torch
 
 from tests.families.tiny_models import build, collate, sample
 from tprl_hf.modeling import Budget, TPRLForConditionalGeneration
-from tprl_hf.modeling.keep_mask import keep_counts
+from tprl_hf.modeling.budget import keep_counts
 from tprl_hf.pruners import (
     PRUNERS,
     CDPruner,

@@ -53,7 +53,7 @@ def control() -> None:
 def families() -> None:
     """Logits and answers are those of the CPU."""
     for family in (*FAMILIES, *OTHERS):
-        numbering = "contiguous" if entry(family).numbered_anew else "original"
+        numbering = "contiguous" if entry(family).own_positions else "original"
         model = TPRLForConditionalGeneration.from_base_model(
             build(family), latent_dim=8, policy_training={"stage": "lfd"}, position_ids=numbering
         )
@@ -129,7 +129,7 @@ def commands() -> None:
         pruners = ",".join(method_names())
         sizes = ["--num-samples", "6", "--keep-ratios", "1/3"]
         assert main(["evaluate", "--pruners", pruners, *sizes, "--output-dir", folder]) == 0
-        assert main(["benchmark", "--rounds", "2", "--new-tokens", "2", "--load", "1,2"]) == 0
+        assert main(["benchmark", "--rounds", "2", "--max-new-tokens", "2", "--load", "1,2"]) == 0
         assert main(["demo", "--num-shown", "1", "--output-dir", folder]) == 0
 
 

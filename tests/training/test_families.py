@@ -5,7 +5,7 @@ import torch
 
 from tests.families.tiny_models import FAMILIES, Sample, build, collate, sample
 from tprl_hf import TPRLForConditionalGeneration
-from tprl_hf.training.answer_batches import ANSWER_TYPES, EncodedSample, SampleEncoder
+from tprl_hf.training.answer_batches import EncodedSample, SampleEncoder
 from tprl_hf.training.answer_scores import gradient_saliency, score_answers
 from tprl_hf.training.rollouts import (
     Budgets,
@@ -60,7 +60,7 @@ def test_a_batch_of_a_family(family):
     inputs, keep_masks = take_inputs(batch.inputs, rollouts.sample_index), rollouts.keep_masks
     codes, positions = model.autoencoder.encode(inputs.tokens), inputs.layout.positions()
     logits = [
-        model.policy(codes, keep_masks[t], inputs.query, inputs.query_mask, t, positions).logits for t in range(2)
+        model.policy(codes, keep_masks[t], inputs.query, inputs.query_valid, t, positions).logits for t in range(2)
     ]
     replayed = replayed_logprobs(rollouts, logits_at_budget(rollouts, torch.stack(logits), 1.0), 1.0)
     torch.testing.assert_close(replayed, rollouts.logprobs, atol=1e-5, rtol=1e-5)
@@ -72,7 +72,7 @@ def test_a_batch_of_a_family(family):
         given = collate(family, [Sample(samples[index].ids + ANSWERS[index], samples[index].images)])
         if "token_type_ids" in given:
             last = given["token_type_ids"][0, -len(ANSWERS[index]) :]
-            last.fill_(ANSWER_TYPES.get(base.config.model_type, 0))
+            last.fill_(int(base.config.model_type == "paligemma"))
         mask = keep_masks[-1][row][batch.inputs.valid[index]]
         with torch.no_grad():
             output = model(**given, keep_mask=mask).logits[0, -len(ANSWERS[index]) - 1 : -1]

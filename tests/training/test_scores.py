@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tprl_hf.modeling.keep_mask import Budget
+from tprl_hf.modeling.budget import Budget
 from tprl_hf.pruners import RandomPruner, UniformPruner, VisPruner
 from tprl_hf.training import GradientTeacher, LeaveOutTeacher, budget_steps, generate_demonstrations
 from tprl_hf.training.answer_batches import SampleEncoder, undecoded
@@ -162,7 +162,9 @@ def test_the_policy_says_the_same_of_kept_tokens_when_it_sees_only_these(make_mo
     keep = torch.rand(3, 16, generator=torch.Generator().manual_seed(0)) < torch.tensor([[0.2], [0.5], [0.0]])
     keep[2, 9] = True
     few = policy_on_kept(model.policy, codes, keep, inputs, step=1)
-    every = model.policy(codes, keep, inputs.query, inputs.query_mask, 1, inputs.layout.positions(), inputs.keep_ratio)
+    every = model.policy(
+        codes, keep, inputs.query, inputs.query_valid, 1, inputs.layout.positions(), inputs.keep_ratio
+    )
     torch.testing.assert_close(few.logits, every.logits.masked_fill(~keep, 0.0), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(few.values, every.values, atol=1e-5, rtol=1e-5)
     nothing = policy_on_kept(model.policy, codes, torch.zeros_like(keep), inputs, step=1)

@@ -30,8 +30,6 @@ from tprl_hf.training.answer_batches import data_digest
 from tprl_hf.training.answer_scores import score_answers
 from tprl_hf.training.rollouts import logits_at_budget, replayed_logprobs
 
-pytestmark = pytest.mark.short
-
 QUIET = {"disable_tqdm": True, "use_cpu": True, "per_device_eval_batch_size": 4}
 ROLLOUTS = {
     **QUIET,

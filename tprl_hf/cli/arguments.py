@@ -1,10 +1,12 @@
 """Options that several commands share, and the checks argparse makes of them. Imports no torch."""
 
 import argparse
+import sys
 
 from tprl_hf.pruners import DEFAULT_PRUNER, PRUNERS
 
 DEFAULT_KEEP_RATIO = 1 / 3
+A_MODEL = "a TPRL checkpoint or any LVLM, as a directory or a name on the Hub (default: the embedded one)"
 
 
 def keep_ratio(text: str) -> float:
@@ -26,13 +28,27 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def add_model_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    parser.add_argument(
-        "--model",
-        default=default,
-        metavar="PATH",
-        help="a TPRL checkpoint or any LVLM, as a directory or a name on the Hub (default: the embedded one)",
-    )
+class OldSpelling(argparse.Action):
+    """A hidden option that sets what `new` sets, and says so on stderr. It goes with the next version."""
+
+    def __init__(self, option_strings, dest, new: str, type=None, default=None):
+        super().__init__(option_strings, dest, type=type, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        self.new = new
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(f"{parser.prog}: {option_string} is deprecated: write {self.new}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
+
+
+def add_model_argument(
+    parser: argparse.ArgumentParser,
+    description: str = A_MODEL,
+    default: str | None = None,
+) -> None:
+    parser.set_defaults(model=default)
+    # without a default of its own, which would replace what --model has set
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=description)
+    parser.add_argument("--model", action=OldSpelling, new="MODEL without --model")
 
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:

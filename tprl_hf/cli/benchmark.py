@@ -7,7 +7,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .arguments import keep_ratio, method_names, positive_int
+from .arguments import (
+    DEFAULT_KEEP_RATIO,
+    OldSpelling,
+    add_model_argument,
+    keep_ratio,
+    method_names,
+    positive_int,
+)
 
 NAME = "benchmark"
 HELP = "time a model's vision tower, pruner, prefill and answers, unpruned and pruned"
@@ -25,17 +32,21 @@ SECOND_CLOCKS = ("cpu", "cuda")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="a model as a directory or a name on the Hub, or a LLaVA-shaped preset of `tprl flops --list`, which "
-        "gets random weights (default: the embedded model)",
+    add_model_argument(
+        parser,
+        "a model as a directory or a name on the Hub, or a LLaVA-shaped preset of `tprl flops --list`, which gets "
+        "random weights (default: the embedded model)",
     )
     parser.add_argument(
-        "--keep", type=keep_ratio, default=1 / 3, metavar="FRACTION", help="of the visual tokens (default: 1/3)"
+        "--keep-ratio",
+        type=keep_ratio,
+        default=DEFAULT_KEEP_RATIO,
+        metavar="FRACTION",
+        help="fraction of visual tokens to keep, in (0, 1] (default: 1/3)",
     )
-    parser.add_argument("--batch", type=positive_int, default=1, metavar="B", help="prompts at once (default: 1)")
+    parser.add_argument("--keep", action=OldSpelling, new="--keep-ratio", dest="keep_ratio", type=keep_ratio)
+    parser.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="prompts at once (default: 1)")
+    parser.add_argument("--batch", action=OldSpelling, new="--batch-size", dest="batch_size", type=positive_int)
     parser.add_argument(
         "--load",
         type=batch_sizes,
@@ -43,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B,B,...",
         help="also whole answers in batches of these sizes: requests per second, unpruned and pruned",
     )
-    parser.add_argument("--new-tokens", type=positive_int, default=16, metavar="N", help="answer tokens (default: 16)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive_int, default=16, metavar="N", help="tokens of the answer (default: 16)"
+    )
+    parser.add_argument(
+        "--new-tokens", action=OldSpelling, new="--max-new-tokens", dest="max_new_tokens", type=positive_int
+    )
     parser.add_argument(
         "--text-tokens", type=positive_int, default=64, metavar="L", help="of a preset's prompts (default: 64)"
     )
@@ -72,9 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.pruners.by_name import make_pruner
 
     model, make_inputs, weights = prepare(arguments)
-    inputs = make_inputs(arguments.batch)
+    inputs = make_inputs(arguments.batch_size)
     num_visual = int(model.prune(**inputs, prune=False).num_visual[0])
-    num_keep = max(1, round(arguments.keep * num_visual))
+    num_keep = max(1, round(arguments.keep_ratio * num_visual))
     if arguments.pruners:
         found = compare(model, inputs, num_keep, arguments)
         print(json.dumps(found, indent=1) if arguments.json else comparison_text(found))
@@ -91,12 +107,12 @@ def run(arguments: argparse.Namespace) -> int:
             "pruner": arguments.pruner,
             "num_visual": num_visual,
             "num_keep": num_keep,
-            "batch": arguments.batch,
+            "batch": arguments.batch_size,
             "length": inputs["input_ids"].shape[1],
-            "new_tokens": arguments.new_tokens,
+            "new_tokens": arguments.max_new_tokens,
             "rounds": arguments.rounds,
             **time_parts(model, inputs, num_keep, arguments),
-            **memory(model, inputs["input_ids"].shape[1], num_visual - num_keep, arguments.batch),
+            **memory(model, inputs["input_ids"].shape[1], num_visual - num_keep, arguments.batch_size),
         }
         if arguments.load:
             found["load"] = time_load(model, make_inputs, num_keep, arguments)
@@ -141,10 +157,13 @@ def prepare(arguments: argparse.Namespace) -> tuple[Any, Callable[[int], Any], s
 
 def command_of(arguments: argparse.Namespace) -> str:
     """What gives these numbers, defaults and all."""
-    command = f"tprl benchmark{f' {arguments.model}' if arguments.model else ''} --keep {arguments.keep:.4g}"
+    command = (
+        f"tprl benchmark{f' {arguments.model}' if arguments.model else ''} --keep-ratio {arguments.keep_ratio:.4g}"
+    )
     if arguments.load:
         command += f" --load {','.join(map(str, arguments.load))}"
-    command += f" --batch {arguments.batch} --new-tokens {arguments.new_tokens} --text-tokens {arguments.text_tokens}"
+    command += f" --batch-size {arguments.batch_size} --max-new-tokens {arguments.max_new_tokens}"
+    command += f" --text-tokens {arguments.text_tokens}"
     return f"{command} --pruner {arguments.pruner} --rounds {arguments.rounds} --seed {arguments.seed}"
 
 
@@ -170,7 +189,7 @@ def time_parts(model, inputs, num_keep: int, arguments: argparse.Namespace) -> d
     from tprl_hf.evaluation.benchmark import Spread, benchmark_calls, peak_bytes, ratio, time_in_turns
 
     print(f"Timing {2 + arguments.rounds} rounds ...", file=sys.stderr)
-    calls = benchmark_calls(model, inputs, num_keep, arguments.new_tokens)
+    calls = benchmark_calls(model, inputs, num_keep, arguments.max_new_tokens)
     times = time_in_turns(calls, arguments.rounds)
     found: dict[str, Any] = {"peak_bytes": {name: peak_bytes(call) for name, call in calls.items()}}
     second = {f"{clock}_": clock for clock in SECOND_CLOCKS if clock == model.device.type}
@@ -225,7 +244,7 @@ def compare(model, inputs, num_keep: int, arguments: argparse.Namespace) -> dict
         **surroundings(model),
         "num_keep": num_keep,
         "num_visual": int(model.prune(**inputs, prune=False).num_visual[0]),
-        "batch": arguments.batch,
+        "batch": arguments.batch_size,
         "tower_ms": asdict(Spread.of(wall["tower"])),
         "prefill_ms": asdict(Spread.of(wall["prefill"])),
         "pruners": rows,
@@ -268,7 +287,7 @@ def time_load(model, make_inputs, num_keep: int, arguments: argparse.Namespace) 
     calls = {
         f"{name} {size}": call
         for size in arguments.load
-        for name, call in answer_calls(model, make_inputs(size), num_keep, arguments.new_tokens).items()
+        for name, call in answer_calls(model, make_inputs(size), num_keep, arguments.max_new_tokens).items()
     }
     times = time_in_turns(calls, arguments.rounds, warmup=1)
     found = []

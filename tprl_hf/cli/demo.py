@@ -90,9 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
         "pruners take turns, after 2 to warm up; LLM: its forward alone; whole: vision tower, pruner and LLM; "
         f"{describe_device(model)}.",
         "Outlined in orange: what the question is about. The pruners are not told.",
-        f"Command: tprl demo --num-samples {arguments.num_samples} --num-shown {arguments.num_shown} "
-        f"--seed {arguments.seed} --keep-ratio {arguments.keep_ratio:.4g}"
-        + (f" --model {arguments.model}" if arguments.model else ""),
+        f"Command: tprl demo{f' {arguments.model}' if arguments.model else ''} "
+        f"--num-samples {arguments.num_samples} --num-shown {arguments.num_shown} "
+        f"--seed {arguments.seed} --keep-ratio {arguments.keep_ratio:.4g}",
     ]
     paths = write_pictures(figures, arguments.output_dir, "Which visual tokens are kept", notes)
     print("\n".join(notes[:2]))

@@ -30,9 +30,7 @@ MARK = "*"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(model=None)
-    add_model_argument(parser, default=argparse.SUPPRESS)
-    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="the same as --model")
+    add_model_argument(parser)
     parser.add_argument(
         "--data",
         default="mosaic",
@@ -122,10 +120,12 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.evaluation.compare_pruners import append_records, compare_pruners, read_records
     from tprl_hf.evaluation.tables import accuracy_table, summarize, type_table
     from tprl_hf.loading import load_model
+    from tprl_hf.training.answer_batches import undecoded
 
     from .tables import format_table
 
     samples, data_seeds, score, metric = load_samples(arguments)
+    samples = undecoded(samples)
     if "oracle" in (arguments.pruners or ()) and not any(samples["boxes"]):
         raise ValueError(f"The oracle needs boxes, which {arguments.data} has none of.")
     model, processor = load_model(arguments.model)
@@ -252,9 +252,10 @@ def default_pruners(model, processor, sample: dict[str, Any]) -> list[str]:
 
 def oracle_of(samples):
     """The oracle that knows the boxes of these samples."""
+    from tprl_hf.pictures import picture_of
     from tprl_hf.pruners import OraclePruner
 
-    sizes = [sample["images"][0].size if sample["images"] else (1, 1) for sample in samples]
+    sizes = [picture_of(sample["images"][0]).size if sample["images"] else (1, 1) for sample in samples]
     return OraclePruner([sample["boxes"] for sample in samples], sizes)
 
 

@@ -5,7 +5,7 @@ import argparse
 import json
 from typing import Any
 
-from .arguments import keep_ratio, positive_int
+from .arguments import OldSpelling, add_model_argument, keep_ratio, positive_int
 
 NAME = "flops"
 HELP = "count operations and KV cache of a model, unpruned and pruned"
@@ -13,22 +13,23 @@ DEFAULT_MODEL = "llava-1.5-7b"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        nargs="?",
-        default=DEFAULT_MODEL,
-        metavar="MODEL",
-        help="a preset (see --list), or a model as a directory or a name on the Hub, of which only the config is read "
+    add_model_argument(
+        parser,
+        "a preset (see --list), or a model as a directory or a name on the Hub, of which only the config is read "
         f"(default: {DEFAULT_MODEL})",
+        DEFAULT_MODEL,
     )
     parser.add_argument("--list", action="store_true", help="list the presets")
-    parser.add_argument(
-        "--keep",
-        type=budgets,
-        default="1/3,1/9",
-        metavar="K|FRACTION,...",
-        help="visual tokens to keep, as numbers or as fractions (default: %(default)s)",
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--keep-ratios",
+        type=fractions,
+        default=[1 / 3, 1 / 9],
+        metavar="FRACTION,...",
+        help="fractions of visual tokens to keep (default: 1/3,1/9)",
     )
+    budget.add_argument("--num-keep", type=numbers, metavar="K,...", help="numbers of visual tokens to keep")
+    budget.add_argument("--keep", action=OldSpelling, new="--keep-ratios or --num-keep", dest="budgets", type=budgets)
     parser.add_argument(
         "--text-tokens",
         type=positive_int,
@@ -36,7 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="L",
         help="tokens of the prompt besides the visual ones (default: 133, as in the TPRL paper's Table 4)",
     )
-    parser.add_argument("--new-tokens", type=positive_int, default=1, metavar="N", help="answer tokens (default: 1)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive_int, default=1, metavar="N", help="tokens of the answer (default: 1)"
+    )
+    parser.add_argument(
+        "--new-tokens", action=OldSpelling, new="--max-new-tokens", dest="max_new_tokens", type=positive_int
+    )
     parser.add_argument(
         "--tiles", type=positive_int, metavar="N", help="tiles of the image (default: the preset's, or 1)"
     )
@@ -50,10 +56,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
+def fractions(text: str) -> list[float]:
+    """Fractions with commas between them."""
+    return [keep_ratio(part.strip()) for part in text.split(",")]
+
+
+def numbers(text: str) -> list[int]:
+    """Numbers of tokens with commas between them."""
+    return [positive_int(part.strip()) for part in text.split(",")]
+
+
 def budgets(text: str) -> list[int | float]:
-    """Whole numbers above 1 are tokens, everything else a fraction."""
+    """What --keep takes: whole numbers above 1 are tokens, everything else a fraction."""
     parts = [part.strip() for part in text.split(",")]
     return [int(part) if part.isdigit() and int(part) > 1 else keep_ratio(part) for part in parts]
+
+
+def budgets_of(arguments: argparse.Namespace) -> list[int | float]:
+    """Numbers and fractions of visual tokens to keep."""
+    return getattr(arguments, "budgets", None) or arguments.num_keep or arguments.keep_ratios
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -90,26 +111,27 @@ def count(arguments: argparse.Namespace) -> dict[str, Any]:
             config = AutoConfig.from_pretrained(arguments.model)
         except OSError as error:
             raise OSError(
-                f"{arguments.model!r} is no preset ({', '.join(PRESETS)}), and no model could be read: {error}"
+                f"{arguments.model!r} is not a preset ({', '.join(PRESETS)}), and no model could be read: {error}"
             ) from error
         shape = shape_of(config, arguments.tiles or 1, arguments.image_size)
     total = shape.num_visual
-    kept = [keep if isinstance(keep, int) else max(1, round(keep * total)) for keep in arguments.keep]
+    kept = [keep if isinstance(keep, int) else max(1, round(keep * total)) for keep in budgets_of(arguments)]
     rows = []
     for num_kept in dict.fromkeys([total, *kept]):
-        cost = cost_of(shape, num_kept, arguments.text_tokens, arguments.new_tokens)
-        conventions = flops_by_convention(shape, num_kept, arguments.text_tokens, arguments.new_tokens)
+        cost = cost_of(shape, num_kept, arguments.text_tokens, arguments.max_new_tokens)
+        conventions = flops_by_convention(shape, num_kept, arguments.text_tokens, arguments.max_new_tokens)
         rows.append({"num_kept": num_kept, **asdict(cost), "conventions": conventions})
-    asked = ",".join(str(keep) if isinstance(keep, int) else f"{keep:.4g}" for keep in arguments.keep)
-    command = f"tprl flops {arguments.model} --keep {asked} --text-tokens {arguments.text_tokens}"
-    command += f" --new-tokens {arguments.new_tokens} --image-size {arguments.image_size}"
+    command = (
+        f"tprl flops {arguments.model} --num-keep {','.join(map(str, kept))} --text-tokens {arguments.text_tokens}"
+    )
+    command += f" --max-new-tokens {arguments.max_new_tokens} --image-size {arguments.image_size}"
     command += f" --tiles {arguments.tiles}" if arguments.tiles else ""
     return {
         "model": arguments.model,
         "command": command,
         "num_visual": total,
         "text_tokens": arguments.text_tokens,
-        "new_tokens": arguments.new_tokens,
+        "new_tokens": arguments.max_new_tokens,
         "rows": rows,
     }
 

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from .arguments import add_budget_arguments, add_model_argument, add_pruner_arguments, positive_int
 
@@ -23,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    image = open_image(arguments.image)
+    from tprl_hf.pictures import open_picture
+
+    image = open_picture(arguments.image)
 
     from tprl_hf.evaluation.answers import chat_inputs
     from tprl_hf.evaluation.benchmark import measure_prefill
@@ -66,15 +67,3 @@ def run(arguments: argparse.Namespace) -> int:
         ):
             print(path, file=sys.stderr)
     return 0
-
-
-def open_image(path: str):
-    """The image as RGB `PIL.Image.Image`. Raises `FileNotFoundError` or `ValueError` with the path."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no image file {path}.")
-    try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # upright, as the camera was held
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image that Pillow can read.") from None

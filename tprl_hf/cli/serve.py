@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tprl_hf.missing_packages import of_another_build
 
-from .arguments import add_budget_arguments, add_pruner_arguments, positive_int
+from .arguments import add_budget_arguments, add_model_argument, add_pruner_arguments, positive_int
 
 NAME = "serve"
 HELP = "answer over HTTP, by the OpenAI protocol"
@@ -16,12 +16,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="a TPRL checkpoint or any LVLM, as a directory or a name on the Hub (default: the embedded one)",
-    )
+    add_model_argument(parser)
     parser.add_argument(
         "--name", metavar="NAME", help="what clients call it (default: MODEL, of a directory the last part)"
     )

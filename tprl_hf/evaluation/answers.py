@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from tprl_hf.modeling.text_query import chat_messages, question_mask
+from tprl_hf.pictures import picture_of
 
 
 def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.device | str = "cpu"):
@@ -16,8 +17,8 @@ def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.devi
         processor ([`ProcessorMixin`]):
             The model's processor.
         samples (`Sequence[dict]`):
-            Each with `images` (list of `PIL.Image.Image`, may be empty) and `prompt` (the question as a string, or
-            chat messages).
+            Each with `images` (list of `PIL.Image.Image`, or of files as undecoded rows have them; may be empty) and
+            `prompt` (the question as a string, or chat messages).
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where the tensors go.
 
@@ -26,7 +27,7 @@ def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.devi
         and `pixel_values` where there is an image.
 
     Raises:
-        `ValueError`: If the processor has no chat template.
+        `ValueError`: If the processor has no chat template, and for pictures that cannot be read.
     """
     if not processor.chat_template:
         raise ValueError(
@@ -35,7 +36,7 @@ def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.devi
         )
     chats = [chat_messages(sample["prompt"], len(sample["images"])) for sample in samples]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
-    images = [sample["images"] for sample in samples]
+    images = [[picture_of(image) for image in sample["images"]] for sample in samples]
     inputs = processor(
         images=images if any(images) else None, text=texts, padding=True, padding_side="left", return_tensors="pt"
     )

@@ -198,7 +198,7 @@ def read_records(path: Path) -> list[Record]:
     if whole != text:
         path.write_text(whole, encoding="utf-8")
     records = []
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(whole[:-1].split("\n") if whole else [], start=1):
         try:
             records.append(Record(**json.loads(line)))
         except (TypeError, ValueError) as error:

@@ -27,7 +27,7 @@ from transformers import AutoProcessor
 
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.data import mosaic_vqa
-from tprl_hf.modeling.keep_mask import Budget
+from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.token_pruner import LearnedPruner, TokenPruner
 from tprl_hf.pruners import DivPrune, RandomPruner, VisPruner
 from tprl_hf.pruners.oracle import covered

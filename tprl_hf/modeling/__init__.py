@@ -1,13 +1,13 @@
 """What travels with the weights: model, config, adapters, pruner base. Imports torch and transformers only."""
 
+from .budget import Budget
 from .checkpoint_tprl import TPRLPreTrainedModel
 from .configuration_tprl import TPRLConfig
 from .family_adapters import adapter_for
-from .keep_mask import Budget
 from .lvlm_adapters import LVLMAdapter
 from .modeling_tprl import TPRLForConditionalGeneration
+from .outputs_tprl import PrunePlan, TPRLOutput
 from .processing_tprl import TPRLProcessor
-from .prune_plan import PrunePlan, TPRLOutput
 from .pruning_policy import PolicyOutput, PruningPolicy
 from .text_query import question_mask
 from .token_autoencoder import TokenAutoencoder

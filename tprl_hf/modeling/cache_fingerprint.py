@@ -1,7 +1,7 @@
-"""By what the rows and columns of a key-value cache are known again, after they were cropped, repeated or reordered."""
+"""By what rows and columns of a key-value cache are known again, after they were cropped, repeated or reordered."""
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,25 +10,34 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer, Static
 NUM_VALUES = 8  # of each column's key: few, and yet no two tokens at one position share them
 
 
-def readable_keys(cache: Cache) -> tuple[Tensor, int] | None:
-    """Keys `[R, heads, n, width]` of the first layer that has them, and the column of the first of the n.
+class ReadableKeys(NamedTuple):
+    """Keys `[R, heads, n, width]` of a layer, and which column of the cache is the first of the n."""
 
-    A layer with a sliding window has the last columns only. `None` where no layer keeps keys as they were computed,
-    as in a quantised cache.
+    keys: Tensor
+    start: int
+    layer: int
+
+
+def readable_keys(cache: Cache) -> ReadableKeys | None:
+    """Keys of the first layer that has all of them, else of one that has most, as layers with a sliding window do.
+
+    `None` where no layer keeps keys as they were computed, as in a quantised cache.
     """
+    if cache.offloading and torch.accelerator.is_available():  # it copies without waiting
+        torch.accelerator.synchronize()
     held = int(cache.get_seq_length())
-    found: tuple[Tensor, int] | None = None
-    for layer in cache.layers:
+    found: ReadableKeys | None = None
+    for index, layer in enumerate(cache.layers):
         if not isinstance(layer, CacheLayerMixin) or isinstance(layer, StaticSlidingWindowLayer):
             continue
         keys = layer.keys
         if keys is None or keys.ndim != 4 or keys.shape[2] == 0:
             continue
         if isinstance(layer, StaticLayer):
-            return keys[:, :, :held], 0
-        if found is None or keys.shape[2] > found[0].shape[2]:
-            found = keys, held - keys.shape[2]
-        if found[1] == 0:
+            return ReadableKeys(keys[:, :, :held], 0, index)
+        if found is None or keys.shape[2] > found.keys.shape[2]:
+            found = ReadableKeys(keys, held - keys.shape[2], index)
+        if found.start == 0:
             return found
     return found
 
@@ -38,11 +47,11 @@ class CacheFingerprint:
 
     def __init__(self, cache: Cache):
         self.length = int(cache.get_seq_length())
-        keys = readable_keys(cache)
-        self.start = self.length if keys is None else keys[1]
-        self.values = None if keys is None else keys[0][:, 0, :, :NUM_VALUES].detach().clone()
+        found = readable_keys(cache)
+        self.start = self.length if found is None else found.start
+        self.values = None if found is None else found.keys[:, 0, :, :NUM_VALUES].detach().clone()
         # dynamic layers get a new tensor with every change, so that the same one needs no second look
-        self.seen = None if keys is None else weakref.ref(keys[0])
+        self.seen = None if found is None else weakref.ref(found.keys)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "seen": None}  # a copy has tensors of its own
@@ -59,7 +68,7 @@ class CacheFingerprint:
         same_rows = list(range(num_rows))
         if found is None or self.values is None:
             return same_rows
-        keys, start = found
+        keys, start, _ = found
         if self.seen is not None and self.seen() is keys and self.length == int(cache.get_seq_length()):
             return same_rows
         first, end = max(start, self.start), min(start + keys.shape[2], self.length)

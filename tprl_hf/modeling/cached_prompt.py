@@ -1,11 +1,12 @@
 """What a key-value cache holds, column by column, and how it is read when a conversation goes on from it.
 
 A conversation passes its full prompt again. Which of its visual tokens are in the cache, at which positions, only this
-record knows. It lies on the cache object, so that a copy of the cache has it too, and is laid over what the cache holds
+record knows. It lies on the cache object, so that a copy of the cache has it too, and is laid over what the cache has
 by then: fewer columns after `crop`, other rows after they were repeated, selected or reordered.
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,14 +113,14 @@ class CachedPrompt:
         """The same columns of other rows."""
         if rows == list(range(len(self.input_ids))):
             return self
-        tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {n: v[rows] for n, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors, keep_masks=[self.keep_masks[row] for row in rows])
 
     def cut(self, length: int) -> "CachedPrompt":
         """The first `length` columns. Visual tokens behind them are undecided again."""
         if length == self.input_ids.shape[1]:
             return self
-        tensors = {name: value[:, :length] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {n: v[:, :length] for n, v in vars(self).items() if isinstance(v, Tensor)}
         decided = self.num_decided[:, length - 1].tolist() if length else [0] * len(self.input_ids)
         masks = [mask[:count] for mask, count in zip(self.keep_masks, decided, strict=True)]
         return replace(self, **tensors, keep_masks=masks)
@@ -262,7 +263,7 @@ class CachedPrompt:
             )
 
     def common_length(self, tokens: Tensor) -> int:
-        """Columns of the only sample that the pruned prompt `tokens [n]` begins with, all but its last token at most."""
+        """Columns of the only sample that the pruned prompt `tokens [n]` begins with; its last token is new."""
         cached = self.input_ids[0][self.attention_mask[0].bool()]
         common = min(len(tokens) - 1, len(cached))
         agree = int((tokens[:common] == cached[:common]).long().cumprod(0).sum())

@@ -144,7 +144,8 @@ class TPRLConfig(PreTrainedConfig):
 
     @image_token_id.setter
     def image_token_id(self, value: int | None) -> None:
-        self.base_config.image_token_id = value
+        base: Any = self.base_config
+        base.image_token_id = value
 
     @property
     def video_token_id(self) -> int | None:
@@ -152,7 +153,8 @@ class TPRLConfig(PreTrainedConfig):
 
     @video_token_id.setter
     def video_token_id(self, value: int | None) -> None:
-        self.base_config.video_token_id = value
+        base: Any = self.base_config
+        base.video_token_id = value
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The wrapped LVLM's text config."""

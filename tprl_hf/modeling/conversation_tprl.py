@@ -4,19 +4,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .cache_fingerprint import NUM_VALUES, readable_keys
 from .cached_prompt import ADVICE, CACHE_NAME, CachedPrompt
 from .columns import count_positions, gather_columns, kept_columns, left_padded_index
-from .lvlm_adapters import LVLMAdapter
+from .planning_tprl import TPRLPlanningModel
 
 
-class ConversationMixin:
+class TPRLConversationModel(TPRLPlanningModel):
     """The part of [`TPRLForConditionalGeneration`] that knows what caches hold."""
-
-    adapter: LVLMAdapter
-    lvlm: PreTrainedModel
 
     # ---- before a call ----
 
@@ -50,27 +46,26 @@ class ConversationMixin:
         """
         found = readable_keys(cache)
         visual = self.adapter.find_visual(record.input_ids)
-        if found is None or found[1] != 0 or found[0] is not cache.layers[0].keys or visual[:, -1].any():
+        if found is None or found.start or found.layer or visual[:, -1].any():
             return False
-        keys = found[0][:, 0, :, :NUM_VALUES]
+        keys = found.keys[:, 0, :, :NUM_VALUES]
         index, valid = left_padded_index(record.attention_mask.bool() & ~visual)
         if keys.shape[:2] != record.input_ids.shape or not valid.any():
             return False
         ids, positions = gather_columns(record.input_ids, index, valid), gather_columns(record.positions, index, valid)
         device = keys.device
+        positions = self.adapter.spread_positions(positions, valid) + self.adapter.forward_position_offset
         words = self.lvlm(
             input_ids=ids.to(device),
             attention_mask=valid.long().to(device),
-            position_ids=(self.adapter.spread_positions(positions, valid) + self.adapter.forward_position_offset).to(
-                device
-            ),
+            position_ids=positions.to(device),
             use_cache=True,
         )
         alone = readable_keys(words[CACHE_NAME])
-        if alone is None or alone[1] != 0:
+        if alone is None or alone.start:
             return False
         rows = torch.arange(len(ids), device=device)[:, None]
-        expected = alone[0][:, 0, :, :NUM_VALUES][valid.to(device)]
+        expected = alone.keys[:, 0, :, :NUM_VALUES][valid.to(device)]
         differs = (keys[rows, index.to(device)][valid.to(device)] - expected).abs().max()
         return bool(differs <= torch.finfo(keys.dtype).eps ** 0.5 * expected.abs().max())
 
@@ -81,13 +76,9 @@ class ConversationMixin:
         ids = input_ids.cpu()
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
         visual = self.adapter.find_visual(ids)
-        decided = torch.cat(
-            [
-                record.keep_masks[0],
-                torch.ones(int(visual.sum()) - len(record.keep_masks[0]), dtype=torch.bool, device="cpu"),
-            ]
-        )
-        length = record.common_length(ids[kept_columns(mask, visual, decided)])
+        keep_mask = torch.ones(int(visual.sum()), dtype=torch.bool, device="cpu")
+        keep_mask[: len(record.keep_masks[0])] = record.keep_masks[0]
+        length = record.common_length(ids[kept_columns(mask, visual, keep_mask)])
         cache.crop(length - record.input_ids.shape[1])
         return record.cut(length)
 
@@ -141,7 +132,7 @@ class ConversationMixin:
     def _unpruned_prompt(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs: dict[str, Any]
     ) -> CachedPrompt | None:
-        """The record of a prompt that is read as it is; `None` where its columns are not those of its ids."""
+        """The record of a prompt that is read as it is; `None` where its columns or positions cannot be told."""
         if input_ids is None or (attention_mask is not None and attention_mask.shape != input_ids.shape):
             return None
         ids = input_ids.cpu().clone()
@@ -151,6 +142,8 @@ class ConversationMixin:
         if positions is not None:
             positions = positions.cpu().expand(*positions.shape[:-2], *ids.shape)
         elif visual.any():
+            if not self.adapter.knows_positions(inputs):
+                return None
             positions = self.adapter.position_ids(ids, mask, inputs)
         else:
             positions = self.adapter.spread_positions(count_positions(mask), mask.bool())

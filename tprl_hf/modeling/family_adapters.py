@@ -1,7 +1,9 @@
 """Adapters of the families that differ from the default, and the choice of the adapter of a base model."""
 
+import inspect
 import math
 from dataclasses import replace
+from difflib import get_close_matches
 from fractions import Fraction
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .columns import run_lengths
-from .lvlm_adapters import SUPPORTED, LVLMAdapter, RopeIndexAdapter
+from .lvlm_adapters import HANDED, LVLMAdapter, RopeIndexAdapter
 from .token_layout import SEPARATOR, Block, grid_blocks, join_rows, square_block
 from .vision_attention import ObservedLayer, received_by_patches, undo_windows
 from .visual_features import EncodedModality, VisualFeatures
@@ -87,7 +89,7 @@ class Idefics3Adapter(LVLMAdapter):
         return [[Block(side, side)] * (len(entry) // side**2) for entry in entries]
 
 
-class TileAdapter(LVLMAdapter):
+class GraniteDoclingAdapter(LVLMAdapter):
     """Granite Docling: all tiles of a sample in one piece, with four times as many tokens on its fine route."""
 
     def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
@@ -107,7 +109,7 @@ class Granite4VisionAdapter(NewlineAdapter):
         (_, first), *others = output["deepstack_features"]
         return EncodedModality(
             rows=torch.cat(list(first)),
-            blocks=self.blocks(modality, list(first), inputs),
+            blocks=self.known_blocks(modality, list(first), inputs),
             counts=counts,
             output_class=type(output),
             container="list",
@@ -173,7 +175,7 @@ class Llama4Adapter(LVLMAdapter):
         return super().mm_encoder_outputs(VisualFeatures(handed), keep, counts, same_length)
 
 
-class SeparatorAdapter(LVLMAdapter):
+class DeepseekOcr2Adapter(LVLMAdapter):
     """DeepSeek-OCR 2: tokens that stand for no place in the image, and a separator behind them."""
 
     def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
@@ -200,6 +202,7 @@ class UnlimitedOcrAdapter(LVLMAdapter):
 class HunYuanAdapter(RopeIndexAdapter):
     """HunYuan: rows end in a newline, images have a begin and an end, and the config names the rotary axes."""
 
+    patches_row_by_row = True
     has_text_axis = False
 
     def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
@@ -254,7 +257,7 @@ class Gemma4Adapter(LVLMAdapter):
         return found
 
 
-class NumberedAnewAdapter(LVLMAdapter):
+class OwnPositionsAdapter(LVLMAdapter):
     """Families whose `generate` counts positions by itself, whatever is passed."""
 
     keeps_positions = False
@@ -274,7 +277,7 @@ class Qwen25Adapter(RopeIndexAdapter):
         return windows_of_tokens(self, patches, blocks, side)
 
 
-class Exaone45Adapter(NumberedAnewAdapter):
+class Exaone45Adapter(OwnPositionsAdapter):
     """EXAONE 4.5: the tower works in windows."""
 
     def row_by_row(self, patches: Tensor, blocks: list[Block], side: int) -> Tensor:
@@ -284,15 +287,33 @@ class Exaone45Adapter(NumberedAnewAdapter):
 class MuseAdapter(LVLMAdapter):
     """Muse: the tower works in windows of patches, before any are merged."""
 
+    patches_row_by_row = True
+
     def row_by_row(self, patches: Tensor, blocks: list[Block], side: int) -> Tensor:
         grids = [(block.height * side, block.width * side) for block in blocks]
         return undo_windows(patches, grids, self.config.vision_config.pos_emb_height)
 
 
+class KimiAdapter(LVLMAdapter):
+    """Kimi: a grid counts the patches, and they come row by row all the same."""
+
+    patches_row_by_row = True
+
+
+class PaddleOcrAdapter(RopeIndexAdapter):
+    """PaddleOCR: a grid counts the patches, and they come row by row all the same."""
+
+    patches_row_by_row = True
+
+
 class PaliGemmaAdapter(LVLMAdapter):
-    """PaliGemma counts positions from 1; its `generate` adds the 1 itself, its forward does not."""
+    """PaliGemma counts positions from 1; its `generate` adds the 1 itself, its forward does not.
+
+    It reads tokens of type 0 in both directions, so an answer has type 1.
+    """
 
     forward_position_offset = 1
+    answer_token_type = 1
 
 
 # Only families that the default does not serve have an entry.
@@ -303,38 +324,77 @@ ADAPTERS: dict[str, type[LVLMAdapter]] = {
     "idefics3": Idefics3Adapter,
     "smolvlm": Idefics3Adapter,
     "paligemma": PaliGemmaAdapter,
-    "deepseek_ocr2": SeparatorAdapter,
+    "deepseek_ocr2": DeepseekOcr2Adapter,
     "emu3": Emu3Adapter,
     "fuyu": FuyuAdapter,
     "gemma4": Gemma4Adapter,
     "gemma4_unified": Gemma4Adapter,
     "granite4_vision": Granite4VisionAdapter,
-    "granite_docling": TileAdapter,
+    "granite_docling": GraniteDoclingAdapter,
     "hunyuan_vl": HunYuanAdapter,
     "llama4": Llama4Adapter,
     "molmo2": Molmo2Adapter,
     "unlimited_ocr": UnlimitedOcrAdapter,
     "exaone4_5": Exaone45Adapter,
+    "kimi_k25": KimiAdapter,
     "muse_glimmer": MuseAdapter,
     "muse_spark": MuseAdapter,
+    "paddleocr_vl": PaddleOcrAdapter,
     "qwen2_5_vl": Qwen25Adapter,
     "qwen2_5_omni_thinker": Qwen25Adapter,
-    "hyperclovax_vision_v2": NumberedAnewAdapter,
+    "hyperclovax_vision_v2": OwnPositionsAdapter,
+}
+
+# Types whose invariants the tests hold; docs/families.md is the table.
+SUPPORTED = (
+    "aria", "aya_vision", "chameleon", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni",
+    "deepseek_ocr2", "deepseek_vl", "deepseek_vl_hybrid", "dots3_note", "emu3", "ernie4_5_vl_moe", "exaone4_5", "fuyu",
+    "gemma3", "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "glmga", "got_ocr2",
+    "granite4_vision", "granite_docling", "hunyuan_vl", "hyperclovax_vision_v2", "idefics2", "idefics3", "inkling2",
+    "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4", "llava", "llava_next",
+    "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl", "mistral3",
+    "mistral_large4", "molmo2", "muse_glimmer", "muse_spark", "nemotron_h_omni", "ovis2", "paddleocr_vl", "paligemma",
+    "pp_chart2table", "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe",
+    "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp", "smolvlm", "step3p7", "unlimited_ocr",
+    "video_llama_3", "video_llava", "vipllava",
+)  # fmt: skip
+# Types that take `mm_encoder_outputs` and cannot be pruned all the same.
+REFUSED = {
+    "blip-2": "its own `generate` encodes the image itself and ignores the features it is given",
+    "instructblip": "its own `generate` encodes the image itself and ignores the features it is given",
+    "instructblipvideo": "its own `generate` encodes the video itself and ignores the features it is given",
+    "diffusion_gemma": "it denoises blocks of text by a `generate` of its own instead of writing token by token",
 }
 
 
 def adapter_for(base: PreTrainedModel) -> LVLMAdapter:
-    """The adapter of `base`, by its model type and by what it can do.
+    """The adapter of `base`, by its model type and by what it can do. An untested type is warned about.
 
-    A type that no test holds is warned about, not refused.
+    Raises:
+        `ValueError`: when the base model cannot be pruned.
     """
-    if base.config.model_type not in SUPPORTED:
+    model_type = base.config.model_type
+    if model_type in REFUSED:
+        raise ValueError(cannot_be_pruned(model_type, REFUSED[model_type]))
+    if HANDED not in inspect.signature(base.forward).parameters:
+        raise ValueError(cannot_be_pruned(model_type, f"its `forward` does not take `{HANDED}`"))
+    default = RopeIndexAdapter if hasattr(base.base_model, "get_rope_index") else LVLMAdapter
+    adapter = ADAPTERS.get(model_type, default)(base)
+    if not adapter.encoder_names:
+        reason = "it has no placeholder token with an encoder (`get_image_features`)"
+        raise ValueError(cannot_be_pruned(model_type, reason))
+    if model_type not in SUPPORTED:
         logger.warning(
-            f"No test holds pruning for models of type {base.config.model_type!r}: compare keep_ratio=1.0 with the "
-            "base model before you rely on it."
+            f"Pruning is untested for models of type {model_type!r}. Check that keep_ratio=1.0 gives the base model's "
+            "answers before you rely on it."
         )
-    if base.config.model_type in ADAPTERS:
-        return ADAPTERS[base.config.model_type](base)
-    if hasattr(base.base_model, "get_rope_index"):
-        return RopeIndexAdapter(base)
-    return LVLMAdapter(base)
+    return adapter
+
+
+def cannot_be_pruned(model_type: str, reason: str) -> str:
+    """The message of a refusal, with supported types of a similar name."""
+    similar = get_close_matches(model_type, SUPPORTED)
+    named = f"Supported types of a similar name: {', '.join(similar)}. " if similar else ""
+    return (
+        f"Models of type {model_type!r} cannot be pruned: {reason}. {named}docs/families.md lists the supported types."
+    )

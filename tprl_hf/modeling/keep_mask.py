@@ -5,86 +5,12 @@ Letters: B samples, N visual tokens (padded to the longest sample of the batch),
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Budget:
-    """How much is kept. Exactly one of `keep_ratio`, `num_keep` and `threshold` is set.
-
-    Args:
-        keep_ratio (`float`, *optional*): Fraction of each sample's visual tokens that is KEPT, in (0, 1].
-        num_keep (`int`, *optional*): Number of tokens kept of each sample.
-        threshold (`float`, *optional*): Tokens with a larger score are kept (eq. 16, for probabilities).
-        min_keep (`int`, defaults to 1): At least so many tokens stay in a sample that has any.
-        max_keep (`int`, *optional*): At most so many tokens stay in a sample.
-
-    Raises:
-        `ValueError`: when none or several of the three are set, or one is out of its range.
-    """
-
-    keep_ratio: float | None = None
-    num_keep: int | None = None
-    threshold: float | None = None
-    min_keep: int = 1
-    max_keep: int | None = None
-
-    def __post_init__(self):
-        given = {name: getattr(self, name) for name in ("keep_ratio", "num_keep", "threshold")}
-        given = {name: value for name, value in given.items() if value is not None}
-        if len(given) != 1:
-            listed = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"
-            raise ValueError(f"A budget is exactly one of keep_ratio, num_keep and threshold; got {listed}.")
-        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
-            raise ValueError(
-                f"keep_ratio is the fraction of visual tokens that is kept and lies in (0, 1]; got {self.keep_ratio}. "
-                "To keep all tokens pass keep_ratio=1.0 or prune=False."
-            )
-        if self.num_keep is not None and self.num_keep < 1:
-            raise ValueError(f"num_keep is at least 1; got {self.num_keep}. To drop an image pass keep_mask.")
-        if self.threshold is not None and self.threshold != self.threshold:
-            raise ValueError(f"threshold must be a number; got {self.threshold}.")
-        if self.min_keep < 0 or (self.max_keep is not None and self.max_keep < max(self.min_keep, 1)):
-            raise ValueError(
-                f"Need 0 <= min_keep <= max_keep; got min_keep={self.min_keep}, max_keep={self.max_keep}."
-            )
-
-
-def keep_counts(num_visual: Tensor, budget: Budget) -> Tensor:
-    """Number of tokens to keep of each sample, `int64 [B]`, for a `keep_ratio` or `num_keep` budget.
-
-    Each sample has its own budget, so that no result depends on the samples that share its batch.
-
-    Raises:
-        `ValueError`: when `num_keep` is larger than a sample's number of visual tokens.
-    """
-    if budget.num_keep is not None:
-        short = (num_visual > 0) & (num_visual < budget.num_keep)
-        if short.any():
-            sample = int(short.nonzero()[0])
-            raise ValueError(
-                f"num_keep={budget.num_keep}, but sample {sample} has only {int(num_visual[sample])} visual tokens. "
-                "Lower num_keep or pass keep_ratio, which adapts to each sample."
-            )
-        counts = torch.full_like(num_visual, budget.num_keep)
-    elif budget.keep_ratio is not None:
-        ratio = budget.keep_ratio
-        counts = torch.tensor([round(ratio * n) for n in num_visual.tolist()], device=num_visual.device)
-    else:
-        raise ValueError("A threshold keeps as many tokens as lie above it; it has no counts.")
-    return clamp_counts(counts.long(), num_visual, budget)
-
-
-def clamp_counts(counts: Tensor, num_visual: Tensor, budget: Budget) -> Tensor:
-    """`counts [B]` within the budget's `min_keep` and `max_keep` and what there is."""
-    counts = counts.clamp(min=budget.min_keep)
-    if budget.max_keep is not None:
-        counts = counts.clamp(max=budget.max_keep)
-    return torch.minimum(counts, num_visual)
+from .budget import Budget, clamp_counts
 
 
 def keep_top_k(scores: Tensor, valid: Tensor, counts: Tensor, protected: Tensor | None = None) -> Tensor:

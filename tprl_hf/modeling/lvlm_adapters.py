@@ -29,30 +29,10 @@ from .visual_features import EncodedModality, VisualFeatures
 logger = logging.get_logger(__name__)
 
 
-# Types whose invariants the tests hold; docs/families.md is the table.
-SUPPORTED = (
-    "aria", "aya_vision", "chameleon", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni",
-    "deepseek_ocr2", "deepseek_vl", "deepseek_vl_hybrid", "dots3_note", "emu3", "ernie4_5_vl_moe", "exaone4_5", "fuyu",
-    "gemma3", "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "glmga", "got_ocr2",
-    "granite4_vision", "granite_docling", "hunyuan_vl", "hyperclovax_vision_v2", "idefics2", "idefics3", "inkling2",
-    "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4", "llava", "llava_next",
-    "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl", "mistral3",
-    "mistral_large4", "molmo2", "muse_glimmer", "muse_spark", "nemotron_h_omni", "ovis2", "paddleocr_vl", "paligemma",
-    "pp_chart2table", "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe",
-    "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp", "smolvlm", "step3p7", "unlimited_ocr",
-    "video_llama_3", "video_llava", "vipllava",
-)  # fmt: skip
-# Types that take `mm_encoder_outputs` and cannot be pruned all the same.
-REFUSED = {
-    "blip-2": "its own `generate` encodes the image itself and ignores the features it is given",
-    "instructblip": "its own `generate` encodes the image itself and ignores the features it is given",
-    "instructblipvideo": "its own `generate` encodes the video itself and ignores the features it is given",
-    "diffusion_gemma": "it denoises blocks of text by a `generate` of its own instead of writing token by token",
-}
 # Inputs that tell heights and widths, in whatever unit.
 SIZE_NAMES = ("target_sizes", "spatial_shapes", "image_grid_hw")
-# Types with an `image_grid_thw` whose patches do not come token by token.
-PATCHES_ROW_BY_ROW = ("hunyuan_vl", "kimi_k25", "muse_glimmer", "muse_spark", "paddleocr_vl")
+# The argument of base models that hands over what their encoders have made already.
+HANDED = "mm_encoder_outputs"
 # What encoders return besides what belongs to a family alone.
 ENCODER_FIELDS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions", "deepstack_features")
 
@@ -62,9 +42,6 @@ class LVLMAdapter:
 
     Args:
         base (`PreTrainedModel`): the wrapped LVLM.
-
-    Raises:
-        `ValueError`: when the base model does not take `mm_encoder_outputs` or has no image encoder of its own.
     """
 
     # Whether the base model respects the positions it is passed, gaps included.
@@ -75,10 +52,14 @@ class LVLMAdapter:
     takes_projected = True
     # Where the tower has its [CLS] token, if it has one: 0 before the patches, -1 behind them.
     class_token = 0
+    # Whether the tower's patches come row by row also where an `image_grid_thw` counts them, not token by token.
+    patches_row_by_row = False
     # Whether a first axis of the positions counts text, gaps closed, as the base model's `generate` adds it.
     has_text_axis = False
     # Added to position ids in a direct forward, where the base model's `generate` adds it itself.
     forward_position_offset = 0
+    # Type of answer tokens in `token_type_ids`, for training on reference answers.
+    answer_token_type = 0
     # Inputs that only serve to compute positions; the gathered positions replace them.
     geometry_names: tuple[str, ...] = (
         "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "image_grid_hws", "image_merge_sizes",
@@ -89,16 +70,6 @@ class LVLMAdapter:
         self.base = base
         self.core = base.base_model
         self.config = base.config
-        if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
-            raise ValueError(
-                f"Models of type {base.config.model_type!r} cannot be pruned: their forward does not take "
-                f"`mm_encoder_outputs`. Supported are, among others: {', '.join(SUPPORTED)}."
-            )
-        if base.config.model_type in REFUSED:
-            raise ValueError(
-                f"Models of type {base.config.model_type!r} cannot be pruned: {REFUSED[base.config.model_type]}. "
-                f"Supported are, among others: {', '.join(SUPPORTED)}."
-            )
         self.encoder_names: dict[str, list[str]] = {}  # inputs of each modality's
         self.token_ids: dict[str, int] = {}
         for modality in ("image", "video"):
@@ -111,11 +82,6 @@ class LVLMAdapter:
                     name for name in inspect.signature(encoder).parameters if name != "kwargs"
                 ]
                 self.token_ids[modality] = token_id
-        if not self.encoder_names:
-            raise ValueError(
-                f"Models of type {base.config.model_type!r} cannot be pruned: they have no placeholder token with an "
-                f"encoder (`get_image_features`). Supported are, among others: {', '.join(SUPPORTED)}."
-            )
 
     def find_visual(self, input_ids: Tensor) -> Tensor:
         """Placeholders of images and videos, `bool` of the shape of `input_ids`."""
@@ -130,12 +96,13 @@ class LVLMAdapter:
         return taken if pixels else {}
 
     def has_pixels(self, inputs: dict[str, Any]) -> bool:
-        """Whether `inputs` hold an image or a video."""
-        return any(self.encoder_inputs(modality, inputs) for modality in self.encoder_names)
+        """Whether `inputs` hold an image or a video, or what an encoder made of one."""
+        handed = inputs.get(HANDED) or {}
+        return any(handed.get(name) is not None or self.encoder_inputs(name, inputs) for name in self.encoder_names)
 
     def consumed_names(self) -> set[str]:
         """Names of inputs that encoding or positions use up, so that the base model must not see them again."""
-        return set(self.geometry_names).union(*self.encoder_names.values())
+        return {HANDED, *self.geometry_names}.union(*self.encoder_names.values())
 
     def encode(self, input_ids: Tensor, inputs: dict[str, Any], with_attention: bool = False) -> VisualFeatures:
         """Runs the vision tower and the projector on what `inputs` holds.
@@ -155,6 +122,10 @@ class LVLMAdapter:
         for modality in self.encoder_names:
             counts = (input_ids == self.token_ids[modality]).sum(1)
             taken = self.encoder_inputs(modality, inputs)
+            handed = (inputs.get(HANDED) or {}).get(modality)
+            if handed is not None:
+                modalities[modality] = self.unpack(modality, handed, counts, inputs)
+                continue
             if not taken:
                 if counts.any():
                     raise ValueError(
@@ -189,8 +160,8 @@ class LVLMAdapter:
         layers = output.get("deepstack_features") or []
         if pooled is None or any(not isinstance(rows, Tensor) for layer in layers for rows in layer):
             raise ValueError(
-                f"The {modality} encoder of {self.config.model_type!r} returns features in a form of its own, which "
-                f"no adapter knows yet. Supported are, among others: {', '.join(SUPPORTED)}."
+                f"The {modality} encoder of {self.config.model_type!r} returns features in a form that no adapter "
+                "knows. docs/families.md lists the supported families, and says how to add one."
             )
         entries = list(pooled)
         if isinstance(pooled, Tensor):
@@ -200,7 +171,7 @@ class LVLMAdapter:
         deepstack = [torch.cat([rows.flatten(0, -2) for rows in layer]) for layer in layers]
         return EncodedModality(
             rows=torch.cat([entry.flatten(0, -2) for entry in entries]),
-            blocks=self.blocks(modality, entries, inputs),
+            blocks=self.known_blocks(modality, entries, inputs),
             counts=counts,
             output_class=type(output),
             container=container,
@@ -222,7 +193,7 @@ class LVLMAdapter:
         num_tokens = sum(block.height * block.width for block in blocks if not block.separator)
         patches = received_by_patches(layer, self.valid_patches(modality, inputs), num_tokens, self.class_token)
         side = merged_side(len(patches), num_tokens)
-        merged = f"{modality}_grid_thw" in inputs and self.config.model_type not in PATCHES_ROW_BY_ROW
+        merged = f"{modality}_grid_thw" in inputs and not self.patches_row_by_row
         if side:
             patches = self.row_by_row(patches, blocks, side)
         return lay_over_blocks(patches, blocks, merged, self.config.model_type)
@@ -249,6 +220,12 @@ class LVLMAdapter:
                 )
 
     # ---- layout ----
+
+    def known_blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        """The same as `blocks`; without sizes for features that were handed over, of which some may be missing."""
+        if (inputs.get(HANDED) or {}).get(modality) is not None:
+            return LVLMAdapter.blocks(self, modality, entries, {})
+        return self.blocks(modality, entries, inputs)
 
     def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
         """The grids of each entry, `[L, D]` or `[frames, L, D]`, of the encoder's output, as the inputs tell sizes.
@@ -292,6 +269,10 @@ class LVLMAdapter:
                 f"{tuple(positions.shape)}."
             )
         return positions.expand(len(attention_mask), -1)
+
+    def knows_positions(self, inputs: dict[str, Any]) -> bool:
+        """Whether `inputs` have what positions of visual tokens depend on."""
+        return True
 
     def spread_positions(self, positions: Tensor, valid: Tensor) -> Tensor:
         """Text positions `[B, P]` with as many axes as the base model wants."""
@@ -371,6 +352,9 @@ class RopeIndexAdapter(LVLMAdapter):
         if num_axes == 3 and self.has_text_axis:
             return torch.cat([count_positions(attention_mask)[None].to(positions.device), positions])
         return positions
+
+    def knows_positions(self, inputs: dict[str, Any]) -> bool:
+        return any(inputs.get(name) is not None for name in (*self.geometry_names, *SIZE_NAMES))
 
     def spread_positions(self, positions: Tensor, valid: Tensor) -> Tensor:
         return self.renumber_text_axis(positions.expand(3 + self.has_text_axis, -1, -1), valid)

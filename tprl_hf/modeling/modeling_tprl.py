@@ -8,15 +8,14 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
+from .budget import Budget
 from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument, is_filled
 from .columns import restore_prompt, source_columns
-from .conversation_tprl import ConversationMixin
+from .conversation_tprl import TPRLConversationModel
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
-from .keep_mask import Budget
+from .outputs_tprl import PrunePlan, TPRLOutput
 from .packed_rows import PackedRows
-from .planning_tprl import TPRLPlanningModel
 from .prompt_output import logits_wanted, to_prompt_output
-from .prune_plan import PrunePlan, TPRLOutput
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
 from .pruned_core import PrunedCore
 from .sequence_inputs import count_no_placeholders, predicted_labels, refuse_other_forms, shifted_labels
@@ -28,7 +27,7 @@ def run_base(model: Any, inputs: dict[str, Any]) -> ModelOutput:
     return model.lvlm(**inputs, return_dict=True)
 
 
-class TPRLForConditionalGeneration(ConversationMixin, TPRLPlanningModel, GenerationMixin):
+class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
     r"""
     An LVLM whose visual tokens are pruned before its LLM.
 
@@ -66,13 +65,14 @@ class TPRLForConditionalGeneration(ConversationMixin, TPRLPlanningModel, Generat
         return PrunedCore(self) if "lvlm" in self._modules else self  # transformers asks before there is one
 
     def _pruned(self, batch: PromptBatch, plan: PrunePlan, **options) -> PrunedBatch:
-        pad = self.generation_config.pad_token_id
+        pad, num_ids = self.generation_config.pad_token_id, len(self.get_input_embeddings().weight)
         return prune_batch(
             batch,
             plan.keep_mask,
             self.adapter,
             contiguous=self.config.position_ids == "contiguous",
-            pad_token_id=0 if pad is None else pad,
+            # nothing attends to padding, but it is looked up; some checkpoints say -1
+            pad_token_id=pad if pad is not None and 0 <= pad < num_ids else 0,
             **options,
         )
 
@@ -267,25 +267,36 @@ class TPRLForConditionalGeneration(ConversationMixin, TPRLPlanningModel, Generat
             visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
             generation_config, kwargs: as in [`~transformers.GenerationMixin.generate`]. With `past_key_values` (also
                 called `cache`) of an earlier call pass the whole conversation; tokens already in it stay as they were.
+                `mm_encoder_outputs`, such as a draft model gets from its target, are taken as they are.
 
         Returns:
             As [`~transformers.GenerationMixin.generate`]; a dict also has `keep_mask`, `num_kept` and `num_visual`.
         """
         input_ids = kwargs.pop("input_ids", inputs)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
+        if kwargs.get("mm_encoder_outputs") is not None:  # of the model whose draft this one is
+            if prune or any(value is not None for value in (keep_ratio, num_keep, threshold, keep_mask)):
+                raise ValueError("`mm_encoder_outputs` are not pruned: with a budget pass pixels.")
+            return self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
         kwargs |= cache_argument(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         configs = (generation_config, self.generation_config)
         copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
         cache, asked = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
-        record = None
-        if is_filled(cache) and (prune is not False or CachedPrompt.is_on(cache)):
+        record, filled = None, is_filled(cache)
+        if filled and (prune is not False or CachedPrompt.is_on(cache)):
+            if any(setting(name, kwargs, *configs) for name in ("assistant_model", "prompt_lookup_num_tokens")):
+                raise ValueError(
+                    "An assistant model and prompt lookup read the whole prompt again, behind what is cached: leave "
+                    "them out, or pass the conversation without `past_key_values`."
+                )
             record = self._read_cache(cache, input_ids, asked, kwargs, copies)
             if setting("is_assistant", kwargs, *configs):
                 record = self._go_back(cache, record, input_ids, asked)
         filler = setting("pad_token_id", kwargs, *configs)
         if self._leaves_alone(input_ids, choice, visual_features, record):
             output = self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
-            self._note_unpruned_answer(cache, input_ids, asked, kwargs, output, copies, filler)
+            if not filled:
+                self._note_unpruned_answer(cache, input_ids, asked, kwargs, output, copies, filler)
             return output
 
         batch = self._batch(

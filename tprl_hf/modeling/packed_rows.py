@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .columns import fill_rows
-from .prune_plan import TPRLOutput
+from .outputs_tprl import TPRLOutput
 
 
 @dataclass

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
+from .budget import Budget
 from .cached_prompt import CachedPrompt
 from .checkpoint_checks import (
     absolute_path,
@@ -20,11 +21,11 @@ from .checkpoint_tprl import HUB_NAMES, TPRLPreTrainedModel
 from .columns import unpad_rows
 from .configuration_tprl import TPRLConfig
 from .family_adapters import adapter_for
-from .keep_mask import Budget
-from .prune_plan import PrunePlan, layout_of, pruning_inputs
+from .outputs_tprl import PrunePlan
 from .pruned_batch import PromptBatch
 from .pruned_core import note_labels
 from .pruner_choice import PrunerChoiceMixin
+from .pruner_inputs import layout_of, pruning_inputs
 from .pruning_policy import PruningPolicy
 from .text_query import config_special_ids, default_query_mask, template_ids
 from .token_autoencoder import TokenAutoencoder
@@ -220,7 +221,14 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
             scores = chosen_scores if new.all() else chosen_scores.new_ones(total).index_put((new,), chosen_scores)
             keep_mask[new] = unpad_rows(chosen.cpu(), inputs.num_visual)
         if batch.record is not None:
-            keep_mask[~batch.new] = torch.cat(batch.record.keep_masks)
+            decided = torch.cat(batch.record.keep_masks)
+            differs = int((keep_mask[~batch.new] != decided).sum())
+            if isinstance(choice, Tensor) and differs:
+                raise ValueError(
+                    f"keep_mask says otherwise about {differs} visual tokens than the cache, which has them or not by "
+                    "now. Begin it with the `keep_mask` of the last turn, or leave it out."
+                )
+            keep_mask[~batch.new] = decided
         kept = [int(mask.sum()) for mask in keep_mask.split(batch.num_visual.tolist())]
         num_kept = torch.tensor(kept, device="cpu")
         return PrunePlan(keep_mask, scores, num_kept, batch.num_visual, layout)

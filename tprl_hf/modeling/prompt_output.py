@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .columns import take_columns
-from .prune_plan import TPRLOutput
+from .outputs_tprl import TPRLOutput
 
 
 def logits_wanted(logits_to_keep: int | Tensor, source: Tensor, num_columns: int) -> tuple[Tensor, int | Tensor]:

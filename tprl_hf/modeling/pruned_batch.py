@@ -15,7 +15,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .cached_prompt import CachedPrompt, next_position
 from .columns import count_positions, gather_columns, kept_columns, left_padded_index
-from .lvlm_adapters import LVLMAdapter
+from .lvlm_adapters import HANDED, LVLMAdapter
 from .visual_features import VisualFeatures
 
 
@@ -109,7 +109,7 @@ class PrunedBatch:
 
     Args:
         inputs: keyword arguments of the base model's `forward` or `generate`, on its device; all else is on the CPU.
-        input_ids, attention_mask (`int64 [B, P]`): two of them.
+        input_ids, attention_mask (`int64 [B, P]`): those of `inputs`.
         columns (`int64 [B, P]`): column of the original prompt that each pruned column comes from, -1 for padding.
         record: what a cache holds once the base model has read this.
     """
@@ -139,83 +139,140 @@ def prune_batch(
         min_padding: at least so many padding columns. One is enough to keep `generate` from dropping the mask, without
             which gapped positions would be read as several packed prompts.
     """
-    ids, visual, keep_mask = batch.input_ids, batch.visual, keep_mask.cpu()
-    keep_masks = list(keep_mask.split(batch.num_visual.tolist()))
-    keep, counts, extra = {}, {}, {}
+    keep_mask = keep_mask.cpu()
+    keep, counts = rows_that_stay(batch, keep_mask, adapter)
+    missing = missing_rows(batch, counts) if same_length else {}
+    padding = sum(missing.values(), torch.zeros(len(batch.input_ids), dtype=torch.long, device="cpu"))
+    columns = columns_that_stay(batch, keep_mask, adapter, contiguous, padding.clamp(min=min_padding))
+    input_ids = ids_of(batch, columns, adapter, missing, pad_token_id)
+    attention_mask = columns.valid.long()
+    positions = positions_of(batch, columns, adapter, contiguous)
+    inputs = {
+        **other_inputs(batch, columns, adapter),
+        "input_ids": input_ids.to(batch.device),
+        "attention_mask": attention_mask.to(batch.device),
+        "position_ids": positions.to(batch.device),
+    }
+    if batch.features is not None and any(rows.any() for rows in keep.values()):
+        inputs[HANDED] = adapter.mm_encoder_outputs(batch.features, keep, counts, same_length)
+    record = record_of(batch, columns, keep_mask, adapter.largest_positions(positions))
+    sources = columns.index.masked_fill(~columns.valid, -1)
+    return PrunedBatch(inputs, input_ids, attention_mask, sources, record)
+
+
+@dataclass(frozen=True)
+class KeptColumns:
+    """Where the P columns of a pruned batch come from.
+
+    Args:
+        index (`int64 [B, P]`): into the columns of the full prompt, 0 for padding.
+        valid (`bool [B, P]`): False for padding.
+        num_cached: so many columns, the first, are those of the cache.
+    """
+
+    index: Tensor
+    valid: Tensor
+    num_cached: int
+
+
+def rows_that_stay(
+    batch: PromptBatch, keep_mask: Tensor, adapter: LVLMAdapter
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of each modality's features: which rows stay, `bool [rows]`, and how many of each sample, `int64 [B]`."""
+    keep, counts = {}, {}
     chosen = keep_mask & batch.new
-    if batch.features is not None:
-        for modality, encoded in batch.features.modalities.items():
-            of_modality = batch.visual_ids == adapter.token_ids[modality]
-            keep[modality] = chosen[of_modality]
-            counts[modality] = torch.bincount(batch.sample_of[of_modality & chosen], minlength=len(ids))
-            if same_length and encoded.container == "tensor":
-                extra[modality] = counts[modality].max() - counts[modality]
-    padding = torch.zeros(len(ids), dtype=torch.long, device="cpu")
-    for missing in extra.values():
-        padding = padding + missing
-    padding = padding.clamp(min=min_padding)
+    for modality in batch.features.modalities if batch.features is not None else ():
+        of_modality = batch.visual_ids == adapter.token_ids[modality]
+        keep[modality] = chosen[of_modality]
+        counts[modality] = torch.bincount(batch.sample_of[of_modality & chosen], minlength=len(batch.input_ids))
+    return keep, counts
 
-    kept = kept_columns(batch.attention_mask, visual, keep_mask)
+
+def missing_rows(batch: PromptBatch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By how many rows each sample has fewer than the one with most, `int64 [B]`, of features in one tensor."""
+    assert batch.features is not None
+    in_one_tensor = [name for name, each in batch.features.modalities.items() if each.container == "tensor"]
+    return {modality: counts[modality].max() - counts[modality] for modality in in_one_tensor}
+
+
+def columns_that_stay(
+    batch: PromptBatch, keep_mask: Tensor, adapter: LVLMAdapter, contiguous: bool, padding: Tensor
+) -> KeptColumns:
+    """The columns of the pruned batch: those of the cache, then what is new and stays, left-padded.
+
+    Args:
+        padding (`int64 [B]`): at least so many columns of padding, where there is no cache.
+    """
+    kept = kept_columns(batch.attention_mask, batch.visual, keep_mask)
     if batch.record is None:
-        past = 0
-        index, valid = left_padded_index(kept, padding)
-    else:
-        # Flash Attention gets no mask of ones, and reads gaps in the positions of one sample as packed prompts; none
-        # are shown to it where an axis of its own counts text.
-        gaps = not contiguous and not adapter.has_text_axis and len(ids) == 1 and bool((batch.new & ~keep_mask).any())
-        needs_mask = gaps and is_flash_attention_requested(adapter.config.get_text_config())
-        index, valid, past = align_with_cache(batch, kept, padding=int(needs_mask))
+        return KeptColumns(*left_padded_index(kept, padding), num_cached=0)
+    # Flash Attention gets no mask of ones, and reads gaps in the positions of one sample as packed prompts; none are
+    # shown to it where an axis of its own counts text.
+    one_row = not adapter.has_text_axis and len(kept) == 1
+    gaps = not contiguous and one_row and bool((batch.new & ~keep_mask).any())
+    needs_mask = gaps and is_flash_attention_requested(adapter.config.get_text_config())
+    return align_with_cache(batch, kept, padding=int(needs_mask))
 
-    inputs = dict(batch.inputs)
-    full_positions = inputs.pop("position_ids", None)
-    if full_positions is not None:
-        full_positions = adapter.complete_positions(full_positions.cpu(), batch.attention_mask)
-    if batch.record is not None and not batch.new.any() and full_positions is None:
-        start = next_position(batch.record.positions, valid[:, :past])
-        steps = valid[:, past:].long().cumsum(1) - 1
+
+def positions_of(batch: PromptBatch, columns: KeptColumns, adapter: LVLMAdapter, contiguous: bool) -> Tensor:
+    """Positions of the pruned batch, `[B, P]` or `[R, B, P]`: those of the full prompt, or counted anew."""
+    index, valid, num_cached = columns.index, columns.valid, columns.num_cached
+    full = batch.inputs.get("position_ids")
+    if full is not None:
+        full = adapter.complete_positions(full.cpu(), batch.attention_mask)
+    elif batch.record is not None and not batch.new.any():  # only text behind a cache
+        start = next_position(batch.record.positions, valid[:, :num_cached])
+        steps = valid[:, num_cached:].long().cumsum(1) - 1
         positions = torch.cat([batch.record.positions, start[:, None] + steps], 1)
-        positions = adapter.spread_positions(positions, valid)
-    elif contiguous:
-        positions = adapter.spread_positions(count_positions(valid), valid)
-    else:
-        if full_positions is None:
-            geometry = {} if batch.features is None else batch.features.geometry
-            full_positions = adapter.position_ids(ids, batch.attention_mask, {**geometry, **batch.inputs})
-        positions = adapter.renumber_text_axis(gather_columns(full_positions.cpu(), index, valid), valid)
+        return adapter.spread_positions(positions, valid)
+    if contiguous:
+        return adapter.spread_positions(count_positions(valid), valid)
+    if full is None:
+        geometry = {} if batch.features is None else batch.features.geometry
+        full = adapter.position_ids(batch.input_ids, batch.attention_mask, {**geometry, **batch.inputs})
+    return adapter.renumber_text_axis(gather_columns(full.cpu(), index, valid), valid)
 
-    for name in adapter.consumed_names():
-        inputs.pop(name, None)
+
+def other_inputs(batch: PromptBatch, columns: KeptColumns, adapter: LVLMAdapter) -> dict[str, Any]:
+    """What the caller passed besides, without what is used up; what runs along the prompt lies in P columns."""
+    used_up = adapter.consumed_names() | {"position_ids"}
+    inputs = {name: value for name, value in batch.inputs.items() if name not in used_up}
     for name, value in inputs.items():
-        if torch.is_tensor(value) and value.shape == ids.shape:
+        if torch.is_tensor(value) and value.shape == batch.input_ids.shape:
             padding_value = -100 if name == "labels" else 0
-            inputs[name] = gather_columns(value, index, valid, padding_value).to(batch.device)
-    pruned_ids = gather_columns(ids, index, valid, pad_token_id)
-    column = torch.arange(index.shape[1], device="cpu")
-    start = torch.zeros_like(padding)[:, None]
-    for modality, missing in extra.items():
-        end = start + missing[:, None]
-        pruned_ids[(column >= start) & (column < end)] = adapter.token_ids[modality]
+            inputs[name] = gather_columns(value, columns.index, columns.valid, padding_value).to(batch.device)
+    return inputs
+
+
+def ids_of(
+    batch: PromptBatch, columns: KeptColumns, adapter: LVLMAdapter, missing: dict[str, Tensor], pad_token_id: int
+) -> Tensor:
+    """Ids of the pruned batch, `int64 [B, P]`, with `missing` placeholders of each modality in the padding."""
+    ids = gather_columns(batch.input_ids, columns.index, columns.valid, pad_token_id)
+    column = torch.arange(ids.shape[1], device="cpu")
+    start = torch.zeros(len(ids), 1, dtype=torch.long, device="cpu")
+    for modality, count in missing.items():
+        end = start + count[:, None]
+        ids[(column >= start) & (column < end)] = adapter.token_ids[modality]
         start = end
-    if past:
-        # in the cached columns nothing is looked up; a placeholder there would only be counted
-        cached = pruned_ids[:, :past]
-        cached[adapter.find_visual(cached)] = pad_token_id
+    # in the cached columns nothing is looked up; a placeholder there would only be counted
+    cached = ids[:, : columns.num_cached]
+    cached[adapter.find_visual(cached)] = pad_token_id
+    return ids
 
-    attention_mask = valid.long()
-    inputs["input_ids"] = pruned_ids.to(batch.device)
-    inputs["attention_mask"] = attention_mask.to(batch.device)
-    inputs["position_ids"] = positions.to(batch.device)
-    if batch.features is not None and any(mask.any() for mask in keep.values()):
-        inputs["mm_encoder_outputs"] = adapter.mm_encoder_outputs(batch.features, keep, counts, same_length)
-    held = adapter.largest_positions(positions)
+
+def record_of(batch: PromptBatch, columns: KeptColumns, keep_mask: Tensor, positions: Tensor) -> CachedPrompt:
+    """What a cache holds once the base model has read the pruned batch, whose largest positions are `[B, P]`."""
+    index, valid = columns.index, columns.valid
     if batch.record is not None:
-        held = torch.cat([batch.record.positions, held[:, past:]], 1)
-    decided = gather_columns(visual.long().cumsum(1), index, valid).cummax(1).values
-    record = CachedPrompt(gather_columns(ids, index, valid), attention_mask, held, decided, keep_masks)
-    return PrunedBatch(inputs, pruned_ids, attention_mask, index.masked_fill(~valid, -1), record)
+        positions = torch.cat([batch.record.positions, positions[:, columns.num_cached :]], 1)
+    decided = gather_columns(batch.visual.long().cumsum(1), index, valid).cummax(1).values
+    keep_masks = list(keep_mask.split(batch.num_visual.tolist()))
+    ids = gather_columns(batch.input_ids, index, valid)
+    return CachedPrompt(ids, valid.long(), positions, decided, keep_masks)
 
 
-def align_with_cache(batch: PromptBatch, kept: Tensor, padding: int) -> tuple[Tensor, Tensor, int]:
+def align_with_cache(batch: PromptBatch, kept: Tensor, padding: int) -> KeptColumns:
     """Index of a pruned batch whose first columns are those of the cache.
 
     The cached tokens of each sample stay in their columns; what is new is left-padded behind them, so that samples may
@@ -223,9 +280,6 @@ def align_with_cache(batch: PromptBatch, kept: Tensor, padding: int) -> tuple[Te
 
     Args:
         padding: at least so many columns of padding.
-
-    Returns:
-        `index [B, C + S]`, `valid [B, C + S]` and the number C of cached columns.
 
     Raises:
         `ValueError`: where the prompt does not begin with what the cache holds, and where the LLM bears no padding.
@@ -245,4 +299,5 @@ def align_with_cache(batch: PromptBatch, kept: Tensor, padding: int) -> tuple[Te
         new[sample, cached_columns] = False
     index, valid = left_padded_index(new, padding)
     record.check_padding(valid)
-    return torch.cat([cached_index, index], 1), torch.cat([cached_valid, valid], 1), cached_valid.shape[1]
+    num_cached = cached_valid.shape[1]
+    return KeptColumns(torch.cat([cached_index, index], 1), torch.cat([cached_valid, valid], 1), num_cached)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cached_prompt import CACHE_NAME, is_filled
-from .prune_plan import TPRLOutput
+from .outputs_tprl import TPRLOutput
 from .sequence_inputs import count_no_placeholders
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ from weakref import WeakSet
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .budget import Budget, resolve_choice
 from .checkpoint_checks import refuse_untrained
-from .keep_mask import Budget
-from .prune_plan import resolve_choice
 from .pruner_classes import PRUNER_CLASSES
 from .pruning_policy import PruningPolicy
 from .token_autoencoder import TokenAutoencoder

@@ -114,7 +114,7 @@ class PruningPolicy(Float32Module):
         codes: Tensor,
         keep_mask: Tensor,
         query: Tensor | None = None,
-        query_mask: Tensor | None = None,
+        query_valid: Tensor | None = None,
         step: int = 0,
         positions: Tensor | None = None,
         keep_ratio: Tensor | None = None,
@@ -123,8 +123,8 @@ class PruningPolicy(Float32Module):
         Args:
             codes (`[B, N, Z]`): codes of all tokens; original indices never move.
             keep_mask (`bool [B, N]`): tokens still kept at this step; False also for padding. Only these are seen.
-            query (`[B, L, D]`, *optional*): word embeddings of the question.
-            query_mask (`bool [B, L]`, *optional*): False for padding of the query.
+            query (`[B, Q, D]`, *optional*): word embeddings of the question.
+            query_valid (`bool [B, Q]`, *optional*): False for padding of the query.
             step (`int`, defaults to 0): index t of this step.
             positions (`[B, N, 2]`, *optional*): row and column of each token in its image, both in [0, 1].
             keep_ratio (`[B]`, *optional*): fraction of all tokens that is to be left in the end; 1 where there is no
@@ -133,7 +133,7 @@ class PruningPolicy(Float32Module):
         Returns:
             [`PolicyOutput`] with `logits [B, N]` and `values [B]`.
         """
-        features = self.features(codes, keep_mask, query, query_mask, step, positions, keep_ratio)
+        features = self.features(codes, keep_mask, query, query_valid, step, positions, keep_ratio)
         kept = keep_mask[..., None].to(features.dtype)
         pooled = (features * kept).sum(1) / kept.sum(1).clamp(min=1)
         return PolicyOutput(self.logits(features), self.value_head(self.value_mlp(pooled)).squeeze(-1))
@@ -147,7 +147,7 @@ class PruningPolicy(Float32Module):
         codes: Tensor,
         keep_mask: Tensor,
         query: Tensor | None = None,
-        query_mask: Tensor | None = None,
+        query_valid: Tensor | None = None,
         step: int = 0,
         positions: Tensor | None = None,
         keep_ratio: Tensor | None = None,
@@ -166,7 +166,7 @@ class PruningPolicy(Float32Module):
             x = x + self.budget_proj(keep_ratio)
         seen = keep_mask
         if query is not None and query.shape[1] > 0:
-            attended = query.new_ones(query.shape[:2]) if query_mask is None else query_mask
+            attended = query.new_ones(query.shape[:2]) if query_valid is None else query_valid
             words = self.query_proj(query.float())
             if self.word_proj is not None:
                 place = (attended.long().cumsum(1) - 1).clamp(min=0)

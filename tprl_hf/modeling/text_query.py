@@ -5,7 +5,7 @@ follows or not. Exact question tokens come from the processor ([`question_mask`]
 says what the chat template puts around a question ([`default_query_mask`]).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -127,10 +127,10 @@ def chat_messages(prompt: str | list[dict[str, Any]], num_images: int) -> list[d
 def question_mask(
     processor: Any, conversations: list[list[dict[str, Any]]], input_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """Exactly the tokens of each conversation's last question.
+    """Exactly the words of each conversation's last question, also where images lie between them.
 
-    The chat is rendered with and without the question; what lies between their common beginning and end is the
-    question. Its tokens are then found in the prompt, where placeholders of images may have become many.
+    The chat is rendered with and without each of the question's texts; what differs are its tokens. They are then
+    found in the prompt, where placeholders of images may have become many. A question may be without words.
 
     Args:
         processor: the base model's processor, or its tokenizer, with a chat template.
@@ -142,48 +142,65 @@ def question_mask(
         `bool [B, L]`, to be passed as `query_mask`.
 
     Raises:
-        `ValueError`: where a conversation has no question, or its tokens are not in the prompt.
+        `ValueError`: where the tokens of a question are not in the prompt.
     """
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
     for row, messages in enumerate(conversations):
-        question, after = _question_tokens(processor, messages)
+        full, texts = _question_tokens(processor, messages)
         ids = input_ids[row].tolist()
-        last = len(ids) if attention_mask is None else int(attention_mask[row].nonzero().max()) + 1
-        # where nothing between question and end was expanded this is the place, otherwise it is the last occurrence
-        places = [last - after - len(question), *range(last - len(question), -1, -1)]
-        start = next((p for p in places if p >= 0 and ids[p : p + len(question)] == question), None)
-        if start is None:
-            raise ValueError(
-                f"The question of sample {row}, {len(question)} tokens, is not in its prompt: build input_ids from "
-                "the same conversation, with the same processor and add_generation_prompt=True."
-            )
-        mask[row, start : start + len(question)] = True
+        end = len(ids) if attention_mask is None else int(attention_mask[row].nonzero().max()) + 1
+        after = len(full)
+        for start, stop in reversed(texts):
+            # placeholders between here and there may have become more, not fewer
+            tokens, end = full[start:stop], end - (after - stop)
+            place = next((p for p in range(end - len(tokens), -1, -1) if ids[p : p + len(tokens)] == tokens), None)
+            if place is None:
+                raise ValueError(
+                    f"The question of sample {row}, {len(tokens)} tokens, is not in its prompt: build input_ids from "
+                    "the same conversation, with the same processor and add_generation_prompt=True."
+                )
+            mask[row, place : place + len(tokens)] = True
+            end, after = place, start
     return mask
 
 
-def _question_tokens(processor: Any, messages: list[dict[str, Any]]) -> tuple[list[int], int]:
-    """Token ids of the last question, and how many tokens come after it."""
+def _question_tokens(processor: Any, messages: list[dict[str, Any]]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a conversation, and where in them the texts of its last question begin and end."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+
+    def render(chat: list[dict[str, Any]]) -> list[int]:
+        text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    full = render(messages)
+    texts: list[tuple[int, int]] = []
+    for without in _without_each_text(messages):
+        bare = render(without)
+        first = texts[-1][1] if texts else 0
+        start = next(
+            (i for i, (a, b) in enumerate(zip(full, bare, strict=False)) if a != b), min(len(full), len(bare))
+        )
+        most = min(len(bare), len(full)) - start
+        after = next((i for i in range(most) if full[-1 - i] != bare[-1 - i]), most)
+        start, stop = max(start, first), len(full) - after
+        if start < stop:
+            texts.append((start, stop))
+    return full, texts
+
+
+def _without_each_text(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The conversation without each of its last question's texts in turn."""
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last is None:
-        raise ValueError("The conversation has no message with role 'user', so there is no question.")
-    without = [dict(message) for message in messages]
-    content = without[last]["content"]
+        return
+    content = messages[last]["content"]
     if isinstance(content, str):
-        without[last]["content"] = ""
+        emptied: list[Any] = [""]
     else:
-        without[last]["content"] = [{**part, "text": ""} if part["type"] == "text" else part for part in content]
-    tokenizer = getattr(processor, "tokenizer", processor)
-    rendered = [
-        tokenizer(
-            processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True), add_special_tokens=False
-        )["input_ids"]
-        for chat in (messages, without)
-    ]
-    full, bare = rendered
-    before = next((i for i, (a, b) in enumerate(zip(full, bare, strict=False)) if a != b), len(bare))
-    most = len(bare) - before
-    after = next((i for i in range(most) if full[-1 - i] != bare[-1 - i]), most)
-    question = full[before : len(full) - after]
-    if not question:
-        raise ValueError("The last message with role 'user' has no text, so there is no question.")
-    return question, after
+        emptied = [
+            [{**part, "text": ""} if other is part else other for other in content]
+            for part in content
+            if part["type"] == "text"
+        ]
+    for one in emptied:
+        yield [*messages[:last], {**messages[last], "content": one}, *messages[last + 1 :]]

@@ -6,29 +6,34 @@ with `select`, when they have to be chosen together.
 
 import inspect
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from .keep_mask import Budget, keep_above_threshold, keep_counts, keep_top_k
+from .budget import Budget, keep_counts
+from .keep_mask import keep_above_threshold, keep_top_k
 from .pruning_policy import PruningPolicy
 from .token_autoencoder import TokenAutoencoder
 from .token_layout import TokenLayout
 
+logger = logging.get_logger(__name__)
+
 
 @dataclass
 class PruningInputs:
-    """What a pruner may look at. B samples, N visual tokens (padded on the right), L query tokens, D LLM width.
+    """What a pruner may look at. B samples, N visual tokens (padded on the right), Q question tokens, D LLM width.
 
     Args:
         tokens (`[B, N, D]`): visual tokens as the LLM would see them.
         valid (`bool [B, N]`): False for padding.
-        layout ([`TokenLayout`] with fields `[B, N]`): where each token lies; `layout.protected` are separators.
-        query (`[B, L, D]`): word embeddings of the question; L is 0 in query-agnostic use.
-        query_mask (`bool [B, L]`): False for padding.
+        num_visual (`int64 [B]`): visual tokens of each sample, on the CPU, where nothing waits for a GPU.
+        layout ([`TokenLayout`] with fields `[B, N]`): where each token lies.
+        protected (`bool [B, N]`, *optional*): the separators; `None` where there are none.
+        query (`[B, Q, D]`): word embeddings of the question; Q is 0 in query-agnostic use.
+        query_valid (`bool [B, Q]`): False for padding.
         sample_keys (`list[int]`): a number for each sample that depends on its prompt and nothing else.
         keep_ratio (`[B]`, *optional*): fraction that is to be kept, for policies that are told; without it no budget.
         attention (`float [B, N]`, *optional*): attention each token received in the vision tower; only there for
@@ -39,24 +44,21 @@ class PruningInputs:
 
     tokens: Tensor
     valid: Tensor
+    num_visual: Tensor
     layout: TokenLayout
+    protected: Tensor | None
     query: Tensor
-    query_mask: Tensor
+    query_valid: Tensor
     sample_keys: list[int]
     keep_ratio: Tensor | None = None
     attention: Tensor | None = None
     lvlm: PreTrainedModel | None = None
 
-    @cached_property
-    def num_visual(self) -> Tensor:
-        """Visual tokens of each sample, `int64 [B]`, on the CPU: what is decided by them needs no wait for a GPU."""
-        return self.valid.sum(1).cpu()
-
-    @cached_property
-    def protected(self) -> Tensor | None:
-        """The separators, `bool [B, N]`; `None` where there are none."""
-        protected = self.layout.protected & self.valid
-        return protected if protected.any() else None
+    @property
+    def query_mask(self) -> Tensor:
+        """The old name of `query_valid`."""
+        logger.warning_once("PruningInputs.query_mask is deprecated: its name is query_valid.")
+        return self.query_valid
 
 
 @dataclass
@@ -65,7 +67,7 @@ class SampleTokens:
 
     Args:
         tokens (`[n, D]`), attention (`float [n]`, *optional*), layout ([`TokenLayout`] with fields `[n]`),
-        query (`[L, D]`): as in [`PruningInputs`], of this sample alone.
+        query (`[Q, D]`): as in [`PruningInputs`], of this sample alone.
     """
 
     tokens: Tensor
@@ -78,7 +80,7 @@ class SampleTokens:
         """The tokens `free` (`int64 [n]`) of sample `row`."""
         attention = None if inputs.attention is None else inputs.attention[row, free]
         layout = TokenLayout(**{name: value[row, free] for name, value in vars(inputs.layout).items()})
-        return cls(inputs.tokens[row, free], attention, layout, inputs.query[row, inputs.query_mask[row]])
+        return cls(inputs.tokens[row, free], attention, layout, inputs.query[row, inputs.query_valid[row]])
 
 
 class TokenPruner:
@@ -226,7 +228,7 @@ class LearnedPruner(TokenPruner):
     def logits(self, inputs: PruningInputs, codes: Tensor, keep_mask: Tensor, step: int) -> Tensor:
         """Log-odds of keeping each token at `step`, given what is still kept: float32 `[B, N]`."""
         positions = inputs.layout.positions() if self.policy.position_proj is not None else None
-        query, words = inputs.query, inputs.query_mask
+        query, words = inputs.query, inputs.query_valid
         features = self.policy.features(codes, keep_mask, query, words, step, positions, inputs.keep_ratio)
         return self.policy.logits(features)
 

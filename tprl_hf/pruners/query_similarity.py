@@ -34,11 +34,11 @@ class QuerySimilarityPruner(TokenPruner):
     def score(self, inputs: PruningInputs) -> Tensor:
         similarity = query_similarity(inputs)
         if self.reduce == "mean":
-            return mean_over_query(similarity, inputs.query_mask)
+            return mean_over_query(similarity, inputs.query_valid)
         if similarity.shape[2] == 0:
             return similarity.sum(2)
-        has_query = inputs.query_mask.any(1)[:, None]
-        return similarity.masked_fill(~inputs.query_mask[:, None], -1.0).amax(2).masked_fill(~has_query, 0.0)
+        has_query = inputs.query_valid.any(1)[:, None]
+        return similarity.masked_fill(~inputs.query_valid[:, None], -1.0).amax(2).masked_fill(~has_query, 0.0)
 
 
 def query_similarity(inputs: PruningInputs) -> Tensor:
@@ -47,7 +47,7 @@ def query_similarity(inputs: PruningInputs) -> Tensor:
     return tokens @ F.normalize(inputs.query.float(), dim=-1).transpose(1, 2)
 
 
-def mean_over_query(similarity: Tensor, query_mask: Tensor) -> Tensor:
+def mean_over_query(similarity: Tensor, query_valid: Tensor) -> Tensor:
     """Mean of `[B, N, L]` over the words that are there, `[B, N]`; 0 without any."""
-    total = (similarity * query_mask[:, None]).sum(2)
-    return total / query_mask.sum(1).clamp(min=1)[:, None]
+    total = (similarity * query_valid[:, None]).sum(2)
+    return total / query_valid.sum(1).clamp(min=1)[:, None]

@@ -27,21 +27,21 @@ class SparseVLMPruner(LLMAttentionPruner):
 
     def raters(self, inputs: PruningInputs) -> Tensor:
         raters = last_token(inputs)
-        asks = inputs.query_mask.any(1)
+        asks = inputs.query_valid.any(1)
         raters[asks] = False
         raters[:, inputs.valid.shape[1] :] |= text_raters(inputs)
         return raters
 
 
 def text_raters(inputs: PruningInputs) -> Tensor:
-    """The words that rate, `bool [B, L]`; none where there is no question or no visual token."""
+    """The words that rate, `bool [B, Q]`; none where there is no question or no visual token."""
     similarity = inputs.tokens.float() @ inputs.query.float().mT  # (B, N, L)
-    hidden = ~inputs.query_mask[:, None, :]
+    hidden = ~inputs.query_valid[:, None, :]
     # rows without any word would be softmax of nothing
     relevance = similarity.masked_fill(hidden, float("-inf")).softmax(dim=-1).masked_fill(hidden, 0)
     relevance = (relevance * inputs.valid[:, :, None]).sum(1) / inputs.valid.sum(1, keepdim=True).clamp(
         min=1
     )  # (B, L)
-    mean = relevance.sum(1, keepdim=True) / inputs.query_mask.sum(1, keepdim=True).clamp(min=1)
+    mean = relevance.sum(1, keepdim=True) / inputs.query_valid.sum(1, keepdim=True).clamp(min=1)
     # all-equal words stay raters in spite of rounding
-    return inputs.query_mask & (relevance >= mean * (1 - torch.finfo(torch.float32).eps * 8))
+    return inputs.query_valid & (relevance >= mean * (1 - torch.finfo(torch.float32).eps * 8))

@@ -2,22 +2,36 @@
 
 import base64
 import binascii
-import io
 import json
 import urllib.request
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from starlette.exceptions import HTTPException
 
-from tprl_hf.modeling.keep_mask import Budget
-from tprl_hf.modeling.prune_plan import refuse_several
+from tprl_hf.modeling.budget import Budget, refuse_several
+from tprl_hf.pictures import PictureError, open_picture
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # readers that start no other program
-MAX_PIXELS = 50_000_000
 DOWNLOAD_SECONDS = 10
+# Fields of the protocol that would change an answer and are not served, but for these values, which ask for nothing.
+UNSERVED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "parallel_tool_calls": (True,),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("auto", "none"),
+    "top_logprobs": (0,),
+    "web_search_options": (),
+}
+NUMBERS = ("frequency_penalty", "max_completion_tokens", "max_tokens", "temperature", "top_p")
 BUDGET_TYPES: dict[str, tuple[type, ...]] = {
     "keep_ratio": (float, int),
     "num_keep": (int,),
@@ -40,6 +54,45 @@ class Limits:
 
 def refuse(message: str, status: int = 400) -> HTTPException:
     return HTTPException(status, message)
+
+
+def refuse_unserved(body: dict[str, Any]) -> None:
+    """
+    Raises:
+        `HTTPException`: 400 for a field that would be ignored, or that is of another type than the protocol's.
+    """
+    if "chat_template_kwargs" in body:  # they could name another template, or replace what is passed here
+        raise refuse("chat_template_kwargs are not served.")
+    for name, harmless in UNSERVED.items():
+        if body.get(name) is not None and body[name] not in harmless:
+            raise refuse(f"{name}={json.dumps(body[name])[:80]} is not served: leave it out.")
+    for name in NUMBERS:
+        if body.get(name) is not None and type(body[name]) not in (int, float):
+            raise refuse(f"{name} must be a number; got {json.dumps(body[name])[:80]}.")
+    if not isinstance(body.get("generation_config", ""), str | None):
+        raise refuse("generation_config must be a text that holds a JSON object.")
+
+
+def take_stops(body: dict[str, Any]) -> list[str]:
+    """
+    Takes `stop` out of a request: the texts that end an answer, none where there is no such field.
+
+    Raises:
+        `HTTPException`: 400 for anything but a text, or a list of texts, of at least one character.
+    """
+    given = body.pop("stop", None)
+    stops = [] if given is None else [given] if isinstance(given, str) else given
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise refuse(f"stop is a text, or a list of texts, none of them empty; got {json.dumps(given)[:80]}.")
+    return stops
+
+
+def take_seed(body: dict[str, Any]) -> int | None:
+    """Takes `seed` out of a request. Raises `HTTPException` 400 for anything but a whole number of 64 bits."""
+    seed = body.pop("seed", None)
+    if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**64):
+        raise refuse(f"seed is a whole number of 64 bits; got {json.dumps(seed)[:80]}.")
+    return seed
 
 
 async def read_body(chunks: AsyncIterator[bytes], max_bytes: int) -> dict[str, Any]:
@@ -168,14 +221,9 @@ def open_image(url: str, limits: Limits) -> Image.Image:
     else:
         raise refuse(f"An image is sent as data:image/png;base64,...; got {url[:40]!r}. No files are read.")
     try:
-        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise refuse(f"The image has {image.width} x {image.height} pixels; at most {MAX_PIXELS} are read.")
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError:
-        raise refuse(f"The image is none of {', '.join(IMAGE_FORMATS)}.") from None
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
-        raise refuse(f"The image is damaged ({error}).") from None
+        return open_picture(content)
+    except PictureError as error:
+        raise refuse(str(error)) from None
 
 
 def download(url: str, max_bytes: int) -> bytes:

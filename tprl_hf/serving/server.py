@@ -8,26 +8,58 @@ ask for a model, and the routes, are ours.
 
 import asyncio
 import contextvars
+import json
 import sys
 import time
 import uuid
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
 
 from tprl_hf.loading import unknown_words_note
 
-from .chat_requests import Limits, read_body, read_messages, refuse, take_budget, texts_of
+from .chat_requests import (
+    Limits,
+    read_body,
+    read_messages,
+    refuse,
+    refuse_unserved,
+    take_budget,
+    take_seed,
+    take_stops,
+    texts_of,
+)
+from .stopping import AnswerEnd, CutQueue, EndsAnswer
+
+
+@dataclass
+class Wishes:
+    """
+    What a request asks for besides what transformers' handler knows.
+
+    Args:
+        budget (`dict`): Keyword arguments of `generate`.
+        seed (`int`, *optional*): Of the random numbers, where the answer is drawn.
+        end ([`AnswerEnd`]): Where the answer ends.
+    """
+
+    budget: dict[str, Any]
+    seed: int | None
+    end: AnswerEnd
+
 
 # Of the request that the current task serves; read where the task hands it over to the thread that generates.
-BUDGET: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("budget")
+WISHES: contextvars.ContextVar[Wishes] = contextvars.ContextVar("wishes")
 
 
 class OneModel:
@@ -53,40 +85,68 @@ class OneModel:
         return {"id": self.force_model, "object": "model", "created": self.created, "owned_by": "tprl_hf"}
 
 
-class BudgetedGeneration(GenerateManager):
-    """One request after the other, each with its own budget."""
+class OneAnswer:
+    """The model as the thread that generates gets it for one request."""
 
-    def generate_streaming(self, model, processor, inputs, *args, **kwargs):
-        return super().generate_streaming(model, processor, {**inputs, **BUDGET.get()}, *args, **kwargs)
+    def __init__(self, model: Any, processor: Any, streamed: bool):
+        self.model = model
+        self.processor = processor
+        self.streamed = streamed
+        self.wishes = WISHES.get()
+        self.context = contextvars.copy_context()  # in which the model has the pruner that it has here
 
-    async def generate_non_streaming(self, model, processor, inputs, *args, **kwargs):
-        return await super().generate_non_streaming(model, processor, {**inputs, **BUDGET.get()}, *args, **kwargs)
+    def generate(self, **inputs: Any) -> Any:
+        wishes = self.wishes
+        if wishes.end.client_left.is_set():
+            raise ConnectionAbortedError("The client has left.")
+        if wishes.seed is not None:
+            torch.manual_seed(wishes.seed)
+        ends = EndsAnswer(wishes.end, self.processor, inputs["input_ids"].shape[-1])
+        inputs |= {**wishes.budget, "stopping_criteria": StoppingCriteriaList([ends])}
+        try:
+            return self.context.run(self.model.generate, **inputs)
+        except Exception as error:
+            if self.streamed:  # transformers puts the message between quotes as it is
+                raise RuntimeError(json.dumps(str(error))[1:-1]) from error
+            raise
 
 
-class BudgetedState(GenerationState):
+class OneAtATime(GenerateManager):
+    """One request after the other, each with its own budget and end."""
+
+    def generate_streaming(self, model, processor, *args, **kwargs):
+        answer = OneAnswer(model, processor, streamed=True)
+        queue, streamer = super().generate_streaming(answer, processor, *args, **kwargs)
+        return CutQueue(queue, answer.wishes.end), streamer
+
+    async def generate_non_streaming(self, model, processor, *args, **kwargs):
+        answer = OneAnswer(model, processor, streamed=False)
+        return await super().generate_non_streaming(answer, processor, *args, **kwargs)
+
+
+class OneThread(GenerationState):
     def __init__(self) -> None:
         super().__init__()
-        self.generation = BudgetedGeneration()
+        self.generation = OneAtATime()
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> GenerateManager:
         return self.generation
 
 
 class ChatHandler(ChatCompletionHandler):
-    """transformers' handler, after the budget is taken out of the request and the images are opened."""
+    """transformers' handler, after what is ours is taken out of the request and the images are opened."""
 
     def __init__(self, models: OneModel, limits: Limits, default_budget: dict[str, Any]):
-        super().__init__(models, BudgetedState())
+        super().__init__(models, OneThread())
         self.models = models
         self.limits = limits
         self.default_budget = default_budget
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
-        BUDGET.set(take_budget(body) or self.default_budget)
-        if "chat_template_kwargs" in body:  # they could name another template, or replace what is passed here
-            raise refuse("chat_template_kwargs are not served.")
-        if not isinstance(body.get("generation_config", ""), str):
-            raise refuse("generation_config must be a text that holds a JSON object.")
+        refuse_unserved(body)
+        wishes = Wishes(take_budget(body) or self.default_budget, take_seed(body), WISHES.get().end)
+        wishes.end.stops += take_stops(body)
+        WISHES.set(wishes)
         body["messages"] = await asyncio.to_thread(read_messages, body.get("messages"), self.limits)
         note = unknown_words_note(self.models.processor, texts_of(body["messages"]))
         if note is not None:
@@ -95,6 +155,34 @@ class ChatHandler(ChatCompletionHandler):
             return await super().handle_request(body, request_id)
         except (ValueError, OSError, TemplateError) as error:  # as on the command line: a user's mistake
             raise refuse(" ".join(str(error).split())) from error
+
+    def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
+        """Texts that end the answer are ours: transformers' own criterion is handed the processor, and fails."""
+        config = super()._build_generation_config(body, *args, **kwargs)
+        stops, config.stop_strings = config.stop_strings or [], None
+        WISHES.get().end.stops += [stops] if isinstance(stops, str) else stops
+        if body.get("temperature") or (body.get("top_p") is not None and body.get("temperature") is None):
+            config.do_sample = True  # by the protocol; without it both would be ignored
+        return config
+
+    def _build_completion(
+        self, request_id: str, content: str, model_id: str, finish_reason: str, **fields: Any
+    ) -> dict[str, Any]:
+        end = WISHES.get().end
+        content = end.cut(content)
+        reason = "stop" if finish_reason == "length" and end.found else finish_reason
+        return super()._build_completion(request_id, content, model_id, reason, **fields)
+
+    def _build_chunk_sse(self, *args: Any, finish_reason: str | None = None, **fields: Any) -> str:
+        reason = "stop" if finish_reason == "length" and WISHES.get().end.found else finish_reason
+        return super()._build_chunk_sse(*args, finish_reason=reason, **fields)
+
+
+async def notice_leaving(request: Request, end: AnswerEnd) -> None:
+    """Waits until the client has left, or has its answer, and lets the model go."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    end.client_left.set()
 
 
 def build_app(
@@ -119,8 +207,15 @@ def build_app(
     models = OneModel(name, model, processor)
     handler = ChatHandler(models, limits, default_budget or {})
 
+    watchers: set[asyncio.Task[None]] = set()  # asyncio itself holds them only weakly
+
     async def chat(request: Request) -> Response:
         body = await read_body(request.stream(), limits.max_bytes)
+        end = AnswerEnd([])
+        WISHES.set(Wishes({}, None, end))
+        watcher = asyncio.create_task(notice_leaving(request, end))
+        watchers.add(watcher)
+        watcher.add_done_callback(watchers.discard)
         return await handler.handle_request(body, f"chatcmpl-{uuid.uuid4()}")
 
     def list_models(request: Request) -> Response:
@@ -135,7 +230,8 @@ def build_app(
         return JSONResponse({"status": "ok", "model": name})
 
     def describe_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
+        if not isinstance(error, HTTPException):
+            error = HTTPException(500, f"The server failed ({type(error).__name__}); its log says where.")
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
         return JSONResponse({"error": {"message": error.detail, "type": kind}}, error.status_code)
 
@@ -146,5 +242,5 @@ def build_app(
             Route("/v1/models/{name:path}", one_model),
             Route("/health", health),
         ],
-        exception_handlers={HTTPException: describe_error},
+        exception_handlers={HTTPException: describe_error, Exception: describe_error},
     )

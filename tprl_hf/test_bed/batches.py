@@ -28,6 +28,7 @@ from tprl_hf.data.mosaic import (
     draw_scene,
     scene_rng,
 )
+from tprl_hf.pictures import open_picture
 
 from .model import NUM_PATCHES, PATCH_SIZE, PATCHES_PER_SIDE, SPECIAL_TOKENS
 
@@ -160,7 +161,7 @@ def mosaic_image(split: str, seed: int, index: int) -> LabelledImage:
 
 def easy_image(image: EasyVQAImage, rng: np.random.Generator | None = None) -> LabelledImage:
     """An image of easy-VQA, flipped left to right half the time if `rng` is given."""
-    small = Image.open(image.path).convert("RGB")
+    small = open_picture(image.path)
     if rng is not None and rng.random() < 0.5:
         small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = np.asarray(small.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))

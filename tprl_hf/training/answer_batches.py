@@ -1,7 +1,6 @@
 """Samples as the frozen LVLM reads them: prompt, reference answer, visual features, and what a policy may look at."""
 
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +15,10 @@ from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.text_query import chat_messages, question_mask
 from tprl_hf.modeling.token_pruner import PruningInputs
 from tprl_hf.modeling.visual_features import VisualFeatures
+from tprl_hf.pictures import picture_of
 
 from .feature_cache import FeatureCache, join_features
 
-# Type of answer tokens in `token_type_ids`: PaliGemma reads what has type 0 in both directions.
-ANSWER_TYPES = {"paligemma": 1}
 MAX_CACHED_TEXTS = 100_000
 
 
@@ -95,12 +93,7 @@ def undecoded(dataset: Dataset) -> Dataset:
 
 def open_images(images: Sequence[Any]) -> list[Image.Image]:
     """Decodes images that are still bytes or paths."""
-    return [
-        Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]).convert("RGB")
-        if isinstance(image, Mapping)
-        else image
-        for image in images
-    ]
+    return [picture_of(image) for image in images]
 
 
 def image_key(row: Mapping[str, Any]) -> str:

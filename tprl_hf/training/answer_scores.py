@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
-from .answer_batches import ANSWER_TYPES, AnswerBatch, left_pad
+from .answer_batches import AnswerBatch, left_pad
 
 
 @dataclass
@@ -37,7 +37,7 @@ def answered_prompts(
     """
     samples = [batch.samples[index] for index in sample_index]
     labels = left_pad([torch.cat([torch.full_like(s.prompt_ids, -100), s.answer_ids]) for s in samples], -100)
-    answer_type = ANSWER_TYPES.get(model.adapter.config.model_type, 0)
+    answer_type = model.adapter.answer_token_type
     inputs = {
         "input_ids": left_pad([torch.cat([s.prompt_ids, s.answer_ids]) for s in samples]),
         "attention_mask": left_pad([torch.ones(len(s.prompt_ids) + len(s.answer_ids)).long() for s in samples]),

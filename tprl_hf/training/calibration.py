@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from tprl_hf.modeling.keep_mask import Budget
+from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs
 

@@ -10,7 +10,8 @@ from datasets import Image as ImageFeature
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tprl_hf.modeling.keep_mask import Budget, keep_counts, keep_top_k
+from tprl_hf.modeling.budget import Budget, keep_counts
+from tprl_hf.modeling.keep_mask import keep_top_k
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.token_pruner import TokenPruner
 
@@ -46,7 +47,7 @@ def demonstrate(
         for keep_ratio in schedule:
             if isinstance(teacher, TokenPruner):
                 with torch.no_grad():
-                    left = replace(inputs, valid=keep_mask)
+                    left = replace(inputs, valid=keep_mask, num_visual=keep_mask.sum(1).cpu())
                     keep_mask, _ = teacher.choose(left, Budget(keep_ratio=keep_ratio / before))
             else:
                 assert scores is not None

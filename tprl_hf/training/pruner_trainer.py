@@ -16,8 +16,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from tprl_hf import __version__
 from tprl_hf.hub.publishing import changed_settings, publish
+from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.hub_tprl import is_hub_name
-from tprl_hf.modeling.keep_mask import Budget
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.pruning_policy import PolicyOutput
 from tprl_hf.modeling.token_pruner import PruningInputs

@@ -8,6 +8,7 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 
 from tprl_hf.data import SAMPLE_FEATURES
+from tprl_hf.pictures import to_rgb
 
 
 def lmms_eval_samples(
@@ -73,7 +74,7 @@ def _row(task: Any, document: dict[str, Any], number: int) -> dict[str, Any]:
     if kinds:
         raise ValueError(f"Task {task.config.task!r} has other visuals than images: {', '.join(sorted(kinds))}.")
     return {
-        "images": [image.convert("RGB") for image in visuals],
+        "images": [to_rgb(image) for image in visuals],
         "prompt": task.doc_to_text(document),
         "answer": str(number),
         "question_type": "all",

@@ -1,0 +1,121 @@
+"""How much is kept: what a call says about it, and the number of tokens that follows for each sample."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .configuration_tprl import TPRLConfig
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is kept. Exactly one of `keep_ratio`, `num_keep` and `threshold` is set.
+
+    Args:
+        keep_ratio (`float`, *optional*): Fraction of each sample's visual tokens that is KEPT, in (0, 1].
+        num_keep (`int`, *optional*): Number of tokens kept of each sample; all of a sample that has fewer.
+        threshold (`float`, *optional*): Tokens with a larger score are kept (eq. 16, for probabilities).
+        min_keep (`int`, defaults to 1): At least so many tokens stay in a sample that has any.
+        max_keep (`int`, *optional*): At most so many tokens stay in a sample.
+
+    Raises:
+        `ValueError`: when none or several of the three are set, or one is out of its range.
+    """
+
+    keep_ratio: float | None = None
+    num_keep: int | None = None
+    threshold: float | None = None
+    min_keep: int = 1
+    max_keep: int | None = None
+
+    def __post_init__(self):
+        given = {name: getattr(self, name) for name in ("keep_ratio", "num_keep", "threshold")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) != 1:
+            listed = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"
+            raise ValueError(f"A budget is exactly one of keep_ratio, num_keep and threshold; got {listed}.")
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
+            raise ValueError(
+                f"keep_ratio is the fraction of visual tokens that is kept and lies in (0, 1]; got {self.keep_ratio}. "
+                "To keep all tokens pass keep_ratio=1.0 or prune=False."
+            )
+        if self.num_keep is not None and self.num_keep < 1:
+            raise ValueError(f"num_keep is at least 1; got {self.num_keep}. To drop an image pass keep_mask.")
+        if self.threshold is not None and self.threshold != self.threshold:
+            raise ValueError(f"threshold must be a number; got {self.threshold}.")
+        if self.min_keep < 0 or (self.max_keep is not None and self.max_keep < max(self.min_keep, 1)):
+            raise ValueError(
+                f"Need 0 <= min_keep <= max_keep; got min_keep={self.min_keep}, max_keep={self.max_keep}."
+            )
+
+
+def keep_counts(num_visual: Tensor, budget: Budget) -> Tensor:
+    """Number of tokens to keep of each sample, `int64 [B]`, for a `keep_ratio` or `num_keep` budget.
+
+    Each sample has its own budget, so that no result depends on the samples that share its batch. A sample with fewer
+    visual tokens than `num_keep` keeps all of them.
+    """
+    if budget.num_keep is not None:
+        counts = torch.full_like(num_visual, budget.num_keep)
+    elif budget.keep_ratio is not None:
+        ratio = budget.keep_ratio
+        counts = torch.tensor([round(ratio * n) for n in num_visual.tolist()], device=num_visual.device)
+    else:
+        raise ValueError("A threshold keeps as many tokens as lie above it; it has no counts.")
+    return clamp_counts(counts.long(), num_visual, budget)
+
+
+def clamp_counts(counts: Tensor, num_visual: Tensor, budget: Budget) -> Tensor:
+    """`counts [B]` within the budget's `min_keep` and `max_keep` and what there is."""
+    counts = counts.clamp(min=budget.min_keep)
+    if budget.max_keep is not None:
+        counts = counts.clamp(max=budget.max_keep)
+    return torch.minimum(counts, num_visual)
+
+
+def refuse_several(given: dict[str, Any]) -> None:
+    """Raises `ValueError` when a call says several things about pruning."""
+    if len(given) > 1:
+        listed = ", ".join(f"{name}={'...' if torch.is_tensor(v) else v}" for name, v in given.items())
+        raise ValueError(f"Pass only one of keep_ratio, num_keep, threshold, prune and keep_mask; got {listed}.")
+
+
+def resolve_choice(
+    keep_ratio: float | None,
+    num_keep: int | None,
+    threshold: float | None,
+    prune: bool | None,
+    keep_mask: Tensor | None,
+    pruner_budget: Budget | None,
+    pruner_was_chosen: bool,
+    config: TPRLConfig,
+) -> Budget | Tensor | None:
+    """What a call of `prune`, `forward` or `generate` does with the visual tokens.
+
+    Returns:
+        A [`Budget`] for the pruner: that of the call, else the pruner's own, else the config's. Or the user's
+        `keep_mask`. Or `None`: all tokens stay, and nothing is pruned.
+
+    Raises:
+        `ValueError`: when the call says several things, or pruning was asked for and nobody names a budget.
+    """
+    budget: dict[str, Any] = {"keep_ratio": keep_ratio, "num_keep": num_keep, "threshold": threshold}
+    given = {n: v for n, v in {**budget, "prune": prune, "keep_mask": keep_mask}.items() if v is not None}
+    refuse_several(given)
+    if keep_mask is not None or prune is False:
+        return keep_mask
+    bounds: dict[str, Any] = {"min_keep": config.min_keep, "max_keep": config.max_keep}
+    if given and prune is None:
+        return Budget(**budget, **bounds)
+    if pruner_budget is not None:
+        return pruner_budget
+    default = {name: getattr(config, name) for name in budget}
+    if any(value is not None for value in default.values()):
+        return Budget(**default, **bounds)
+    if prune or pruner_was_chosen:
+        raise ValueError(
+            "No budget: pass keep_ratio, num_keep or threshold in the call, to the pruner, or in the config."
+        )
+    return None

@@ -1,0 +1,87 @@
+"""Pictures from files, of any mode, as models read them: upright, in RGB. The one place that opens files of users."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Readers that start no other program: Pillow hands EPS to Ghostscript, whatever the file is called.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_PIXELS = 50_000_000
+
+
+class PictureError(ValueError):
+    """A picture that is not to be had, and why."""
+
+
+def open_picture(source: str | Path | bytes, name: str | None = None) -> Image.Image:
+    """
+    Args:
+        source (`str`, `Path` or `bytes`):
+            An image file, or what is in one.
+        name (`str`, *optional*):
+            What messages call it; defaults to the path.
+
+    Returns:
+        `PIL.Image.Image`: In RGB, turned as the camera was held; of an animation the first frame. See [`to_rgb`].
+
+    Raises:
+        `FileNotFoundError`: If there is no such file.
+        `PictureError`: For a file of another format, of more than `MAX_PIXELS` pixels, or that is damaged.
+    """
+    name = name or ("The image" if isinstance(source, bytes) else str(source))
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise FileNotFoundError(f"There is no image file {name}.")
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise PictureError(too_large(name, f"{image.width} x {image.height}"))
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image), name)
+    except UnidentifiedImageError:
+        raise PictureError(
+            f"{name} is not an image that Pillow can read: it is none of {', '.join(FORMATS)}."
+        ) from None
+    except Image.DecompressionBombError:
+        raise PictureError(too_large(name, "more")) from None
+    except PictureError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow raise whatever it stumbles over
+        raise PictureError(f"{name} is damaged ({error}).") from error
+
+
+def too_large(name: str, size: str) -> str:
+    return f"{name} has {size} pixels; at most {MAX_PIXELS:,} are read. Scale it down."
+
+
+def to_rgb(image: Image.Image, name: str = "The image") -> Image.Image:
+    """
+    An image of any mode in RGB. What is transparent shows white; 16 bits a pixel become 8.
+
+    Raises:
+        `PictureError`: For numbers whose black and white are not known: floats, and whole ones beyond 16 bits.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith(("I", "F")):
+        wide = image.convert("F")
+        low, high = np.asarray(wide).min(), np.asarray(wide).max()
+        if image.mode == "F" or low < 0 or high > 65535:
+            raise PictureError(f"{name} has pixels of mode {image.mode} from {low:g} to {high:g}: save it in 8 bits.")
+        return wide.point(lambda value: value / 257 + 0.5).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def picture_of(entry: Any) -> Image.Image:
+    """A picture as rows of a dataset have it: decoded, or still the bytes or the path of its file; see [`to_rgb`]."""
+    if isinstance(entry, Mapping):
+        return open_picture(entry["path"] if entry["bytes"] is None else entry["bytes"], entry["path"])
+    return to_rgb(entry)
