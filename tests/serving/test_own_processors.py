@@ -10,8 +10,8 @@ from tests.families.processor_needs import of_processor
 from tests.families.stock_processors import STOCK, save
 from tests.families.tiny_models import build
 from tests.serving.test_serve import data_url, serving
-from tprl_hf.cli.loading import load_model
 from tprl_hf.evaluation.answers import chat_inputs, generate_answers
+from tprl_hf.loading import load_model
 from tprl_hf.pruners import DivPrune
 
 KEEP_RATIO, NEW_TOKENS = 0.4, 6

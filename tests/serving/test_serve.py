@@ -156,11 +156,18 @@ def test_health_and_models(client):
         ({"extra_body": {"keep_ratio": 2}}, r"lies in \(0, 1\]; got 2"),
         ({"extra_body": {"keep_ratio": "1/3"}}, "keep_ratio must be float or int; got '1/3'"),
         ({"extra_body": {"num_keep": True}}, "num_keep must be int; got True"),
-        ({"extra_body": {"num_keep": 500}}, "has only 144 visual tokens"),
         ({"extra_body": {"num_keep": 5, "threshold": 0.5}}, "Pass only one of"),
         ({"extra_body": {"keep": 5}}, "Unexpected fields in the request: {'keep'}"),
         ({"extra_body": {"generation_config": {}}}, "must be a text that holds a JSON object"),
         ({"extra_body": {"chat_template_kwargs": {"chat_template": "x"}}}, "are not served"),
+        ({"n": 2}, "n=2 is not served: leave it out"),
+        ({"logprobs": True}, "logprobs=true is not served"),
+        ({"presence_penalty": 0.5}, "presence_penalty=0.5 is not served"),
+        ({"response_format": {"type": "json_object"}}, "response_format=.* is not served"),
+        ({"extra_body": {"temperature": "warm"}}, 'temperature must be a number; got "warm"'),
+        ({"extra_body": {"seed": 0.5}}, "seed is a whole number of 64 bits; got 0.5"),
+        ({"extra_body": {"stop": 3}}, "stop is a text, or a list of texts, none of them empty; got 3"),
+        ({"stop": ["a", ""]}, "none of them empty"),
         ({"model": "other"}, "pinned to 'mosaic-tprl'; requested 'other'"),
         ({"url": "file:///etc/hostname"}, "No files are read"),
         ({"url": "/etc/hostname"}, "No files are read"),
@@ -177,10 +184,88 @@ def test_what_is_refused(client, samples, settings, message):
 
 
 def test_an_error_of_generate_reaches_the_reader_of_a_stream(client, samples):
-    stream = ask(client, "q", data_url(samples[0]["images"][0]), stream=True, extra_body={"num_keep": 500})
+    beams = {"generation_config": '{"num_beams": 2, "max_new_tokens": 2}'}
+    stream = ask(client, "q", data_url(samples[0]["images"][0]), stream=True, extra_body=beams)
     with pytest.raises(openai.APIError) as error:
         text_of(stream)
-    assert "has only 144 visual tokens" in error.value.body
+    assert "beam" in error.value.body
+
+
+def test_more_tokens_than_there_are_keeps_all(client, samples):
+    url = data_url(samples[0]["images"][0])
+    answers = [ask(client, samples[0]["prompt"], url, extra_body=one) for one in ({"num_keep": 500}, {"prune": False})]
+    assert answers[0].choices[0].message == answers[1].choices[0].message
+
+
+LONG = {"extra_body": {"generation_config": '{"min_new_tokens": 1500, "max_new_tokens": 1500}'}, "max_tokens": None}
+
+
+@pytest.mark.parametrize("stop", ["e", ["e"], ["zzz", "es"], "yes", "no such text", ["s", "ye"], None])
+def test_an_answer_ends_before_what_the_client_names(client, samples, stop):
+    sample = next(one for one in samples if one["answer"] in ("yes", "no"))
+    url = data_url(sample["images"][0])
+    whole = ask(client, sample["prompt"], url).choices[0].message.content
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    expected = whole[: min((whole.index(one) for one in stops if one in whole), default=len(whole))]
+    answer = ask(client, sample["prompt"], url, stop=stop).choices[0]
+    assert (answer.message.content, answer.finish_reason) == (expected, "stop")
+    assert text_of(ask(client, sample["prompt"], url, stop=stop, stream=True)) == (expected, "stop")
+
+
+def test_a_stop_frees_the_model(client, samples):
+    """Generation ends there; the answer is not only cut. A text may lie across tokens."""
+    url = data_url(samples[0]["images"][0])
+    many = {"generation_config": '{"min_new_tokens": 40, "max_new_tokens": 40}'}
+    whole = ask(client, samples[0]["prompt"], url, max_tokens=None, extra_body=many)
+    text = whole.choices[0].message.content
+    words = text.split()
+    assert whole.usage.completion_tokens == 40 and len(words) > 8
+    stop = text[text.index(words[3]) : text.index(words[3]) + len(words[3]) + 2]
+    for where in ({"stop": [stop]}, {"stop_strings": stop}):
+        body = dict(many)
+        if "stop" in where:
+            body |= where
+        else:
+            body = {"generation_config": many["generation_config"][:-1] + ', "stop_strings": "' + stop + '"}'}
+        cut = ask(client, samples[0]["prompt"], url, max_tokens=None, extra_body=body)
+        assert cut.choices[0].message.content == text[: text.index(stop)]
+        assert cut.usage.completion_tokens < 12
+        streamed, reason = text_of(
+            ask(client, samples[0]["prompt"], url, max_tokens=None, extra_body=body, stream=True)
+        )
+        assert (streamed, reason) == (text[: text.index(stop)], "stop")
+
+
+def test_a_seed_gives_the_same_answer_again(client, samples):
+    url = data_url(samples[0]["images"][0])
+
+    def draw(seed):
+        return ask(client, "is", url, max_tokens=24, temperature=2.0, seed=seed).choices[0].message.content
+
+    with ThreadPoolExecutor(4) as clients:  # whoever else draws in between
+        answers = list(clients.map(draw, [1, 2, 1, 2, 1, 2]))
+    assert answers[0::2] == [answers[0]] * 3 and answers[1::2] == [answers[1]] * 3
+    assert answers[0] != answers[1]
+    assert draw(1) == answers[0]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_leaves_frees_the_model(client, samples, streamed):
+    url = data_url(samples[0]["images"][0])
+    start = time.monotonic()
+    ask(client, samples[0]["prompt"], url)
+    alone = time.monotonic() - start
+    hasty = client.with_options(timeout=0.5)
+    for _ in range(3):  # clients that try again by themselves
+        if streamed:
+            with ask(client, samples[0]["prompt"], url, stream=True, **LONG) as stream:
+                next(iter(stream))
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                ask(hasty, samples[0]["prompt"], url, **LONG)
+    start = time.monotonic()
+    ask(client, samples[0]["prompt"], url)
+    assert time.monotonic() - start < 10 * alone + 3
 
 
 @pytest.mark.parametrize(

@@ -73,16 +73,20 @@ class LLMAttentionPruner(TokenPruner):
 
     def score(self, inputs: PruningInputs) -> Tensor:
         mask = torch.cat([inputs.valid, inputs.query_valid], dim=1)
-        lvlm = self.lvlm if inputs.lvlm is None else inputs.lvlm
-        assert lvlm is not None
         embeddings = torch.cat([inputs.tokens, inputs.query], dim=1)
-        weights = self.attention(self.decoder_of(lvlm), embeddings, mask)  # (B, N + L, N + L)
+        weights = self.attention(embeddings, mask, inputs.lvlm)  # (B, N + L, N + L)
         raters = self.raters(inputs)
         received = (weights * raters[:, :, None]).sum(1) / raters.sum(1)[:, None]
         return received[:, : inputs.valid.shape[1]]
 
-    def attention(self, decoder: Any, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """Attention of the layer, mean over heads, float32 `[B, S, S]`, for `embeddings [B, S, D]`."""
+    def attention(self, embeddings: Tensor, mask: Tensor, lvlm: PreTrainedModel | None = None) -> Tensor:
+        """Attention of the layer, mean over heads, float32 `[B, S, S]`, for `embeddings [B, S, D]`.
+
+        The base model is `lvlm`, by default that of the pruner.
+        """
+        lvlm = self.lvlm if lvlm is None else lvlm
+        assert lvlm is not None
+        decoder = self.decoder_of(lvlm)
 
         def catch(module: nn.Module, arguments: Any, output: Any) -> NoReturn:
             if not isinstance(output, tuple) or not torch.is_tensor(output[1]):

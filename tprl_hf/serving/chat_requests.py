@@ -18,7 +18,6 @@ DOWNLOAD_SECONDS = 10
 # Fields of the protocol that would change an answer and are not served, but for these values, which ask for nothing.
 UNSERVED: dict[str, tuple[Any, ...]] = {
     "audio": (),
-    "chat_template_kwargs": (),  # they could name another template, or replace what is passed here
     "function_call": ("none",),
     "functions": ([],),
     "logprobs": (False,),
@@ -62,13 +61,15 @@ def refuse_unserved(body: dict[str, Any]) -> None:
     Raises:
         `HTTPException`: 400 for a field that would be ignored, or that is of another type than the protocol's.
     """
+    if "chat_template_kwargs" in body:  # they could name another template, or replace what is passed here
+        raise refuse("chat_template_kwargs are not served.")
     for name, harmless in UNSERVED.items():
         if body.get(name) is not None and body[name] not in harmless:
             raise refuse(f"{name}={json.dumps(body[name])[:80]} is not served: leave it out.")
     for name in NUMBERS:
         if body.get(name) is not None and type(body[name]) not in (int, float):
             raise refuse(f"{name} must be a number; got {json.dumps(body[name])[:80]}.")
-    if not isinstance(body.get("generation_config") or "", str):
+    if not isinstance(body.get("generation_config", ""), str | None):
         raise refuse("generation_config must be a text that holds a JSON object.")
 
 
