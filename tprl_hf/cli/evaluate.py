@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-dir",
         default="tprl_output/evaluate",
         metavar="DIR",
-        help="for results.json, .csv, .md, .png and answers.jsonl; a run that was cut off goes on from the answers "
+        help="for results.json, .csv, .md, .png and answers.jsonl; a run that was cut off resumes from the answers "
         "there (default: %(default)s)",
     )
 

@@ -9,8 +9,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from .compare_pruners import Record, Setting
-from .operation_counts import OperationCounts
 from .intervals import Estimate, bootstrap_mean
+from .operation_counts import OperationCounts
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Two phases, each as long as it is told in minutes:
    second and third LLM layers to the objects asked about; its weight falls to zero there.
 
 Processes average their gradients (gloo), one thread each. The state is saved every few minutes, atomically; the same
-command goes on from it. The learning rate follows the time spent, so that a run ends when it should on any machine.
+command resumes from it. The learning rate follows the time spent, so that a run ends when it should on any machine.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class ReadingHeads(nn.Module):
         """Loss of reading from the LLM where an object lies, at its noun, and which of two lies first, at the second.
 
         Whether "left of" is correct is an exclusive or of relation and order: a model that is not told the
-        order goes on guessing.
+        order keeps guessing.
         """
         rows, centers = batch.relation_rows, batch.relation_centers
         if len(rows) == 0:
