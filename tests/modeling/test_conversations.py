@@ -41,7 +41,7 @@ NUM_IMAGES = {"text": 0, "image": 1, "two images": 2}
 
 
 def wrap(family, **settings):
-    numbering = "contiguous" if entry(family).numbered_anew else "original"
+    numbering = "contiguous" if entry(family).own_positions else "original"
     settings = {"latent_dim": 8, "keep_ratio": 0.4, "pruner": "divprune", "position_ids": numbering, **settings}
     base = build(family)
     return base, TPRLForConditionalGeneration.from_base_model(base, **settings).eval()
@@ -502,21 +502,3 @@ def test_rows_of_another_number_are_refused():
         generate(model, inputs, past_key_values=output.past_key_values)
     with pytest.raises(ValueError, match=r"Row 1 .* is not the same as row 0"):
         generate(model, inputs, past_key_values=output.past_key_values, num_beams=2)
-
-
-# ---- a draft model ----
-
-
-@pytest.mark.parametrize("family", [family for family in VARIED if family not in STATEFUL])
-@torch.no_grad()
-def test_a_pruned_model_as_assistant(family):
-    """Its cache goes back to what was accepted, turn for turn, and the target's tokens are its own."""
-    target, model = wrap(family)
-    draft = TPRLForConditionalGeneration.from_base_model(
-        build(family, seed=1), latent_dim=8, keep_ratio=0.3, pruner="divprune"
-    ).eval()
-    inputs = collate(family, [sample(family, 2, 2)])
-    for one in (target, model):
-        for settings in ({}, {"prompt_lookup_num_tokens": None}):
-            made = one.generate(**inputs, max_new_tokens=8, assistant_model=draft, **settings)
-            assert torch.equal(made, one.generate(**inputs, max_new_tokens=8))
