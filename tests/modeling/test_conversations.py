@@ -6,7 +6,6 @@ the same tokens, from the same logits.
 
 import copy
 import io
-import itertools
 from dataclasses import dataclass, field
 
 import pytest
@@ -120,9 +119,10 @@ def test_three_turns(family):
 def test_four_turns(family, first):
     """Any order of text and images; the last turn is about what was shown before."""
     model = wrap(family)[1]
-    for kinds in itertools.permutations(NUM_IMAGES, 2):
+    kinds = list(NUM_IMAGES)
+    for second, third in zip(kinds, (*kinds[1:], kinds[0]), strict=True):
         chat = Chat(family, model)
-        for kind in (first, *kinds, "text"):
+        for kind in (first, second, third, "text"):
             chat.say(kind)
             chat.answer()
 
@@ -428,6 +428,12 @@ def test_turns_of_different_length(family):
         answers = output.sequences[:, -NEW:].tolist()
         samples = [Sample(one.ids + answer, one.images) for one, answer in zip(asked, answers, strict=True)]
         cache = output.past_key_values
+    if family == "gemma3":
+        return  # padding counts in its window of 64 columns
+    samples[0] = Sample(samples[0].ids + shown.ids[1:], samples[0].images + shown.images)
+    inputs = collate(family, [Sample([*one.ids, 10], one.images) for one in samples])
+    cache.batch_repeat_interleave(2)
+    check_afresh(model, inputs, generate(model, inputs, past_key_values=cache, num_beams=2), num_beams=2)
 
 
 # ---- caches of something else ----
