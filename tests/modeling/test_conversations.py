@@ -6,7 +6,6 @@ the same tokens, from the same logits.
 
 import copy
 import io
-import itertools
 from dataclasses import dataclass, field
 
 import pytest
@@ -41,7 +40,7 @@ NUM_IMAGES = {"text": 0, "image": 1, "two images": 2}
 
 
 def wrap(family, **settings):
-    numbering = "contiguous" if entry(family).numbered_anew else "original"
+    numbering = "contiguous" if entry(family).own_positions else "original"
     settings = {"latent_dim": 8, "keep_ratio": 0.4, "pruner": "divprune", "position_ids": numbering, **settings}
     base = build(family)
     return base, TPRLForConditionalGeneration.from_base_model(base, **settings).eval()
@@ -120,9 +119,10 @@ def test_three_turns(family):
 def test_four_turns(family, first):
     """Any order of text and images; the last turn is about what was shown before."""
     model = wrap(family)[1]
-    for kinds in itertools.permutations(NUM_IMAGES, 2):
+    kinds = list(NUM_IMAGES)
+    for second, third in zip(kinds, (*kinds[1:], kinds[0]), strict=True):
         chat = Chat(family, model)
-        for kind in (first, *kinds, "text"):
+        for kind in (first, second, third, "text"):
             chat.say(kind)
             chat.answer()
 
@@ -179,7 +179,7 @@ def test_stored_and_cropped(family, way):
         pytest.skip("the library does not crop a state, which has no keys")
     if family in SEE_WHOLE_IMAGES and way == "images cropped":
         pytest.skip("what is left of an image has seen what is gone")
-    for kinds in (("image", "text", "image", "text"), ("text", "two images", "text"), ("two images", "image", "text")):
+    for kinds in (("image", "text", "image"), ("text", "two images", "text")):
         chat = Chat(family, wrap(family)[1])
         for kind in kinds:
             chat.say(kind)
@@ -428,6 +428,12 @@ def test_turns_of_different_length(family):
         answers = output.sequences[:, -NEW:].tolist()
         samples = [Sample(one.ids + answer, one.images) for one, answer in zip(asked, answers, strict=True)]
         cache = output.past_key_values
+    if family == "gemma3":
+        return  # padding counts in its window of 64 columns
+    samples[0] = Sample(samples[0].ids + shown.ids[1:], samples[0].images + shown.images)
+    inputs = collate(family, [Sample([*one.ids, 10], one.images) for one in samples])
+    cache.batch_repeat_interleave(2)
+    check_afresh(model, inputs, generate(model, inputs, past_key_values=cache, num_beams=2), num_beams=2)
 
 
 # ---- caches of something else ----
@@ -502,21 +508,3 @@ def test_rows_of_another_number_are_refused():
         generate(model, inputs, past_key_values=output.past_key_values)
     with pytest.raises(ValueError, match=r"Row 1 .* is not the same as row 0"):
         generate(model, inputs, past_key_values=output.past_key_values, num_beams=2)
-
-
-# ---- a draft model ----
-
-
-@pytest.mark.parametrize("family", [family for family in VARIED if family not in STATEFUL])
-@torch.no_grad()
-def test_a_pruned_model_as_assistant(family):
-    """Its cache goes back to what was accepted, turn for turn, and the target's tokens are its own."""
-    target, model = wrap(family)
-    draft = TPRLForConditionalGeneration.from_base_model(
-        build(family, seed=1), latent_dim=8, keep_ratio=0.3, pruner="divprune"
-    ).eval()
-    inputs = collate(family, [sample(family, 2, 2)])
-    for one in (target, model):
-        for settings in ({}, {"prompt_lookup_num_tokens": None}):
-            made = one.generate(**inputs, max_new_tokens=8, assistant_model=draft, **settings)
-            assert torch.equal(made, one.generate(**inputs, max_new_tokens=8))

@@ -262,14 +262,6 @@ class CachedPrompt:
                 "conversation with the images that it began with."
             )
 
-    def common_length(self, tokens: Tensor) -> int:
-        """Columns of the only sample that the pruned prompt `tokens [n]` begins with; its last token is new."""
-        cached = self.input_ids[0][self.attention_mask[0].bool()]
-        common = min(len(tokens) - 1, len(cached))
-        agree = int((tokens[:common] == cached[:common]).long().cumprod(0).sum())
-        columns = self.attention_mask[0].bool().nonzero()[:, 0]
-        return int(columns[agree]) if agree < len(columns) else self.input_ids.shape[1]
-
 
 def next_position(positions: Tensor, attention_mask: Tensor) -> Tensor:
     """Position after the last attended column of `positions [B, C]`, 0 without one: `int64 [B]`."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .cache_fingerprint import NUM_VALUES, readable_keys
 from .cached_prompt import ADVICE, CACHE_NAME, CachedPrompt
-from .columns import count_positions, gather_columns, kept_columns, left_padded_index
+from .columns import count_positions, gather_columns, left_padded_index
 from .planning_tprl import TPRLPlanningModel
 
 
@@ -29,6 +29,7 @@ class TPRLConversationModel(TPRLPlanningModel):
         if CachedPrompt.is_on(cache):
             return CachedPrompt.of(cache).for_prompts(len(input_ids), copies)
         held = int(cache.get_seq_length())
+        attention_mask = self._infer_attention_mask(input_ids) if attention_mask is None else attention_mask
         prompt = self._unpruned_prompt(input_ids, attention_mask, inputs) if held < input_ids.shape[1] else None
         if prompt is None or not self._was_read_whole(cache, prompt.cut(held)):
             raise ValueError(
@@ -61,26 +62,13 @@ class TPRLConversationModel(TPRLPlanningModel):
             position_ids=positions.to(device),
             use_cache=True,
         )
-        alone = readable_keys(words[CACHE_NAME])
+        alone = None if words.get(CACHE_NAME) is None else readable_keys(words[CACHE_NAME])
         if alone is None or alone.start:
             return False
         rows = torch.arange(len(ids), device=device)[:, None]
         expected = alone.keys[:, 0, :, :NUM_VALUES][valid.to(device)]
         differs = (keys[rows, index.to(device)][valid.to(device)] - expected).abs().max()
         return bool(differs <= torch.finfo(keys.dtype).eps ** 0.5 * expected.abs().max())
-
-    def _go_back(
-        self, cache: Any, record: CachedPrompt, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> CachedPrompt:
-        """Crops the cache of an assistant to what was accepted; the library counts columns of the full prompt."""
-        ids = input_ids.cpu()
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
-        visual = self.adapter.find_visual(ids)
-        keep_mask = torch.ones(int(visual.sum()), dtype=torch.bool, device="cpu")
-        keep_mask[: len(record.keep_masks[0])] = record.keep_masks[0]
-        length = record.common_length(ids[kept_columns(mask, visual, keep_mask)])
-        cache.crop(length - record.input_ids.shape[1])
-        return record.cut(length)
 
     # ---- after a call ----
 

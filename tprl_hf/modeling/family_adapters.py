@@ -109,7 +109,7 @@ class Granite4VisionAdapter(NewlineAdapter):
         (_, first), *others = output["deepstack_features"]
         return EncodedModality(
             rows=torch.cat(list(first)),
-            blocks=self.known_blocks(modality, list(first), inputs),
+            blocks=self.blocks(modality, list(first), inputs),
             counts=counts,
             output_class=type(output),
             container="list",

@@ -96,13 +96,12 @@ class LVLMAdapter:
         return taken if pixels else {}
 
     def has_pixels(self, inputs: dict[str, Any]) -> bool:
-        """Whether `inputs` hold an image or a video, or what an encoder made of one."""
-        handed = inputs.get(HANDED) or {}
-        return any(handed.get(name) is not None or self.encoder_inputs(name, inputs) for name in self.encoder_names)
+        """Whether `inputs` hold an image or a video."""
+        return any(self.encoder_inputs(modality, inputs) for modality in self.encoder_names)
 
     def consumed_names(self) -> set[str]:
         """Names of inputs that encoding or positions use up, so that the base model must not see them again."""
-        return {HANDED, *self.geometry_names}.union(*self.encoder_names.values())
+        return set(self.geometry_names).union(*self.encoder_names.values())
 
     def encode(self, input_ids: Tensor, inputs: dict[str, Any], with_attention: bool = False) -> VisualFeatures:
         """Runs the vision tower and the projector on what `inputs` holds.
@@ -133,9 +132,6 @@ class LVLMAdapter:
     ) -> EncodedModality | None:
         """The images or the videos of [`encode`]; `None` where `inputs` holds none."""
         counts = (input_ids == self.token_ids[modality]).sum(1)
-        handed = (inputs.get(HANDED) or {}).get(modality)
-        if handed is not None:
-            return self.unpack(modality, handed, counts, inputs)
         taken = self.encoder_inputs(modality, inputs)
         if not taken and counts.any():
             raise ValueError(
@@ -175,7 +171,7 @@ class LVLMAdapter:
         deepstack = [torch.cat([rows.flatten(0, -2) for rows in layer]) for layer in layers]
         return EncodedModality(
             rows=torch.cat([entry.flatten(0, -2) for entry in entries]),
-            blocks=self.known_blocks(modality, entries, inputs),
+            blocks=self.blocks(modality, entries, inputs),
             counts=counts,
             output_class=type(output),
             container=container,
@@ -224,12 +220,6 @@ class LVLMAdapter:
                 )
 
     # ---- layout ----
-
-    def known_blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
-        """The same as `blocks`; without sizes for features that were handed over, of which some may be missing."""
-        if (inputs.get(HANDED) or {}).get(modality) is not None:
-            return LVLMAdapter.blocks(self, modality, entries, {})
-        return self.blocks(modality, entries, inputs)
 
     def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
         """The grids of each entry, `[L, D]` or `[frames, L, D]`, of the encoder's output, as the inputs tell sizes.

@@ -290,8 +290,6 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
                     "them out, or pass the conversation without `past_key_values`."
                 )
             record = self._read_cache(cache, input_ids, asked, kwargs, copies)
-            if setting("is_assistant", kwargs, *configs):
-                record = self._go_back(cache, record, input_ids, asked)
         filler = setting("pad_token_id", kwargs, *configs)
         if self._leaves_alone(input_ids, choice, visual_features, record):
             output = self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)

@@ -141,7 +141,7 @@ def prune_batch(
     """
     keep_mask = keep_mask.cpu()
     keep, counts = rows_that_stay(batch, keep_mask, adapter)
-    missing = missing_rows(batch, counts) if same_length else {}
+    missing = missing_rows(batch, counts) if same_length and batch.features is not None else {}
     padding = sum(missing.values(), torch.zeros(len(batch.input_ids), dtype=torch.long, device="cpu"))
     columns = columns_that_stay(batch, keep_mask, adapter, contiguous, padding.clamp(min=min_padding))
     input_ids = ids_of(batch, columns, adapter, missing, pad_token_id)
@@ -201,7 +201,7 @@ def columns_that_stay(
     """The columns of the pruned batch: those of the cache, then what is new and stays, left-padded.
 
     Args:
-        padding (`int64 [B]`): at least so many columns of padding, where there is no cache.
+        padding (`int64 [B]`): at least so many columns of padding before what is new.
     """
     kept = kept_columns(batch.attention_mask, batch.visual, keep_mask)
     if batch.record is None:
@@ -211,7 +211,7 @@ def columns_that_stay(
     one_row = not adapter.has_text_axis and len(kept) == 1
     gaps = not contiguous and one_row and bool((batch.new & ~keep_mask).any())
     needs_mask = gaps and is_flash_attention_requested(adapter.config.get_text_config())
-    return align_with_cache(batch, kept, padding=int(needs_mask))
+    return align_with_cache(batch, kept, padding.clamp(min=int(needs_mask)))
 
 
 def positions_of(batch: PromptBatch, columns: KeptColumns, adapter: LVLMAdapter, contiguous: bool) -> Tensor:
@@ -250,7 +250,7 @@ def ids_of(
     """Ids of the pruned batch, `int64 [B, P]`, with `missing` placeholders of each modality in the padding."""
     ids = gather_columns(batch.input_ids, columns.index, columns.valid, pad_token_id)
     column = torch.arange(ids.shape[1], device="cpu")
-    start = torch.zeros(len(ids), 1, dtype=torch.long, device="cpu")
+    start = torch.full((len(ids), 1), columns.num_cached, device="cpu")
     for modality, count in missing.items():
         end = start + count[:, None]
         ids[(column >= start) & (column < end)] = adapter.token_ids[modality]
@@ -272,14 +272,14 @@ def record_of(batch: PromptBatch, columns: KeptColumns, keep_mask: Tensor, posit
     return CachedPrompt(ids, valid.long(), positions, decided, keep_masks)
 
 
-def align_with_cache(batch: PromptBatch, kept: Tensor, padding: int) -> KeptColumns:
+def align_with_cache(batch: PromptBatch, kept: Tensor, padding: Tensor) -> KeptColumns:
     """Index of a pruned batch whose first columns are those of the cache.
 
     The cached tokens of each sample stay in their columns; what is new is left-padded behind them, so that samples may
     continue with texts of different length.
 
     Args:
-        padding: at least so many columns of padding.
+        padding (`int64 [B]`): at least so many columns of padding behind the cache.
 
     Raises:
         `ValueError`: where the prompt does not begin with what the cache holds, and where the LLM bears no padding.
