@@ -1,8 +1,11 @@
 # Short names for dev.py, which does the work.
-.PHONY: setup demo test format test-lmms test-processors clean
+.PHONY: setup demo test format counts test-lmms test-processors clean
 
 setup demo test format:
 	python3 dev.py $@
+
+counts:
+	.venv/bin/python tests/counts.py
 
 # lmms-eval pulls a torchvision that breaks torch's CPU build, hence an environment of its own, without torchvision.
 LMMS = .venv-lmms/bin/python

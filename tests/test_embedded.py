@@ -147,14 +147,14 @@ def test_text_without_an_image_is_answered(model, processor):
 
 
 def accuracy(model, processor, samples, **budget):
-    right = []
+    correct = []
     for start in range(0, len(samples), 40):
         part = samples.select(range(start, min(start + 40, len(samples))))
         inputs = encode(processor, part)
         sequences = model.generate(**inputs, max_new_tokens=4, **budget)
         answers = processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += [answer == row["answer"] for answer, row in zip(answers, part, strict=True)]
-    return sum(right) / len(right)
+        correct += [answer == row["answer"] for answer, row in zip(answers, part, strict=True)]
+    return sum(correct) / len(correct)
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ class TestFigures:
     @pytest.fixture
     def figure(self, image, layout) -> Figure:
         panels = [
-            Panel("all 12 tokens", "red", is_right=True),
+            Panel("all 12 tokens", "red", is_correct=True),
             Panel("<random>", "a & b", torch.arange(12) < 4, torch.linspace(0, 1, 12), False),
         ]
         return Figure(image, *layout, panels, title='Is "x" < y?', boxes=[[1, 1, 5, 5]])

@@ -91,8 +91,7 @@ class _AfterImport(MetaPathFinder):
 def register_auto_classes() -> None:
     """
     Makes `AutoConfig`, `AutoModel`, `AutoModelForCausalLM`, `AutoModelForImageTextToText` and `AutoProcessor` know
-    checkpoints of model type "tprl": at once where transformers' Auto modules are loaded, otherwise as soon as they
-    are.
+    checkpoints of model type "tprl": at once where transformers' Auto modules are loaded, else as soon as they are.
     """
     finder = _AfterImport()
     sys.meta_path.insert(0, finder)

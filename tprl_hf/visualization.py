@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 if TYPE_CHECKING:
     from tprl_hf.modeling import TokenLayout
 
-INK, GREY, RIM, RIGHT, WRONG, BOX = "#1f2933", "#66727f", "#c4ccd4", "#1a7f4b", "#c0392b", "#ff9f1c"
+INK, GREY, RIM, CORRECT, WRONG, BOX = "#1f2933", "#66727f", "#c4ccd4", "#1a7f4b", "#c0392b", "#ff9f1c"
 PAPER = (255, 255, 255)
 DIMMING = 0.84  # how far a pruned patch is faded towards paper
 PANEL_WIDTH = 176  # of a page drawn at scale 1
@@ -35,15 +35,15 @@ class Panel:
             Bool [N], True where a token is kept. None draws the image as it is.
         scores (`torch.Tensor` or sequence, *optional*):
             Float [N], higher is kept; the HTML page shows each under the pointer.
-        is_right (`bool`, *optional*):
-            Colours the text as right or wrong; None leaves it grey.
+        is_correct (`bool`, *optional*):
+            Colours the text as correct or wrong; None leaves it grey.
     """
 
     title: str
     text: str = ""
     keep_mask: torch.Tensor | Sequence[bool] | None = None
     scores: torch.Tensor | Sequence[float] | None = None
-    is_right: bool | None = None
+    is_correct: bool | None = None
 
 
 @dataclass
@@ -271,7 +271,7 @@ def draw_figures(figures: Sequence[Figure], scale: float = 1) -> Image.Image:
             caption = _shortened(panel.title, caption_font, panel_width)
             pen.text((left, below + round(5 * scale)), caption, font=caption_font, fill=INK)
             text = _shortened(panel.text, text_font, panel_width)
-            pen.text((left, below + round(23 * scale)), text, font=text_font, fill=_colour(panel.is_right))
+            pen.text((left, below + round(23 * scale)), text, font=text_font, fill=_colour(panel.is_correct))
         strips.append(strip)
     page = Image.new("RGB", (width, 2 * margin + sum(strip.height for strip in strips) - line // 3), PAPER)
     top = margin
@@ -316,7 +316,7 @@ h1 {{ font-size: 1.4rem; margin: 0 0 .4rem; }} h2 {{ font-size: 1.05rem; margin:
 section {{ background: #fff; border: 1px solid #dfe4e8; border-radius: 8px; padding: 1rem 1.2rem; margin: 1rem 0; }}
 .panels {{ display: flex; flex-wrap: wrap; gap: 1rem; }} figure {{ margin: 0; width: {PANEL_WIDTH}px; }}
 figcaption b {{ display: block; margin-top: .3rem; }} figcaption {{ color: {GREY}; overflow-wrap: anywhere; }}
-figcaption b {{ color: {INK}; }} .right {{ color: {RIGHT}; }} .wrong {{ color: {WRONG}; }}
+figcaption b {{ color: {INK}; }} .correct {{ color: {CORRECT}; }} .wrong {{ color: {WRONG}; }}
 .picture {{ position: relative; background-size: 100% 100%; display: grid; }}
 .box {{ position: absolute; border: 2px solid {BOX}; border-radius: 4px; box-sizing: border-box; }}
 .box {{ pointer-events: none; }}
@@ -345,7 +345,7 @@ def _panel_to_html(figure: Figure, panel: Panel, number: int, image: Image.Image
         top, height = 100 * (y0 - 1) / figure.image.height, 100 * (y1 - y0 + 2) / figure.image.height
         place = f"left: {left:.2f}%; top: {top:.2f}%; width: {width:.2f}%; height: {height:.2f}%"
         patches += f'<div class="box" style="{place}"></div>'
-    mark = {None: "", True: "right", False: "wrong"}[panel.is_right]
+    mark = {None: "", True: "correct", False: "wrong"}[panel.is_correct]
     caption = f'<b>{html.escape(panel.title)}</b><span class="{mark}">{html.escape(panel.text)}</span>'
     return (
         f'<figure><div class="picture image{number}" style="{style}">{patches}</div>'
@@ -401,8 +401,8 @@ def _data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _colour(is_right: bool | None) -> str:
-    return {None: GREY, True: RIGHT, False: WRONG}[is_right]
+def _colour(is_correct: bool | None) -> str:
+    return {None: GREY, True: CORRECT, False: WRONG}[is_correct]
 
 
 def _shortened(text: str, font, width: int) -> str:

@@ -87,8 +87,8 @@ def test_a_trained_policy_has_a_column_of_its_own(demo, tmp_path):
 
 def test_the_embedded_model_answers_with_and_without_its_tokens(capsys, tmp_path):
     assert main(["demo", "--num-samples", "24", "--num-shown", "2", "--output-dir", str(tmp_path)]) == 0
-    right = {row[0]: int(row[2].split()[0]) for row in table_under(capsys.readouterr().out, "pruner")[1:]}
-    assert right["none"] >= 16 and right["vispruner"] >= 14
+    correct = {row[0]: int(row[2].split()[0]) for row in table_under(capsys.readouterr().out, "pruner")[1:]}
+    assert correct["none"] >= 16 and correct["vispruner"] >= 14
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept_tokens.html", "kept_tokens.png"]
 
 

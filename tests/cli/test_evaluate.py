@@ -164,8 +164,8 @@ def test_scores_are_those_of_the_answers(evaluate, tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "exact_score", lambda answer, reference: reference == "yes")
     evaluate()
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    right = [sample["answer"] == "yes" for sample in mosaic_vqa(split="test", seed=7, num_samples=8)]
-    assert all(row["accuracy"]["value"] == sum(right) / 8 for row in rows)
+    correct = [sample["answer"] == "yes" for sample in mosaic_vqa(split="test", seed=7, num_samples=8)]
+    assert all(row["accuracy"]["value"] == sum(correct) / 8 for row in rows)
     assert all(row["difference"]["value"] == 0 for row in rows)
 
 

@@ -148,7 +148,7 @@ def test_tprl_evaluate_takes_a_task(results, tasks, tmp_path, capsys):
     assert accuracy["divprune"] == values(results["third"])["local_pope/pope_accuracy"]
     assert "pope_accuracy of the task local_pope" in capsys.readouterr().out
     assert main(["evaluate", "--data", "nope", *words]) == 2
-    assert "'nope' is no task of lmms-eval" in capsys.readouterr().err
+    assert "'nope' is not a task of lmms-eval" in capsys.readouterr().err
 
 
 def test_what_cannot_be_run_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from tprl_hf.evaluation.scores import (
     anls_score,
     box_iou,
     edit_distance,
-    is_right,
+    is_correct,
     normalize_vqa,
     relaxed_score,
     says_yes,
@@ -24,11 +24,11 @@ from tprl_hf.evaluation.scores import (
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference", "right"),
+    ("answer", "reference", "correct"),
     [(" Yes.", "yes", True), ("red", "Red", True), ("yes it is", "yes", False), ("", "no", False), ("12", "1", False)],
 )
-def test_is_right(answer, reference, right):
-    assert is_right(answer, reference) is right
+def test_is_correct(answer, reference, correct):
+    assert is_correct(answer, reference) is correct
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def spy(seen, function):
 
 
 @torch.no_grad()
-def test_what_it_counts_right_is_what_greedy_decoding_gets_right(tmp_path, capsys):
+def test_what_it_counts_as_correct_is_what_greedy_decoding_answers(tmp_path, capsys):
     path = tprl_hf.embedded_checkpoint()
     arguments = [str(tmp_path / "runs.json"), f"one={path},{path}", f"two={path}", "--keep-ratios", "1/9"]
     main([*arguments, "--adaptive", "1/9", "--num-samples", "18", "--seeds", "7,8", "--num-validation", "24"])
@@ -73,8 +73,8 @@ def test_what_it_counts_right_is_what_greedy_decoding_gets_right(tmp_path, capsy
         ({"keep_ratio": 1 / 9}, rows["one", "1/9"]["accuracy"]),
     ):
         answers = generate_answers(model, processor, samples, max_new_tokens=8, **budget)
-        right = [answer == sample["answer"] for answer, sample in zip(answers, samples, strict=True)]
-        assert row["value"] == pytest.approx(sum(right) / NUM_QUESTIONS, abs=1e-4)
+        correct = [answer == sample["answer"] for answer, sample in zip(answers, samples, strict=True)]
+        assert row["value"] == pytest.approx(sum(correct) / NUM_QUESTIONS, abs=1e-4)
 
     fixed = rows["one", "1/9"]
     assert fixed["mean_kept"] == 16 and fixed["spread"] == 0 and len(fixed["accuracy_by_run"]) == 2

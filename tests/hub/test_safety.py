@@ -89,12 +89,12 @@ def test_weights_elsewhere_are_not_read(folder, name):
     index = json.loads((folder / "merged/model.safetensors.index.json").read_text())
     first = next(iter(index["weight_map"]))
     change(folder / "merged", "model.safetensors.index.json", weight_map={**index["weight_map"], first: name})
-    with pytest.raises(ValueError, match="which is no name of a file beside it"):
+    with pytest.raises(ValueError, match="which is not the name of a file beside it"):
         load(folder / "merged")
     (folder / "base/model.safetensors").unlink()
     shutil.copy(folder / "merged/model.safetensors.index.json", folder / "base")
     for call in (lambda: load(folder / "policy"), lambda: from_base_model(folder / "base")):
-        with pytest.raises(ValueError, match="which is no name of a file beside it"):
+        with pytest.raises(ValueError, match="which is not the name of a file beside it"):
             call()
 
 

@@ -267,6 +267,12 @@ def test_reward_functions_see_what_trl_shows_them(make_model, processor, dataset
         TPRLPPOTrainer(make_model(), config, processor, dataset, reward_funcs=brief)
 
 
+def test_rollouts_without_data_are_refused(make_model, processor, tmp_path):
+    trainer = TPRLPPOTrainer(make_model(), TPRLPPOConfig(str(tmp_path), **PPO), processor)
+    with pytest.raises(ValueError, match="TPRLPPOTrainer has no train_dataset"):
+        trainer.train()
+
+
 def test_counterfactual_advantages_are_what_keeping_a_token_earns(make_model, processor, dataset, tmp_path):
     settings = {"efficiency_coef": 0.5, "min_logprob": -4.0, "scale_advantages": False, "min_spread": 0.0}
     settings |= {"rollout_keep_ratios": None, "shared_budget": 0.0, "weight_by_budget": False}

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     from tprl_hf.data import mosaic_vqa
     from tprl_hf.evaluation.answers import generate_answers
-    from tprl_hf.evaluation.scores import is_right
+    from tprl_hf.evaluation.scores import is_correct
     from tprl_hf.loading import load_model
     from tprl_hf.pruners.by_name import make_pruner, own_pruner
 
@@ -62,24 +62,24 @@ def run(arguments: argparse.Namespace) -> int:
     for name in pruners:
         with using_pruner(model, pruners[name]):
             answers[name] = generate_answers(model, processor, samples, max_new_tokens=8, **budgets[name])
-    right = {
-        name: [is_right(answer, sample["answer"]) for answer, sample in zip(answers[name], samples, strict=True)]
+    correct = {
+        name: [is_correct(answer, sample["answer"]) for answer, sample in zip(answers[name], samples, strict=True)]
         for name in pruners
     }
 
     shown = pick_shown(samples, arguments.num_shown)
     rows = [["type", "question", "reference", *pruners]]
     for number in shown:
-        marked = [answers[name][number] + ("" if right[name][number] else "  x") for name in pruners]
+        marked = [answers[name][number] + ("" if correct[name][number] else "  x") for name in pruners]
         rows.append([samples[number][column] for column in ("question_type", "prompt", "answer")] + marked)
     print(f"Some of the questions, and the answers at keep ratio {arguments.keep_ratio:.3g}; x is wrong\n")
     print(format_table(rows))
 
-    figures, kept = draw(model, processor, samples, shown, pruners, budgets, answers, right)
+    figures, kept = draw(model, processor, samples, shown, pruners, budgets, answers, correct)
     times = time_prefill(model, processor, samples[:TIMED_PROMPTS], pruners, budgets)
     rows = [["pruner", "tokens kept", "correct answers", "LLM prefill", "whole prefill"]]
     for name in pruners:
-        count = sum(right[name])
+        count = sum(correct[name])
         accuracy = f"{count} of {len(samples)} ({100 * count / len(samples):.1f} %)"
         rows.append([name, kept[name], accuracy, f"{times[name].llm_ms:.1f} ms", f"{times[name].total_ms:.1f} ms"])
     print(format_table(rows))
@@ -118,7 +118,7 @@ def pick_shown(samples: Sequence[dict[str, Any]], count: int) -> list[int]:
 
 
 def draw(
-    model, processor, samples, shown: Sequence[int], pruners: dict[str, Any], budgets, answers, right
+    model, processor, samples, shown: Sequence[int], pruners: dict[str, Any], budgets, answers, correct
 ) -> tuple[list[Any], dict[str, str]]:
     """The figures of the samples in `shown`, and by pruner how many tokens of one of them were kept."""
     from tprl_hf.evaluation.answers import chat_inputs
@@ -138,7 +138,7 @@ def draw(
             kept[name] = f"{int(plan.num_kept)} of {int(plan.num_visual)}"
             mask = None if name == "none" else plan.keep_mask
             panels.append(
-                Panel(f"{name}: {kept[name]}", answers[name][number], mask, plan.scores, right[name][number])
+                Panel(f"{name}: {kept[name]}", answers[name][number], mask, plan.scores, correct[name][number])
             )
         title = f"{sample['prompt']}  ({sample['answer']})"
         image = sample["images"][0].convert("RGB")

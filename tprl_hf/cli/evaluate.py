@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-dir",
         default="tprl_output/evaluate",
         metavar="DIR",
-        help="for results.json, .csv, .md, .png and answers.jsonl; a run that was cut off goes on from the answers "
+        help="for results.json, .csv, .md, .png and answers.jsonl; a run that was cut off resumes from the answers "
         "there (default: %(default)s)",
     )
 
@@ -210,7 +210,7 @@ def count_settings(model, processor, samples, settings) -> dict[tuple[str, str],
     """Operations of each setting for the first question that has an image; none where no question has."""
     from tprl_hf.evaluation.answers import chat_inputs
     from tprl_hf.evaluation.compare_pruners import encode_once
-    from tprl_hf.evaluation.counted import Counted, count_prefill, count_pruner
+    from tprl_hf.evaluation.operation_counts import OperationCounts, count_prefill, count_pruner
     from tprl_hf.modeling.token_pruner import TokenPruner
 
     with_image = [number for number in range(len(samples)) if samples[number]["images"]][:1]
@@ -230,7 +230,7 @@ def count_settings(model, processor, samples, settings) -> dict[tuple[str, str],
         num_kept = int(keep_mask.sum())
         if num_kept not in prefill:
             prefill[num_kept] = count_prefill(model, inputs, features, keep_mask)
-        counted[name] = Counted(pruner, prefill[num_kept])
+        counted[name] = OperationCounts(pruner, prefill[num_kept])
     return counted
 
 

@@ -96,31 +96,13 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
         if not isinstance(recipe, dict):
             raise ValueError(f"{path} is not a recipe: it has no sections.")
         for override in overrides:
-            name, equals, text = override.partition("=")
-            if not equals:
-                raise ValueError(f"{override!r} is not an override: write SECTION.SETTING=VALUE.")
-            *sections, setting = name.split(".")
-            if sections and sections[0] in STAGES and sections[0] not in recipe:
-                stages = ", ".join(stage for stage in STAGES if stage in recipe)
-                raise ValueError(f"{override!r}: {path} has no stage {sections[0]}; its stages are {stages}.")
-            place = recipe
-            for section in sections:
-                if not isinstance(place.setdefault(section, {}), dict):
-                    raise ValueError(f"{override!r}: {section} is not a section of {path}.")
-                place = place[section]
-            place[setting] = yaml.safe_load(text)
+            apply_override(recipe, override, path)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} or an override is not valid YAML: {error}") from None
     check_names(recipe, (*SECTIONS, *STAGES), path)
     if "output_dir" not in recipe:
         raise ValueError(f"{path} must say `output_dir`: where each stage has its directory.")
-    for section in ("policy", "data", *STAGES):
-        if section in recipe and recipe[section] is None:
-            recipe[section] = {}  # a section of defaults
-        elif section in STAGES and recipe.get(section) is False:
-            del recipe[section]
-        elif section in recipe and not isinstance(recipe[section], dict):
-            raise ValueError(f"{section} in {path} must be a section of settings; got {recipe[section]!r}.")
+    fill_sections(recipe, path)
     recipe = {
         name: value if name in ("base_model", "output_dir") else as_number(value) for name, value in recipe.items()
     }
@@ -128,3 +110,31 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     for change in changes:
         warnings.warn(f"{path} is a recipe of an older version: {change}", FutureWarning, stacklevel=2)
     return recipe
+
+
+def apply_override(recipe: dict[str, Any], override: str, path: str) -> None:
+    """Puts `"SECTION.SETTING=VALUE"` into `recipe`, which was read from `path`."""
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"{override!r} is not an override: write SECTION.SETTING=VALUE.")
+    *sections, setting = name.split(".")
+    if sections and sections[0] in STAGES and sections[0] not in recipe:
+        stages = ", ".join(stage for stage in STAGES if stage in recipe)
+        raise ValueError(f"{override!r}: {path} has no stage {sections[0]}; its stages are {stages}.")
+    place = recipe
+    for section in sections:
+        if not isinstance(place.setdefault(section, {}), dict):
+            raise ValueError(f"{override!r}: {section} is not a section of {path}.")
+        place = place[section]
+    place[setting] = yaml.safe_load(text)
+
+
+def fill_sections(recipe: dict[str, Any], path: str) -> None:
+    """Makes an empty section one of defaults, and takes out a stage that is `false`."""
+    for section in ("policy", "data", *STAGES):
+        if section in recipe and recipe[section] is None:
+            recipe[section] = {}
+        elif section in STAGES and recipe.get(section) is False:
+            del recipe[section]
+        elif section in recipe and not isinstance(recipe[section], dict):
+            raise ValueError(f"{section} in {path} must be a section of settings; got {recipe[section]!r}.")

@@ -14,7 +14,7 @@ def jsonl_samples(path: str | Path, num_samples: int | None = None) -> Dataset:
     Reads samples from a file with one JSON object a line.
 
     Each has `image` or `images` (paths, relative to the file), `prompt`, and `answer`: one string, or a list of them
-    where several are right. `question_type`, `image_id` and `boxes` may be there too; without an `image_id` samples of
+    where several are correct. `question_type`, `image_id` and `boxes` may be there; without an `image_id` samples of
     the same files share it. A field that is `null` is as one that is not there.
 
     Args:

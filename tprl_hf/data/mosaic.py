@@ -235,73 +235,102 @@ def _pick(rng: np.random.Generator, options: list):
     return options[int(rng.integers(len(options)))]
 
 
+@dataclass
+class Shapes:
+    """The objects of a scene that are not signs, with their places in it, and how many have each trait."""
+
+    scene: MosaicScene
+
+    def __post_init__(self):
+        self.items = [(i, item) for i, item in enumerate(self.scene.objects) if item.kind != "sign"]
+        self.by_kind = Counter(item.kind for _, item in self.items)
+        self.by_color = Counter(item.color for _, item in self.items)
+        self.by_name = Counter(item.name for _, item in self.items)
+
+
+def _existence(shapes: Shapes, rng: np.random.Generator) -> MosaicQuestion:
+    names = shapes.by_name
+    if rng.random() < 0.5:
+        name = _pick(rng, shapes.items)[1].name
+    else:
+        pairs = [f"{color} {kind}" for color in shapes.by_color for kind in shapes.by_kind]
+        absent = [name for name in pairs if name not in names]
+        absent = absent or [f"{c} {k}" for c in COLORS for k in SHAPES if f"{c} {k}" not in names]
+        name = _pick(rng, absent)
+    found = tuple(i for i, item in shapes.items if item.name == name)
+    return MosaicQuestion(f"Is there {_article(name)} {name}?", "yes" if found else "no", "existence", found)
+
+
+def _color(shapes: Shapes, rng: np.random.Generator) -> MosaicQuestion | None:
+    single = [(i, item) for i, item in shapes.items if shapes.by_kind[item.kind] == 1]
+    if not single:
+        return None
+    i, item = _pick(rng, single)
+    return MosaicQuestion(f"What color is the {item.kind}?", item.color, "color", (i,))
+
+
+def _shape(shapes: Shapes, rng: np.random.Generator) -> MosaicQuestion | None:
+    single = [(i, item) for i, item in shapes.items if shapes.by_color[item.color] == 1]
+    if not single:
+        return None
+    i, item = _pick(rng, single)
+    return MosaicQuestion(f"What shape is the {item.color} object?", item.kind, "shape", (i,))
+
+
+def _relation(shapes: Shapes, rng: np.random.Generator) -> MosaicQuestion | None:
+    single = [(i, item) for i, item in shapes.items if shapes.by_name[item.name] == 1]
+    axis = int(rng.integers(2))
+    pairs = [
+        (i, j)
+        for i, first in single
+        for j, second in single
+        if abs(first.center[axis] - second.center[axis]) >= MIN_RELATION_DISTANCE
+    ]
+    if not pairs:
+        return None
+    i, j = _pick(rng, pairs)
+    first, second = shapes.scene.objects[i], shapes.scene.objects[j]
+    before = bool(rng.random() < 0.5)  # asks for left of / above; else for right of / below
+    relation = RELATIONS[2 * axis + (0 if before else 1)]
+    answer = "yes" if (first.center[axis] < second.center[axis]) == before else "no"
+    return MosaicQuestion(f"Is the {first.name} {relation} the {second.name}?", answer, "relation", (i, j))
+
+
+def _counting(shapes: Shapes, rng: np.random.Generator) -> MosaicQuestion:
+    attributes = [(f"{kind}s", shapes.by_kind[kind], "kind", kind) for kind in SHAPES if kind != "cross"]
+    attributes += [("crosses", shapes.by_kind["cross"], "kind", "cross")]
+    attributes += [(f"{color} objects", shapes.by_color[color], "color", color) for color in COLORS]
+    counts = sorted({count for _, count, _, _ in attributes if count <= MAX_COUNT})
+    count = _pick(rng, counts)
+    plural, _, field, value = _pick(rng, [attribute for attribute in attributes if attribute[1] == count])
+    found = tuple(i for i, item in shapes.items if getattr(item, field) == value)
+    return MosaicQuestion(f"How many {plural} are there?", str(count), "counting", found)
+
+
+def _reading(shapes: Shapes, rng: np.random.Generator) -> MosaicQuestion:
+    i, sign = _pick(rng, [(i, item) for i, item in enumerate(shapes.scene.objects) if item.kind == "sign"])
+    return MosaicQuestion(f"What number is on the {sign.color} sign?", str(sign.number), "reading", (i,))
+
+
+_ASK: dict[str, Callable[[Shapes, np.random.Generator], MosaicQuestion | None]] = {
+    "existence": _existence,
+    "color": _color,
+    "shape": _shape,
+    "relation": _relation,
+    "counting": _counting,
+    "reading": _reading,
+}
+
+
 def ask(scene: MosaicScene, question_type: str, rng: np.random.Generator) -> MosaicQuestion | None:
     """Ask one question of a type, or return `None` where the scene allows no unambiguous one.
 
     Yes and no are equally likely. What an existence question names in vain has its colour and its shape in the image,
     on different objects, wherever that is possible (the adversarial absentees of POPE).
     """
-    shapes = [(i, item) for i, item in enumerate(scene.objects) if item.kind != "sign"]
-    by_kind, by_color = Counter(item.kind for _, item in shapes), Counter(item.color for _, item in shapes)
-    by_name = Counter(item.name for _, item in shapes)
-
-    if question_type == "existence":
-        if rng.random() < 0.5:
-            name = _pick(rng, shapes)[1].name
-        else:
-            absent = [f"{color} {kind}" for color in by_color for kind in by_kind if f"{color} {kind}" not in by_name]
-            absent = absent or [f"{c} {k}" for c in COLORS for k in SHAPES if f"{c} {k}" not in by_name]
-            name = _pick(rng, absent)
-        found = tuple(i for i, item in shapes if item.name == name)
-        return MosaicQuestion(f"Is there {_article(name)} {name}?", "yes" if found else "no", question_type, found)
-
-    if question_type == "color":
-        single = [(i, item) for i, item in shapes if by_kind[item.kind] == 1]
-        if not single:
-            return None
-        i, item = _pick(rng, single)
-        return MosaicQuestion(f"What color is the {item.kind}?", item.color, question_type, (i,))
-
-    if question_type == "shape":
-        single = [(i, item) for i, item in shapes if by_color[item.color] == 1]
-        if not single:
-            return None
-        i, item = _pick(rng, single)
-        return MosaicQuestion(f"What shape is the {item.color} object?", item.kind, question_type, (i,))
-
-    if question_type == "relation":
-        single = [(i, item) for i, item in shapes if by_name[item.name] == 1]
-        axis = int(rng.integers(2))
-        pairs = [
-            (i, j)
-            for i, first in single
-            for j, second in single
-            if abs(first.center[axis] - second.center[axis]) >= MIN_RELATION_DISTANCE
-        ]
-        if not pairs:
-            return None
-        i, j = _pick(rng, pairs)
-        first, second = scene.objects[i], scene.objects[j]
-        before = bool(rng.random() < 0.5)  # asks for left of / above; else for right of / below
-        relation = RELATIONS[2 * axis + (0 if before else 1)]
-        answer = "yes" if (first.center[axis] < second.center[axis]) == before else "no"
-        return MosaicQuestion(f"Is the {first.name} {relation} the {second.name}?", answer, question_type, (i, j))
-
-    if question_type == "counting":
-        attributes = [(f"{kind}s", by_kind[kind], "kind", kind) for kind in SHAPES if kind != "cross"]
-        attributes += [("crosses", by_kind["cross"], "kind", "cross")]
-        attributes += [(f"{color} objects", by_color[color], "color", color) for color in COLORS]
-        counts = sorted({count for _, count, _, _ in attributes if count <= MAX_COUNT})
-        count = _pick(rng, counts)
-        plural, _, field, value = _pick(rng, [attribute for attribute in attributes if attribute[1] == count])
-        found = tuple(i for i, item in shapes if (item.kind if field == "kind" else item.color) == value)
-        return MosaicQuestion(f"How many {plural} are there?", str(count), question_type, found)
-
-    if question_type == "reading":
-        i, sign = _pick(rng, [(i, item) for i, item in enumerate(scene.objects) if item.kind == "sign"])
-        return MosaicQuestion(f"What number is on the {sign.color} sign?", str(sign.number), question_type, (i,))
-
-    raise ValueError(f"Unknown question type {question_type!r}; one of {', '.join(QUESTION_TYPES)}.")
+    if question_type not in _ASK:
+        raise ValueError(f"Unknown question type {question_type!r}; one of {', '.join(QUESTION_TYPES)}.")
+    return _ASK[question_type](Shapes(scene), rng)
 
 
 def scene_rng(split: str, seed: int, index: int) -> np.random.Generator:

@@ -16,7 +16,7 @@ ANSWER_FEATURES = [
 INPUTS = """
 Args:
     predictions (list of str): Answers.
-    references (list of str, or list of list of str): For each answer what is right.
+    references (list of str, or list of list of str): The reference or references of each answer.
 Returns:
     {result} (float): Mean over the answers, in [0, 1].
 """
@@ -34,8 +34,8 @@ class AnswerMetric(evaluate.Metric):
     source: ClassVar[str] = ""
 
     @staticmethod
-    def score(answer: str, right: Any, /) -> float:
-        """How right an answer is, in [0, 1]; `right` is a reference, or several."""
+    def score(answer: str, reference: Any, /) -> float:
+        """How correct an answer is, in [0, 1]; `reference` is one, or several."""
         raise NotImplementedError
 
     def _info(self):
@@ -47,5 +47,5 @@ class AnswerMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        scores = [self.score(answer, right) for answer, right in zip(predictions, references, strict=True)]
+        scores = [self.score(answer, reference) for answer, reference in zip(predictions, references, strict=True)]
         return {self.result: sum(scores) / len(scores)}

@@ -51,7 +51,7 @@ class Record:
         pruner, budget (`str`): Those of the [`Setting`].
         sample (`int`): Index of the sample.
         answer (`str`): What the model said.
-        score (`float`): How right it is, in [0, 1].
+        score (`float`): How correct it is, in [0, 1].
         num_kept, num_visual (`int`): Visual tokens that the LLM saw, and that there were.
         seed (`int`, *optional*): That of the [`Setting`].
     """

@@ -1,10 +1,10 @@
-"""Policies of one LVLM, trained in several ways, each under several seeds: do ways differ by more than the seeds?
+"""Compares training variants of a policy, each under several seeds: do variants differ by more than the seeds?
 
 `python -m tprl_hf.evaluation.policy_runs OUT.json lfd=DIR,DIR,DIR ppo=DIR,DIR,DIR` answers the same Mosaic-VQA
 questions with the policy of each directory, at fixed budgets and, `--adaptive`, with a threshold that is calibrated on
-validation questions. An answer is right when greedy decoding gives exactly the reference: teacher-forced, in one pass.
-What each checkpoint answered is kept in the directory OUT.answers: a run that was cut off goes on, and one with
-further checkpoints asks only these.
+validation questions. An answer is correct when greedy decoding gives exactly the reference (teacher-forced, in one
+pass). The directory OUT.answers keeps what each checkpoint answered: an interrupted run resumes, and one with further
+checkpoints asks only these.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import hashlib
 import json
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
@@ -63,7 +63,7 @@ class Questions:
 
     @torch.no_grad()
     def answer(self, settings: dict[Any, tuple[TokenPruner, Budget]]) -> dict[Any, dict[str, list[float]]]:
-        """For each setting, for each question: `right` (0 or 1), `kept` tokens, and the share of them `on_boxes`."""
+        """For each setting, for each question: `correct` (0 or 1), `kept` tokens, and the share of them `on_boxes`."""
         found: dict[Any, dict[str, list[float]]] = {key: defaultdict(list) for key in settings}
         for start in tqdm(range(0, len(self.rows), self.batch_size), unit="batch"):
             rows = [self.rows[i] for i in range(start, min(start + self.batch_size, len(self.rows)))]
@@ -73,7 +73,7 @@ class Questions:
             for key, (pruner, budget) in settings.items():
                 keep_mask, _ = pruner.choose(batch.inputs, budget)
                 scores = score_answers(self.model, batch, keep_mask, list(range(len(rows))), 96)
-                found[key]["right"] += scores.correct.float().tolist()
+                found[key]["correct"] += scores.correct.float().tolist()
                 found[key]["kept"] += keep_mask.sum(1).tolist()
                 found[key]["on_boxes"] += ((keep_mask & boxes).sum(1) / keep_mask.sum(1).clamp(min=1)).tolist()
         return found
@@ -106,99 +106,134 @@ def mean_of(runs: Sequence[Sequence[float]]) -> list[float]:
     return [fmean(values) for values in zip(*runs, strict=True)]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with `ratios` and `adaptive` as numbers by name and `variants` as directories by name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("ways", nargs="+", metavar="NAME=DIR,DIR,...", help="checkpoints of each way, a seed each")
+    parser.add_argument("variants", nargs="+", metavar="NAME=DIR,DIR,...", help="its checkpoints, a seed each")
     parser.add_argument("--keep-ratios", default="1/3,2/9,1/9,1/18")
     parser.add_argument("--adaptive", default="1/3,1/9", metavar="FRACTION,...", help="mean budgets of thresholds")
     parser.add_argument("--num-samples", type=int, default=4200, help="questions of each seed")
     parser.add_argument("--num-validation", type=int, default=1200)
     parser.add_argument("--seeds", default="7", metavar="SEED,...", help="of the test questions")
     arguments = parser.parse_args(argv)
-    for way in arguments.ways:
-        name, _, paths = way.partition("=")
+    variants = {}
+    for variant in arguments.variants:
+        name, _, paths = variant.partition("=")
         if not name or not all(Path(path, "config.json").is_file() for path in paths.split(",")):
-            parser.error(f"{way!r} is not NAME=DIR,DIR,... with a checkpoint in each DIR")
+            parser.error(f"{variant!r} is not NAME=DIR,DIR,... with a checkpoint in each DIR")
+        variants[name] = paths.split(",")
+    arguments.variants = variants
+    arguments.ratios = {name: float(Fraction(name)) for name in arguments.keep_ratios.split(",")}
+    arguments.adaptive = {name: float(Fraction(name)) for name in arguments.adaptive.split(",") if name}
+    arguments.seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    return arguments
 
-    ways = {name: paths.split(",") for name, _, paths in (way.partition("=") for way in arguments.ways)}
-    first = next(iter(ways.values()))[0]
+
+# By variant or rule, run and budget: of each question.
+Answers = dict[tuple[str, int, str], dict[str, list[float]]]
+
+
+def answer_of_policy(
+    trained: TPRLForConditionalGeneration, questions: Questions, processor: Any, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Answers by budget, and the threshold of each budget that is met on average, found on validation questions."""
+    parts = trained.policy, trained.autoencoder, trained.config.num_steps
+    settings: dict[Any, tuple[TokenPruner, Budget]] = {}
+    for name, ratio in arguments.ratios.items():
+        settings[name] = LearnedPruner(*parts), Budget(keep_ratio=ratio)
+    validation = mosaic_vqa("validation", seed=1, num_samples=arguments.num_validation)
+    thresholds = {}
+    for name, ratio in arguments.adaptive.items():
+        thresholds[name] = calibrate_threshold(trained, processor, validation, ratio)
+        settings[f"{name} on average"] = LearnedPruner(*parts, ratio), Budget(threshold=thresholds[name])
+    return {"thresholds": thresholds, "answers": questions.answer(settings)}
+
+
+def answer_of_rules(questions: Questions, ratios: dict[str, float]) -> dict[str, Any]:
+    """Answers unpruned, and of each rule by budget."""
+    rules: dict[Any, tuple[TokenPruner, Budget]] = {"none": (RandomPruner(), Budget(keep_ratio=1.0))}
+    for name, pruner in POINTING_BASELINES.items():
+        rules |= {f"{name} {budget}": (pruner(), Budget(keep_ratio=ratio)) for budget, ratio in ratios.items()}
+    return questions.answer(rules)
+
+
+def correct_of(answers: dict[str, list[float]]) -> list[float]:
+    """0 or 1 of each question; answers that an earlier version kept call it "right"."""
+    return answers["correct"] if "correct" in answers else answers["right"]
+
+
+def row_of(variant: str, budget: str, found: Answers, unpruned: list[float], questions: Questions) -> dict[str, Any]:
+    """One row: a variant or a rule at one budget, with what all its runs have answered."""
+    runs = [answers for key, answers in found.items() if key[0] == variant and key[2] == budget]
+    correct = mean_of([correct_of(run) for run in runs])
+    kept = mean_of([run["kept"] for run in runs])
+    by_run = [fmean(correct_of(run)) for run in runs]
+    return {
+        "way": variant,
+        "budget": budget,
+        "accuracy": questions.estimate(correct),
+        "difference": questions.estimate([a - b for a, b in zip(correct, unpruned, strict=True)]),
+        "accuracy_by_run": [round(accuracy, 5) for accuracy in by_run],
+        "spread": round(stdev(by_run), 5) if len(runs) > 1 else None,
+        "by_type": questions.by_type(correct),
+        "mean_kept": round(fmean(kept), 2),
+        "kept_by_type": questions.by_type(kept, 2),
+        "on_boxes": round(fmean(mean_of([run["on_boxes"] for run in runs])), 4),
+    }
+
+
+def differences(variant: str, others: Iterable[str], budget: str, found: Answers, questions: Questions) -> dict:
+    """By how much a variant is more often correct than each of the others at the same budget."""
+
+    def correct(name: str) -> list[float]:
+        return mean_of([correct_of(run) for key, run in found.items() if key[0] == name and key[2] == budget])
+
+    mine = correct(variant)
+    return {
+        f"less {other}": questions.estimate([a - b for a, b in zip(mine, correct(other), strict=True)])
+        for other in others
+        if other != variant
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = read_arguments(argv)
+    ratios, variants = arguments.ratios, arguments.variants
+    first = next(iter(variants.values()))[0]
     model = TPRLForConditionalGeneration.from_pretrained(first, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(first)
-    ratios = {name: float(Fraction(name)) for name in arguments.keep_ratios.split(",")}
-    adaptive = {name: float(Fraction(name)) for name in arguments.adaptive.split(",") if name}
-    validation = mosaic_vqa("validation", seed=1, num_samples=arguments.num_validation)
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    dataset = concatenate_datasets([mosaic_vqa("test", seed, arguments.num_samples) for seed in seeds])
+    dataset = concatenate_datasets([mosaic_vqa("test", seed, arguments.num_samples) for seed in arguments.seeds])
     questions = Questions(model, processor, dataset)
 
-    def answers_of(trained: TPRLForConditionalGeneration) -> dict[str, Any]:
-        """Of its policy, by budget, with the threshold of each budget that is met on average."""
-        parts = trained.policy, trained.autoencoder, trained.config.num_steps
-        settings: dict[Any, tuple[TokenPruner, Budget]] = {}
-        for name, ratio in ratios.items():
-            settings[name] = LearnedPruner(*parts), Budget(keep_ratio=ratio)
-        thresholds = {}
-        for name, ratio in adaptive.items():
-            thresholds[name] = calibrate_threshold(trained, processor, validation, ratio)
-            settings[f"{name} on average"] = LearnedPruner(*parts, ratio), Budget(threshold=thresholds[name])
-        return {"thresholds": thresholds, "answers": questions.answer(settings)}
-
-    def answers_of_rules() -> dict[str, Any]:
-        """Unpruned, and of each rule by budget."""
-        rules: dict[Any, tuple[TokenPruner, Budget]] = {"none": (RandomPruner(), Budget(keep_ratio=1.0))}
-        for name, pruner in POINTING_BASELINES.items():
-            rules |= {f"{name} {budget}": (pruner(), Budget(keep_ratio=ratio)) for budget, ratio in ratios.items()}
-        return questions.answer(rules)
-
-    asked = [seeds, arguments.num_samples, arguments.num_validation, ratios, adaptive]
+    settings = [arguments.seeds, arguments.num_samples, arguments.num_validation, ratios, arguments.adaptive]
     directory = arguments.output.with_suffix(".answers")
-    rules = once(directory, [fingerprint(model.lvlm), *asked], answers_of_rules)
-    found: dict[tuple[str, int, str], dict[str, list[float]]] = {}
+    rules = once(directory, [fingerprint(model.lvlm), *settings], partial(answer_of_rules, questions, ratios))
+    found: Answers = {(name, 0, budget): rules[f"{name} {budget}"] for name in POINTING_BASELINES for budget in ratios}
     thresholds: dict[str, list[float]] = defaultdict(list)
-    for way, paths in ways.items():
+    for variant, paths in variants.items():
         for run, path in enumerate(paths):
             trained = TPRLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
-            what = [fingerprint(trained), trained.config.num_steps, trained.config.position_ids, *asked]
-            answered = once(directory, what, partial(answers_of, trained))
+            what = [fingerprint(trained), trained.config.num_steps, trained.config.position_ids, *settings]
+            answered = once(directory, what, partial(answer_of_policy, trained, questions, processor, arguments))
             for name, threshold in answered["thresholds"].items():
-                thresholds[f"{way} {name}"].append(threshold)
-            found |= {(way, run, budget): values for budget, values in answered["answers"].items()}
-    for name in POINTING_BASELINES:
-        found |= {(name, 0, budget): rules[f"{name} {budget}"] for budget in ratios}
+                thresholds[f"{variant} {name}"].append(threshold)
+            found |= {(variant, run, budget): answers for budget, answers in answered["answers"].items()}
 
-    unpruned = rules["none"]["right"]
+    unpruned = correct_of(rules["none"])
+    budgets = [*ratios, *(f"{name} on average" for name in arguments.adaptive)]
     rows = []
-    for way in [*ways, *POINTING_BASELINES]:
-        for budget in [*ratios, *(f"{name} on average" for name in adaptive)]:
-            runs = [values for key, values in found.items() if key[0] == way and key[2] == budget]
-            if not runs:
-                continue
-            right = mean_of([run["right"] for run in runs])
-            kept = mean_of([run["kept"] for run in runs])
-            row = {
-                "way": way,
-                "budget": budget,
-                "accuracy": questions.estimate(right),
-                "difference": questions.estimate([a - b for a, b in zip(right, unpruned, strict=True)]),
-                "accuracy_by_run": [round(fmean(run["right"]), 5) for run in runs],
-                "spread": round(stdev(fmean(run["right"]) for run in runs), 5) if len(runs) > 1 else None,
-                "by_type": questions.by_type(right),
-                "mean_kept": round(fmean(kept), 2),
-                "kept_by_type": questions.by_type(kept, 2),
-                "on_boxes": round(fmean(mean_of([run["on_boxes"] for run in runs])), 4),
-            }
-            for other in ways:
-                if other != way and way in ways:
-                    others = [v["right"] for key, v in found.items() if key[0] == other and key[2] == budget]
-                    paired = [a - b for a, b in zip(right, mean_of(others), strict=True)]
-                    row[f"less {other}"] = questions.estimate(paired)
-            rows.append(row)
+    for variant in variants:
+        for budget in budgets:
+            row = row_of(variant, budget, found, unpruned, questions)
+            rows.append(row | differences(variant, variants, budget, found, questions))
+    for rule in POINTING_BASELINES:
+        rows += [row_of(rule, budget, found, unpruned, questions) for budget in ratios]
     result = {
         "command": f"python -m tprl_hf.evaluation.policy_runs {shlex.join(argv)}" if argv else "",
         "num_samples": len(dataset),
         "split": "test",
-        "seeds": seeds,
+        "seeds": arguments.seeds,
         "unpruned": questions.estimate(unpruned),
         "unpruned_by_type": questions.by_type(unpruned),
         "thresholds": thresholds,

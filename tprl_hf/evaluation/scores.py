@@ -1,4 +1,4 @@
-"""How right one answer is, by the rules of the public benchmarks. Pure functions of texts and boxes."""
+"""How correct one answer is, by the rules of the public benchmarks. Pure functions of texts and boxes."""
 
 import re
 from collections.abc import Sequence
@@ -75,14 +75,14 @@ def vqa_score(answer: str, references: Sequence[str] | str) -> float:
     return sum(min(1.0, (sum(equal) - left_out) / 3) for left_out in equal) / len(equal)
 
 
-def is_right(answer: str, reference: str) -> bool:
+def is_correct(answer: str, reference: str) -> bool:
     """
     Whether an answer equals the reference, letter case, surrounding blanks and a closing full stop aside.
 
     Example:
 
     ```python
-    >>> is_right(" Yes.", "yes"), is_right("yes it is", "yes")
+    >>> is_correct(" Yes.", "yes"), is_correct("yes it is", "yes")
     (True, False)
     ```
     """
@@ -94,13 +94,13 @@ def _normalized(text: str) -> str:
 
 
 def exact_score(answer: str, references: Sequence[str] | str) -> float:
-    """1 where [`is_right`] holds for any of the references, else 0."""
-    return float(any(is_right(answer, reference) for reference in _as_list(references)))
+    """1 where [`is_correct`] holds for any of the references, else 0."""
+    return float(any(is_correct(answer, reference) for reference in _as_list(references)))
 
 
 def relaxed_score(answer: str, references: Sequence[str] | str, tolerance: float = 0.05) -> float:
     """
-    ChartQA's relaxed accuracy (Masry et al., arXiv 2203.10244): numbers within 5 % of the reference are right, other
+    ChartQA's relaxed accuracy (Masry et al., arXiv 2203.10244): numbers within 5 % of the reference are correct, other
     answers must be equal, letter case aside. "5%" is 0.05, and a reference of 0 must be met exactly.
 
     Example:

@@ -9,8 +9,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from .compare_pruners import Record, Setting
-from .counted import Counted
 from .intervals import Estimate, bootstrap_mean
+from .operation_counts import OperationCounts
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Row:
         by_type (`dict[str, Estimate]`): Mean score by question type.
         by_pruner_seed (`dict[str, float]`): Mean score by the pruner's seed, of methods that have one.
         by_data_seed (`dict[str, float]`): Mean score by the seed of the data.
-        counted ([`Counted`], *optional*): Operations for one question.
+        counted ([`OperationCounts`], *optional*): Operations for one question.
     """
 
     pruner: str
@@ -42,7 +42,7 @@ class Row:
     by_type: dict[str, Estimate]
     by_pruner_seed: dict[str, float] = field(default_factory=dict)
     by_data_seed: dict[str, float] = field(default_factory=dict)
-    counted: Counted | None = None
+    counted: OperationCounts | None = None
 
 
 def summarize(
@@ -52,7 +52,7 @@ def summarize(
     units: Sequence[Any],
     confidence: float = 0.95,
     data_seeds: Sequence[int] | None = None,
-    counted: Mapping[tuple[str, str], Counted] | None = None,
+    counted: Mapping[tuple[str, str], OperationCounts] | None = None,
 ) -> list[Row]:
     """
     One row a setting, in their order. Settings that differ by the pruner's seed alone are one row: a sample's score is

@@ -102,7 +102,7 @@ def files_to_publish(
         existing_card (`str`, *optional*): The card that is to be brought up to date; by default that of `directory`.
 
     Raises:
-        `OSError`: If it is no checkpoint, or has no safetensors.
+        `OSError`: If it is not a checkpoint, or has no safetensors.
         `ValueError`: If others could not load it.
     """
     directory = Path(directory)
@@ -180,7 +180,7 @@ def publish(
         `CommitInfo`
 
     Raises:
-        `OSError`: If it is no checkpoint, or has no safetensors.
+        `OSError`: If it is not a checkpoint, or has no safetensors.
         `ValueError`: If others could not load it, or the Hub does not take its card.
     """
     api = HfApi(token=token)

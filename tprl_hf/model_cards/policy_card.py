@@ -94,7 +94,7 @@ def check_results(result: Mapping[str, Any]) -> None:
     """Raises `ValueError` unless `result` is a `results.json` with its baselines."""
     missing = [name for name in RESULT_FIELDS if name not in result]
     if missing:
-        raise ValueError(f"These are no results of `tprl evaluate`: {', '.join(missing)} are missing.")
+        raise ValueError(f"These are not results of `tprl evaluate`: {', '.join(missing)} are missing.")
     pruners = {row["pruner"] for row in result["rows"]}
     if not {"none", "random"} <= pruners:
         raise ValueError(f"A table needs the rows none and random beside the policy's; there are {sorted(pruners)}.")

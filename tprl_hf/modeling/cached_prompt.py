@@ -1,4 +1,4 @@
-"""What a key-value cache holds, column by column, and how it is read when a conversation goes on from it.
+"""What a key-value cache holds, column by column, and how it is read when a conversation continues from it.
 
 A conversation passes its full prompt again. Which of its visual tokens are in the cache, at which positions, only this
 record knows. It lies on the cache object, so that a copy of the cache has it too, and is laid over what the cache has

@@ -28,8 +28,8 @@ def refuse_unsafe_name(name: Any, said_by: str) -> None:
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
     if not parts or "\\" in name or ":" in parts[0] or parts[0] == "/" or ".." in parts:
         raise ValueError(
-            f"{said_by} names the file {name!r}, which is no name of a file beside it. Nothing was read; do not use "
-            "this checkpoint."
+            f"{said_by} names the file {name!r}, which is not the name of a file beside it. Nothing was read; do not "
+            "use this checkpoint."
         )
 
 
@@ -56,7 +56,7 @@ def check_weight_files(
 
     Raises:
         `OSError`: when there are none in safetensors.
-        `ValueError`: when config or index name a file elsewhere, or one that is no safetensors file.
+        `ValueError`: when config or index name a file elsewhere, or one that is not a safetensors file.
     """
     config = cached(source, CONFIG_NAME, hub_kwargs)
     named = json.loads(Path(config).read_text(encoding="utf-8")).get("transformers_weights") if config else None

@@ -54,8 +54,8 @@ logger = logging.get_logger(__name__)
 
 BASE_PREFIX, POLICY_PREFIXES = "lvlm.", ("autoencoder.", "policy.")
 HUB_NAMES = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-# Of a call that loads a policy, what does not concern its base model. Trust in the code beside a policy is no trust in
-# code beside whatever base model its config names.
+# Of a call that loads a policy, what does not concern its base model. Trust in the code beside a policy is not trust
+# in the code beside the base model that its config names.
 NOT_FOR_THE_BASE = (
     *("revision", "subfolder", "force_download", "output_loading_info", "adapter_kwargs", "code_revision"),
     *("trust_remote_code", "use_safetensors", "variant"),

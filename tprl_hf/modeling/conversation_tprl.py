@@ -1,4 +1,4 @@
-"""How a conversation goes on from a cache: reading what it holds before a call, noting it afterwards."""
+"""How a conversation continues from a cache: reading what it holds before a call, noting it afterwards."""
 
 from typing import Any
 

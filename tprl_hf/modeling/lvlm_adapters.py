@@ -120,39 +120,43 @@ class LVLMAdapter:
         input_ids = input_ids.cpu()  # see `PromptBatch`
         modalities = {}
         for modality in self.encoder_names:
-            counts = (input_ids == self.token_ids[modality]).sum(1)
-            taken = self.encoder_inputs(modality, inputs)
-            handed = (inputs.get(HANDED) or {}).get(modality)
-            if handed is not None:
-                modalities[modality] = self.unpack(modality, handed, counts, inputs)
-                continue
-            if not taken:
-                if counts.any():
-                    raise ValueError(
-                        f"The prompt has {int(counts.sum())} {modality} tokens, but no {modality} was passed. Pass "
-                        f"the {modality}s' pixel values, or `visual_features`."
-                    )
-                continue
-            for name, value in taken.items():
-                if torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all():
-                    bad = value[~value.isfinite()][0].item()
-                    raise ValueError(f"{name} holds {bad}: check how the image was read and normalised.")
-            notes: AbstractContextManager[tuple[Any, list[ObservedLayer]]] = nullcontext((self.core, []))
-            if with_attention:
-                notes = observed_tower(self.base)
-            with notes as (core, layers):
-                output = getattr(core, f"get_{modality}_features")(**taken, return_dict=True)
-            encoded = self.unpack(modality, output, counts, inputs)
-            if with_attention:
-                layer = choose_layer(layers, self.feature_layer, self.config.model_type)
-                encoded.attention = self.received_attention(modality, layer, encoded, inputs)
-            if encoded.container == "tensor":  # of tiles, whose images only the prompt tells apart
-                encoded.blocks = join_tiles(encoded.blocks, run_lengths(input_ids == self.token_ids[modality]))
-            modalities[modality] = encoded
+            encoded = self.encode_modality(modality, input_ids, inputs, with_attention)
+            if encoded is not None:
+                modalities[modality] = encoded
         geometry = {name: inputs[name] for name in self.geometry_names if torch.is_tensor(inputs.get(name))}
         features = VisualFeatures(modalities, geometry)
         self.check(input_ids, features)
         return features
+
+    def encode_modality(
+        self, modality: str, input_ids: Tensor, inputs: dict[str, Any], with_attention: bool
+    ) -> EncodedModality | None:
+        """The images or the videos of [`encode`]; `None` where `inputs` holds none."""
+        counts = (input_ids == self.token_ids[modality]).sum(1)
+        handed = (inputs.get(HANDED) or {}).get(modality)
+        if handed is not None:
+            return self.unpack(modality, handed, counts, inputs)
+        taken = self.encoder_inputs(modality, inputs)
+        if not taken and counts.any():
+            raise ValueError(
+                f"The prompt has {int(counts.sum())} {modality} tokens, but no {modality} was passed. Pass "
+                f"the {modality}s' pixel values, or `visual_features`."
+            )
+        if not taken:
+            return None
+        refuse_not_finite(taken)
+        notes: AbstractContextManager[tuple[Any, list[ObservedLayer]]] = nullcontext((self.core, []))
+        if with_attention:
+            notes = observed_tower(self.base)
+        with notes as (core, layers):
+            output = getattr(core, f"get_{modality}_features")(**taken, return_dict=True)
+        encoded = self.unpack(modality, output, counts, inputs)
+        if with_attention:
+            layer = choose_layer(layers, self.feature_layer, self.config.model_type)
+            encoded.attention = self.received_attention(modality, layer, encoded, inputs)
+        if encoded.container == "tensor":  # of tiles, whose images only the prompt tells apart
+            encoded.blocks = join_tiles(encoded.blocks, run_lengths(input_ids == self.token_ids[modality]))
+        return encoded
 
     def unpack(self, modality: str, output: ModelOutput, counts: Tensor, inputs: dict[str, Any]) -> EncodedModality:
         """The base model's encoder output as one tensor of rows."""
@@ -203,7 +207,7 @@ class LVLMAdapter:
         return patches
 
     def valid_patches(self, modality: str, inputs: dict[str, Any]) -> Tensor | None:
-        """Which patches are no padding, `bool [tiles, patches]`, where the tower is handed padding."""
+        """Which patches are not padding, `bool [tiles, patches]`, where the tower is handed padding."""
         mask = inputs.get("pixel_attention_mask")
         return None if mask is None else mask.bool()
 
@@ -366,6 +370,14 @@ class RopeIndexAdapter(LVLMAdapter):
 
     def largest_positions(self, positions: Tensor) -> Tensor:
         return positions[int(self.has_text_axis) :].amax(0)
+
+
+def refuse_not_finite(inputs: dict[str, Any]) -> None:
+    """Raises `ValueError` where an input has a NaN or an infinity."""
+    for name, value in inputs.items():
+        if torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all():
+            bad = value[~value.isfinite()][0].item()
+            raise ValueError(f"{name} holds {bad}: check how the image was read and normalised.")
 
 
 def pack_rows(rows: Tensor, counts: Tensor, encoded: EncodedModality, same_length: bool) -> Any:

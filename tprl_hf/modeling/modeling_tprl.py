@@ -205,7 +205,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         return PackedRows.of(positions, (input_ids.shape[0], input_ids.shape[1]))
 
     def _forward_cached(self, input_ids, attention_mask, inputs, return_dict):
-        """New tokens behind a cache: positions and mask go on from what the cache holds."""
+        """New tokens behind a cache: positions and mask continue those of the cache."""
         record = CachedPrompt.of(inputs[CACHE_NAME]).for_prompts(len(input_ids), 1)
         device, ids = input_ids.device, input_ids.cpu()
         if self.adapter.find_visual(ids).any():

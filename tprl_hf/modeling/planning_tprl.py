@@ -193,7 +193,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         return pruning_inputs(batch, self.adapter, layout_of(batch, self.adapter), query_mask, with_attention)[0]
 
     def _infer_attention_mask(self, input_ids: Tensor) -> Tensor:
-        # as the base model's generate does: only a pad token that is no end token can be told from text
+        # as the base model's generate does: only a pad token that is not an end token can be told from text
         pad, eos = self.generation_config.pad_token_id, self.generation_config.eos_token_id
         ends = eos if isinstance(eos, list) else [eos]
         return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()

@@ -276,7 +276,7 @@ def align_with_cache(batch: PromptBatch, kept: Tensor, padding: int) -> KeptColu
     """Index of a pruned batch whose first columns are those of the cache.
 
     The cached tokens of each sample stay in their columns; what is new is left-padded behind them, so that samples may
-    go on with texts of different length.
+    continue with texts of different length.
 
     Args:
         padding: at least so many columns of padding.

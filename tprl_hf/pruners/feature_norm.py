@@ -1,6 +1,6 @@
 """Feature norm: the simplest score that looks at the tokens at all.
 
-High norms are no sure sign of importance: vision transformers store global information in high-norm tokens of the
+High norms are not a sure sign of importance: vision transformers store global information in high-norm tokens of the
 background (Darcet et al., "Vision Transformers Need Registers", arXiv 2309.16588), so both directions are offered.
 """
 

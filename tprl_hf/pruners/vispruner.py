@@ -51,7 +51,7 @@ def remove_duplicates(tokens: Tensor, count: int, per_round: int) -> Tensor:
         candidates, others = left[::2], left[1::2]
         if len(others) == 0:
             return left[:count]
-        # of few tokens fewer go at a time, else the last round would take what is no duplicate
+        # of few tokens fewer go at a time, else the last round would take what is not a duplicate
         excess = min(per_round, len(left) - count, max(len(candidates) // 4, 1))
         similarity = (directions[candidates] @ directions[others].T).amax(dim=1)
         gone = candidates[similarity.argsort(descending=True, stable=True)[:excess]]

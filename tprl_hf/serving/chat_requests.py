@@ -202,7 +202,7 @@ def open_image(url: str, limits: Limits) -> Image.Image:
     The image of a `data:` URL, or of an address where that is allowed, upright and in RGB.
 
     Raises:
-        `HTTPException`: 400 for files of this machine, addresses that are not allowed, and what is no image.
+        `HTTPException`: 400 for files of this machine, addresses that are not allowed, and what is not an image.
     """
     scheme = url.partition(":")[0].lower()
     if scheme == "data":
@@ -210,7 +210,7 @@ def open_image(url: str, limits: Limits) -> Image.Image:
         try:
             content = base64.b64decode(data, validate=True) if header.endswith(";base64") else b""
         except binascii.Error as error:
-            raise refuse(f"The image is no base64 ({error}).") from None
+            raise refuse(f"The image is not base64 ({error}).") from None
     elif scheme in ("http", "https"):
         if not limits.allow_remote_images:
             raise refuse(

@@ -9,7 +9,7 @@ Two phases, each as long as it is told in minutes:
    second and third LLM layers to the objects asked about; its weight falls to zero there.
 
 Processes average their gradients (gloo), one thread each. The state is saved every few minutes, atomically; the same
-command goes on from it. The learning rate follows the time spent, so that a run ends when it should on any machine.
+command resumes from it. The learning rate follows the time spent, so that a run ends when it should on any machine.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ class ReadingHeads(nn.Module):
     def relation_loss(self, hidden_states: tuple[torch.Tensor, ...], batch: PackedBatch) -> torch.Tensor:
         """Loss of reading from the LLM where an object lies, at its noun, and which of two lies first, at the second.
 
-        Whether "left of" is right is an exclusive or of relation and order: a model that is not told the
-        order goes on guessing.
+        Whether "left of" is correct is an exclusive or of relation and order: a model that is not told the
+        order keeps guessing.
         """
         rows, centers = batch.relation_rows, batch.relation_centers
         if len(rows) == 0:
@@ -159,8 +159,8 @@ class ReadingHeads(nn.Module):
         hidden = self.norm(patches)
         readings = {}
         for name, target in (("kind", batch.kinds), ("color", batch.colors), ("digit", batch.digits)):
-            asked = target > 0 if name == "kind" else target != IGNORE
-            readings[name] = (getattr(self, name)(hidden).argmax(-1) == target)[asked].float().mean().item()
+            has_target = target > 0 if name == "kind" else target != IGNORE
+            readings[name] = (getattr(self, name)(hidden).argmax(-1) == target)[has_target].float().mean().item()
         return readings
 
 
@@ -177,10 +177,10 @@ def grounding_loss(attention: LlamaAttention, arguments: dict, batch: PackedBatc
     costs half of the training's speed.
     """
     width = GROUNDED_HEADS * attention.head_dim
-    asked = batch.grounding_rows[:, 2] == attention.layer_idx
+    of_layer = batch.grounding_rows[:, 2] == attention.layer_idx
     losses = []
     for i, hidden in enumerate(arguments["hidden_states"]):
-        mine = asked & (batch.grounding_rows[:, 0] == i)
+        mine = of_layer & (batch.grounding_rows[:, 0] == i)
         rows = batch.grounding_rows[mine, 1]
         cos, sin = (table[i, :, None] for table in arguments["position_embeddings"])
 
@@ -247,19 +247,19 @@ def answer_losses(
 def evaluate(
     model: LlavaForConditionalGeneration, heads: ReadingHeads, batches: list[PackedBatch]
 ) -> dict[str, float]:
-    """Accuracy by question type (all answer tokens right, teacher-forced, which is greedy decoding) and by patch."""
-    right: dict[str, list[float]] = defaultdict(list)
+    """Accuracy by question type (all answer tokens correct, teacher-forced, which is greedy decoding) and by patch."""
+    correct: dict[str, list[float]] = defaultdict(list)
     patch_right: dict[str, list[float]] = defaultdict(list)
     for batch in batches:
         patches, _ = run_tower(model, batch.pixel_values)
         logits = answer_losses(model, heads, patches, batch).logits
         hits = logits.argmax(-1) == batch.labels
         for question_type, (i, first, stop) in zip(batch.question_types, batch.answer_rows, strict=True):
-            right[question_type].append(hits[i, first:stop].all().float().item())
+            correct[question_type].append(hits[i, first:stop].all().float().item())
         for name, value in heads.accuracies(patches, batch).items():
             if not math.isnan(value):
                 patch_right[name].append(value)
-    scores = {name: sum(values) / len(values) for name, values in sorted(right.items())}
+    scores = {name: sum(values) / len(values) for name, values in sorted(correct.items())}
     return scores | {f"patch_{name}": sum(values) / len(values) for name, values in patch_right.items()}
 
 

@@ -51,7 +51,7 @@ def calibrate_threshold(
         encoder([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         for start in range(0, len(rows), batch_size)
     ]
-    pruner = FirstStepOnce(model.policy, model.autoencoder, model.config.num_steps, keep_ratio)
+    pruner = RememberedFirstStep(model.policy, model.autoencoder, model.config.num_steps, keep_ratio)
     # in log-odds: where a policy is sure, thresholds lie close to 0 or 1
     low, high = -15.0, 15.0
     for _ in range(NUM_BISECTIONS):
@@ -71,7 +71,7 @@ def calibrate_threshold(
     return threshold
 
 
-class FirstStepOnce(LearnedPruner):
+class RememberedFirstStep(LearnedPruner):
     """Remembers the log-odds of the first step, which no threshold changes."""
 
     def __init__(self, *args):

@@ -51,7 +51,7 @@ class PolicyNetworks(TrainedNetworks):
         return policy_on_trajectories(self.policy, codes, inputs, sample_index, keep_masks)
 
 
-def as_they_are(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def uncollated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of a dataset as a batch: they are encoded where they are used."""
     return rows
 
@@ -123,7 +123,7 @@ class PrunerTrainer(Trainer):
         super().__init__(
             model=self.networks(model, args),
             args=args,
-            data_collator=as_they_are,
+            data_collator=uncollated,
             processing_class=processing_class,
             train_dataset=None if train_dataset is None else undecoded(train_dataset),
             eval_dataset=None if eval_dataset is None else undecoded(eval_dataset),

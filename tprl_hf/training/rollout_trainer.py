@@ -83,6 +83,8 @@ class RolloutTrainer(PolicyTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As many empty batches as an epoch has optimizer steps: buffers choose their questions themselves."""
+        if self.train_dataset is None:
+            raise ValueError(f"{type(self).__name__} has no train_dataset: pass it rows with images, prompt, answer.")
         ticks = range(self.buffers_per_epoch * self.updates_per_buffer * self.args.world_size)
         return self.accelerator.prepare(DataLoader(ticks, batch_size=1, collate_fn=list))  # type: ignore[arg-type]
 

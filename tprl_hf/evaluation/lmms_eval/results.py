@@ -33,7 +33,7 @@ def lmms_eval_results(path: str | Path) -> list[EvalResult]:
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     missing = [name for name in ("results", "configs", "config", "n-samples") if name not in found]
     if missing:
-        raise ValueError(f"{path} is no results file of lmms-eval: it lacks {', '.join(missing)}.")
+        raise ValueError(f"{path} is not a results file of lmms-eval: it lacks {', '.join(missing)}.")
     throughput = found.get("throughput", {})
     shared = {
         "model_args": without_paths(found["config"]["model_args"]),

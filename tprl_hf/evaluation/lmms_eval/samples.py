@@ -42,10 +42,10 @@ def lmms_eval_samples(
             f"command works, and so does lmms-eval --model tprl --model_args keep_ratio=1/3 --tasks {task_name}."
         ) from None
 
-    logger.disable("lmms_eval")  # a line for each file in its folders that is no task
+    logger.disable("lmms_eval")  # a line for each file in its folders that is not a task
     manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
     if task_name not in manager.all_subtasks:
-        known = "is a group of tasks" if task_name in manager.all_tasks else "is no task of lmms-eval"
+        known = "is a group of tasks" if task_name in manager.all_tasks else "is not a task of lmms-eval"
         raise ValueError(
             f"{task_name!r} {known}, nor is it mosaic, easy-vqa or a .jsonl file. `lmms-eval tasks subtasks` lists "
             "the tasks."

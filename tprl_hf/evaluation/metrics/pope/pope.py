@@ -33,11 +33,11 @@ class POPE(evaluate.Metric):
     def _compute(self, predictions, references):
         said = [says_yes(answer) for answer in predictions]
         true = [reference.strip().lower() == "yes" for reference in references]
-        hits = sum(yes and right for yes, right in zip(said, true, strict=True))
+        hits = sum(yes and expected for yes, expected in zip(said, true, strict=True))
         precision = hits / sum(said) if any(said) else 0.0
         recall = hits / sum(true) if any(true) else 0.0
         return {
-            "accuracy": sum(yes == right for yes, right in zip(said, true, strict=True)) / len(said),
+            "accuracy": sum(yes == expected for yes, expected in zip(said, true, strict=True)) / len(said),
             "precision": precision,
             "recall": recall,
             "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,

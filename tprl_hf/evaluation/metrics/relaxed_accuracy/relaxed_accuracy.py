@@ -7,5 +7,5 @@ from tprl_hf.evaluation.scores import relaxed_score
 class RelaxedAccuracy(answer_metric.AnswerMetric):
     score = staticmethod(relaxed_score)
     result = "relaxed_accuracy"
-    about = "ChartQA's accuracy: numbers within 5 % of the reference are right, other answers must be equal."
+    about = "ChartQA's accuracy: numbers within 5 % of the reference are correct, other answers must be equal."
     source = "Masry et al., ChartQA, Findings of ACL 2022, arXiv 2203.10244"

@@ -14,7 +14,7 @@ from tprl_hf.modeling.token_pruner import TokenPruner
 
 
 @dataclass(frozen=True)
-class Counted:
+class OperationCounts:
     """
     Operations (twice the multiply-accumulates of all matrix products) for one question.
 
