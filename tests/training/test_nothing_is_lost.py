@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from tests.families.tiny_models import build, collate, sample
@@ -166,7 +166,11 @@ def test_what_was_changed_is_saved(model, family, tmp_path, change, way):
     assert_same(AutoModelForImageTextToText.from_pretrained(tmp_path / "twice"), changed)
 
 
-@pytest.mark.parametrize("change", [None, *CHANGES], ids=lambda change: getattr(change, "__name__", "untouched"))
+@pytest.mark.parametrize(
+    "change",
+    [None, by_hand, merged_lora, more_words, tuned_in_half],
+    ids=lambda change: getattr(change, "__name__", "untouched"),
+)
 def test_a_checkpoint_of_trainer_resumes_exactly(base, family, tmp_path, change):
     """Four steps are two, and two more in another process."""
 
@@ -325,3 +329,40 @@ def test_a_comparison_that_cannot_be_made_is_told(model, tmp_path):
         logger.warning = before
     assert not policy_only(tmp_path / "by-default") and policy_only(tmp_path / "alone")
     assert "not on this machine to compare with" in said[0] and "could not be compared" in said[1]
+
+
+# ---- quantised bases ----
+
+
+def eight_bits(base, **settings):
+    """Real ones, where the package is installed; it runs on CPUs."""
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    return TPRLForConditionalGeneration.from_base_model(base, quantization_config=config, device_map="cpu", **settings)
+
+
+def said_to_be_quantised(base, **settings):
+    """No package for it is among those of the tests: a model that says so, as transformers marks one."""
+    live = AutoModelForImageTextToText.from_pretrained(base)
+    live.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    live.is_loaded_in_8bit = live.is_quantized = True
+    return TPRLForConditionalGeneration.from_base_model(live, **settings)
+
+
+@pytest.mark.parametrize("quantised", [eight_bits, said_to_be_quantised])
+def test_a_quantised_base(base, family, tmp_path, quantised):
+    model = quantised(base, latent_dim=8, pruner="divprune", keep_ratio=0.5)
+    assert model.is_loaded_in_8bit and model.is_quantized  # PEFT and Trainer look there
+    model.save_pretrained(tmp_path / "policy")
+    assert policy_only(tmp_path / "policy")
+    with pytest.raises(ValueError, match="dequantize"):
+        model.save_pretrained(tmp_path / "whole", save_base_model=True)
+    one_value(model, family)
+    with pytest.raises(ValueError, match="dequantize"):
+        model.save_pretrained(tmp_path / "changed")
+    with pytest.raises(ValueError, match="would lose"):
+        model.save_pretrained(tmp_path / "changed", save_base_model=False)
+    if quantised is eight_bits:
+        model.dequantize()
+        model.save_pretrained(tmp_path / "dequantised")
+        assert_same(TPRLForConditionalGeneration.from_pretrained(tmp_path / "dequantised"), model)

@@ -129,11 +129,6 @@ def refuse_what_no_checkpoint_holds(base: PreTrainedModel, state: dict[str, Tens
         base: the base model.
         state: its weights.
     """
-    if is_quantised(base):
-        raise ValueError(
-            "The base model is quantised, and a checkpoint that holds it could not be loaded. Save adapters with "
-            "PeftModel.save_pretrained, or call model.lvlm.dequantize() first."
-        )
     with torch.device("meta"):
         made = AutoModelForImageTextToText.from_config(base.config)
     expected = {name: value.shape for name, value in made.state_dict().items()}
@@ -144,6 +139,15 @@ def refuse_what_no_checkpoint_holds(base: PreTrainedModel, state: dict[str, Tens
             f"{len(strange)} weights of the base model are not those that its config describes (such as "
             f"{', '.join(strange[:3])}), so that from_pretrained would not bring them back: change model.lvlm.config "
             "with them, or save model.lvlm.state_dict() yourself."
+        )
+
+
+def refuse_quantised(model: PreTrainedModel) -> None:
+    """Raises `ValueError` for a wrapped base model that is quantised."""
+    if is_quantised(model):
+        raise ValueError(
+            "The base model is quantised, and a checkpoint that holds it could not be loaded. Save adapters with "
+            "PeftModel.save_pretrained, or call model.dequantize() first."
         )
 
 
@@ -158,5 +162,6 @@ def refuse_adapters(state: dict[str, Tensor]) -> None:
         )
 
 
-def is_quantised(base: PreTrainedModel) -> bool:
-    return hasattr(base.config, "quantization_config")
+def is_quantised(model: PreTrainedModel) -> bool:
+    """Whether an LVLM, wrapped or not, is quantised."""
+    return any(hasattr(module.config, "quantization_config") for module in (model, getattr(model, "lvlm", model)))

@@ -19,6 +19,7 @@ from .base_weights import (
     digests,
     is_quantised,
     refuse_adapters,
+    refuse_quantised,
     refuse_what_no_checkpoint_holds,
     weight_files,
 )
@@ -59,6 +60,7 @@ NOT_FOR_THE_BASE = (
     *("revision", "subfolder", "force_download", "output_loading_info", "adapter_kwargs", "code_revision"),
     *("trust_remote_code", "use_safetensors", "variant"),
 )
+QUANTISED = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
 
 
 def policy_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -309,6 +311,7 @@ class TPRLPreTrainedModel(PreTrainedModel):
         state = self._weights() if given is None else given
         whole = self._needs_base(state, save_base_model)
         if whole:
+            refuse_quantised(self)
             refuse_what_no_checkpoint_holds(self.lvlm, base_state(self.state_dict() if given is None else given))
             if base_dtype is not None:
                 given = cast_base(state, base_dtype)
@@ -350,16 +353,26 @@ class TPRLPreTrainedModel(PreTrainedModel):
             files = [load_file(path) for path in Path(scratch).glob("*.safetensors")]
         return {name: value for file in files for name, value in file.items()}
 
+    def dequantize(self, dtype=None) -> None:
+        """As [`~transformers.PreTrainedModel.dequantize`], of the base model."""
+        if getattr(self.lvlm, "hf_quantizer", None) is None:  # quantised as a whole, from a merged checkpoint
+            super().dequantize(dtype)
+            return
+        self.lvlm.dequantize(dtype)
+        for name in QUANTISED:
+            self.__dict__.pop(name, None)
+
     def _needs_base(self, state: dict[str, Tensor], wanted: bool | None) -> bool:
         """Whether the base model's weights are to be saved, and refuses to lose any."""
         refuse_adapters(state)
         if wanted:
             return True
         config, base = self.config, base_state(state)
-        if self._quantised_weights is not None and is_quantised(self.lvlm):
-            now = digests(base)
-            changed = sorted(name for name in now if now[name] != self._quantised_weights.get(name))
-            known = True
+        if is_quantised(self):
+            known, changed = self._quantised_weights is not None, []
+            if self._quantised_weights is not None:
+                found = digests(base)
+                changed = sorted(name for name in found if found[name] != self._quantised_weights.get(name))
         else:
             cache_dir = self._base_cache_dir
             files = weight_files(config.base_model_name_or_path, config.base_model_revision, cache_dir)
@@ -373,8 +386,7 @@ class TPRLPreTrainedModel(PreTrainedModel):
                 f"save_base_model=False would lose {len(changed)} weights of the base model that are not those of "
                 f"{config.base_model_name_or_path} (such as {changed[0]}): leave it out, or pass True."
             )
-        if is_quantised(self.lvlm):
-            refuse_what_no_checkpoint_holds(self.lvlm, base)
+        refuse_quantised(self)
         if not known and config.base_model_name_or_path is not None:
             logger.warning(
                 f"The weights of the base model, {config.base_model_name_or_path}, are not on this machine to compare "
@@ -474,6 +486,9 @@ class TPRLPreTrainedModel(PreTrainedModel):
         model = cls(config, lvlm=base)
         # There are no files to compare these with later on.
         model._quantised_weights = digests(base.state_dict()) if is_quantised(base) else None
+        for name in QUANTISED:  # PEFT, TRL and `Trainer` look at the outer model
+            if hasattr(base, name):
+                setattr(model, name, getattr(base, name))
         if hasattr(base, "hf_device_map"):  # for `Trainer` and for saving, which look at the outer model
             places = base.hf_device_map.items()
             model.hf_device_map = {f"{BASE_PREFIX}{name}".rstrip("."): place for name, place in places}

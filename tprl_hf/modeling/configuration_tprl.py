@@ -78,6 +78,8 @@ class TPRLConfig(PreTrainedConfig):
 
     model_type = "tprl"
     sub_configs: ClassVar[dict[str, Any]] = {"base_config": AutoConfig}
+    # so that predictions of `Trainer` are logits, as with the base model
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache", "keep_mask", "num_kept", "columns"]
 
     base_config: dict | PreTrainedConfig | None = None
     base_model_name_or_path: str | None = None

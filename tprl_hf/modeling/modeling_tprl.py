@@ -272,6 +272,11 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         Returns:
             As [`~transformers.GenerationMixin.generate`]; a dict also has `keep_mask`, `num_kept` and `num_visual`.
         """
+        if "prepare_inputs_for_generation" in vars(self):  # set by PEFT, whose virtual tokens would be left out
+            raise ValueError(
+                "PEFT's prompt tuning, P-tuning and prefix tuning are not possible: their virtual tokens would not "
+                "reach the pruned prompt. Instead take LoRA."
+            )
         input_ids = kwargs.pop("input_ids", inputs)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         if kwargs.get("mm_encoder_outputs") is not None:  # of the model whose draft this one is

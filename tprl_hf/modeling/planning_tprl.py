@@ -135,7 +135,10 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         with_attention: bool = False,
     ) -> PromptBatch:
         if input_ids is None:
-            raise ValueError("`input_ids` are needed: they say where the visual tokens are. `inputs_embeds` do not.")
+            raise ValueError(
+                "`input_ids` are needed: they say where the visual tokens are. `inputs_embeds` do not, so that PEFT's "
+                "prompt tuning and P-tuning are not possible: take LoRA."
+            )
         if attention_mask is None:
             attention_mask = self._infer_attention_mask(input_ids)
         if attention_mask.shape != input_ids.shape:
