@@ -67,14 +67,15 @@ class _AfterImport(MetaPathFinder):
 
             AutoConfig.register(TPRLConfig.model_type, TPRLConfig, exist_ok=True)
         if AUTO_MODEL in sys.modules:
-            from transformers import AutoModel, AutoModelForImageTextToText
+            from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
             from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
             from tprl_hf.pruners import DEFAULT_PRUNER, PRUNERS
 
             TPRLForConditionalGeneration.pruner_classes = PRUNERS
             TPRLForConditionalGeneration.default_pruner = DEFAULT_PRUNER
-            for auto_class in (AutoModel, AutoModelForImageTextToText):
+            # TRL loads by the second what it does not find among transformers' own classes.
+            for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
                 auto_class.register(TPRLConfig, TPRLForConditionalGeneration, exist_ok=True)
         if AUTO_PROCESSOR in sys.modules:
             from transformers import AutoProcessor
@@ -89,8 +90,8 @@ class _AfterImport(MetaPathFinder):
 
 def register_auto_classes() -> None:
     """
-    Makes `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText` and `AutoProcessor` know checkpoints of model type
-    "tprl": at once where transformers' Auto modules are loaded, otherwise as soon as they are.
+    Makes `AutoConfig`, `AutoModel`, `AutoModelForCausalLM`, `AutoModelForImageTextToText` and `AutoProcessor` know
+    checkpoints of model type "tprl": at once where transformers' Auto modules are loaded, else as soon as they are.
     """
     finder = _AfterImport()
     sys.meta_path.insert(0, finder)

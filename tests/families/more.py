@@ -233,7 +233,11 @@ OTHERS: dict[str, Family] = {
         lambda: shrunk("hyperclovax_vision_v2", vision_config=SMALL_PATCHES), grid, concatenate, own_positions=True
     ),
     "idefics2": Family(lambda: shrunk("idefics2"), masked, per_sample),
-    "inkling2": Family(lambda: shrunk("inkling2", vision_config=SMALL_PATCHES), merged_patches, concatenate),
+    "inkling2": Family(
+        lambda: shrunk("inkling2", vision_config=SMALL_PATCHES, text_config={"unpadded_vocab_size": 99}),
+        merged_patches,
+        concatenate,
+    ),
     "janus": Family(
         lambda: shrunk("janus", vq_config={"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}),
         square,

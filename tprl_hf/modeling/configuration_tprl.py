@@ -133,6 +133,7 @@ class TPRLConfig(PreTrainedConfig):
                 self.latent_dim = -(-(self.token_dim // 16) // heads) * heads or heads
         if self.base_config is not None and kwargs.get("tie_word_embeddings") is None:
             kwargs["tie_word_embeddings"] = getattr(self.base_config, "tie_word_embeddings", False)
+        kwargs.setdefault("auto_map", {})  # TRL reads it of a config whose class transformers does not know
         super().__post_init__(**kwargs)
 
     # As the base model's config: others, such as TRL, look there for the ids of placeholders.
