@@ -41,7 +41,7 @@ NUM_IMAGES = {"text": 0, "image": 1, "two images": 2}
 
 
 def wrap(family, **settings):
-    numbering = "contiguous" if entry(family).numbered_anew else "original"
+    numbering = "contiguous" if entry(family).own_positions else "original"
     settings = {"latent_dim": 8, "keep_ratio": 0.4, "pruner": "divprune", "position_ids": numbering, **settings}
     base = build(family)
     return base, TPRLForConditionalGeneration.from_base_model(base, **settings).eval()
