@@ -190,8 +190,8 @@ def rows_that_stay(
 
 def missing_rows(batch: PromptBatch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
     """By how many rows each sample has fewer than the one with most, `int64 [B]`, of features in one tensor."""
-    assert batch.features is not None
-    in_one_tensor = [name for name, each in batch.features.modalities.items() if each.container == "tensor"]
+    modalities = {} if batch.features is None else batch.features.modalities
+    in_one_tensor = [name for name, each in modalities.items() if each.container == "tensor"]
     return {modality: counts[modality].max() - counts[modality] for modality in in_one_tensor}
 
 
