@@ -31,7 +31,8 @@ from tprl_hf import TPRLForConditionalGeneration
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)
-model = TPRLForConditionalGeneration.from_base_model(build("llava"), policy_num_heads=2, policy_dim=16)
+settings = {"policy_num_heads": 2, "policy_dim": 16, "policy_training": {"stage": "lfd"}}
+model = TPRLForConditionalGeneration.from_base_model(build("llava"), **settings)
 model.policy.requires_grad_(False)
 model.autoencoder.requires_grad_(False)
 batch = collate("llava", [sample("llava", seed=seed) for seed in (1, 2)])
