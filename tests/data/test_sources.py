@@ -32,3 +32,13 @@ def test_what_is_not_a_source(tmp_path):
         assert not is_source(name)
         with pytest.raises(ValueError, match=f"There are no data '{name}': a source is mosaic, easy-vqa"):
             read_source(name, "train")
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
+def test_only_a_newline_ends_a_line(tmp_path, separator):
+    """JSON may hold other separators as they are."""
+    sample = {"images": [], "prompt": f"What{separator}now?", "answer": f"a{separator}b"}
+    line = json.dumps(sample, ensure_ascii=False)
+    (tmp_path / "own.jsonl").write_text(f"{line}\r\n{line}\n", encoding="utf-8", newline="")
+    rows = read_source(str(tmp_path / "own.jsonl"), "train")
+    assert rows["answer"] == [sample["answer"]] * 2 and rows["prompt"] == [sample["prompt"]] * 2

@@ -1,9 +1,9 @@
-"""`tprl train` in a process of its own that is cut off: killed, or out of disk, at a chosen moment.
+"""Training and saving in a process of its own that is cut off: killed, or out of disk, at a chosen moment.
 
 Faults are set in the child by this module alone. Children are forked from a server that has imported all it needs.
 """
 
-import contextlib
+import errno
 import io
 import multiprocessing
 import os
@@ -11,13 +11,17 @@ import resource
 import signal
 import sys
 import threading
+import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 
+from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.cli import processes
 from tprl_hf.cli.main import main
 from tprl_hf.modeling import checkpoint_tprl
 from tprl_hf.training.pruner_trainer import PrunerTrainer
@@ -34,7 +38,7 @@ class Fault:
     What happens to a child.
 
     Args:
-        what (`str`): `count` nothing, `kill` SIGKILL, `full` no more room, or a signal's name.
+        what (`str`): `count` nothing, `kill` SIGKILL, `full` no more room, `denied` no more rights, or a signal's name.
         where (`str`): the directory whose changes are counted.
         at (`float`): the number of the change; in seconds with `timed`; of a signal, the training step.
         timed (`bool`): whether `at` is a time.
@@ -54,6 +58,8 @@ class Changes:
 
     def __call__(self) -> None:
         self.count += 1
+        if self.fault.what == "denied" and self.count >= self.fault.at:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.fault.where)
         if self.count != self.fault.at or self.fault.timed:
             return
         if self.fault.what == "kill":
@@ -108,7 +114,7 @@ def send_at_step(fault: Fault) -> None:
     PrunerTrainer.training_step = training_step
 
 
-def child(arguments: list[str], fault: Fault, connection: Any) -> None:
+def child(function: Any, arguments: list, fault: Fault, connection: Any) -> None:
     output = connection.fileno()
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -123,10 +129,31 @@ def child(arguments: list[str], fault: Fault, connection: Any) -> None:
     torch.save = changes.before_and_within(torch.save, torch_bytes)
     checkpoint_tprl.save_file = changes.before_and_within(checkpoint_tprl.save_file, safetensors.torch.save)
     sys.addaudithook(changes.watch)
-    code = main(arguments)
+    code = function(*arguments)
     print(f"changes: {changes.count}", flush=True)
     sys.stderr.flush()
     os._exit(code)
+
+
+def save_another(source: str, directory: str) -> int:
+    """Saves the model in `source` over the one in `directory`."""
+    model = TPRLForConditionalGeneration.from_pretrained(source)
+    try:
+        model.save_pretrained(directory)
+    except OSError as error:
+        print(error, flush=True)
+        return 2
+    return 0
+
+
+def show_life(folder: str) -> int:
+    """What the first of two processes does, for a minute."""
+    os.environ.update(RANK="0", WORLD_SIZE="2")
+    processes.PATIENCE = 3.0
+    with processes.signs_of_life(Path(folder)):
+        print("alive", flush=True)
+        time.sleep(60)
+    return 0
 
 
 @dataclass
@@ -143,17 +170,26 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["tests.training.cut_off"])
 
 
-def train(arguments: list[str], fault: Fault) -> Ended:
-    """`tprl train` with `arguments` in a new process, until it ends."""
+def start(function: Any, arguments: list, fault: Fault) -> tuple[Any, Any]:
+    """`function` in a new process, which is returned with its output as a binary file."""
     receiver, sender = os.pipe()
-    mine, theirs = multiprocessing.connection.Connection(receiver), multiprocessing.connection.Connection(sender)
-    process = server.Process(target=child, args=(["train", *arguments], fault, theirs))
+    theirs = Connection(sender)
+    process = server.Process(target=child, args=(function, arguments, fault, theirs))
     process.start()
     theirs.close()
-    chunks = []
-    with contextlib.closing(mine), open(mine.fileno(), "rb", closefd=False) as pipe:
-        while chunk := pipe.read1():
-            chunks.append(chunk)
+    return process, open(receiver, "rb")
+
+
+def run(function: Any, arguments: list, fault: Fault) -> Ended:
+    """`function` in a new process, until it ends."""
+    process, pipe = start(function, arguments, fault)
+    with pipe:
+        output = pipe.read().decode()
     process.join(LIMIT)
     assert process.exitcode is not None
-    return Ended(process.exitcode, b"".join(chunks).decode())
+    return Ended(process.exitcode, output)
+
+
+def train(arguments: list[str], fault: Fault) -> Ended:
+    """`tprl train`."""
+    return run(main, [["train", *arguments]], fault)

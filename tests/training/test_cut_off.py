@@ -7,11 +7,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from datasets import load_from_disk
 
+from tprl_hf.cli import processes, stop_signals
+from tprl_hf.cli.stop_signals import Stopped, StopSignals
+from tprl_hf.training.whole_checkpoints import MANIFEST, newest_whole
+
 from .conftest import make_dataset
-from .cut_off import FAULTS, Fault, train
+from .cut_off import FAULTS, Fault, show_life, start, train
+from .test_trainers import stage, weights_of
 
 TRAINED = {
     "disable_tqdm": True,
@@ -21,7 +27,7 @@ TRAINED = {
     "max_steps": 6,
     "save_steps": 2,
     "save_total_limit": 1,
-    "logging_steps": 2,
+    "logging_steps": 1,
 }
 MEASURED = {"eval_strategy": "steps", "eval_steps": 2, "keep_ratio": "1/2"}
 ROLLOUTS = {"num_generations": 2, "num_mini_batches": 2, "num_ppo_epochs": 1, "micro_batch_size": 1}
@@ -119,3 +125,155 @@ def test_a_run_that_is_killed_ends_as_undisturbed(run, tmp_path, record_property
         shutil.rmtree(again.folder)
     record_property("kills", killed)
     print(f"\n{run.stage}: {killed} kills, {timed} by the clock, {undisturbed.changes} changes, {seconds:.1f} s a run")
+
+
+@pytest.mark.parametrize("what", ["full", "denied"])
+def test_a_run_without_room_or_rights_says_so_and_ends_as_undisturbed(finished, tmp_path, what):
+    """From some change of a file on, in each part of a checkpoint as the number of faults grows."""
+    run = Run("lfd", finished, tmp_path / "run")
+    changes = run.train().changes
+    failed = 0
+    for index, at in enumerate(moments(changes, max(3, FAULTS // 2), seed=len(what))):
+        again = Run("lfd", finished, tmp_path / f"{what}-{index}")
+        ended = again.train(what, at)
+        assert ended.code in (0, 2) and "Traceback" not in ended.output, ended.output
+        if ended.code:
+            failed += 1
+            assert "tprl train: error: " in ended.output
+        again.assert_as_undisturbed(again.train())
+        shutil.rmtree(again.folder)
+    assert failed
+    print(f"\nlfd: {failed} times {what}")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_saves_the_step_and_the_same_command_resumes(finished, tmp_path, name, code):
+    run = Run("lfd", finished, tmp_path / "run")
+    ended = run.train(name, at=3)
+    assert ended.code == code, ended.output
+    place = f"{run.folder}/lfd/checkpoint-3"
+    assert f"stopped by {name}; step 3 is in {place}. The same command resumes." in ended.output
+    again = run.train()
+    assert f"lfd: resumes from {place}" in again.output
+    run.assert_as_undisturbed(again)
+
+
+def test_a_signal_outside_of_training_or_a_second_one_or_a_long_step_ends_at_once(monkeypatch):
+    monkeypatch.setattr(stop_signals, "SECONDS_TO_SAVE", 1)
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals():
+        with pytest.raises(Stopped) as stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert stopped.value.signum == signal.SIGTERM
+    with StopSignals() as signals:
+        signals.is_training = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
+    with StopSignals() as signals:
+        signals.is_training = True
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Stopped) as stopped:
+            time.sleep(30)
+    assert stopped.value.signum == signal.SIGINT and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_waiting_for_the_first_process_ends_when_it_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE", 3.0)
+    process, output = start(show_life, [str(tmp_path)], Fault("count", str(tmp_path)))
+    assert output.readline() == b"alive\n"
+    killer = threading.Timer(6, process.kill)
+    killer.start()
+    started = time.monotonic()
+    with pytest.raises(
+        TimeoutError, match=r"RANK=0.* has not shown a sign of life for 3 s .*start all processes again"
+    ):
+        processes.wait_for(tmp_path / "training.json", tmp_path)
+    assert time.monotonic() - started > 7  # not while it lived
+    process.join()
+    output.close()
+
+
+# ---- damaged checkpoints ----
+
+DAMAGES = {
+    "missing": Path.unlink,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeroed": lambda path: path.write_bytes(b"\0" * path.stat().st_size),
+}
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo"])
+def test_a_checkpoint_with_a_damaged_file_is_not_resumed_from(name, make_model, processor, dataset, tmp_path):
+    settings = {"max_steps": 4, "save_steps": 2, "logging_steps": 1}
+    whole = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
+    whole.train()
+    last = tmp_path / "checkpoint-4"
+    files = [path for path in sorted(last.rglob("*")) if path.is_file()]
+    names = {path.name for path in files}
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"} <= names
+    for path in files:
+        content = path.read_bytes()
+        for damage in DAMAGES.values():
+            damage(path)
+            found, (line,) = newest_whole(tmp_path)
+            assert found == tmp_path / "checkpoint-2" and str(last) in line and path.name in line
+            resumed = stage(name, make_model, processor, dataset, str(tmp_path / "other"), **settings)
+            with pytest.raises(ValueError, match=rf"checkpoint-4 cannot be resumed from: .*{re.escape(path.name)}"):
+                resumed.train(resume_from_checkpoint=str(last))
+            path.write_bytes(content)
+    assert newest_whole(tmp_path) == (last, [])
+
+    (last / "optimizer.pt").unlink()
+    resumed = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    after = weights_of(resumed.tprl_model)
+    assert all(value.equal(after[key]) for key, value in weights_of(whole.tprl_model).items())
+    assert newest_whole(tmp_path) == (last, [])  # written again
+
+    for path in tmp_path.glob("checkpoint-*"):
+        (path / MANIFEST).unlink()
+    with pytest.raises(
+        ValueError, match=r"There is no whole checkpoint in .*: start again.*checkpoint-2: it has no whole"
+    ):
+        resumed.train(resume_from_checkpoint=True)
+
+
+def test_the_older_checkpoint_stays_until_the_new_one_is_whole(make_model, processor, dataset, tmp_path, monkeypatch):
+    """Also where a checkpoint of the same step is written again."""
+    settings = {"max_steps": 4, "save_steps": 2, "save_total_limit": 1}
+    stage("lfd", make_model, processor, dataset, str(tmp_path), **settings).train()
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-4"]
+    again = stage("lfd", make_model, processor, dataset, str(tmp_path), **{**settings, "save_steps": 4})
+
+    def no_room(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", no_room)
+    with pytest.raises(OSError, match=r"checkpoint-4 could not be written .*No space left.*make room, and resume"):
+        again.train()
+    found, passed_over = newest_whole(tmp_path)
+    assert found == tmp_path / ".replaced-checkpoint-4" and passed_over == []
+    assert again.args.save_total_limit == 1
+
+
+def test_a_run_that_is_resumed_at_its_last_step_trains_no_step_more(make_model, processor, dataset, tmp_path):
+    """In the middle of an epoch, with a learning rate that does not end at 0."""
+    settings = {"max_steps": 3, "save_steps": 3, "lr_scheduler_type": "constant"}
+    whole = stage("autoencoder", make_model, processor, dataset, str(tmp_path), **settings)
+    whole.train()
+    resumed = stage("autoencoder", make_model, processor, dataset, str(tmp_path), **settings)
+    assert resumed.train(resume_from_checkpoint=True).global_step == resumed.state.global_step == 3
+    after = weights_of(resumed.tprl_model)
+    assert all(value.equal(after[key]) for key, value in weights_of(whole.tprl_model).items())
+    longer = stage("autoencoder", make_model, processor, dataset, str(tmp_path), **{**settings, "max_steps": 4})
+    assert longer.train(resume_from_checkpoint=True).global_step == 4
+
+
+def test_what_was_saved_without_an_optimizer_is_not_resumed_from(make_model, processor, dataset, tmp_path):
+    settings = {"max_steps": 2, "save_steps": 2, "save_only_model": True}
+    trainer = stage("autoencoder", make_model, processor, dataset, str(tmp_path), **settings)
+    trainer.train()
+    with pytest.raises(ValueError, match="it was saved with save_only_model=True"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -17,6 +17,7 @@ from tprl_hf.training.stages import STAGES
 from .old_recipes import renewed
 from .processes import is_first_process, say, signs_of_life, wait_for
 from .recipe_file import check_names, read_recipe
+from .whole_files import write
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -144,13 +145,6 @@ def reward_functions(stage: str, recipe: dict[str, Any]) -> list[Any]:
     return functions
 
 
-def write(path: Path, text: str) -> None:
-    """All of the text or none of it, for whoever reads at the same time."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
-
-
 def settings_of(stage: str, recipe: dict[str, Any]) -> dict[str, Any]:
     """What the result of a stage depends on, besides the stages before it."""
     names = ("base_model", "policy", stage)
@@ -169,7 +163,11 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "settings.json"
     if path.exists():
-        before, _ = renewed(json.loads(path.read_text()))
+        try:
+            noted = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete {directory} to run this stage again.") from error
+        before, _ = renewed(noted)
         if before != json.loads(json.dumps(settings)):
             raise ValueError(
                 f"{directory} was made with other settings, see {path}: pass --set output_dir=ANOTHER, or delete it."

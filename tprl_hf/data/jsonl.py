@@ -32,7 +32,7 @@ def jsonl_samples(path: str | Path, num_samples: int | None = None) -> Dataset:
     """
     path = Path(path)
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip() and (num_samples is None or len(rows) < num_samples):
             rows.append(_row(line, f"{path}, line {number}", path.parent))
     if not rows:
