@@ -38,7 +38,7 @@ class Fault:
     What happens to a child.
 
     Args:
-        what (`str`): `count` nothing, `kill` SIGKILL, `full` no more room, `denied` no more rights, or a signal's name.
+        what (`str`): `count` nothing, `kill` SIGKILL, `full` no more room, `denied` no rights, or a signal's name.
         where (`str`): the directory whose changes are counted.
         at (`float`): the number of the change; in seconds with `timed`; of a signal, the training step.
         timed (`bool`): whether `at` is a time.

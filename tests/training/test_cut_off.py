@@ -1,8 +1,13 @@
 """Runs that are cut off, and resumed: each ends with the weights of an undisturbed one, or says what to do."""
 
+import errno
 import json
+import os
 import random
+import re
 import shutil
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +18,7 @@ from datasets import load_from_disk
 
 from tprl_hf.cli import processes, stop_signals
 from tprl_hf.cli.stop_signals import Stopped, StopSignals
-from tprl_hf.training.whole_checkpoints import MANIFEST, newest_whole
+from tprl_hf.training.whole_checkpoints import MANIFEST, checkpoint_to_resume, newest_whole
 
 from .conftest import make_dataset
 from .cut_off import FAULTS, Fault, show_life, start, train
@@ -198,7 +203,7 @@ def test_waiting_for_the_first_process_ends_when_it_has_ended(tmp_path, monkeypa
 
 DAMAGES = {
     "missing": Path.unlink,
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "empty": lambda path: path.write_bytes(b""),
     "zeroed": lambda path: path.write_bytes(b"\0" * path.stat().st_size),
 }
@@ -215,13 +220,14 @@ def test_a_checkpoint_with_a_damaged_file_is_not_resumed_from(name, make_model, 
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"} <= names
     for path in files:
         content = path.read_bytes()
-        for damage in DAMAGES.values():
-            damage(path)
-            found, (line,) = newest_whole(tmp_path)
+        for damage, spoil in DAMAGES.items():
+            spoil(path)
+            found, passed_over = newest_whole(tmp_path)
+            assert len(passed_over) == 1, (damage, path)
+            (line,) = passed_over
             assert found == tmp_path / "checkpoint-2" and str(last) in line and path.name in line
-            resumed = stage(name, make_model, processor, dataset, str(tmp_path / "other"), **settings)
             with pytest.raises(ValueError, match=rf"checkpoint-4 cannot be resumed from: .*{re.escape(path.name)}"):
-                resumed.train(resume_from_checkpoint=str(last))
+                checkpoint_to_resume(str(last), whole.args)
             path.write_bytes(content)
     assert newest_whole(tmp_path) == (last, [])
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import glob
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,9 +20,27 @@ SAVED, NAMES = ".saved", ".names.json"
 
 
 def scratch_directory(beside: Path) -> "tempfile.TemporaryDirectory[str]":
-    """A temporary directory on the same disk as `beside`."""
+    """A temporary directory on the same disk as `beside`. Those of processes that were killed there are deleted."""
     beside.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(dir=beside, prefix=".writing-", ignore_cleanup_errors=True)
+    machine = f".writing-{platform.node()}-"
+    for left in beside.glob(f"{glob.escape(machine)}*"):
+        process = left.name.removeprefix(machine).split("-")[0]
+        if process.isdigit() and not is_alive(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    return tempfile.TemporaryDirectory(dir=beside, prefix=f"{machine}{os.getpid()}-", ignore_cleanup_errors=True)
+
+
+def is_alive(process: int) -> bool:
+    """Whether this machine runs a process of that number; `True` where that cannot be asked."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextlib.contextmanager
