@@ -3,6 +3,7 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 from tests.cli.test_demo import table_under
 from tests.families.tiny_models import build
@@ -137,7 +138,7 @@ def test_the_command_it_prints_gives_the_same_rows(evaluate, tmp_path):
     assert first["rows"] == again["rows"] and first["command"] == again["command"]
 
 
-def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(evaluate, tmp_path):
+def test_a_run_that_was_cut_off_resumes_and_ends_the_same(evaluate, tmp_path):
     evaluate()
     path = tmp_path / "out" / "answers.jsonl"
     whole, rows = path.read_text(), json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
@@ -152,9 +153,68 @@ def test_a_folder_with_answers_of_another_run_is_refused(evaluate, tmp_path):
     evaluate()
     code, out, err = evaluate("--seed", "8")
     assert code == 2 and out == "" and "seed 7 instead of 8" in err and "--output-dir" in err
-    (tmp_path / "out" / "answers.jsonl").write_text("{}\n")
+    (tmp_path / "out" / "run.json").write_text("")
     code, _, err = evaluate()
-    assert code == 2 and "Line 1 of" in err
+    assert code == 2 and "run.json is damaged: pass another --output-dir" in err
+
+
+def changed_answer(path):
+    path.write_text(path.read_text().replace("word3", "word4"))
+
+
+def changed_question(path):
+    path.write_text(path.read_text().replace("word7", "word6"))
+
+
+def changed_image(path):
+    image = Image.open(path.parent / "noise.png")
+    image.putpixel((0, 0), (1, 2, 3))
+    image.save(path.parent / "noise.png")
+
+
+@pytest.mark.parametrize(
+    "change", [changed_answer, changed_question, changed_image], ids=lambda change: change.__name__
+)
+def test_answers_to_other_questions_are_not_taken(evaluate, own_data, change):
+    assert evaluate("--data", str(own_data))[0] == 0
+    change(own_data)
+    code, out, err = evaluate("--data", str(own_data))
+    assert code == 2 and out == "" and re.search(r"another run \(questions \w+ instead of \w+\): pass another", err)
+
+
+def test_the_same_questions_under_another_name_are_not_answered_again(evaluate, own_data, tmp_path):
+    evaluate("--data", str(own_data))
+    again = own_data.rename(tmp_path / "moved.jsonl")
+    code, _, err = evaluate("--data", str(again))
+    assert code == 0 and "20/20" in err
+
+
+@pytest.mark.parametrize(
+    ("torn", "removed"),
+    [
+        (lambda lines: [*lines[:3], lines[3][:9], *lines[4:]], 1),
+        (lambda lines: [*lines[:3], b"", *lines[4:]], 1),
+        (lambda lines: [*lines[:3], b"\0" * 40, *lines[4:]], 1),
+        (lambda lines: [*lines[:3], "\u00e9".encode()[:1], *lines[4:]], 1),
+        (lambda lines: [*lines[:3], lines[3][:20] + lines[4], *lines[5:]], 1),  # two that were written into one
+        (lambda lines: [*lines[:3], lines[3].replace(b'"score": ', b'"score": "x'), b"{}", b"[1]", *lines[4:]], 3),
+        (lambda lines: [*lines[:3], re.sub(rb'"score": [\d.]+', b'"score": NaN', lines[3]), *lines[4:]], 1),
+        (lambda lines: [*lines[:-1], lines[-1] + "\u00e9".encode()[:1]], 1),
+        (lambda lines: [*lines[:-1], lines[-1].replace(b'"answer": "', b'"answer": "\xe2\x80\xa8\xc2\x85')], 0),
+    ],
+)
+def test_any_torn_line_is_answered_again(evaluate, tmp_path, torn, removed):
+    evaluate()
+    path = tmp_path / "out" / "answers.jsonl"
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    whole = path.read_bytes()
+    damaged = torn(whole.removesuffix(b"\n").split(b"\n"))
+    path.write_bytes(b"\n".join(damaged) + (b"" if damaged[-1].endswith(b"\xc3") else b"\n"))
+    code, _, err = evaluate()
+    assert code == 0 and (f"{removed} damaged lines were removed" in err) == bool(removed)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == rows
+    if removed:
+        assert sorted(path.read_bytes().split(b"\n")) == sorted(whole.split(b"\n"))
 
 
 def test_scores_are_those_of_the_answers(evaluate, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import add_model_argument, keep_ratio, method_names, positive_int
+from .whole_files import write
 
 if TYPE_CHECKING:
     from tprl_hf.evaluation.compare_pruners import Setting
@@ -135,10 +136,13 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     answers = folder / "answers.jsonl"
-    described = describe_run(arguments, model, len(samples), metric)
+    described = describe_run(arguments, model, samples, metric)
     claim_folder(folder, described)
     keys = {setting.key for setting in settings}
-    known = [record for record in read_records(answers) if record.key in keys]
+    records_before, num_removed = read_records(answers)
+    known = [record for record in records_before if record.key in keys and record.sample < len(samples)]
+    if num_removed:
+        print(f"{answers}: {num_removed} damaged lines were removed; they are answered again.", file=sys.stderr)
     total = len(settings) * len(samples)
     print(f"{len(samples)} questions, {len(settings)} settings; {described['device']}", file=sys.stderr)
     counted = count_settings(model, processor, samples, settings)
@@ -287,17 +291,17 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
     return samples, None, score, f"{name} of the task {arguments.data}"
 
 
-def describe_run(arguments: argparse.Namespace, model, num_samples: int, metric: str) -> dict[str, Any]:
+def describe_run(arguments: argparse.Namespace, model, samples, metric: str) -> dict[str, Any]:
     """What the numbers depend on, besides the settings."""
     import torch
     import transformers
 
     import tprl_hf
-    from tprl_hf.evaluation.fingerprint import fingerprint
+    from tprl_hf.evaluation.fingerprint import fingerprint, questions_digest
 
     from .tables import describe_device
 
-    config = model.config.to_dict()
+    config, num_samples = model.config.to_dict(), len(samples)
     ratios = ",".join(text for text, _ in arguments.keep_ratios)
     command = f"tprl evaluate{f' {arguments.model}' if arguments.model else ''} --data {arguments.data}"
     command += f" --pruners {','.join(arguments.pruners)}" if arguments.pruners else ""
@@ -312,6 +316,7 @@ def describe_run(arguments: argparse.Namespace, model, num_samples: int, metric:
         "device": describe_device(model),
         "versions": {name.__name__: name.__version__ for name in (tprl_hf, transformers, torch)},
         "data": arguments.data,
+        "questions": questions_digest(samples),
         "split": arguments.split,
         "seed": arguments.seed if len(arguments.seed) > 1 else arguments.seed[0],
         "random_seeds": arguments.random_seeds,
@@ -333,12 +338,16 @@ def claim_folder(folder: Path, described: dict[str, Any]) -> None:
         `ValueError`: If it holds answers that depend on something else.
     """
     path = folder / "run.json"
+    # not the name of the data: a file may change under its name, or move
     own = {
         name: described[name]
-        for name in ("data", "split", "seed", "num_samples", "max_new_tokens", "score", "settings", "weights")
+        for name in ("questions", "split", "seed", "num_samples", "max_new_tokens", "score", "settings", "weights")
     }
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path} is damaged: pass another --output-dir, or delete {folder}.") from None
         other = [
             f"{name} {before.get(name)} instead of {value}" for name, value in own.items() if before.get(name) != value
         ]
@@ -347,7 +356,7 @@ def claim_folder(folder: Path, described: dict[str, Any]) -> None:
                 f"{folder} holds the answers of another run ({', '.join(other)}): pass another --output-dir, or "
                 "delete it."
             )
-    path.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+    write(path, json.dumps(own, indent=1) + "\n")
 
 
 def notes_of(rows, described: dict[str, Any]) -> list[str]:
@@ -392,9 +401,9 @@ def write_results(folder: Path, rows, described: dict[str, Any]) -> None:
     from tprl_hf.evaluation.tables import accuracy_table, as_csv, as_markdown, plot_accuracy, type_table
 
     content = {**described, "rows": [asdict(row) for row in rows]}
-    (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (folder / "results.csv").write_text(as_csv(rows), encoding="utf-8")
+    write(folder / "results.json", json.dumps(content, indent=1) + "\n")
+    write(folder / "results.csv", as_csv(rows))
     page = [as_markdown(accuracy_table(rows)), as_markdown(type_table(rows)), *notes_of(rows, described)]
-    (folder / "results.md").write_text("\n".join(page) + "\n", encoding="utf-8")
+    write(folder / "results.md", "\n".join(page) + "\n")
     title = f"{described['data']} {described['split']}, {described['num_samples']} questions, seed {described['seed']}"
     plot_accuracy(rows, folder / "results.png", title)

@@ -1,9 +1,12 @@
 """Train a pruning policy by a recipe, stage by stage. Each stage is a directory; a finished one is left as it is, and
-an interrupted one resumes from its last checkpoint. Under `torchrun` all processes train, the first one writes."""
+an interrupted one resumes from its newest whole checkpoint. Ctrl-C and SIGTERM save the step first where that takes
+seconds. Under `torchrun` all processes train, the first one writes."""
 
 import argparse
 import json
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +15,16 @@ from tprl_hf.pruners import PRUNERS
 from tprl_hf.training.stages import STAGES
 
 from .old_recipes import renewed
+from .processes import is_first_process, say, signs_of_life, wait_for
 from .recipe_file import check_names, read_recipe
+from .whole_files import write
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+
+    from .stop_signals import StopSignals
 
 NAME = "train"
 HELP = "train a pruning policy by a recipe"
@@ -46,7 +53,25 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.config} has no section {arguments.stage}.")
     for stage in stages:  # all of them before the first one runs, which may take hours
         check_stage(stage, recipe)
-    name = Path(arguments.config).stem
+
+    from .stop_signals import Stopped, StopSignals
+
+    try:
+        with StopSignals() as signals, signs_of_life(Path(recipe["output_dir"])):
+            run_stages(stages, recipe, Path(arguments.config).stem, signals)
+    except Stopped as stopped:
+        saved = stopped.saved or "nothing new was saved"
+        print(
+            f"tprl train: stopped by {signal.Signals(stopped.signum).name}; {saved}. The same command resumes.",
+            file=sys.stderr,
+        )
+        return 128 + stopped.signum
+    return 0
+
+
+def run_stages(stages: list[str], recipe: dict[str, Any], name: str, signals: "StopSignals") -> None:
+    """One after the other, those that are not finished. `name` is the recipe's."""
+    folder = Path(recipe["output_dir"])
     for stage in stages:
         directory = Path(recipe["output_dir"]) / stage
         claim(directory, settings_of(stage, recipe))
@@ -54,21 +79,20 @@ def run(arguments: argparse.Namespace) -> int:
             say(f"{stage}: {directory} is finished")
             continue
         if stage == "demonstrations" and not is_first_process():
-            wait_for(directory / "training.json")
+            wait_for(directory / "training.json", folder)
             continue
         started = time.perf_counter()
         model, processor = starting_model(stage, recipe)
         if stage == "demonstrations":
             result = make_demonstrations(stage, recipe, model, processor, directory)
         else:
-            result = train_stage(stage, recipe, model, processor, directory, name)
+            result = train_stage(stage, recipe, model, processor, directory, name, signals)
         result = {"stage": stage, "seconds": round(time.perf_counter() - started, 1), **result}
         if is_first_process():
             write(directory / "training.json", json.dumps(result, indent=2) + "\n")
-        wait_for(directory / "training.json")  # which says that the model beside it is whole
+        wait_for(directory / "training.json", folder)  # which says that the model beside it is whole
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.get("metrics", {}).items())
         say(f"{stage}: {directory} in {result['seconds']:.0f} s. {numbers}")
-    return 0
 
 
 def check_stage(stage: str, recipe: dict[str, Any]) -> None:
@@ -121,29 +145,6 @@ def reward_functions(stage: str, recipe: dict[str, Any]) -> list[Any]:
     return functions
 
 
-def is_first_process() -> bool:
-    """Of those that `torchrun` started on all machines; the only one without it."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(text: str) -> None:
-    if is_first_process():
-        print(text, flush=True)
-
-
-def wait_for(path: Path) -> None:
-    """Until another process has written `path`; should that one fail, `torchrun` ends this one."""
-    while not path.exists():
-        time.sleep(0.2)
-
-
-def write(path: Path, text: str) -> None:
-    """All of the text or none of it, for whoever reads at the same time."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
-
-
 def settings_of(stage: str, recipe: dict[str, Any]) -> dict[str, Any]:
     """What the result of a stage depends on, besides the stages before it."""
     names = ("base_model", "policy", stage)
@@ -162,7 +163,11 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "settings.json"
     if path.exists():
-        before, _ = renewed(json.loads(path.read_text()))
+        try:
+            noted = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete {directory} to run this stage again.") from error
+        before, _ = renewed(noted)
         if before != json.loads(json.dumps(settings)):
             raise ValueError(
                 f"{directory} was made with other settings, see {path}: pass --set output_dir=ANOTHER, or delete it."
@@ -259,7 +264,7 @@ def base_directory(recipe: dict[str, Any]) -> str:
         load_processor(base).save_pretrained(unfinished)
         model.lvlm.save_pretrained(unfinished)
         unfinished.rename(directory)
-    wait_for(directory)
+    wait_for(directory, directory.parent)
     return str(directory)
 
 
@@ -281,9 +286,14 @@ def make_demonstrations(stage, recipe, model, processor, directory: Path) -> dic
     return {"teacher": name, "num_samples": len(made)}
 
 
-def train_stage(stage, recipe, model, processor, directory: Path, recipe_name: str) -> dict[str, Any]:
+def train_stage(
+    stage, recipe, model, processor, directory: Path, recipe_name: str, signals: "StopSignals"
+) -> dict[str, Any]:
     from datasets import load_from_disk
-    from transformers.trainer_utils import get_last_checkpoint
+
+    from tprl_hf.training.whole_checkpoints import MANIFEST, damage_of, newest_whole
+
+    from .stop_signals import SaveAndStop
 
     config, (_, trainer_class) = make_config(stage, recipe), STAGES[stage].classes()
     source = STAGES[stage].learns_from
@@ -291,6 +301,8 @@ def train_stage(stage, recipe, model, processor, directory: Path, recipe_name: s
         path = directory.parent / source
         if not (path / "training.json").exists():
             raise ValueError(f"{stage} learns from {path}, which is not there: run `tprl train {source}` first.")
+        if (path / "dataset" / MANIFEST).exists() and (damage := damage_of(path / "dataset")) is not None:
+            raise ValueError(f"{path}/dataset is damaged: {damage}. Delete {path}, and run the command again.")
         dataset = load_from_disk(str(path / "dataset"))
     else:
         dataset = load_data(recipe, training_data(stage, recipe))
@@ -299,7 +311,13 @@ def train_stage(stage, recipe, model, processor, directory: Path, recipe_name: s
     extra = {"reward_funcs": rewards} if rewards else {}
     trainer = trainer_class(model, config, processor, dataset, validation, **extra)
     trainer.recipe = recipe_name
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(directory)) is not None)
+    trainer.add_callback(SaveAndStop(signals, trainer))
+    checkpoint, passed_over = newest_whole(directory)
+    for line in passed_over:
+        say(f"{stage}: {line}")
+    if checkpoint is not None or passed_over:
+        say(f"{stage}: {'starts again' if checkpoint is None else f'resumes from {checkpoint}'}")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = {} if validation is None else trainer.evaluate()
     if config.save_base_model and Path(model.config.base_model_name_or_path or "").is_dir():
         model.config.base_model_name_or_path = None  # the checkpoint holds it, and the path is of this machine only

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -182,25 +184,38 @@ def append_records(path: Path, records: Sequence[Record]) -> None:
         file.write("".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records))
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path) -> tuple[list[Record], int]:
     """
     The records of a file that [`append_records`] wrote; none if there is no such file.
 
-    A last line that was cut off, as when the machine stopped, is removed from the file.
+    Lines that are not records, as where the machine stopped or the disk was full, are removed from the file.
 
-    Raises:
-        `ValueError`: If a line is not a record.
+    Returns:
+        `tuple`: the records, and the number of lines that were removed.
     """
     if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    records = []
-    for number, line in enumerate(whole[:-1].split("\n") if whole else [], start=1):
-        try:
-            records.append(Record(**json.loads(line)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"Line {number} of {path} is not a record ({error}): move the file away.") from error
-    return records
+        return [], 0
+    # only at \n: JSON may hold other line separators, and a line may be cut inside a character
+    parts = path.read_bytes().split(b"\n")
+    lines, cut = parts[:-1], parts[-1]
+    found = [(line, record) for line in lines if (record := parse_record(line)) is not None]
+    removed = len(lines) - len(found) + bool(cut)
+    if removed:
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        unfinished.write_bytes(b"".join(line + b"\n" for line, _ in found))
+        unfinished.replace(path)
+    return [record for _, record in found], removed
+
+
+def parse_record(line: bytes) -> Record | None:
+    """The record that a line holds, if it holds one."""
+    try:
+        record = Record(**json.loads(line))
+    except (TypeError, ValueError):
+        return None
+    numbers = (record.sample, record.num_kept, record.num_visual)
+    whole = all(type(number) is int and number >= 0 for number in numbers)
+    texts = all(isinstance(text, str) for text in (record.pruner, record.budget, record.answer))
+    seed = record.seed is None or type(record.seed) is int
+    score = isinstance(record.score, float | int) and math.isfinite(record.score)
+    return record if whole and texts and seed and score else None

@@ -49,6 +49,7 @@ from .hub_tprl import (
     update_card,
 )
 from .policy_linear import PolicyLinear
+from .saved_files import finish_saving, written_whole
 
 logger = logging.get_logger(__name__)
 
@@ -82,28 +83,6 @@ def cast_base(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
             value = cast.setdefault(value.data_ptr(), value.to(dtype))
         state[name] = value
     return state
-
-
-def move_into(source: Path, target: Path) -> None:
-    """
-    Moves all files below `source` into `target`, each at once, so that no reader sees half of one. Weights of an
-    earlier checkpoint that have no successor go.
-    """
-    for pattern in WEIGHT_PATTERNS:
-        for stale in target.glob(pattern):
-            if not (source / stale.name).exists():
-                stale.unlink()
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            destination = target / path.relative_to(source)
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, destination)
-
-
-def scratch_directory(beside: Path) -> "tempfile.TemporaryDirectory[str]":
-    """A temporary directory on the same disk as `beside`."""
-    beside.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(dir=beside, prefix=".writing-")
 
 
 def read_policy(path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Tensor]:
@@ -207,6 +186,10 @@ class TPRLPreTrainedModel(PreTrainedModel):
         hub_kwargs = {name: kwargs[name] for name in HUB_NAMES if kwargs.get(name) is not None}
         source = str(pretrained_model_name_or_path)
         refuse_other_formats(kwargs.get("use_safetensors"))
+        if finish_saving(Path(source, kwargs.get("subfolder") or "")) and isinstance(
+            config, PreTrainedConfig
+        ):  # read before, so of another save
+            raise OSError(f"A save into {source} was cut off; its files are in their places now: load it again.")
         # As remote code the config is of a class of the same name from another module.
         if not isinstance(config, PreTrainedConfig):
             config = TPRLConfig.from_pretrained(config or source, **hub_kwargs)
@@ -322,14 +305,13 @@ class TPRLPreTrainedModel(PreTrainedModel):
         config.base_model_name_or_path = absolute_path(config.base_model_name_or_path)
         config.base_model_relative_path = relative_path(config.base_model_name_or_path, directory)
         try:
-            with scratch_directory(directory) as scratch:
+            with written_whole(directory) as scratch:
                 if whole:
                     super().save_pretrained(scratch, state_dict=given, **kwargs)
                 else:
                     self._save_policy(Path(scratch), state)
                 takes_code = include_code or self._auto_class is not None
                 set_code(Path(scratch), code_files(self.config, self.pruner_classes) if takes_code else {})
-                move_into(Path(scratch), directory)
         finally:
             config.includes_base_model, config.base_model_relative_path = before
         if upload:

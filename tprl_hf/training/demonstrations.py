@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from tqdm.auto import tqdm
 from tprl_hf.modeling.budget import Budget, keep_counts
 from tprl_hf.modeling.keep_mask import keep_top_k
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.modeling.saved_files import scratch_directory
 from tprl_hf.modeling.token_pruner import TokenPruner
 
 from .answer_batches import AnswerBatch, SampleEncoder, undecoded
 from .teachers import AnswerTeacher
+from .whole_checkpoints import mark_whole
 
 PAPER_KEEP_RATIOS = (0.75, 0.5)
 
@@ -127,5 +130,16 @@ def generate_demonstrations(
     if "images" in dataset.features and demonstrations.features["images"] == List(ImageFeature(decode=False)):
         demonstrations = demonstrations.cast_column("images", List(ImageFeature()))
     if output_dir is not None:
-        demonstrations.save_to_disk(output_dir)
+        save_whole(demonstrations, Path(output_dir))
     return demonstrations
+
+
+def save_whole(dataset: Dataset, directory: Path) -> None:
+    """Saves a dataset beside `directory`, and puts it there when all of it is written."""
+    with scratch_directory(directory.parent) as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        dataset.save_to_disk(str(new))
+        mark_whole(new)
+        if directory.exists():
+            directory.rename(old)
+        new.rename(directory)

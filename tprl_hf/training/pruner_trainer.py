@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 
 from tprl_hf import __version__
 from tprl_hf.hub.publishing import changed_settings, publish
@@ -20,12 +22,23 @@ from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.hub_tprl import is_hub_name
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.pruning_policy import PolicyOutput
+from tprl_hf.modeling.saved_files import written_whole
 from tprl_hf.modeling.token_pruner import PruningInputs
 
 from .answer_batches import SampleEncoder, data_digest, undecoded
 from .answer_scores import score_answers
 from .policy_config import PolicyTrainingConfig, PrunerTrainingConfig
 from .rollouts import policy_on_trajectories
+from .whole_checkpoints import (
+    AfterSaving,
+    NothingLeft,
+    StopBeforeAnotherStep,
+    checkpoint_to_resume,
+    make_room,
+    mark_whole,
+    num_processes,
+    remove_old,
+)
 
 STATE_FILE = "pruner_trainer_{rank}.pt"
 
@@ -120,6 +133,7 @@ class PrunerTrainer(Trainer):
         self.metrics: dict[str, list[float]] = defaultdict(list)
         self.last_inputs: Any = None
         self.recipe: str | None = None
+        self.being_written: Path | None = None  # a checkpoint that is not marked whole yet
         super().__init__(
             model=self.networks(model, args),
             args=args,
@@ -131,6 +145,8 @@ class PrunerTrainer(Trainer):
             optimizers=optimizers,
         )
         self.add_callback(StopAtNaN(self))
+        self.add_callback(AfterSaving(self.mark_checkpoint))
+        self.add_callback(StopBeforeAnotherStep())
 
     def networks(self, model: TPRLForConditionalGeneration, args: Any) -> TrainedNetworks:
         """What is trained under the config `args`, with `requires_grad` set accordingly."""
@@ -181,17 +197,38 @@ class PrunerTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         r"""
         As [`~transformers.Trainer.train`]. A resumed run does what an uninterrupted one would have done.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint of a run with the same settings; `True`
+                for the newest in `output_dir` that is whole.
+
+        Raises:
+            `ValueError`: when there is none to resume from, or a file of it is missing or damaged.
+            `OSError`: when a checkpoint could not be written; those before it are as they were.
         """
-        checkpoint = resume_from_checkpoint or None
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
-            if checkpoint is None:
-                raise ValueError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args) if resume_from_checkpoint else None
         if checkpoint is not None:
-            self.restore(str(checkpoint))
+            self.restore(checkpoint)
         else:
             self.begin()
-        output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        # transformers would delete old checkpoints before the new one is marked
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self.save_total_limit = limit
+        try:
+            output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+        except NothingLeft:  # all is restored
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            output = TrainOutput(self.state.global_step, 0.0, {})
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self.being_written is None:
+                raise
+            shutil.rmtree(self.being_written, ignore_errors=True)
+            raise OSError(
+                f"{self.being_written} could not be written ({error}). Checkpoints before it are as they were: make "
+                "room, and resume."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
         self.finish()
         return output
 
@@ -212,22 +249,38 @@ class PrunerTrainer(Trainer):
         """Takes what `saved_state` gave."""
         self.metrics.update(state["metrics"])
 
-    def restore(self, checkpoint: str) -> None:
-        path = Path(checkpoint) / STATE_FILE.format(rank=self.args.process_index)
-        if not path.exists():
-            raise OSError(
-                f"{path} is missing: {checkpoint} was written with fewer processes, or is not ours. Start again, or "
-                "resume with as many processes as before."
+    def restore(self, checkpoint: Path) -> None:
+        """Takes what a whole checkpoint holds besides what transformers reads."""
+        written_by = num_processes(checkpoint)
+        if written_by != self.args.world_size:
+            raise ValueError(
+                f"{checkpoint} was written with {written_by} processes, not {self.args.world_size}: start again, or "
+                "resume with as many as before."
             )
+        path = checkpoint / STATE_FILE.format(rank=self.args.process_index)
         device = self.args.device  # that of a CPU process has an index, which torch.load does not know
         place = "cpu" if device.type == "cpu" else device
         self.load_state(torch.load(path, map_location=place, weights_only=True))
+
+    def mark_checkpoint(self) -> None:
+        """Notes that the checkpoint which was just written is whole, and deletes those that it replaces."""
+        assert self.being_written is not None
+        self.accelerator.wait_for_everyone()  # each process has written its part
+        if self.args.should_save:
+            mark_whole(self.being_written, self.args.world_size)
+            remove_old(self.being_written, self.save_total_limit, self.state.best_model_checkpoint)
+        self.being_written = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         r"""
         Saves model and processor where `from_pretrained` finds them.
         """
         directory = output_dir or self.args.output_dir
+        if _internal_call:
+            self.being_written = Path(directory)
+            if self.args.should_save:
+                make_room(self.being_written)
+            self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.write_model(directory, None if _internal_call else self.args.save_base_model)
         if _internal_call:
@@ -239,7 +292,8 @@ class PrunerTrainer(Trainer):
     def write_model(self, directory: str, save_base_model: bool | None) -> None:
         """Model and processor, as all ways to save them write them."""
         self.tprl_model.save_pretrained(directory, save_base_model=save_base_model)
-        self.processing_class.save_pretrained(directory)
+        with written_whole(Path(directory)) as scratch:
+            self.processing_class.save_pretrained(scratch)
 
     def push_to_hub(
         self,
@@ -401,8 +455,8 @@ class PolicyTrainer(PrunerTrainer):
         super().save_model(output_dir, _internal_call)
 
     def saved_state(self) -> dict[str, Any]:
-        return {**super().saved_state(), "best": self.best}
+        return {**super().saved_state(), "best": self.best, "last_measured": self.last_measured}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
-        self.best = state["best"]
+        self.best, self.last_measured = state["best"], state["last_measured"]

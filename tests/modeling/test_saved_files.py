@@ -1,0 +1,80 @@
+"""Saving over an older checkpoint: cut off at any moment, one of the two is there, and whole."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from tests.families.tiny_models import build
+from tests.training.cut_off import Fault, run, save_another
+from tprl_hf import TPRLForConditionalGeneration
+
+POLICY = {"latent_dim": 8, "policy_num_heads": 4, "policy_dim": 16, "policy_training": {"stage": "lfd"}}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Directories of two models that differ in weights and config."""
+    folder = tmp_path_factory.mktemp("two")
+    build("llava").save_pretrained(folder / "base")
+    for name, seed, keep_ratio in (("old", 1, 0.5), ("new", 2, 0.25)):
+        torch.manual_seed(seed)
+        model = TPRLForConditionalGeneration.from_base_model(folder / "base", keep_ratio=keep_ratio, **POLICY)
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def which(directory, two) -> str:
+    """`old` or `new`: whose config and weights are both in a directory."""
+    try:
+        found = AutoModelForImageTextToText.from_pretrained(directory)
+    except OSError as error:  # the config was read before
+        assert "load it again" in str(error)
+        found = AutoModelForImageTextToText.from_pretrained(directory)
+    for name in ("old", "new"):
+        model = AutoModelForImageTextToText.from_pretrained(two / name)
+        state = model.state_dict()
+        same = [value.equal(state[key]) for key, value in found.state_dict().items()]
+        if found.config.keep_ratio == model.config.keep_ratio and all(same):
+            return name
+    raise AssertionError("a mixture")
+
+
+def save(two, directory, what="count", at=0):
+    shutil.copytree(two / "old", directory)
+    return run(save_another, [str(two / "new"), str(directory)], Fault(what, str(directory), at))
+
+
+def test_a_save_that_is_killed_leaves_the_old_or_the_new(two, tmp_path):
+    undisturbed = save(two, tmp_path / "whole")
+    assert undisturbed.code == 0 and which(tmp_path / "whole", two) == "new"
+    found = []
+    for at in range(1, undisturbed.changes + 1):
+        directory = tmp_path / f"kill-{at}"
+        assert save(two, directory, "kill", at).code == -9
+        found.append(which(directory, two))
+        assert run(save_another, [str(two / "new"), str(directory)], Fault("count", str(directory))).code == 0
+        assert which(directory, two) == "new" and not (directory / ".saved").exists()
+    assert found == sorted(found, reverse=True) and set(found) == {"old", "new"}  # never back
+
+
+def test_a_full_disk_leaves_the_old_or_the_new(two, tmp_path):
+    found = []
+    for at in range(1, save(two, tmp_path / "whole").changes + 1):
+        directory = tmp_path / f"full-{at}"
+        ended = save(two, directory, "full", at)
+        found.append(which(directory, two))
+        if found[-1] == "old":
+            assert ended.code == 2 and ("could not be written" in ended.output or "Errno" in ended.output)
+        else:
+            assert ended.code == 0
+    assert set(found) == {"old", "new"}
+
+
+def test_weights_without_a_successor_go_when_all_else_is_in_its_place(two, tmp_path):
+    shutil.copytree(two / "old", tmp_path / "out")
+    (tmp_path / "out" / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier save")
+    TPRLForConditionalGeneration.from_pretrained(two / "new").save_pretrained(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    assert which(tmp_path / "out", two) == "new"

@@ -1,0 +1,114 @@
+"""Directories that hold one saved state or another, never a mixture of two."""
+
+import contextlib
+import errno
+import glob
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .hub_tprl import WEIGHT_PATTERNS
+
+# Of a save whose files are all written and not yet all moved to their places, and the list of them in it.
+SAVED, NAMES = ".saved", ".names.json"
+
+
+def scratch_directory(beside: Path) -> "tempfile.TemporaryDirectory[str]":
+    """A temporary directory on the same disk as `beside`. Those of processes that were killed there are deleted."""
+    beside.mkdir(parents=True, exist_ok=True)
+    machine = f".writing-{platform.node()}-"
+    for left in beside.glob(f"{glob.escape(machine)}*"):
+        process = left.name.removeprefix(machine).split("-")[0]
+        if process.isdigit() and not is_alive(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    return tempfile.TemporaryDirectory(dir=beside, prefix=f"{machine}{os.getpid()}-", ignore_cleanup_errors=True)
+
+
+def is_alive(process: int) -> bool:
+    """Whether this machine runs a process of that number; `True` where that cannot be asked."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def written_whole(directory: Path) -> Iterator[str]:
+    """
+    A folder to write into, whose files then take their places in `directory`: all, or none where writing failed.
+    Weights of an earlier checkpoint that have no successor go.
+
+    Raises:
+        `OSError`: where the disk is full, or refuses; what was in `directory` is as before.
+    """
+    try:
+        with scratch_directory(directory) as scratch:
+            yield scratch
+            names = sorted(str(path.relative_to(scratch)) for path in Path(scratch).rglob("*") if path.is_file())
+            for name in names:
+                flush(Path(scratch, name))
+            Path(scratch, NAMES).write_text(json.dumps(names), encoding="utf-8")
+            flush(Path(scratch, NAMES))
+            publish_files(Path(scratch), directory)
+    except SafetensorError as error:
+        raise OSError(
+            f"{directory} could not be written ({error}); what it held is as before. Make room, and save again."
+        ) from error
+
+
+def flush(path: Path) -> None:
+    """Waits until the disk has the file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def publish_files(scratch: Path, directory: Path) -> None:
+    """From here on the save counts, also if this process ends before every file is in its place."""
+    while True:
+        finish_saving(directory)
+        try:
+            os.rename(scratch, directory / SAVED)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process saves here at the same time
+                raise
+    finish_saving(directory)
+
+
+def finish_saving(directory: Path) -> bool:
+    """
+    Moves the files of a save that was cut off to their places, each at once; several processes may do so together.
+
+    Returns:
+        `bool`: whether there were any.
+    """
+    saved = directory / SAVED
+    if not saved.is_dir():
+        return False
+    try:
+        names = json.loads((saved / NAMES).read_text(encoding="utf-8"))
+    except FileNotFoundError:  # all its files are in their places
+        shutil.rmtree(saved, ignore_errors=True)
+        return False
+    if any(Path(name).match(pattern) for name in names for pattern in WEIGHT_PATTERNS):
+        for stale in [path for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern)]:
+            if stale.name not in names:
+                stale.unlink(missing_ok=True)
+    for name in sorted(names, key=lambda name: name != "config.json"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            os.replace(saved / name, directory / name)
+    (saved / NAMES).unlink(missing_ok=True)
+    shutil.rmtree(saved, ignore_errors=True)
+    return True
