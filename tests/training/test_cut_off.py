@@ -21,7 +21,7 @@ from tprl_hf.cli.stop_signals import Stopped, StopSignals
 from tprl_hf.training.whole_checkpoints import MANIFEST, checkpoint_to_resume, newest_whole
 
 from .conftest import make_dataset
-from .cut_off import FAULTS, Fault, show_life, start, train
+from .cut_off import Fault, number_of_faults, show_life, start, train
 from .test_trainers import stage, weights_of
 
 TRAINED = {
@@ -108,14 +108,14 @@ def moments(count: int, number: int, seed: int) -> list[int]:
     return [1 + int((index + random.Random(seed + index).random()) * width) for index in range(number)]
 
 
-def test_a_run_that_is_killed_ends_as_undisturbed(run, tmp_path, record_property):
+def test_a_run_that_is_killed_ends_as_undisturbed(run, tmp_path):
     """At changes of files, within them, and at moments of the clock."""
     started = time.perf_counter()
     undisturbed = run.train()
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started  # the clock's kills lie within them
     run.assert_as_undisturbed(undisturbed)
     killed = timed = 0
-    for index, at in enumerate(moments(undisturbed.changes, FAULTS, seed=len(run.stage))):
+    for index, at in enumerate(moments(undisturbed.changes, number_of_faults(run.stage), seed=len(run.stage))):
         by_clock = index % 4 == 3
         again = Run(run.stage, run.finished, tmp_path / f"kill-{index}")
         when = random.Random(index).uniform(0.2, 1) * seconds if by_clock else at
@@ -128,17 +128,15 @@ def test_a_run_that_is_killed_ends_as_undisturbed(run, tmp_path, record_property
             killed += 1
         again.assert_as_undisturbed(again.train())
         shutil.rmtree(again.folder)
-    record_property("kills", killed)
     print(f"\n{run.stage}: {killed} kills, {timed} by the clock, {undisturbed.changes} changes, {seconds:.1f} s a run")
 
 
 @pytest.mark.parametrize("what", ["full", "denied"])
 def test_a_run_without_room_or_rights_says_so_and_ends_as_undisturbed(finished, tmp_path, what):
     """From some change of a file on, in each part of a checkpoint as the number of faults grows."""
-    run = Run("lfd", finished, tmp_path / "run")
-    changes = run.train().changes
+    changes = Run("lfd", finished, tmp_path / "run").train().changes
     failed = 0
-    for index, at in enumerate(moments(changes, max(3, FAULTS // 2), seed=len(what))):
+    for index, at in enumerate(moments(changes, number_of_faults("lfd") // 3, seed=len(what))):
         again = Run("lfd", finished, tmp_path / f"{what}-{index}")
         ended = again.train(what, at)
         assert ended.code in (0, 2) and "Traceback" not in ended.output, ended.output
