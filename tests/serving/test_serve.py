@@ -172,7 +172,7 @@ def test_health_and_models(client):
         ({"url": "file:///etc/hostname"}, "No files are read"),
         ({"url": "/etc/hostname"}, "No files are read"),
         ({"url": "http://127.0.0.1:1/image.png"}, "This server fetches no images"),
-        ({"url": "data:image/png;base64,!"}, "no base64"),
+        ({"url": "data:image/png;base64,!"}, "not base64"),
         ({"url": "data:image/svg+xml;base64,PHN2Zy8+"}, "none of PNG, JPEG"),
     ],
 )
