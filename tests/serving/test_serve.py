@@ -271,7 +271,7 @@ def test_a_client_that_leaves_frees_the_model(client, samples, streamed):
 @pytest.mark.parametrize(
     ("content", "status", "message"),
     [
-        (b"{", 400, "no JSON"),
+        (b"{", 400, "not JSON"),
         (b"[]", 400, "must be a JSON object; got list"),
         (b'{"messages": []}', 400, "at least one message"),
         (b'{"messages": ["hi"]}', 400, "an object with a `role`"),

@@ -110,7 +110,7 @@ async def read_body(chunks: AsyncIterator[bytes], max_bytes: int) -> dict[str, A
     try:
         body = json.loads(bytes(received))
     except (ValueError, RecursionError) as error:
-        raise refuse(f"The request is no JSON ({error}).") from None
+        raise refuse(f"The request is not JSON ({error}).") from None
     if not isinstance(body, dict):
         raise refuse(f"The request must be a JSON object; got {type(body).__name__}.")
     return body
