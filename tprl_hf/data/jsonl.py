@@ -27,7 +27,7 @@ def jsonl_samples(path: str | Path, num_samples: int | None = None) -> Dataset:
         `datasets.Dataset`: Rows of `SAMPLE_FEATURES`; `answer` is a list of strings where any line has a list.
 
     Raises:
-        `ValueError`: If the file is empty, or a line is not a JSON object or lacks a field; the message has its number.
+        `ValueError`: If the file is empty, or a line is not a JSON object or lacks a field; it has its number.
         `OSError`: If the file or an image is missing.
     """
     path = Path(path)
