@@ -19,7 +19,8 @@ from .hub_tprl import WEIGHT_PATTERNS
 SAVED, NAMES = ".saved", ".names.json"
 
 
-def scratch_directory(beside: Path) -> "tempfile.TemporaryDirectory[str]":
+@contextlib.contextmanager
+def scratch_directory(beside: Path) -> Iterator[str]:
     """A temporary directory on the same disk as `beside`. Those of processes that were killed there are deleted."""
     beside.mkdir(parents=True, exist_ok=True)
     machine = f".writing-{platform.node()}-"
@@ -27,7 +28,11 @@ def scratch_directory(beside: Path) -> "tempfile.TemporaryDirectory[str]":
         process = left.name.removeprefix(machine).split("-")[0]
         if process.isdigit() and not is_alive(int(process)):
             shutil.rmtree(left, ignore_errors=True)
-    return tempfile.TemporaryDirectory(dir=beside, prefix=f"{machine}{os.getpid()}-", ignore_cleanup_errors=True)
+    scratch = tempfile.mkdtemp(dir=beside, prefix=f"{machine}{os.getpid()}-")
+    try:
+        yield scratch
+    finally:  # not by TemporaryDirectory, which recurses without end where it may not delete
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def is_alive(process: int) -> bool:
