@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache, StaticCache
 
 from tests.families.more import OTHERS
@@ -179,6 +181,8 @@ def test_stored_and_cropped(family, way):
         pytest.skip("the library does not crop a state, which has no keys")
     if family in SEE_WHOLE_IMAGES and way == "images cropped":
         pytest.skip("what is left of an image has seen what is gone")
+    if family in SEE_WHOLE_IMAGES and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("a new image behind a cache is answered otherwise by older releases: docs/quickstart.md")
     for kinds in (("image", "text", "image"), ("text", "two images", "text")):
         chat = Chat(family, wrap(family)[1])
         for kind in kinds:
