@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tests.families.more import OTHERS
 from tests.families.tiny_models import FAMILIES, PAD, Sample, build, collate, entry, sample
 from tprl_hf import TPRLForConditionalGeneration
-from tprl_hf.modeling.columns import source_columns, to_prompt_columns
+from tprl_hf.modeling.columns import source_columns, take_columns
 from tprl_hf.modeling.packed_rows import PackedRows
 
 TOLERANCE = 2e-5
@@ -237,9 +237,12 @@ def test_pure_functions():
     columns = torch.tensor([[-1, 1, 2, 5], [0, 1, 3, 4]])
     assert source_columns(columns, 7).tolist() == [[-1, 1, 2, 2, 2, 3, 3], [0, 1, 1, 2, 3, 3, 3]]
     values = torch.arange(8.0).view(2, 4, 1)
-    assert to_prompt_columns(values, columns, 7)[..., 0].tolist() == [[0, 1, 2, 2, 2, 3, 3], [4, 5, 5, 6, 7, 7, 7]]
+    assert take_columns(values, source_columns(columns, 7))[..., 0].tolist() == [
+        [0, 1, 2, 2, 2, 3, 3],
+        [4, 5, 5, 6, 7, 7, 7],
+    ]
     whole = torch.arange(4).expand(2, -1)
-    assert to_prompt_columns(values, whole, 4) is values  # nothing is copied where nothing moved
+    assert take_columns(values, source_columns(whole, 4)) is values  # nothing is copied where nothing moved
     packed = PackedRows.of(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]), (2, 5))
     assert packed.valid.sum(1).tolist() == [3, 2, 5]
     numbers = torch.arange(10).view(2, 5)

@@ -128,22 +128,6 @@ def source_columns(columns: Tensor, length: int) -> Tensor:
     return source[:, :length].cummax(1).values
 
 
-def to_prompt_columns(values: Tensor, columns: Tensor, length: int, dim: int = 1) -> Tensor:
-    """
-    Values of the pruned batch, in the columns of the original prompt; see [`source_columns`].
-
-    Args:
-        values (`[B, ..., P, ...]`): P at `dim`.
-        columns (`int64 [B, P]`): column of the original prompt of each pruned column, -1 for padding.
-        length (`int`): L, columns of the original prompt.
-        dim (`int`, defaults to 1): where the P columns lie.
-
-    Returns:
-        `[B, ..., L, ...]`, 0 where no column was kept before.
-    """
-    return take_columns(values, source_columns(columns, length), dim)
-
-
 def take_columns(values: Tensor, source: Tensor, dim: int = 1) -> Tensor:
     """`values [B, ..., P, ...]` at `source [B, L]` (-1: zeros) along `dim`: `[B, ..., L, ...]`."""
     if source.shape[1] == values.shape[dim] and bool((source == torch.arange(values.shape[dim])).all()):
