@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import Any
 
 from .arguments import DEFAULT_KEEP_RATIO, add_budget_arguments, add_model_argument, budget_of, positive_int
 
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, processor = load_model(arguments.model)
     config = model.config
     own = {name: getattr(config, name) for name in ("keep_ratio", "num_keep", "threshold")}
-    budget = budget_of(arguments) or {name: value for name, value in own.items() if value is not None}
+    budget: dict[str, Any] = budget_of(arguments) or {name: value for name, value in own.items() if value is not None}
     budget = budget or {"keep_ratio": DEFAULT_KEEP_RATIO}
     sample = {"images": [image], "prompt": arguments.question, "answer": arguments.answer}
     steps = trajectory_of(
