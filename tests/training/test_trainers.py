@@ -440,3 +440,27 @@ def test_the_end_is_measured_where_nothing_else_is(make_model, processor, datase
     trainer.remember_if_best = lambda metrics: remember({**metrics, "eval_logprob": next(better)})
     trainer.train()
     assert trainer.best["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "mapo", "counterfactual"])
+def test_training_stops_after_so_many_passes_of_the_llm(name, make_model, processor, dataset, tmp_path, monkeypatch):
+    scored = []
+    for function in ("score_answers",):
+        real = getattr(rollout_trainer, function)
+        monkeypatch.setattr(
+            rollout_trainer,
+            function,
+            lambda m, b, masks, *rest, real=real: scored.append(len(masks)) or real(m, b, masks, *rest),
+        )
+    settings = {"max_steps": 40, "max_llm_passes": 40, "logging_steps": 1, "keep_best": False, "save_steps": 6,
+                "save_strategy": "steps"}  # fmt: skip
+    trainer = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
+    trainer.train()
+    assert trainer.llm_passes == sum(scored) >= 40 > sum(scored[:-2])
+    assert trainer.state.global_step % trainer.updates_per_buffer == 0  # the last buffer is learned from
+    logged = [entry["llm_passes"] for entry in trainer.state.log_history if "llm_passes" in entry]
+    assert logged == sorted(logged) and logged[-1] == trainer.llm_passes
+
+    resumed = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert (resumed.state.global_step, resumed.llm_passes) == (trainer.state.global_step, trainer.llm_passes)

@@ -58,6 +58,8 @@ class RolloutTrainer(PolicyTrainer):
         self.reward_weights = check_rewards(self.reward_funcs, args.reward_weights)
         self.batch: AnswerBatch
         self.rollouts: Rollouts | None = None
+        self.num_scored = 0  # keep masks, by this process
+        self.llm_passes = 0  # the same by all processes
         self.buffer: dict[str, Tensor] = {}  # by name [T, S, ...], and `is_trained_on [S]`; without it all are
 
     # ---- the algorithm ----
@@ -100,6 +102,10 @@ class RolloutTrainer(PolicyTrainer):
         buffer, update = divmod(self.state.global_step, self.updates_per_buffer)
         if update == 0 or self.rollouts is None:
             self.collect(buffer)
+            scored = torch.tensor(self.num_scored, device=self.args.device)
+            self.llm_passes = int(self.accelerator.reduce(scored))
+        if update == self.updates_per_buffer - 1 and self.llm_passes >= (self.args.max_llm_passes or torch.inf):
+            self.control.should_training_stop = True
         assert self.rollouts is not None
         epoch, part = divmod(update, self.args.num_mini_batches)
         chosen = torch.arange(len(self.rollouts.sample_index), device=self.args.device)
@@ -120,6 +126,9 @@ class RolloutTrainer(PolicyTrainer):
                 self.accelerator.backward(part_loss)
             loss += part_loss.detach()
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log({**logs, "llm_passes": self.llm_passes}, start_time)
 
     # ---- questions and budgets ----
 
@@ -153,6 +162,7 @@ class RolloutTrainer(PolicyTrainer):
     def score_masks(self, batch: AnswerBatch, keep_masks: Tensor, sample_index: list[int]) -> MaskScores:
         """Scores of `keep_masks [M, N]` of samples `sample_index`."""
         args = self.args
+        self.num_scored += len(keep_masks)
         if self.reward_funcs:
             by_function = reward_function_scores(
                 self.reward_funcs, self.tprl_model, self.processing_class, batch, keep_masks, sample_index,
@@ -191,10 +201,12 @@ class RolloutTrainer(PolicyTrainer):
     def saved_state(self) -> dict[str, Any]:
         rollouts = None if self.rollouts is None else self.rollouts.state()
         state = {"rollouts": rollouts, "buffer": self.buffer, "step": self.state.global_step}
+        state.update(num_scored=self.num_scored, llm_passes=self.llm_passes)
         return {**super().saved_state(), **state}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
+        self.num_scored, self.llm_passes = state.get("num_scored", 0), state.get("llm_passes", 0)
         if state["step"] % self.updates_per_buffer != 0:
             self.batch, _ = self.encode_questions(state["step"] // self.updates_per_buffer)
             self.rollouts, self.buffer = Rollouts(**state["rollouts"]), state["buffer"]
