@@ -10,7 +10,7 @@ from torch import Tensor
 from .advantages import discounted_returns, is_trained_on, leave_one_out_advantages
 from .grpo_trainer import TPRLGRPOTrainer
 from .mapo_config import TPRLMAPOConfig
-from .rewards import in_existing_steps, step_rewards
+from .rewards import step_rewards
 from .rollouts import Rollouts, collect_rollouts, joined, logits_of_start, rollouts_of_masks
 
 
@@ -137,7 +137,7 @@ class TPRLMAPOTrainer(TPRLGRPOTrainer):
             args.lambda_disc, generator, budgets,
         )  # fmt: skip
         scores = self.score_steps(self.batch, fresh, args.score_every_step)
-        rewards = in_existing_steps(step_rewards(scores, fresh.num_kept, 1.0, args.efficiency_coef), fresh.step_mask)
+        rewards = step_rewards(scores, fresh.num_kept, fresh.step_mask, 1.0, args.efficiency_coef)
         returns = discounted_returns(rewards, fresh.step_mask, gamma=1.0)  # (T, S)
 
         keys = self.memory_keys(buffer, budgets.keep_ratio)
