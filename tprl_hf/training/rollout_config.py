@@ -25,6 +25,11 @@ class RolloutConfig(PolicyTrainingConfig):
             The weight of each of `reward_funcs` in their sum; 1 without it.
         max_completion_length (`int`, defaults to 16):
             Tokens of the longest answer that is generated for `reward_funcs`.
+        log_completions (`bool`, defaults to `False`):
+            At each log show some rollouts: question, kept tokens, answer and score as a table in the terminal, in
+            `output_dir/completions` and in W&B and Trackio; pictures of the kept tokens in these and in TensorBoard.
+        num_completions_to_print (`int`, *optional*, defaults to 8):
+            So many of them; `None` for all of a buffer.
         num_mini_batches (`int`, defaults to 4):
             Optimizer steps in each pass over a buffer.
         micro_batch_size (`int`, *optional*):
@@ -42,6 +47,8 @@ class RolloutConfig(PolicyTrainingConfig):
     min_logprob: float = -4.0
     reward_weights: list[float] | None = None
     max_completion_length: int = 16
+    log_completions: bool = False
+    num_completions_to_print: int | None = 8
     num_mini_batches: int = 4
     micro_batch_size: int | None = None
     learning_rate: float = 1e-5
