@@ -31,7 +31,8 @@ class AutoencoderTrainer(PrunerTrainer):
     Example:
 
     ```python
-    >>> trainer = AutoencoderTrainer(model, AutoencoderConfig("autoencoder"), train_dataset=train, eval_dataset=validation)
+    >>> config = AutoencoderConfig("autoencoder")
+    >>> trainer = AutoencoderTrainer(model, config, train_dataset=train, eval_dataset=validation)
     >>> trainer.train()
     >>> trainer.save_model()
     ```
