@@ -312,7 +312,8 @@ def train_stage(
     validation = load_data(recipe, "validation") if "validation" in recipe.get("data", {}) else None
     rewards = reward_functions(stage, recipe)
     extra = {"reward_funcs": rewards} if rewards else {}
-    trainer = trainer_class(model, config, processor, dataset, validation, **extra)
+    data = {"train_dataset": dataset, "eval_dataset": validation}
+    trainer = trainer_class(model, config, processing_class=processor, **data, **extra)
     trainer.recipe = recipe_name
     trainer.add_callback(SaveAndStop(signals, trainer))
     checkpoint, passed_over = newest_whole(directory)
