@@ -1,4 +1,4 @@
-"""What a base model in bfloat16 or float16 changes beside float32: which tokens are kept, and how accurate answers are.
+"""What a base model in bfloat16 or float16 changes: the tokens that are kept, and the accuracy, beside float32's.
 
 `OMP_NUM_THREADS=1 python -m tprl_hf.evaluation.compare_dtypes dtypes.json`
 """
@@ -18,12 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tprl_hf.modeling.budget import Budget, keep_counts
+from tprl_hf.modeling.token_pruner import TokenPruner
+from tprl_hf.pruners import DivPrune, VisPruner
 
 from .answers import chat_inputs
 from .compare_pruners import Record, Setting, compare_pruners, encode_once
 from .intervals import Estimate, bootstrap_mean
 
-PRUNERS = ("learned", "divprune", "vispruner")
 KEEP_RATIOS = {"1/3": 1 / 3, "1/9": 1 / 9, "1/18": 1 / 18}
 REFERENCE, *OTHERS = "float32", "bfloat16", "float16"
 BATCH_SIZE, OTHER_BATCH_SIZE = 48, 7
@@ -44,45 +45,33 @@ class Choice:
     keep_mask: Tensor
     logits: Tensor | None = None
 
-    @property
-    def gap(self) -> float:
-        """How far the logits of the last token kept and of the first one removed are apart."""
-        assert self.logits is not None
-        return float(self.logits[self.keep_mask].min() - self.logits[~self.keep_mask].max())
 
-
-def make_settings(model: Any) -> list[Setting]:
-    """The unpruned model, and each pruner under each budget."""
-    from tprl_hf.pruners import PRUNERS as CLASSES
-
-    settings = [Setting("none", "1", None, {"prune": False})]
-    for name in PRUNERS:
-        method = model.learned_pruner() if name == "learned" else CLASSES[name]()
-        settings += [Setting(name, text, method, {"keep_ratio": ratio}) for text, ratio in KEEP_RATIOS.items()]
-    return settings
+def make_pruners(model: Any) -> dict[str, TokenPruner]:
+    """Those that are compared: the policy, the default without one, and one that reads attention."""
+    return {"learned": model.learned_pruner(), "divprune": DivPrune(), "vispruner": VisPruner()}
 
 
 @torch.no_grad()
 def choices_of(
-    model: Any, processor: Any, samples: Dataset, settings: Sequence[Setting], batch_size: int
+    model: Any, processor: Any, samples: Dataset, pruners: Mapping[str, TokenPruner], batch_size: int
 ) -> dict[Key, list[Choice]]:
-    """What each setting but the unpruned one keeps of every sample."""
-    found: dict[Key, list[Choice]] = {(setting.pruner, setting.budget): [] for setting in settings[1:]}
+    """What each pruner keeps of every sample, under each budget."""
+    found: dict[Key, list[Choice]] = {(name, text): [] for name in pruners for text in KEEP_RATIOS}
     for start in range(0, len(samples), batch_size):
         batch = [samples[number] for number in range(start, min(start + batch_size, len(samples)))]
         inputs = chat_inputs(processor, batch, model.device)
-        observer = next(setting.method for setting in settings if setting.pruner == "vispruner")
-        features = encode_once(model, processor, batch, observer)
+        features = encode_once(model, processor, batch, pruners["vispruner"])
         seen = model.pruning_inputs(**inputs, visual_features=features, with_attention=True)
-        for setting in settings[1:]:
-            budget = Budget(**setting.arguments)
-            keep_masks, _ = setting.method.choose(seen, budget)
+        for name, text in found:
+            pruner, budget = pruners[name], Budget(keep_ratio=KEEP_RATIOS[text])
+            keep_masks, _ = pruner.choose(seen, budget)
             choices = [Choice(mask[valid]) for mask, valid in zip(keep_masks, seen.valid, strict=True)]
-            if setting.pruner == "learned":
+            if name == "learned":
                 told = (keep_counts(seen.num_visual, budget) / seen.num_visual).to(seen.tokens.device)
-                logits = setting.method.score(replace(seen, keep_ratio=told))
-                choices = [replace(one, logits=row[: len(one.keep_mask)]) for one, row in zip(choices, logits)]
-            found[setting.pruner, setting.budget] += choices
+                logits = pruner.score(replace(seen, keep_ratio=told))
+                rows = zip(choices, logits, strict=True)
+                choices = [replace(one, logits=row[: len(one.keep_mask)]) for one, row in rows]
+            found[name, text] += choices
     return found
 
 
@@ -108,23 +97,27 @@ def compare_choices(found: Iterable[Choice], reference: Iterable[Choice]) -> dic
     }
     if pairs[0][0].logits is None:
         return result
-    rounding = np.array([float((one.logits - other.logits).abs().max()) for one, other in pairs])
-    gap = np.array([other.gap for _, other in pairs])
-    farthest = 0.0
-    for (one, other), most in zip(pairs, rounding, strict=True):
-        changed = one.keep_mask ^ other.keep_mask
-        if changed.any():
-            # from the far side of the cut, which is the nearest logit of those that were decided otherwise
-            last, first = other.logits[other.keep_mask].min(), other.logits[~other.keep_mask].max()
-            away = torch.where(other.keep_mask, other.logits - first, last - other.logits)[changed]
-            farthest = max(farthest, float(away.max()) / most)
+    measured = [moved_at_cut(one, other) for one, other in pairs]
+    rounding, gap, away = (np.array(column) for column in zip(*measured, strict=True))
     return {
         **result,
         "rounding": np.quantile(rounding, [0.5, 0.99, 1]).tolist(),
         "gap": np.quantile(gap, [0.01, 0.1, 0.5]).tolist(),
         "could_differ": float((gap <= 2 * rounding).mean()),
-        "farthest": farthest,
+        "farthest": float((away / np.maximum(rounding, 1e-30)).max()),
     }
+
+
+def moved_at_cut(found: Choice, reference: Choice) -> tuple[float, float, float]:
+    """
+    Of one sample: the largest difference of its logits; the gap of the reference's logits at the cut; and how far
+    from the other side of the cut the farthest token lies that was decided otherwise, 0 where none was.
+    """
+    assert found.logits is not None and reference.logits is not None
+    logits, kept = reference.logits, reference.keep_mask
+    last, first = logits[kept].min(), logits[~kept].max()  # to be kept, to be removed
+    away = torch.where(kept, logits - first, last - logits) * (found.keep_mask ^ kept)
+    return float((found.logits - logits).abs().max()), float(last - first), float(away.max())
 
 
 def accuracies(records: Sequence[Record], reference: Sequence[Record], units: Sequence[Any]) -> dict[str, Estimate]:
@@ -135,7 +128,10 @@ def accuracies(records: Sequence[Record], reference: Sequence[Record], units: Se
 
 
 def compare_dtypes(
-    load: Any, samples: Dataset, dtypes: Sequence[str] = OTHERS, batch_sizes: tuple[int, int] = (BATCH_SIZE, OTHER_BATCH_SIZE)
+    load: Any,
+    samples: Dataset,
+    dtypes: Sequence[str] = OTHERS,
+    batch_sizes: tuple[int, int] = (BATCH_SIZE, OTHER_BATCH_SIZE),
 ) -> list[dict[str, Any]]:
     """
     Args:
@@ -154,15 +150,23 @@ def compare_dtypes(
     chosen: dict[str, dict[Key, list[Choice]]] = {}
     for dtype in (REFERENCE, *dtypes):
         model, processor = load(getattr(torch, dtype))
-        settings = make_settings(model)
+        pruners = make_pruners(model)
+        settings = [
+            Setting("none", "1", None, {"prune": False}),
+            *(
+                Setting(name, text, pruner, {"keep_ratio": ratio})
+                for name, pruner in pruners.items()
+                for text, ratio in KEEP_RATIOS.items()
+            ),
+        ]
         records[dtype] = {(setting.pruner, setting.budget): [] for setting in settings}
         batches = compare_pruners(model, processor, samples, settings, batch_sizes[0], max_new_tokens=16)
         for some in tqdm(batches, desc=dtype, unit="batch", file=sys.stderr):
             records[dtype][some[0].pruner, some[0].budget] += some
-        chosen[dtype] = choices_of(model, processor, samples, settings, batch_sizes[0])
-        alone = choices_of(model, processor, samples, settings, batch_sizes[1])
+        chosen[dtype] = choices_of(model, processor, samples, pruners, batch_sizes[0])
+        alone = choices_of(model, processor, samples, pruners, batch_sizes[1])
         for key, answered in records[dtype].items():
-            row = {"dtype": dtype, "pruner": key[0], "budget": key[1]}
+            row: dict[str, Any] = {"dtype": dtype, "pruner": key[0], "budget": key[1]}
             estimates = accuracies(answered, records[REFERENCE][key], units)
             row |= {name: asdict(estimate) for name, estimate in estimates.items()}
             if key in alone:
@@ -189,8 +193,7 @@ def main() -> None:
     from tprl_hf.data import mosaic_vqa
     from tprl_hf.loading import load_model
     from tprl_hf.training.answer_batches import undecoded
-
-    from .fingerprint import fingerprint
+    from tprl_hf.training.fingerprint import fingerprint
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)

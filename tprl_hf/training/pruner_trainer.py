@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import TrainOutput
 
 from tprl_hf import __version__
+from tprl_hf.data.digest import data_digest
 from tprl_hf.hub.publishing import changed_settings, publish
 from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.hub_tprl import is_hub_name
@@ -25,7 +26,7 @@ from tprl_hf.modeling.pruning_policy import PolicyOutput
 from tprl_hf.modeling.saved_files import written_whole
 from tprl_hf.modeling.token_pruner import PruningInputs
 
-from .answer_batches import SampleEncoder, data_digest, undecoded
+from .answer_batches import SampleEncoder, undecoded
 from .answer_scores import score_answers
 from .policy_config import PolicyTrainingConfig, PrunerTrainingConfig
 from .rollouts import policy_on_trajectories
