@@ -71,7 +71,7 @@ def test_the_number_of_threads_changes_training_by_rounding(make_model, processo
 def test_the_number_of_threads_changes_no_keep_mask_and_no_answer():
     """On the embedded model, in float32."""
     model, processor = load_model()
-    samples = mosaic_vqa("test", seed=5, num_samples=24)
+    samples = mosaic_vqa("test", seed=5, num_samples=12)
     inputs = chat_inputs(processor, samples, model.device)
     for ratio in (1 / 3, 1 / 9):
         plans, answers = [], []
