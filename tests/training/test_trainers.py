@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 import tprl_hf
 from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.data.digest import data_digest
 from tprl_hf.pruners import VisPruner
 from tprl_hf.training import (
     AutoencoderConfig,
@@ -28,7 +29,6 @@ from tprl_hf.training import (
     generate_demonstrations,
     rollout_trainer,
 )
-from tprl_hf.training.answer_batches import data_digest
 from tprl_hf.training.answer_scores import score_answers
 from tprl_hf.training.rollouts import logits_at_budget, replayed_logprobs
 

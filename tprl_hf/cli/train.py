@@ -1,6 +1,6 @@
 """Train a pruning policy by a recipe, stage by stage. Each stage is a directory; a finished one is left as it is, and
-an interrupted one resumes from its newest whole checkpoint. Ctrl-C and SIGTERM save the step first where that takes
-seconds. Under `torchrun` all processes train, the first one writes."""
+an interrupted one resumes, with the same data only, from its newest whole checkpoint. Ctrl-C and SIGTERM save the step
+first where that takes seconds. Under `torchrun` all processes train, the first one writes."""
 
 import argparse
 import json
@@ -17,6 +17,7 @@ from tprl_hf.training.stages import STAGES
 from .old_recipes import renewed
 from .processes import is_first_process, say, signs_of_life, wait_for
 from .recipe_file import check_names, read_recipe
+from .same_data import claim_data
 from .whole_files import write
 
 if TYPE_CHECKING:
@@ -256,6 +257,7 @@ def base_directory(recipe: dict[str, Any]) -> str:
 
     import tprl_hf
     from tprl_hf.missing_packages import load_processor
+    from tprl_hf.modeling.saved_files import allow_as_umask
 
     base = recipe.get("base_model") or tprl_hf.embedded_checkpoint()
     if AutoConfig.from_pretrained(base).model_type != tprl_hf.TPRLConfig.model_type:
@@ -266,6 +268,7 @@ def base_directory(recipe: dict[str, Any]) -> str:
         model = tprl_hf.TPRLForConditionalGeneration.from_pretrained(base)
         load_processor(base).save_pretrained(unfinished)
         model.lvlm.save_pretrained(unfinished)
+        allow_as_umask(unfinished)
         unfinished.rename(directory)
     wait_for(directory, directory.parent)
     return str(directory)
@@ -282,7 +285,9 @@ def make_demonstrations(stage, recipe, model, processor, directory: Path) -> dic
     set_seed(seed)
     teacher = getattr(training, TEACHERS[name])() if name in TEACHERS else make_pruner(model, name, seed)
     assert teacher is not None
-    dataset = load_data(recipe, training_data(stage, recipe), settings.pop("num_samples", None))
+    data = training_data(stage, recipe)
+    dataset = load_data(recipe, data, settings.pop("num_samples", None))
+    claim_data(directory, {data: dataset})
     made = training.generate_demonstrations(
         teacher, model, processor, dataset, output_dir=str(directory / "dataset"), **settings
     )
@@ -310,6 +315,7 @@ def train_stage(
     else:
         dataset = load_data(recipe, training_data(stage, recipe))
     validation = load_data(recipe, "validation") if "validation" in recipe.get("data", {}) else None
+    claim_data(directory, {source or training_data(stage, recipe): dataset, "validation": validation})
     rewards = reward_functions(stage, recipe)
     extra = {"reward_funcs": rewards} if rewards else {}
     data = {"train_dataset": dataset, "eval_dataset": validation}

@@ -126,19 +126,6 @@ def image_key(row: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def data_digest(dataset: Dataset) -> str:
-    """A digest of the images, questions, answers and demonstrations of a dataset: other data have another."""
-    digest = hashlib.sha256()
-    names = [name for name in ("image_id", "prompt", "answer", "keep_masks") if name in dataset.column_names]
-    for rows in dataset.select_columns(names).iter(1000):
-        digest.update(repr(sorted(rows.items())).encode())
-    if "image_id" not in names:
-        column = "images" if "images" in dataset.column_names else "image"
-        for row in undecoded(dataset).select_columns([column]):
-            digest.update(image_key(row).encode())
-    return digest.hexdigest()[:16]
-
-
 class SampleEncoder:
     """Turns rows of a dataset into an [`AnswerBatch`]. Each sample is encoded alone and, while there is room, once.
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from tprl_hf.hub.publishing import changed_settings, publish, write_card
@@ -216,6 +216,7 @@ class PrunerTrainer(Trainer):
         if checkpoint is not None:
             self.restore(checkpoint)
         else:
+            set_seed(self.args.seed)  # as after `__init__`, whatever was drawn since then
             self.begin()
         # transformers would delete old checkpoints before the new one is marked
         limit, self.args.save_total_limit = self.args.save_total_limit, None
