@@ -27,9 +27,11 @@ from .pruned_core import note_labels
 from .pruner_choice import PrunerChoiceMixin
 from .pruner_inputs import layout_of, pruning_inputs
 from .pruning_policy import PruningPolicy
+from .sequence_inputs import check_call, check_values, refuse_other_than_bits
 from .text_query import config_special_ids, default_query_mask, template_ids
 from .token_autoencoder import TokenAutoencoder
 from .token_pruner import PruningInputs, TokenPruner
+from .values import flag, refuse_misspelled, wrong
 from .visual_features import VisualFeatures
 
 logger = logging.get_logger(__name__)
@@ -122,8 +124,14 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                 it; it then runs eagerly. By default as the pruner in use needs it.
             inputs: what the processor returned besides (`pixel_values`, `image_sizes`, `image_grid_thw`, ...).
         """
-        wanted = self.pruner.needs_attention if with_attention is None else with_attention
+        check_call(input_ids, None, None, None, inputs)
+        wanted = self.pruner.needs_attention if with_attention is None else flag("with_attention", with_attention)
         return self.adapter.encode(input_ids, inputs, wanted)
+
+    @property
+    def num_ids(self) -> int:
+        """Entries of the base model's table of words. Where its rows are shared out, the config tells their number."""
+        return max(len(self.get_input_embeddings().weight), self.config.get_text_config().vocab_size)
 
     def _batch(
         self,
@@ -148,6 +156,8 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
             )
         device, input_ids, attention_mask = input_ids.device, input_ids.cpu(), attention_mask.cpu()
         visual = self.adapter.find_visual(input_ids)
+        check_values(input_ids, attention_mask, visual, self.num_ids)
+        attention_mask = attention_mask.long()
         batch = PromptBatch(input_ids, attention_mask, visual, visual_features, inputs, device, record)
         if batch.new.any() or (not visual.any() and self.adapter.has_pixels(inputs)):
             if batch.features is None:
@@ -268,6 +278,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                 f"query_mask must have the shape of input_ids, {tuple(batch.input_ids.shape)}; got "
                 f"{tuple(query_mask.shape)}."
             )
+        refuse_other_than_bits("query_mask", query_mask)
         return query_mask.cpu().bool() & ~batch.visual
 
     @torch.no_grad()
@@ -296,6 +307,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         Returns:
             [`PrunePlan`]
         """
+        check_call(input_ids, attention_mask, query_mask, visual_features, inputs)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
         return self._plan(batch, choice, query_mask).to(batch.device)
