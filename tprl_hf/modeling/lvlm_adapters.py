@@ -244,6 +244,13 @@ class LVLMAdapter:
         """
         return count_positions(attention_mask)
 
+    def forward_positions(self, attention_mask: Tensor) -> Tensor | None:
+        """
+        Positions that a direct forward of the base model counts where a caller gives none, `[B, L]`: those of columns,
+        hidden ones too. `None` where they are those of [`position_ids`].
+        """
+        return torch.arange(attention_mask.shape[1], device="cpu").expand(attention_mask.shape)
+
     def complete_positions(self, positions: Tensor, attention_mask: Tensor) -> Tensor:
         """Positions of the full prompt that a caller passed, in the form of [`position_ids`].
 
@@ -316,6 +323,9 @@ class RopeIndexAdapter(LVLMAdapter):
     """Families with multi-axis rotary positions: the base model counts them on the full prompt."""
 
     has_text_axis = True
+
+    def forward_positions(self, attention_mask: Tensor) -> Tensor | None:
+        return None
 
     def position_ids(self, input_ids: Tensor, attention_mask: Tensor, inputs: dict[str, Any]) -> Tensor:
         names = inspect.signature(self.core.get_rope_index).parameters

@@ -172,6 +172,10 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
                 output = self._run(ids, mask, given, choice, given.pop("query_mask"), visual_features, False, run)
                 return packed.pack_output(output, wanted)
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
+        positions = self.adapter.forward_positions(batch.attention_mask)
+        if positions is not None and "position_ids" not in inputs:
+            first = batch.attention_mask.argmax(1, keepdim=True)
+            batch.inputs = {**inputs, "position_ids": (positions - first).clamp(min=0)}
         plan = self._plan(batch, choice, query_mask)
         wanted, length = batch.inputs.pop("logits_to_keep", 0), batch.input_ids.shape[1]
         batch.inputs = count_no_placeholders(batch.inputs, batch.visual)

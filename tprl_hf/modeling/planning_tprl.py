@@ -223,7 +223,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                 )
             keep_mask = choice.cpu().clone()
             scores = keep_mask.float()
-        elif choice is not None and batch.features is not None:
+        elif choice is not None and batch.features is not None and (batch.new & batch.shown).any():
             query_mask = self._query_mask(batch, query_mask)
             inputs, new = pruning_inputs(batch, self.adapter, layout, query_mask, self.pruner.needs_attention)
             chosen, chosen_scores = self.pruner.choose(inputs, choice)
@@ -242,6 +242,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                     "now. Begin it with the `keep_mask` of the last turn, or leave it out."
                 )
             keep_mask[~batch.new] = decided
+        keep_mask &= batch.shown
         kept = [int(mask.sum()) for mask in keep_mask.split(batch.num_visual.tolist())]
         num_kept = torch.tensor(kept, device="cpu")
         return PrunePlan(keep_mask, scores, num_kept, batch.num_visual, layout)

@@ -36,7 +36,7 @@ def arguments_of(pruner_class: type[TokenPruner]) -> list[str]:
             parameters = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
             kinds = [parameter.kind for parameter in parameters]
             own = [one for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
-            names += [one.name for one in own if one.name not in pruner_class.not_settings]
+            names += [one.name for one in own]
             if inspect.Parameter.VAR_KEYWORD not in kinds:
                 break
     return names
