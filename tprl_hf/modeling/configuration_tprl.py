@@ -7,7 +7,6 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from .values import (
     COUNT,
     KEPT_FRACTION,
-    UNIT,
     Check,
     check_fields,
     flag,
@@ -63,10 +62,12 @@ def refuse_contradictory_budget(holder: Any) -> None:
     given = given_budget(holder)
     if len(given) > 1:
         listed = ", ".join(f"{name}={value}" for name, value in given.items())
-        raise ValueError(f"A budget is exactly one of keep_ratio, num_keep and threshold; got {listed}. Leave out one.")
+        raise ValueError(
+            f"A budget is exactly one of keep_ratio, num_keep and threshold; got {listed}. Set the others to None."
+        )
     if holder.max_keep is not None and holder.max_keep < holder.min_keep:
         raise ValueError(
-            f"min_keep must be at most max_keep; got min_keep={holder.min_keep}, max_keep={holder.max_keep}. Change one."
+            f"min_keep must be at most max_keep; got min_keep={holder.min_keep} and max_keep={holder.max_keep}."
         )
 
 
@@ -200,10 +201,7 @@ class TPRLConfig(PreTrainedConfig):
             self.base_config = AutoConfig.for_model(model_type, **base)
         elif self.base_config is not None and not isinstance(self.base_config, PreTrainedConfig):
             raise wrong("base_config", self.base_config, "the config of an LVLM, or a dict of its fields")
-        if isinstance(self.pruner, str):
-            self.pruner = {"name": self.pruner}
-        own = {name for name in kwargs if not hasattr(PreTrainedConfig, name)}
-        refuse_misspelled(own, self.__dataclass_fields__, "TPRLConfig")
+        refuse_misspelled([name for name in kwargs if not hasattr(PreTrainedConfig, name)], own_fields(), "TPRLConfig")
         self.check()
         if self.token_dim is None and isinstance(self.base_config, PreTrainedConfig):
             self.token_dim = self.base_config.get_text_config().hidden_size
@@ -222,7 +220,10 @@ class TPRLConfig(PreTrainedConfig):
         """Raises `ValueError` for a field that is not what it must be; models check again, as fields can be set."""
         check_fields(self, CHECKS)
         refuse_contradictory_budget(self)
-        if self.pruner is not None and not (isinstance(self.pruner, dict) and isinstance(self.pruner.get("name"), str)):
+        if isinstance(self.pruner, str):
+            self.pruner = {"name": self.pruner}
+        has_name = isinstance(self.pruner, dict) and isinstance(self.pruner.get("name"), str)
+        if self.pruner is not None and not has_name:
             raise wrong("pruner", self.pruner, "the name of a pruner, or a dict with its name and settings")
         if self.policy_training is not None and not isinstance(self.policy_training, dict):
             raise wrong("policy_training", self.policy_training, "a dict such as trainers write, or None")
@@ -254,3 +255,8 @@ class TPRLConfig(PreTrainedConfig):
         if isinstance(self.base_config, PreTrainedConfig):
             return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
         return self
+
+
+def own_fields() -> list[str]:
+    """Names of the fields that a [`TPRLConfig`] has and other configs do not."""
+    return [name for name in TPRLConfig.__annotations__ if name not in ("sub_configs", "keys_to_ignore_at_inference")]

@@ -17,9 +17,12 @@ def keep_top_k(scores: Tensor, valid: Tensor, counts: Tensor, protected: Tensor 
     """Keeps the `counts [B]` (on any device) highest `scores [B, N]` of each sample; returns `bool [B, N]`.
 
     Among equal scores the earlier token is kept. `protected` tokens (row separators) come first and count in the
-    budget; a sample that has tokens besides them keeps at least one of those.
+    budget; a sample that has tokens besides them keeps at least one of those. Infinite scores are the highest and the
+    lowest that a token can have, and NaN is as the lowest: how many are kept does not depend on them.
     """
-    scores, counts = scores.masked_fill(~valid, -torch.inf), counts.to(scores.device)
+    # what is left of infinity is for what is protected, and for what is not there
+    scores = scores.nan_to_num(nan=torch.finfo(scores.dtype).min).masked_fill(~valid, -torch.inf)
+    counts = counts.to(scores.device)
     if protected is not None:
         protected = protected & valid
         scores = scores.masked_fill(protected, torch.inf)

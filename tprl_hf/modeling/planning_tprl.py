@@ -19,12 +19,12 @@ from .checkpoint_checks import (
 )
 from .checkpoint_tprl import HUB_NAMES, TPRLPreTrainedModel
 from .columns import unpad_rows
-from .configuration_tprl import TPRLConfig
+from .configuration_tprl import TPRLConfig, own_fields
 from .family_adapters import adapter_for
 from .outputs_tprl import PrunePlan
 from .pruned_batch import PromptBatch
 from .pruned_core import note_labels
-from .pruner_choice import PrunerChoiceMixin
+from .pruner_choice import PrunerChoiceMixin, refuse_unknown_pruner
 from .pruner_inputs import layout_of, pruning_inputs
 from .pruning_policy import PruningPolicy
 from .sequence_inputs import check_call, check_values, refuse_other_than_bits
@@ -41,6 +41,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
     """The part of [`TPRLForConditionalGeneration`] that decides: it wraps a base model and says which tokens stay."""
 
     def __init__(self, config: TPRLConfig, lvlm: PreTrainedModel | None = None):
+        config.check()  # its fields may have been set since
         if config.base_config is None:
             raise ValueError("TPRLConfig.base_config is missing: use from_base_model(name, path or live model).")
         super().__init__(config)
@@ -84,9 +85,15 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         Raises:
             `ValueError`: for a base model of an unsupported kind.
         """
+        if not isinstance(base_model, (str, os.PathLike, PreTrainedModel)):
+            raise wrong("base_model", base_model, "a name on the Hub, a path, or a live model")
         given = settings.pop("pruner") if isinstance(settings.get("pruner"), TokenPruner) else None
         known = set(TPRLConfig().to_dict()) | {"base_model_revision"}
         fields = {name: settings.pop(name) for name in list(settings) if name in known and name != "dtype"}
+        refuse_misspelled(settings, own_fields(), "from_base_model")
+        named: Any = TPRLConfig(**fields).pruner  # before the base model is read, which may take long
+        if named is not None:
+            refuse_unknown_pruner(named["name"], cls.pruner_classes)
         if isinstance(base_model, PreTrainedModel):
             if settings:
                 raise TypeError(f"Unknown settings {sorted(settings)}; TPRLConfig has {sorted(known)}.")
@@ -231,6 +238,11 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
             if merged is not None:
                 batch.replace_rows(unpad_rows(merged, inputs.num_visual), new, self.adapter)
             chosen_scores = unpad_rows(chosen_scores, inputs.num_visual).float()
+            if chosen_scores.isnan().any():
+                raise ValueError(
+                    f"{type(self.pruner).__name__} gave scores that are NaN: look for broken weights or features. A "
+                    "score of -inf is for tokens that go first."
+                )
             scores = chosen_scores if new.all() else chosen_scores.new_ones(total).index_put((new,), chosen_scores)
             keep_mask[new] = unpad_rows(chosen.cpu(), inputs.num_visual)
         if batch.record is not None:

@@ -158,7 +158,7 @@ class PrunerChoiceMixin:
         too, until they open a block themselves; in other cases `contextvars.copy_context().run` hands it on.
         """
         if not isinstance(pruner, TokenPruner):
-            raise wrong("pruner", pruner, "a TokenPruner, such as those of tprl_hf.pruners", "A name is for set_pruner.")
+            raise wrong("pruner", pruner, "a TokenPruner, as in tprl_hf.pruners", "A name is for set_pruner.")
         pruner.attach(self.lvlm)
         use = Use(self, pruner)
         is_main = threading.current_thread() is threading.main_thread()

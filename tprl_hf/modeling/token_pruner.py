@@ -110,8 +110,8 @@ class TokenPruner:
         has_budget = keep_ratio is not None or num_keep is not None or threshold is not None
         if not has_budget and (min_keep, max_keep) != (1, None):
             raise ValueError(
-                f"min_keep={min_keep} and max_keep={max_keep} bound a budget, and {type(self).__name__} was given none: "
-                "pass keep_ratio, num_keep or threshold with them."
+                f"min_keep={min_keep} and max_keep={max_keep} bound a budget; {type(self).__name__} has none: pass "
+                "keep_ratio, num_keep or threshold with them."
             )
         self.budget = Budget(keep_ratio, num_keep, threshold, min_keep, max_keep) if has_budget else None
 

@@ -64,11 +64,12 @@ def number(
         given = plain(value)
         if isinstance(given, bool) or not isinstance(given, Real) or not math.isfinite(given):
             raise wrong(name, value, what, cure)
-        if (least is not None and given < least) or (most is not None and given > most):
+        found = given if isinstance(given, int) else float(given)
+        if (least is not None and found < least) or (most is not None and found > most):
             raise wrong(name, value, what, cure)
-        if above is not None and given <= above:
+        if above is not None and found <= above:
             raise wrong(name, value, what, cure)
-        return given if isinstance(given, int) else float(given)
+        return found
 
     return check
 
