@@ -2,11 +2,15 @@
 
 import argparse
 import sys
+from typing import Any
 
+from tprl_hf.loading import check_model_name
 from tprl_hf.pruners import DEFAULT_PRUNER, PRUNERS
 
 DEFAULT_KEEP_RATIO = 1 / 3
 A_MODEL = "a TPRL checkpoint or any LVLM, as a directory or a name on the Hub (default: the embedded one)"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def keep_ratio(text: str) -> float:
@@ -28,6 +32,14 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def model_name(text: str) -> str:
+    """A directory with a model, or what may be a name on the Hub."""
+    try:
+        return check_model_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 class OldSpelling(argparse.Action):
     """A hidden option that sets what `new` sets, and says so on stderr. It goes with the next version."""
 
@@ -47,8 +59,46 @@ def add_model_argument(
 ) -> None:
     parser.set_defaults(model=default)
     # without a default of its own, which would replace what --model has set
-    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=description)
-    parser.add_argument("--model", action=OldSpelling, new="MODEL without --model")
+    parser.add_argument(
+        "model", nargs="?", type=model_name, default=argparse.SUPPRESS, metavar="MODEL", help=description
+    )
+    parser.add_argument("--model", action=OldSpelling, new="MODEL without --model", type=model_name)
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a model is loaded; [`loading_options`] reads them."""
+    group = parser.add_argument_group("how the model is loaded (docs/your_model.md)")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="auto is the checkpoint's own (default: float32 on the CPU, auto on an accelerator)",
+    )
+    place = group.add_mutually_exclusive_group()
+    place.add_argument("--device", metavar="DEVICE", help="such as cuda:1 or cpu (default: the accelerator, or cpu)")
+    place.add_argument(
+        "--device-map",
+        choices=DEVICE_MAPS,
+        help="spread the model over all cards, and over the CPU where it is larger",
+    )
+    group.add_argument(
+        "--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2, ... (default: transformers')"
+    )
+    group.add_argument("--load-in-4bit", action="store_true", help="4 bits a weight of the base model (bitsandbytes)")
+
+
+def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of [`add_loading_arguments`] as keyword arguments of [`~tprl_hf.loading.load_model`]."""
+    names = ("device", "dtype", "device_map", "attn_implementation", "load_in_4bit")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def loading_words(arguments: argparse.Namespace) -> str:
+    """The options of [`add_loading_arguments`] that were given, as they are written in a command."""
+    words = ""
+    for name, value in loading_options(arguments).items():
+        if value:
+            words += f" --{name.replace('_', '-')}{'' if value is True else f' {value}'}"
+    return words
 
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
