@@ -1,7 +1,9 @@
 """Options that several commands share, and the checks argparse makes of them. Imports no torch."""
 
 import argparse
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from tprl_hf.loading import check_model_name
@@ -32,12 +34,29 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def model_name(text: str) -> str:
-    """A directory with a model, or what may be a name on the Hub."""
-    try:
-        return check_model_name(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def check_places(arguments: argparse.Namespace) -> None:
+    """
+    Looks at the directories that a command reads and writes, before it imports and loads what takes time.
+
+    Raises:
+        `OSError`, `ValueError`: If the model's is not there or not a model's, or the output's cannot be written.
+    """
+    given = vars(arguments)
+    if given.get("model") is not None:
+        check_model_name(given["model"])
+    if given.get("output_dir") is not None:
+        check_writable(given["output_dir"])
+
+
+def check_writable(directory: str | Path) -> None:
+    """Raises `OSError` for a directory that is not one, or in which this user cannot write; it need not exist."""
+    place = Path(directory).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise OSError(f"{directory} cannot be written: {place} is not a directory. Pass another one.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OSError(f"{directory} cannot be written: this user may not write in {place}. Pass another one.")
 
 
 class OldSpelling(argparse.Action):
@@ -59,10 +78,8 @@ def add_model_argument(
 ) -> None:
     parser.set_defaults(model=default)
     # without a default of its own, which would replace what --model has set
-    parser.add_argument(
-        "model", nargs="?", type=model_name, default=argparse.SUPPRESS, metavar="MODEL", help=description
-    )
-    parser.add_argument("--model", action=OldSpelling, new="MODEL without --model", type=model_name)
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=description)
+    parser.add_argument("--model", action=OldSpelling, new="MODEL without --model")
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:

@@ -224,13 +224,21 @@ def load_source(section: dict[str, Any], name: str, num_samples: int | None = No
 
 def read_source(section: dict[str, Any], name: str, count: int | None) -> "Dataset":
     """The first `count` samples of one source."""
+    from datasets import List
+
     from tprl_hf.data import sources
 
     source = section.get("source", "mosaic")
     split = section.get("split", "validation" if name == "validation" else "train")
     if not sources.is_source(source):
         raise ValueError(f"There are no data {source!r}: data.{name}.source is {sources.KINDS}.")
-    return sources.read_source(source, split, section.get("seed", 0), count)
+    dataset = sources.read_source(source, split, section.get("seed", 0), count)
+    if isinstance(dataset.features.get("answer"), List):
+        raise ValueError(
+            f"data.{name}: {source} has questions with several answers. A policy learns from one: write a string "
+            "instead of a list."
+        )
+    return dataset
 
 
 def starting_model(
