@@ -123,15 +123,19 @@ class RolloutTrainer(PolicyTrainer):
 
     # ---- questions and budgets ----
 
-    def questions(self, buffer: int) -> list[dict[str, Any]]:
-        """The rows of a buffer: each epoch goes through the dataset once, in an order of its own."""
+    def question_indices(self, buffer: int) -> list[int]:
+        """Which rows a buffer asks: each epoch goes through the dataset once, in an order of its own."""
         assert self.train_dataset is not None
         epoch, place = divmod(buffer, self.buffers_per_epoch)
         order = torch.randperm(len(self.train_dataset), generator=self.generator(0, epoch))
         count = self.args.per_device_train_batch_size
         start = (place * self.args.world_size + self.args.process_index) * count
-        wanted = [int(order[i % len(order)]) for i in range(start, start + count)]
-        return [self.train_dataset[i] for i in wanted]
+        return [int(order[i % len(order)]) for i in range(start, start + count)]
+
+    def questions(self, buffer: int) -> list[dict[str, Any]]:
+        """The rows of a buffer."""
+        assert self.train_dataset is not None
+        return [self.train_dataset[index] for index in self.question_indices(buffer)]
 
     def budgets(self, buffer: int) -> Budgets:
         """The budgets that a buffer is drawn at: none, but for algorithms that have them."""
