@@ -129,7 +129,8 @@ class PrunerTrainer(Trainer):
             )
         model.lvlm.requires_grad_(False)
         model.eval()
-        model.to(args.device)
+        if not hasattr(model, "hf_device_map"):  # else it is in its places
+            model.to(args.device)
         # so that prompts without a `query_mask` are read at inference as in training
         model.read_chat_template(processing_class)
         self.tprl_model = model
