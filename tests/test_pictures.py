@@ -100,6 +100,7 @@ def broken(tmp_path):
     made = {
         "truncated": (whole[: len(whole) // 2], "is damaged"),
         "bomb": (bomb(), "10000 x 5001 pixels; at most 50,000,000"),
+        "thread": (content_of(Image.new("1", (1, 4000))), "1 x 4000 pixels; a side is at most 100 times the other"),
         "empty": (b"", f"none of {', '.join(FORMATS)}"),
         "text": (b"a picture", "none of"),
         "script": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) run\n", "none of"),

@@ -1,13 +1,9 @@
 """`tprl serve` as its users have it: a process of its own, and the `openai` client."""
 
-import base64
 import contextlib
 import io
-import os
 import re
 import shlex
-import socket
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +15,8 @@ from threading import Thread
 import openai
 import pytest
 
+from tests.serving.raw_requests import data_url as data_url_of
+from tests.serving.raw_requests import served
 from tprl_hf.cli.main import main, make_parser
 from tprl_hf.data import mosaic_vqa
 from tprl_hf.evaluation.answers import generate_answers
@@ -48,20 +46,11 @@ def samples():
 
 @contextlib.contextmanager
 def serving(*words: str, stderr=None):
-    """Runs `tprl serve` on a free port; gives its first line and a client. Ends it as a user would."""
-    command = [sys.executable, "-m", "tprl_hf.cli.main", "serve", *words, "--port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("Serving "), line
-        url = line.split(" at ")[1].split(" ")[0]
+    """Runs `tprl serve` on a free port; gives its first line and a client."""
+    with served(*words, stderr=stderr) as (_, line, (host, port)):
+        url = f"http://{host}:{port}/v1"
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
             yield line, client
-    finally:
-        process.terminate()
-        assert process.wait(20) == -15
-        process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +63,7 @@ def client(checkpoint):
 def data_url(image) -> str:
     file = io.BytesIO()
     image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return data_url_of(file.getvalue())
 
 
 def ask(client, question: str, url: str | None, model="mosaic-tprl", **settings):

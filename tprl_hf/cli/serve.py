@@ -81,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     app = App(model, processor, name, limits, budget, [arguments.host, *arguments.allow_host])
     if arguments.host not in LOOPBACK:
         print(f"tprl serve: whoever reaches {arguments.host} can ask; nobody is asked who they are.", file=sys.stderr)
+    listener.listen()  # whoever reads the line below can ask
     host, port = listener.getsockname()[:2]
     words = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in budget.items()]
     default = ", ".join(words) or "as the checkpoint says"

@@ -139,8 +139,8 @@ def refuse_unserved(body: dict[str, Any]) -> None:
     for name, kind in (("model", str), ("stream", bool), ("user", str)):
         if body.get(name) is not None and not isinstance(body[name], kind):
             raise refuse(f"{name} must be {kind.__name__}; got {shown(body[name])}.")
-    options = body.pop("stream_options", None) or {}
-    if not isinstance(options, dict) or not set(options) <= {"include_usage"}:
+    options = body.pop("stream_options", None)
+    if options is not None and (not isinstance(options, dict) or not set(options) <= {"include_usage"}):
         raise refuse(f"stream_options is an object with include_usage; got {shown(options)}. Usage is always sent.")
 
 

@@ -76,7 +76,8 @@ class TimedConnection(H11Protocol):
     def refuse(self, status: int, message: str) -> None:
         """An answer to what never became a request, then the end of the connection."""
         answer = error_response(status, message)
-        head = h11.Response(status_code=status, headers=[*answer.raw_headers, (b"connection", b"close")])
+        headers = [*answer.raw_headers, *([] if "connection" in answer.headers else [(b"connection", b"close")])]
+        head = h11.Response(status_code=status, headers=headers)
         events = [head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))

@@ -46,7 +46,7 @@ def error_response(status: int, message: str) -> JSONResponse:
         message = message[:MAX_DETAIL] + " ..."
     message = message.encode("utf-8", "backslashreplace").decode()
     kind = "invalid_request_error" if status < 500 else "server_error"
-    headers = {"retry-after": "1"} if status == 503 else None
+    headers = {503: {"retry-after": "1"}, 408: {"connection": "close"}}.get(status)
     return JSONResponse({"error": {"message": message, "type": kind}}, status, headers)
 
 
