@@ -147,7 +147,8 @@ def reward_functions(stage: str, recipe: dict[str, Any]) -> list[Any]:
 
 def settings_of(stage: str, recipe: dict[str, Any]) -> dict[str, Any]:
     """What the result of a stage depends on, besides the stages before it."""
-    names = ("base_model", "policy", stage)
+    # a teacher reads the frozen LVLM, whatever policy will learn from it
+    names = ("base_model", stage) if stage == "demonstrations" else ("base_model", "policy", stage)
     data = recipe.get("data", {})
     used = {name: data[name] for name in (training_data(stage, recipe), "validation") if name in data}
     return {name: recipe[name] for name in names if name in recipe} | ({"data": used} if "data" in recipe else {})
@@ -168,6 +169,8 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete {directory} to run this stage again.") from error
         before, _ = renewed(noted)
+        if "policy" not in settings:
+            before.pop("policy", None)  # earlier versions noted it
         if before != json.loads(json.dumps(settings)):
             raise ValueError(
                 f"{directory} was made with other settings, see {path}: pass --set output_dir=ANOTHER, or delete it."

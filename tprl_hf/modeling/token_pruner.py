@@ -5,6 +5,7 @@ with `select`, when they have to be chosen together.
 """
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -238,6 +239,11 @@ class LearnedPruner(TokenPruner):
 
     def choose(self, inputs: PruningInputs, budget: Budget) -> tuple[Tensor, Tensor]:
         """As the base does; the scores are the keep probability, plus 1 for each step that the token survived."""
+        *_, last = self.trajectory(inputs, budget)
+        return last
+
+    def trajectory(self, inputs: PruningInputs, budget: Budget) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keep mask and scores after each of the `num_steps` steps, see [`choose`]."""
         codes = self.autoencoder.encode(inputs.tokens)
         num_visual, protected = inputs.num_visual, inputs.protected
         keep_mask, scores = inputs.valid, torch.zeros(inputs.valid.shape, device=codes.device)
@@ -255,4 +261,4 @@ class LearnedPruner(TokenPruner):
             else:
                 counts = (num_visual * share ** ((step + 1) / self.num_steps)).round().long()
                 keep_mask = keep_top_k(logits, keep_mask, counts, protected)
-        return keep_mask, scores
+            yield keep_mask, scores

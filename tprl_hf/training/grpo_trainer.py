@@ -22,7 +22,7 @@ from .advantages import (
     mean_over_tokens,
 )
 from .grpo_config import TPRLGRPOConfig
-from .rewards import RewardFunction, in_existing_steps, step_rewards
+from .rewards import RewardFunction, step_rewards
 from .rollout_trainer import RolloutTrainer
 from .rollouts import (
     Budgets,
@@ -79,7 +79,7 @@ class TPRLGRPOTrainer(RolloutTrainer):
         step_mask, num_kept = rollouts.step_mask, rollouts.num_kept
 
         scores = self.score_steps(self.batch, rollouts, args.score_every_step)
-        rewards = in_existing_steps(step_rewards(scores, num_kept, 1.0, args.efficiency_coef), step_mask)
+        rewards = step_rewards(scores, num_kept, step_mask, 1.0, args.efficiency_coef)
         returns = discounted_returns(rewards, step_mask, gamma=1.0)
         compare = group_advantages if args.scale_rewards == "group" else leave_one_out_advantages
         advantages = compare(returns, args.num_generations) * step_mask

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .advantages import clipped_losses, clipped_value_loss, generalized_advantages, mean_over_steps, whiten
 from .ppo_config import TPRLPPOConfig
-from .rewards import in_existing_steps, step_rewards
+from .rewards import step_rewards
 from .rollout_trainer import RolloutTrainer
 from .rollouts import collect_rollouts, mean_entropy, replayed_logprobs
 
@@ -52,7 +52,7 @@ class TPRLPPOTrainer(RolloutTrainer):
 
         # r_t = alpha (Score(H_t) - Score(H_{t-1})) + beta (1 - K_t / K_{t-1}) (eq. 4-6)
         scores = self.score_steps(self.batch, rollouts)
-        rewards = in_existing_steps(step_rewards(scores, num_kept, args.alpha, args.beta), step_mask)
+        rewards = step_rewards(scores, num_kept, step_mask, args.alpha, args.beta)
         # A_t = sum_k (gamma lam)^k delta_{t+k}, and what V is to be, A_t + V_t (eq. 20, 21)
         advantages, returns = generalized_advantages(rewards, rollouts.values, step_mask, args.gamma, args.lam)
         if args.whiten_advantages:

@@ -47,29 +47,24 @@ class MaskScores:
         return {**found, **{f"rewards/{name}/mean": values.mean() for name, values in self.by_function.items()}}
 
 
-def step_rewards(scores: Tensor, num_kept: Tensor, alpha: float = 1.0, beta: float = 0.1) -> Tensor:
+def step_rewards(scores: Tensor, num_kept: Tensor, step_mask: Tensor, alpha: float = 1.0, beta: float = 0.1) -> Tensor:
     """
-    `r_t = alpha * (Score_t - Score_{t-1}) + beta * (1 - K_t / K_{t-1})` (eq. 4-6).
+    `r_t = alpha * (Score_t - Score_{t-1}) + beta * (1 - K_t / K_{t-1})` (eq. 4-6) of each step that exists.
 
-    The paper averages the score over a mini-batch; we give each trajectory its own, which has the same mean.
+    The paper averages the score over a mini-batch; we give each trajectory its own, which has the same mean. A
+    trajectory that has kept nothing has ended: the steps that it does not have earn nothing.
 
     Args:
         scores (`[T + 1, S]`): before the first step and after each.
         num_kept (`int64 [T + 1, S]`): tokens left at the same times.
+        step_mask (`bool [T, S]`): steps that exist.
 
     Returns:
-        float `[T, S]`.
+        float `[T, S]`, 0 where no step exists.
     """
     task = scores[1:] - scores[:-1]
     efficiency = 1 - num_kept[1:] / num_kept[:-1].clamp(min=1)
-    return alpha * task + beta * efficiency
-
-
-def in_existing_steps(rewards: Tensor, step_mask: Tensor) -> Tensor:
-    """`rewards [T, S]` of the steps that exist; a trajectory that ended early gets the others' in its last step."""
-    last = (step_mask.sum(0) - 1).clamp(min=0)
-    late = (rewards * ~step_mask).sum(0)
-    return (rewards * step_mask).scatter_add(0, last[None], late[None])
+    return (alpha * task + beta * efficiency) * step_mask
 
 
 def reward_name(function: RewardFunction) -> str:

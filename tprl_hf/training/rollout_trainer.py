@@ -58,6 +58,8 @@ class RolloutTrainer(PolicyTrainer):
         self.reward_weights = check_rewards(self.reward_funcs, args.reward_weights)
         self.batch: AnswerBatch
         self.rollouts: Rollouts | None = None
+        self.num_scored = 0  # keep masks, by this process
+        self.llm_passes = 0  # the same by all processes
         self.buffer: dict[str, Tensor] = {}  # by name [T, S, ...], and `is_trained_on [S]`; without it all are
 
     # ---- the algorithm ----
@@ -100,6 +102,10 @@ class RolloutTrainer(PolicyTrainer):
         buffer, update = divmod(self.state.global_step, self.updates_per_buffer)
         if update == 0 or self.rollouts is None:
             self.collect(buffer)
+            scored = torch.tensor(self.num_scored, device=self.args.device)
+            self.llm_passes = int(self.accelerator.reduce(scored))
+        if update == self.updates_per_buffer - 1 and self.llm_passes >= (self.args.max_llm_passes or torch.inf):
+            self.control.should_training_stop = True
         assert self.rollouts is not None
         epoch, part = divmod(update, self.args.num_mini_batches)
         chosen = torch.arange(len(self.rollouts.sample_index), device=self.args.device)
@@ -121,17 +127,24 @@ class RolloutTrainer(PolicyTrainer):
             loss += part_loss.detach()
         return loss
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log({**logs, "llm_passes": self.llm_passes}, start_time)
+
     # ---- questions and budgets ----
 
-    def questions(self, buffer: int) -> list[dict[str, Any]]:
-        """The rows of a buffer: each epoch goes through the dataset once, in an order of its own."""
+    def question_indices(self, buffer: int) -> list[int]:
+        """Which rows a buffer asks: each epoch goes through the dataset once, in an order of its own."""
         assert self.train_dataset is not None
         epoch, place = divmod(buffer, self.buffers_per_epoch)
         order = torch.randperm(len(self.train_dataset), generator=self.generator(0, epoch))
         count = self.args.per_device_train_batch_size
         start = (place * self.args.world_size + self.args.process_index) * count
-        wanted = [int(order[i % len(order)]) for i in range(start, start + count)]
-        return [self.train_dataset[i] for i in wanted]
+        return [int(order[i % len(order)]) for i in range(start, start + count)]
+
+    def questions(self, buffer: int) -> list[dict[str, Any]]:
+        """The rows of a buffer."""
+        assert self.train_dataset is not None
+        return [self.train_dataset[index] for index in self.question_indices(buffer)]
 
     def budgets(self, buffer: int) -> Budgets:
         """The budgets that a buffer is drawn at: none, but for algorithms that have them."""
@@ -149,6 +162,7 @@ class RolloutTrainer(PolicyTrainer):
     def score_masks(self, batch: AnswerBatch, keep_masks: Tensor, sample_index: list[int]) -> MaskScores:
         """Scores of `keep_masks [M, N]` of samples `sample_index`."""
         args = self.args
+        self.num_scored += len(keep_masks)
         if self.reward_funcs:
             by_function = reward_function_scores(
                 self.reward_funcs, self.tprl_model, self.processing_class, batch, keep_masks, sample_index,
@@ -187,10 +201,12 @@ class RolloutTrainer(PolicyTrainer):
     def saved_state(self) -> dict[str, Any]:
         rollouts = None if self.rollouts is None else self.rollouts.state()
         state = {"rollouts": rollouts, "buffer": self.buffer, "step": self.state.global_step}
+        state.update(num_scored=self.num_scored, llm_passes=self.llm_passes)
         return {**super().saved_state(), **state}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
+        self.num_scored, self.llm_passes = state.get("num_scored", 0), state.get("llm_passes", 0)
         if state["step"] % self.updates_per_buffer != 0:
             self.batch, _ = self.encode_questions(state["step"] // self.updates_per_buffer)
             self.rollouts, self.buffer = Rollouts(**state["rollouts"]), state["buffer"]
