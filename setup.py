@@ -105,6 +105,7 @@ setup(
     entry_points={
         "console_scripts": ["tprl = tprl_hf.cli.main:main"],
         "lmms_eval.models": ["tprl = tprl_hf.evaluation.lmms_eval.plugin:manifest"],
+        "vllm.general_plugins": ["tprl = tprl_hf.serving.vllm_plugin:register"],
     },
     zip_safe=False,
 )
