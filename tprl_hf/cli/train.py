@@ -161,7 +161,8 @@ def settings_of(stage: str, recipe: dict[str, Any]) -> dict[str, Any]:
 
 def precision_of(loading: dict[str, Any]) -> dict[str, Any]:
     """Of the options by which the model is loaded, those that results depend on, as settings."""
-    given = {name: loading[name] for name in ("dtype", "attn_implementation", "load_in_4bit") if loading[name]}
+    names = ("dtype", "attn_implementation", "load_in_4bit")
+    given = {name: loading[name] for name in names if loading.get(name)}
     return {"loading": given} if given else {}
 
 
