@@ -27,6 +27,7 @@ CHECKS: dict[str, Check] = {
     "base_model_revision": optional(text),
     "base_model_relative_path": optional(text),
     "includes_base_model": flag,
+    "includes_adapter": flag,
     "keep_ratio": optional(number(above=0, most=1, what="the fraction that is KEPT, in (0, 1]", cure=KEEP_ALL)),
     "num_keep": optional(whole(1, cure="To drop an image pass keep_mask.")),
     "threshold": optional(number()),
@@ -98,6 +99,8 @@ class TPRLConfig(PreTrainedConfig):
             together. Set by `save_pretrained`.
         includes_base_model (`bool`, defaults to `True`):
             Whether the checkpoint holds the LVLM's weights too. Set by `save_pretrained`.
+        includes_adapter (`bool`, defaults to `False`):
+            Whether it holds a LoRA of the LVLM, in the folder `adapter`. Set by `save_pretrained`.
         keep_ratio (`float`, *optional*):
             Default budget: the fraction of each sample's visual tokens that is kept.
         num_keep (`int`, *optional*):
@@ -164,6 +167,7 @@ class TPRLConfig(PreTrainedConfig):
     base_model_revision: str | None = None
     base_model_relative_path: str | None = None
     includes_base_model: bool = True
+    includes_adapter: bool = False
     keep_ratio: float | int | None = None
     num_keep: int | None = None
     threshold: float | int | None = None
