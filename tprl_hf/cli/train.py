@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 from tprl_hf.pruners import PRUNERS
 from tprl_hf.training.stages import STAGES
 
+from . import tune_stage
 from .arguments import add_loading_arguments, loading_options
 from .old_recipes import renewed
 from .processes import is_first_process, say, signs_of_life, wait_for
 from .recipe_file import check_names, read_recipe
 from .same_data import claim_data
+from .tune_stage import tune
 from .whole_files import write
 
 if TYPE_CHECKING:
@@ -90,6 +92,11 @@ def run_stages(
         model, processor = starting_model(stage, recipe, loading)
         if stage == "demonstrations":
             result = make_demonstrations(stage, recipe, model, processor, directory)
+        elif stage == "tune":
+            data = training_data(stage, recipe)
+            dataset = load_data(recipe, data, recipe[stage].get("num_samples"))
+            claim_data(directory, {data: dataset})
+            result = tune(recipe, model, processor, dataset, directory, signals)
         else:
             result = train_stage(stage, recipe, model, processor, directory, name, signals)
         result = {"stage": stage, "seconds": round(time.perf_counter() - started, 1), **result}
@@ -113,6 +120,8 @@ def check_stage(stage: str, recipe: dict[str, Any]) -> None:
         names = [*TEACHERS, *(method for method in PRUNERS if method != "none")]
         if name not in names:
             raise ValueError(f"There is no teacher {name!r}; choose from {', '.join(names)}.")
+    elif stage == "tune":
+        tune_stage.make_config(recipe)
     else:
         make_config(stage, recipe)
         reward_functions(stage, recipe)
@@ -252,6 +261,7 @@ def starting_model(
     """The model that a stage begins with, and its processor."""
     from transformers import set_seed
 
+    import tprl_hf
     from tprl_hf import TPRLForConditionalGeneration
     from tprl_hf.loading import pretrained_arguments
     from tprl_hf.missing_packages import load_processor
@@ -264,6 +274,9 @@ def starting_model(
                 raise ValueError(f"{stage} begins with what {before} left in {path}: run `tprl train {before}` first.")
             return TPRLForConditionalGeneration.from_pretrained(path, **how), load_processor(path)
 
+    if stage == "tune":  # of a checkpoint that has its policy
+        name = recipe.get("base_model") or tprl_hf.embedded_checkpoint()
+        return TPRLForConditionalGeneration.from_pretrained(name, **how), load_processor(name)
     base = base_directory(recipe)
     set_seed(recipe.get(stage, {}).get("seed", 42))  # the start of the new policy
     model = TPRLForConditionalGeneration.from_base_model(base, **how, **recipe.get("policy", {}))

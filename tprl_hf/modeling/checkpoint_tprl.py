@@ -315,7 +315,7 @@ class TPRLPreTrainedModel(PreTrainedModel):
         """
         if is_trainable:
             raise ValueError(
-                "load_adapter(is_trainable=True) would train weights that a resumed Trainer does not find again: train "
+                "load_adapter(is_trainable=True) would train weights that a resumed Trainer does not find: train "
                 "with peft.PeftModel.from_pretrained(model, DIRECTORY, is_trainable=True)."
             )
         return super().load_adapter(*args, **kwargs)

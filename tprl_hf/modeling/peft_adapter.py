@@ -78,6 +78,6 @@ def load_own_adapter(model: Any, source: str, hub_kwargs: dict[str, Any]) -> Non
     wrong = sorted({*info.missing_keys, *info.unexpected_keys})
     if wrong:
         raise ValueError(
-            f"{len(wrong)} weights of the LoRA in {source}/{FOLDER} are missing or have no place (such as {wrong[0]}): "
-            "copy or download the checkpoint again."
+            f"{len(wrong)} weights of the LoRA in {source}/{FOLDER} are missing or have no place (as {wrong[0]}): "
+            "copy the checkpoint again."
         )
