@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,6 +54,17 @@ class TrainedNetworks(nn.Module):
 def uncollated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of a dataset as a batch: they are encoded where they are used."""
     return rows
+
+
+class AtTheStart(TrainerCallback):
+    """Calls a function before the first step, when transformers has begun a new log; not in a resumed run."""
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.function()
 
 
 class StopAtNaN(TrainerCallback):
@@ -148,6 +159,7 @@ class PrunerTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.add_callback(AtTheStart(self.begin))
         self.add_callback(StopAtNaN(self))
         self.add_callback(AfterSaving(self.mark_checkpoint))
         self.add_callback(StopBeforeAnotherStep())
@@ -215,8 +227,6 @@ class PrunerTrainer(Trainer):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args) if resume_from_checkpoint else None
         if checkpoint is not None:
             self.restore(checkpoint)
-        else:
-            self.begin()
         # transformers would delete old checkpoints before the new one is marked
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.save_total_limit = limit
