@@ -30,6 +30,7 @@ from .pruning_policy import PruningPolicy
 from .text_query import config_special_ids, default_query_mask, template_ids
 from .token_autoencoder import TokenAutoencoder
 from .token_pruner import PruningInputs, TokenPruner
+from .virtual_tokens import ids_of_embeddings, types_before_tokens
 from .visual_features import VisualFeatures
 
 logger = logging.get_logger(__name__)
@@ -135,10 +136,11 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         with_attention: bool = False,
     ) -> PromptBatch:
         if input_ids is None:
-            raise ValueError(
-                "`input_ids` are needed: they say where the visual tokens are. `inputs_embeds` do not, so that PEFT's "
-                "prompt tuning and P-tuning are not possible: take LoRA."
-            )
+            embeds = inputs.get("inputs_embeds")
+            if embeds is None:
+                raise ValueError("`input_ids` are needed: they say where the visual tokens are.")
+            input_ids = ids_of_embeddings(embeds, self.get_input_embeddings(), self.adapter.token_ids.values())
+            input_ids, inputs = input_ids.to(embeds.device), types_before_tokens(inputs, embeds.shape[1])
         if attention_mask is None:
             attention_mask = self._infer_attention_mask(input_ids)
         if attention_mask.shape != input_ids.shape:
@@ -146,7 +148,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                 f"attention_mask must be two-dimensional as input_ids, {tuple(input_ids.shape)}; got "
                 f"{tuple(attention_mask.shape)}."
             )
-        device, input_ids, attention_mask = input_ids.device, input_ids.cpu(), attention_mask.cpu()
+        device, input_ids, attention_mask = input_ids.device, input_ids.cpu(), attention_mask.cpu().long()
         visual = self.adapter.find_visual(input_ids)
         batch = PromptBatch(input_ids, attention_mask, visual, visual_features, inputs, device, record)
         if batch.new.any() or (not visual.any() and self.adapter.has_pixels(inputs)):
