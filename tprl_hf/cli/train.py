@@ -363,7 +363,9 @@ def train_stage(
     if config.save_base_model and Path(model.config.base_model_name_or_path or "").is_dir():
         model.config.base_model_name_or_path = None  # the checkpoint holds it, and the path is of this machine only
     trainer.save_model()
+    best = trainer.state.best_global_step
     return {
+        **({} if best is None else {"best_step": best}),
         "metrics": {k.removeprefix("eval_"): v for k, v in metrics.items()},
         "log_history": trainer.state.log_history,
     }

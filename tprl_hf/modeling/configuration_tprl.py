@@ -193,6 +193,7 @@ class TPRLConfig(PreTrainedConfig):
     num_steps: int = 1
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("text_config", None)  # of `to_dict`
         kwargs.pop("lambda_disc", None)  # older checkpoints name it, though only training reads it
         if isinstance(self.base_config, dict):
             base = dict(self.base_config)
@@ -233,6 +234,18 @@ class TPRLConfig(PreTrainedConfig):
             raise wrong("policy_training", self.policy_training, "a dict such as trainers write, or None")
         if self.latent_dim is not None:
             refuse_uneven_heads(self.latent_dim, self.policy_num_heads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the sizes of the LLM as `text_config`, where PEFT looks for them; they are not saved."""
+        values = super().to_dict()
+        if isinstance(self.base_config, PreTrainedConfig):
+            values["text_config"] = self.get_text_config().to_dict()
+        return values
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        values = super().to_diff_dict()
+        values.pop("text_config", None)
+        return values
 
     # As the base model's config: others, such as TRL, look there for the ids of placeholders.
 
