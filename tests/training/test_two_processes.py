@@ -37,11 +37,16 @@ common = {
 }
 if stage == "lfd":
     demonstrations = generate_demonstrations(GradientTeacher(), model, processor, dataset)
-    trainer = LfDTrainer(model, LfDConfig(output_dir, **common), processor, demonstrations, dataset)
+    trainer = LfDTrainer(
+        model, LfDConfig(output_dir, **common), processing_class=processor, train_dataset=demonstrations,
+        eval_dataset=dataset,
+    )  # fmt: skip
 else:
     settings = {"num_generations": 2, "num_ppo_epochs": 1, "num_mini_batches": 2, "micro_batch_size": 1}
     config = TPRLPPOConfig(output_dir, **settings, **common)
-    trainer = TPRLPPOTrainer(model, config, processor, dataset, dataset)
+    trainer = TPRLPPOTrainer(
+        model, config, processing_class=processor, train_dataset=dataset, eval_dataset=dataset
+    )
 trainer.train(resume_from_checkpoint=resume == "True")
 rank = trainer.args.process_index
 assert trainer.args.world_size == 2

@@ -95,7 +95,7 @@ def reproduce(table: Table, runs: Sequence[Run], folder: Path, signals: "StopSig
             say(f"{table.name}: run {number} of {len(runs)}, {one.label}, seed {one.seed}")
             one.link()
             assert table.recipe is not None
-            run_stages(one.stages, one.recipe, table.recipe, signals)
+            run_stages(one.stages, one.recipe, table.recipe, signals, loading={})
         one.link()
     folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {

@@ -55,6 +55,8 @@ def data_digest(dataset: Dataset, read_files: bool = True) -> str:
             columns["image_id"] = [one if one is None else numbers.setdefault(one, len(numbers)) for one in ids]
         if "images" in columns:
             columns["images"] = [[of_image(image) for image in images or ()] for images in columns["images"]]
+        if "image" in columns:  # TRL's rows of one image
+            columns["image"] = [of_image(image) for image in columns["image"]]
         digest.update(repr([columns[name] for name in names]).encode())
     return digest.hexdigest()[:16]
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tprl_hf.modeling.token_pruner import SampleTokens, SetPruner
+from tprl_hf.modeling.values import whole
 
 from .uniform import dither_order
 
@@ -33,9 +34,7 @@ class PruMerge(SetPruner):
 
     def __init__(self, num_neighbors: int = 32, **budget):
         super().__init__(**budget)
-        if num_neighbors < 0:
-            raise ValueError(f"num_neighbors must not be negative; got {num_neighbors}.")
-        self.num_neighbors = num_neighbors
+        self.num_neighbors = whole(0)("num_neighbors", num_neighbors)
 
     def select(self, sample: SampleTokens, count: int) -> Tensor:
         assert sample.attention is not None
