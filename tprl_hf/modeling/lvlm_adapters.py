@@ -34,6 +34,8 @@ logger = logging.get_logger(__name__)
 SIZE_NAMES = ("target_sizes", "spatial_shapes", "image_grid_hw")
 # The argument of base models that hands over what their encoders have made already.
 HANDED = "mm_encoder_outputs"
+# An argument of towers with a fixed grid: the positions of the patches are interpolated for pictures of another size.
+INTERPOLATE = "interpolate_pos_encoding"
 # What encoders return besides what belongs to a family alone.
 ENCODER_FIELDS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions", "deepstack_features")
 
@@ -79,10 +81,18 @@ class LVLMAdapter:
             if token_id in self.token_ids.values():  # shared: what it stands for could not be told
                 continue
             if token_id is not None and encoder is not None:
-                self.encoder_names[modality] = [
-                    name for name in inspect.signature(encoder).parameters if name != "kwargs"
-                ]
+                names = [name for name in inspect.signature(encoder).parameters if name != "kwargs"]
+                # the encoder hands such on to the tower
+                self.encoder_names[modality] = [*names, *(self.smaller_picture_options.keys() - set(names))]
                 self.token_ids[modality] = token_id
+
+    @property
+    def smaller_picture_options(self) -> dict[str, bool]:
+        """What a tower with a fixed grid is to be passed along with pictures of another size."""
+        parts = self.core.children()
+        return (
+            {INTERPOLATE: True} if any(INTERPOLATE in inspect.signature(p.forward).parameters for p in parts) else {}
+        )
 
     def find_visual(self, input_ids: Tensor) -> Tensor:
         """Placeholders of images and videos, `bool` of the shape of `input_ids`."""

@@ -51,7 +51,7 @@ class PruMerge(SetPruner):
         assert sample.attention is not None
         directions = F.normalize(sample.tokens.float(), dim=-1)
         similarity = directions[kept] @ directions[removed].T
-        nearest = similarity.topk(min(self.num_neighbors, len(removed)), dim=1).indices
+        nearest = similarity.argsort(dim=1, descending=True, stable=True)[:, : self.num_neighbors]
         weights = torch.zeros_like(similarity).scatter_(1, nearest, 1.0) * sample.attention[removed].float()
         joined = sample.tokens.clone()
         joined[kept] += (weights @ sample.tokens[removed].float()).to(joined.dtype)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args, get_origin
 
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from tprl_hf.modeling.values import (
     COUNT,
@@ -19,6 +20,8 @@ from tprl_hf.modeling.values import (
     optional,
     whole,
 )
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -66,6 +69,7 @@ class PrunerTrainingConfig(TrainingArguments):
     report_to: str | list[str] = "none"
     dataloader_pin_memory: bool = False  # batches are rows, not tensors
     hub_strategy: str = "end"
+    gradient_checkpointing: bool = False
     ddp_find_unused_parameters: bool | None = True  # a policy without questions leaves query_proj alone
 
     def __post_init__(self):
@@ -76,6 +80,12 @@ class PrunerTrainingConfig(TrainingArguments):
                     "torchrun, or with recipes/accelerate/ddp.yaml."
                 )
         check_fields(self, self.all_checks())
+        if self.gradient_checkpointing:
+            logger.warning(
+                "gradient_checkpointing=True has no effect: no gradient goes through the LVLM, and the policy is "
+                "small. For memory set score_batch_size or, in reinforcement learning, micro_batch_size."
+            )
+            self.gradient_checkpointing = False
         super().__post_init__()
 
     @classmethod
