@@ -379,7 +379,7 @@ def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_pa
         ),
         (CounterfactualConfig, {"num_flips": 0}, "at least 1"),
         (LfDConfig, {"best_metric": "f1"}, "'accuracy' or 'logprob'"),
-        (LfDConfig, {"eval_keep_ratios": [0.0]}, "that are KEPT"),
+        (LfDConfig, {"eval_keep_ratios": [0.0]}, "that is KEPT"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(config_class, settings, message, tmp_path):
