@@ -7,6 +7,7 @@ from tprl_hf.modeling.values import COUNT, Check, optional, text, whole
 
 from .recipe_file import check_names
 
+
 def as_it_is(name: str, value: Any) -> Any:
     """For what is checked where it is read, where more is known."""
     return value
