@@ -72,7 +72,7 @@ def _row(line: str, place: str, folder: Path) -> dict[str, Any]:
         if name not in FIELDS and close:
             raise ValueError(f"{place}: there is a field `{name}`; did you mean `{close[0]}`?")
     if not isinstance(given["prompt"], str):
-        raise ValueError(f"{place}: `prompt` is the question as a string; got {type(given['prompt']).__name__}.")
+        raise ValueError(f"{place}: `prompt` must be the question as a text; got {json.dumps(given['prompt'])[:80]}.")
     paths = _images(given, place, folder)
     answer = given["answer"]
     if isinstance(answer, list):

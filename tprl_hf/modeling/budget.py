@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .configuration_tprl import CHECKS, TPRLConfig, given_budget, refuse_contradictory_budget
-from .values import check_fields, flag, optional, wrong
+from .values import check_fields, flag, optional, shown, wrong
 
 LARGEST = 2**62  # number that a tensor takes; there are fewer tokens
 BUDGET_CHECKS = {name: CHECKS[name] for name in ("keep_ratio", "num_keep", "threshold", "min_keep", "max_keep")}
@@ -68,7 +68,7 @@ def clamp_counts(counts: Tensor, num_visual: Tensor, budget: Budget) -> Tensor:
 def refuse_several(given: dict[str, Any]) -> None:
     """Raises `ValueError` when a call says several things about pruning."""
     if len(given) > 1:
-        listed = ", ".join(f"{name}={'...' if torch.is_tensor(v) else v}" for name, v in given.items())
+        listed = ", ".join(f"{name}={shown(v)}" for name, v in given.items())
         raise ValueError(f"Pass only one of keep_ratio, num_keep, threshold, prune and keep_mask; got {listed}.")
 
 

@@ -96,7 +96,7 @@ class RolloutConfig(PolicyTrainingConfig):
         if trajectories % self.num_mini_batches != 0:
             raise ValueError(
                 f"per_device_train_batch_size * num_generations = {trajectories} trajectories cannot be cut into "
-                f"num_mini_batches={self.num_mini_batches} equal parts."
+                f"num_mini_batches={self.num_mini_batches} equal parts: change one of the three."
             )
 
 
