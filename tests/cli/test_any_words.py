@@ -123,6 +123,12 @@ RECIPE = {
 }
 
 
+def read_number(value):
+    """A number, and what a text that is one means."""
+    parts = [float(part) for part in value.split("/")] if isinstance(value, str) else [value, 1]
+    return parts[0] / (parts[1] if len(parts) == 2 else 1) if isinstance(value, str) else value
+
+
 def is_written_number(value, **bounds) -> bool:
     """As a recipe is read: text that is a number is one."""
     if isinstance(value, str):
@@ -132,14 +138,12 @@ def is_written_number(value, **bounds) -> bool:
             or len(parts) > 2
         ):
             return False
-        value = float(parts[0]) / (float(parts[1]) if len(parts) == 2 else 1)
+        value = read_number(value)
     return is_number(value, **bounds)
 
 
 def is_written_count(value, least: int = 1, most: float = float("inf")) -> bool:
-    if isinstance(value, str):
-        return is_written_number(value, least=least, most=most) and "/" not in value and float(value).is_integer()
-    return is_count(value, least, most)
+    return is_written_number(value) and is_count(read_number(value), least, most)
 
 
 PLACES = {
@@ -187,7 +191,7 @@ def test_a_setting_of_a_recipe(place, value, capsys):
         path.write_text(yaml.safe_dump(recipe, allow_unicode=True))
         named = {place[-1]: value}
         if is_written_number(value):  # it may be shown as the number that the text is
-            named = {place[-1]: [value, float(value.split("/")[0]) if isinstance(value, str) else value]}
+            named = {place[-1]: [value, read_number(value)]}
         verdict = judge(lambda: said(["train", stage, "--config", str(path)], capsys), named, False)
     if is_valid:
         assert "left in" in verdict[1], verdict

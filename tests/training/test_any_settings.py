@@ -78,6 +78,7 @@ OF_ROLLOUTS = {
     "min_logprob": lambda value: is_number(value, most=0),
     "reward_weights": or_none(lambda value: isinstance(value, (list, tuple)) and all(map(is_number, value))),
     "max_completion_length": is_count,
+    "log_completions": is_flag,
     "max_llm_passes": or_none(is_count),
     "num_mini_batches": is_count,
     "micro_batch_size": or_none(is_count),

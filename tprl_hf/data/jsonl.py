@@ -102,7 +102,7 @@ def _images(given: dict[str, Any], place: str, folder: Path) -> list[Path]:
     paths = [folder / name for name in names]
     for image in paths:
         if not image.is_file():
-            raise FileNotFoundError(f"{place}: there is no image file {image}.")
+            raise FileNotFoundError(f"{place}: there is no image file {image}. Write paths as seen from the file.")
     return paths
 
 
