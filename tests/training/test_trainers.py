@@ -376,11 +376,11 @@ def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_pa
 @pytest.mark.parametrize(
     ("config_class", "settings", "message"),
     [
-        (TPRLGRPOConfig, {**GRPO, "num_generations": 1}, "num_generations=1 < 2"),
+        (TPRLGRPOConfig, {**GRPO, "num_generations": 1}, r"at least 2; got 1\. GRPO compares"),
         (TPRLPPOConfig, {**PPO, "gradient_accumulation_steps": 2}, "micro_batch_size"),
-        (TPRLPPOConfig, {**PPO, "ratio": "geometric"}, "ratio is joint or token; got 'geometric'"),
-        (TPRLPPOConfig, {**PPO, "score": "f1"}, "score is correct or logprob; got 'f1'"),
-        (TPRLGRPOConfig, {**GRPO, "scale_rewards": "batch"}, "scale_rewards is group or none; got 'batch'"),
+        (TPRLPPOConfig, {**PPO, "ratio": "geometric"}, "ratio must be 'joint' or 'token'; got 'geometric'"),
+        (TPRLPPOConfig, {**PPO, "score": "f1"}, "score must be 'correct' or 'logprob'; got 'f1'"),
+        (TPRLGRPOConfig, {**GRPO, "scale_rewards": "batch"}, "scale_rewards must be 'group' or 'none'; got 'batch'"),
         (TPRLPPOConfig, {**PPO, "num_mini_batches": 3}, "4 trajectories cannot be cut"),
         (TPRLGRPOConfig, {**ROLLOUTS, "shared_budget": 0.5}, "share of buffers"),
         (
@@ -389,8 +389,8 @@ def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_pa
             "weight_by_budget=True multiplies",
         ),
         (CounterfactualConfig, {"num_flips": 0}, "at least 1"),
-        (LfDConfig, {"best_metric": "f1"}, "accuracy or logprob"),
-        (LfDConfig, {"eval_keep_ratios": [0.0]}, "that are KEPT"),
+        (LfDConfig, {"best_metric": "f1"}, "'accuracy' or 'logprob'"),
+        (LfDConfig, {"eval_keep_ratios": [0.0]}, "that is KEPT"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(config_class, settings, message, tmp_path):

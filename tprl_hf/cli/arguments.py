@@ -1,6 +1,7 @@
 """Options that several commands share, and the checks argparse makes of them. Imports no torch."""
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,17 @@ def keep_ratio(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a fraction; write it as 0.333 or 1/3") from None
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]: it is the fraction of visual tokens that is KEPT")
+    return value
+
+
+def threshold(text: str) -> float:
+    """A number, and finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; write it as 0.55")
     return value
 
 
@@ -129,7 +141,10 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     )
     budget.add_argument("--num-keep", type=positive_int, metavar="K", help="number of visual tokens to keep")
     budget.add_argument(
-        "--threshold", type=float, metavar="P", help="keep the tokens whose keep probability is larger (learned only)"
+        "--threshold",
+        type=threshold,
+        metavar="P",
+        help="keep the tokens whose keep probability is larger (learned only)",
     )
     budget.add_argument("--no-prune", action="store_true", help="keep all visual tokens")
 

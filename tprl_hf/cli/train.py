@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 
 NAME = "train"
 HELP = "train a pruning policy by a recipe"
-DATA_SETTINGS = ("source", "split", "seed", "num_samples", "question_types")
 TEACHERS = {"gradient": "GradientTeacher", "leave-out": "LeaveOutTeacher"}
-DEMONSTRATION_SETTINGS = ("teacher", "seed", "keep_ratios", "num_samples", "batch_size", "feature_cache_mb")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,11 +109,17 @@ def check_stage(stage: str, recipe: dict[str, Any]) -> None:
     """Raises `ValueError` for settings of a stage, its data or the policy that cannot be."""
     from tprl_hf import TPRLConfig
 
+    from .recipe_checks import DEMONSTRATION_CHECKS, check_section
+
     check_names(recipe.get("policy", {}), TPRLConfig().to_dict(), "policy")
+    try:
+        TPRLConfig(**recipe.get("policy", {}))
+    except ValueError as error:
+        raise ValueError(f"policy: {error}") from error
     for name in {training_data(stage, recipe), "validation"} & recipe.get("data", {}).keys():
         sources_of(recipe, name)
     if stage == "demonstrations":
-        check_names(recipe[stage], DEMONSTRATION_SETTINGS, stage)
+        check_section(recipe[stage], DEMONSTRATION_CHECKS, stage)
         name = recipe[stage].get("teacher", "vispruner")
         names = [*TEACHERS, *(method for method in PRUNERS if method != "none")]
         if name not in names:
@@ -212,19 +216,21 @@ def load_data(recipe: dict[str, Any], name: str, num_samples: int | None = None)
 
 def sources_of(recipe: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """The sections of `data.NAME`, each a source."""
+    from .recipe_checks import DATA_CHECKS, check_section
+
     check_names(recipe.get("data", {}), ("train", "validation", *STAGES), "data")
     sources = recipe.get("data", {}).get(name)
     sources = sources if isinstance(sources, list) and sources else [sources]
     for source in sources:
         if not isinstance(source, dict):
             raise ValueError(f"The recipe must say where its samples come from: data.{name}.source.")
-        check_names(source, DATA_SETTINGS, f"data.{name}")
+        check_section(source, DATA_CHECKS, f"data.{name}")
     return sources
 
 
 def load_source(section: dict[str, Any], name: str, num_samples: int | None = None) -> "Dataset":
     """Of the first `num_samples` samples of one source, those of the question types that the recipe wants."""
-    dataset = read_source(section, name, num_samples or section.get("num_samples"))
+    dataset = read_source(section, name, section.get("num_samples") if num_samples is None else num_samples)
     if "question_types" not in section:
         return dataset
     kinds, wanted = dataset["question_type"], section["question_types"]

@@ -17,7 +17,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from PIL import Image
 
-from .samples import SAMPLE_FEATURES, png_bytes
+from .samples import SAMPLE_FEATURES, check_number, png_bytes
 
 IMAGE_SIZE = 144
 CELL_SIZE = 24
@@ -381,8 +381,7 @@ def mosaic_vqa(split: str = "test", seed: int = 0, num_samples: int = 2000) -> D
     (144, 144)
     ```
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1; got {num_samples}.")
+    seed, num_samples = check_number("seed", seed, 0), check_number("num_samples", num_samples, 1)
     rows: list[dict] = []
     for index, scene, questions in mosaic_scenes(split, seed):
         image = {"bytes": png_bytes(Image.fromarray(scene.pixels)), "path": None}

@@ -227,7 +227,7 @@ class TPRLConfig(PreTrainedConfig):
         refuse_contradictory_budget(self)
         if isinstance(self.pruner, str):
             self.pruner = {"name": self.pruner}
-        has_name = isinstance(self.pruner, dict) and isinstance(self.pruner.get("name"), str)
+        has_name = isinstance(self.pruner, dict) and isinstance(self.pruner.get("name"), str) and self.pruner["name"]
         if self.pruner is not None and not has_name:
             raise wrong("pruner", self.pruner, "the name of a pruner, or a dict with its name and settings")
         if self.policy_training is not None and not isinstance(self.policy_training, dict):

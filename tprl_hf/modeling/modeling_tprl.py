@@ -18,7 +18,14 @@ from .packed_rows import PackedRows
 from .prompt_output import logits_wanted, to_prompt_output
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
 from .pruned_core import PrunedCore
-from .sequence_inputs import check_call, count_no_placeholders, predicted_labels, refuse_other_forms, shifted_labels
+from .sequence_inputs import (
+    check_call,
+    count_no_placeholders,
+    predicted_labels,
+    refuse_other_forms,
+    refuse_unknown_labels,
+    shifted_labels,
+)
 from .values import flag
 from .virtual_tokens import (
     embed_columns,
@@ -201,6 +208,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         plan = self._plan(batch, choice, query_mask)
         wanted, length = batch.inputs.pop("logits_to_keep", 0), batch.input_ids.shape[1]
         batch.inputs = count_no_placeholders(batch.inputs, batch.visual)
+        refuse_unknown_labels(batch.inputs, self.num_ids)
         pruned = self._pruned(batch, plan)
         if "labels" in batch.inputs:
             pruned.inputs["labels"] = predicted_labels(pruned.inputs["labels"], pruned.columns)
