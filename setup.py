@@ -56,7 +56,7 @@ EXTRAS = {
     # Both bring other versions of torchvision and pillow: give each a virtual environment of its own.
     "lmms": ["lmms-eval>=0.7.3"],
     "demo": ["gradio>=6"],
-    "serve": ["aiohttp>=3.11", "transformers[serving]>=5.21,<6", "uvicorn>=0.34"],
+    "serve": ["aiohttp>=3.11", "prometheus_client>=0.21", "transformers[serving]>=5.21,<6", "uvicorn>=0.34"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["train"],
