@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tprl_hf.training.advantages import generalized_advantages
-from tprl_hf.training.rewards import step_rewards
+from tprl_hf.training.rewards import in_existing_steps, step_rewards
 
 
 def ragged(generator, num_steps=4, num_trajectories=60, num_tokens=9):
@@ -46,17 +46,17 @@ def test_rewards_and_advantages_of_ragged_trajectories(seed):
     assert lengths.min() < 4 and lengths.max() == 4
     values = torch.randn(step_mask.shape, generator=generator, dtype=torch.float64)
     expected, expected_advantages = by_hand(scores, num_kept, step_mask, 1.3, 0.7, 0.99, 0.95, values)
-    rewards = step_rewards(scores, num_kept, step_mask, 1.3, 0.7)
+    rewards = in_existing_steps(step_rewards(scores, num_kept, 1.3, 0.7), step_mask)
     torch.testing.assert_close(rewards, expected, atol=1e-12, rtol=1e-12)
     advantages, _ = generalized_advantages(rewards, values, step_mask, 0.99, 0.95)
     torch.testing.assert_close(advantages, expected_advantages, atol=1e-12, rtol=1e-12)
     # the score telescopes: what all steps earn is the difference of the ends
-    task = step_rewards(scores, num_kept, step_mask, 1.0, 0.0).sum(0)
+    task = step_rewards(scores, num_kept, 1.0, 0.0).sum(0)
     torch.testing.assert_close(task, scores[-1] - scores[0], atol=1e-12, rtol=1e-12)
 
 
 def test_keeping_nothing_at_once_earns_one_step_and_not_three():
     num_kept = torch.tensor([[100, 100], [0, 50], [0, 25], [0, 12]])
     step_mask = num_kept[:-1] > 0
-    rewards = step_rewards(torch.zeros(4, 2), num_kept, step_mask, beta=0.1)
+    rewards = in_existing_steps(step_rewards(torch.zeros(4, 2), num_kept, beta=0.1), step_mask)
     torch.testing.assert_close(rewards.sum(0), torch.tensor([0.1, 0.152]))

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from tprl_hf.missing_packages import of_another_build
 
-from .arguments import add_budget_arguments, add_model_argument, add_pruner_arguments, positive_int
+from .arguments import (
+    add_budget_arguments,
+    add_loading_arguments,
+    add_model_argument,
+    add_pruner_arguments,
+    loading_options,
+    positive_int,
+)
 
 NAME = "serve"
 HELP = "answer over HTTP, by the OpenAI protocol"
@@ -56,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fetch images from the http addresses in requests; clients can then make this machine ask any address "
         "that it can reach",
     )
+    add_loading_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -73,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     # bound before the model is loaded, so that a port that is taken is told at once
     listener = bind(arguments.host, arguments.port)
-    model, processor = load_model(arguments.model)
+    model, processor = load_model(arguments.model, **loading_options(arguments))
     pruner_name, pruner, budget = pruner_and_budget(model, arguments)
     path = arguments.model or tprl_hf.embedded_checkpoint()
     name = arguments.name or (Path(path).resolve().name if Path(path).is_dir() else path)

@@ -5,7 +5,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .arguments import DEFAULT_KEEP_RATIO, add_budget_arguments, add_model_argument, budget_of, positive_int
+from .arguments import (
+    DEFAULT_KEEP_RATIO,
+    add_budget_arguments,
+    add_loading_arguments,
+    add_model_argument,
+    budget_of,
+    loading_options,
+    positive_int,
+)
 
 if TYPE_CHECKING:
     from tprl_hf.evaluation.trajectory import TrajectoryStep
@@ -29,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-dir", default="tprl_output/trajectory", metavar="DIR", help="for the pictures (default: %(default)s)"
     )
+    add_loading_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .pictures import write_pictures
     from .tables import format_table
 
-    model, processor = load_model(arguments.model)
+    model, processor = load_model(arguments.model, **loading_options(arguments))
     config = model.config
     own = {name: getattr(config, name) for name in ("keep_ratio", "num_keep", "threshold")}
     budget: dict[str, Any] = budget_of(arguments) or {name: value for name, value in own.items() if value is not None}

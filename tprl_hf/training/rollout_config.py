@@ -28,6 +28,11 @@ class RolloutConfig(PolicyTrainingConfig):
         max_llm_passes (`int`, *optional*):
             Stop after the buffer with which so many keep masks have been scored, by all processes. Scoring is nearly
             all of the cost, so that algorithms compare at equal `llm_passes`, not at equal steps.
+        log_completions (`bool`, defaults to `False`):
+            At each log show some rollouts: question, kept tokens, answer and score as a table in the terminal, in
+            `output_dir/completions` and in W&B and Trackio; pictures of the kept tokens in these and in TensorBoard.
+        num_completions_to_print (`int`, *optional*, defaults to 8):
+            So many of them; `None` for all of a buffer.
         num_mini_batches (`int`, defaults to 4):
             Optimizer steps in each pass over a buffer.
         micro_batch_size (`int`, *optional*):
@@ -46,6 +51,8 @@ class RolloutConfig(PolicyTrainingConfig):
     reward_weights: list[float] | None = None
     max_completion_length: int = 16
     max_llm_passes: int | None = None
+    log_completions: bool = False
+    num_completions_to_print: int | None = 8
     num_mini_batches: int = 4
     micro_batch_size: int | None = None
     learning_rate: float = 1e-5
