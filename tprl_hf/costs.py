@@ -34,9 +34,26 @@ class PromptCost:
 
 
 def placeholder_ids(base_config: Any) -> list[int]:
-    """The token ids that stand for images and videos in prompts of a base model."""
-    ids = (getattr(base_config, f"{modality}_token_id", None) for modality in ("image", "video"))
-    return [token_id for token_id in ids if token_id is not None]
+    """
+    The token ids that stand for images and videos in prompts of a base model.
+
+    Raises:
+        `ValueError`: If its config names none.
+    """
+    ids = [getattr(base_config, f"{modality}_token_id", None) for modality in ("image", "video")]
+    known = [token_id for token_id in ids if token_id is not None]
+    if not known:
+        raise ValueError(f"The config of {base_config.model_type!r} does not say which tokens stand for images.")
+    return known
+
+
+def own_budget(config: Any) -> Budget | None:
+    """The budget of the pruner that a [`TPRLConfig`] names; `None` where that pruner has none of its own."""
+    settings = config.pruner or {}
+    named = {name: settings.get(name) for name in ("keep_ratio", "num_keep", "threshold")}
+    if all(value is None for value in named.values()):
+        return None
+    return Budget(**named, min_keep=config.min_keep, max_keep=config.max_keep)
 
 
 def budget_in_use(given: dict[str, Any], pruner_budget: Budget | None, config: Any) -> Budget | None:
