@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import tprl_hf
 from tprl_hf.missing_packages import explain, is_ours
 
-from . import benchmark, demo, evaluate, flops, generate, push, reproduce, serve, train, trajectory
+from . import benchmark, count, demo, evaluate, flops, generate, push, reproduce, serve, train, trajectory
 from .arguments import check_places
 
 # Each has NAME, HELP, add_arguments(parser) and run(arguments) -> exit code, and imports torch only in `run`.
-COMMANDS = (demo, generate, trajectory, evaluate, flops, benchmark, train, reproduce, push, serve)
+COMMANDS = (demo, generate, count, trajectory, evaluate, flops, benchmark, train, reproduce, push, serve)
 
 
 class OneLineParser(argparse.ArgumentParser):
