@@ -44,6 +44,11 @@ def test_version(capsys):
         (["generate", "--keep-ratio", "0.5", "--num-keep", "3"], "--num-keep: not allowed with argument --keep-ratio"),
         (["generate", "--pruner", "magic"], "invalid choice: 'magic'"),
         (["demo", "--num-samples", "-3"], "'-3' is not a whole number"),
+        (["generate", "--threshold", "5"], "'5' is not between 0 and 1: it is the keep probability"),
+        (["generate", "--question", "  "], "the question is empty"),
+        (["benchmark", "--pruners", "divprun"], "there is no pruner 'divprun'; did you mean divprune?"),
+        (["evaluate", "--pruners", "x"], "there is no pruner 'x'; choose from none, random"),
+        (["benchmark", "--rounds", "1"], "at least 2 rounds are needed"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(capsys, words, message):

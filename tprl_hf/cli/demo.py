@@ -10,7 +10,6 @@ from .arguments import (
     add_loading_arguments,
     add_model_argument,
     keep_ratio,
-    loading_options,
     loading_words,
     positive_int,
 )
@@ -54,13 +53,12 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.data import mosaic_vqa
     from tprl_hf.evaluation.answers import generate_answers
     from tprl_hf.evaluation.scores import is_correct
-    from tprl_hf.loading import load_model
     from tprl_hf.pruners.by_name import make_pruner, own_pruner
 
-    from .loading import using_pruner
+    from .loading import load_named_model, using_pruner
     from .pictures import write_pictures
 
-    model, processor = load_model(arguments.model, **loading_options(arguments))
+    model, processor = load_named_model(arguments)
     names = [*SHOWN, *(["learned"] if own_pruner(model) == "learned" else [])]
     pruners = {name: make_pruner(model, name, arguments.seed) for name in names}
     budgets: dict[str, dict[str, Any]] = {name: {"keep_ratio": arguments.keep_ratio} for name in pruners}
