@@ -113,8 +113,11 @@ class TestRecipe:
             ({"lfdd": {}}, "has no setting 'lfdd'; did you mean 'lfd'?"),
             ({"data": {"trian": {"source": "mosaic"}}}, "data has no setting 'trian'; did you mean 'train'?"),
             ({"data": {"train": {"sorce": "mosaic"}}}, "data.train has no setting 'sorce'; did you mean 'source'?"),
-            ({"data": {"train": {"source": "mosaik"}}}, "there is no mosaik, neither beside the recipe nor"),
-            ({"data": {"validation": {"source": "no.jsonl"}}}, "data.validation.source: there is no no.jsonl"),
+            ({"data": {"train": {"source": "mosaik"}}}, "or from the working directory. Did you mean mosaic?"),
+            (
+                {"data": {"validation": {"source": "no.jsonl"}}},
+                "There are no data 'no.jsonl': data.validation.s",
+            ),
             ({"policy": {"latent": 3}}, "policy has no setting 'latent'; did you mean 'latent_dim'?"),
             ({"base_model": "./none"}, "There is no directory ./none"),
             ({"output_dir": "file/run"}, "file/run cannot be written: "),

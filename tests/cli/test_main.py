@@ -63,6 +63,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(capsys, words
         ("demo --model DIR", "demo DIR"),
         ("generate --model DIR --image a --question b", "generate DIR --image a --question b"),
         ("evaluate --model DIR --num-samples 2", "evaluate --num-samples 2 DIR"),
+        ("demo --keep-ratio 1/9", "demo --keep-ratios 1/9"),
         ("benchmark DIR --keep 1/4", "benchmark DIR --keep-ratio 1/4"),
         ("benchmark --batch 2", "benchmark --batch-size 2"),
         ("benchmark --new-tokens 4", "benchmark --max-new-tokens 4"),

@@ -28,6 +28,11 @@ def keep_ratio(text: str) -> float:
     return value
 
 
+def keep_ratios(text: str) -> list[tuple[str, float]]:
+    """Each fraction as the user wrote it, and its value."""
+    return [(part.strip(), keep_ratio(part.strip())) for part in text.split(",")]
+
+
 def positive_int(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:

@@ -12,7 +12,7 @@ from .arguments import (
     add_loading_arguments,
     add_model_argument,
     check_writable,
-    keep_ratio,
+    keep_ratios,
     loading_words,
     method_names,
     positive_int,
@@ -108,11 +108,6 @@ def seeds(text: str) -> list[int]:
     if not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of different whole numbers, such as 7 or 7,8,9")
     return [int(part) for part in parts]
-
-
-def keep_ratios(text: str) -> list[tuple[str, float]]:
-    """Each fraction as the user wrote it, and its value."""
-    return [(part.strip(), keep_ratio(part.strip())) for part in text.split(",")]
 
 
 def run(arguments: argparse.Namespace) -> int:

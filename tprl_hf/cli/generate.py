@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.visualization import Panel
 
     from .loading import load_named_model, pruner_and_budget, using_pruner
-    from .pictures import make_figures, write_pictures
+    from .pictures import make_figures, name_of_model, write_pictures
 
     model, processor = load_named_model(arguments)
     name, pruner, budget = pruner_and_budget(model, arguments)
@@ -69,8 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         panels = [Panel("the image"), Panel(kept, "", plan.keep_mask, plan.scores)]
         title = f"{arguments.question}  {answer}"
         figures = make_figures(image, processor, inputs["pixel_values"], plan, panels, title)
-        for path in write_pictures(
-            figures, arguments.output_dir, "Kept visual tokens", [f"model: {model.name_or_path}"]
-        ):
+        lines = [f"model: {name_of_model(model.name_or_path)}"]
+        for path in write_pictures(figures, arguments.output_dir, "Kept visual tokens", lines):
             note(str(path))
     return 0

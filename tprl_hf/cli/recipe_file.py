@@ -99,6 +99,7 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
         if not isinstance(recipe, dict):
             raise ValueError(f"{path} is not a recipe: it has no sections.")
+        recipe = unshared(recipe)
         for override in overrides:
             apply_override(recipe, override, path)
     except yaml.YAMLError as error:
@@ -143,9 +144,7 @@ def located(source: str, folder: Path, where: str) -> str:
     if here.is_absolute() or not beside.exists() or (here.exists() and here.samefile(beside)):
         return source
     if here.exists():
-        raise ValueError(
-            f"{where}: {beside} and {here} in the working directory are two files: write a longer path."
-        )
+        raise ValueError(f"{where}: {beside} and {here} in the working directory are two files: write a longer path.")
     return os.path.relpath(beside)
 
 
@@ -161,8 +160,16 @@ def check_places(recipe: Mapping[str, Any]) -> None:
         close = difflib.get_close_matches(source, NAMED_SOURCES, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise FileNotFoundError(
-            f"data.{name}.source: there is no {source}, neither beside the recipe nor in the working directory.{hint}"
+            f"There are no data {source!r}: data.{name}.source is mosaic, easy-vqa, a .jsonl file or the directory of "
+            f"a saved dataset, as seen from the recipe or from the working directory.{hint}"
         )
+
+
+def unshared(value: Any) -> Any:
+    """A copy in which sections that YAML's `*name` repeats are several, so that an override changes one of them."""
+    if isinstance(value, dict):
+        return {name: unshared(inner) for name, inner in value.items()}
+    return [unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def apply_override(recipe: dict[str, Any], override: str, path: str) -> None:
