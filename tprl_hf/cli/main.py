@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import tprl_hf
 from tprl_hf.missing_packages import explain, is_ours
 
-from . import benchmark, compare, demo, evaluate, flops, generate, push, serve, train, trajectory
+from . import benchmark, compare, demo, evaluate, flops, generate, push, reproduce, serve, train, trajectory
 from .arguments import check_arguments
 from .progress import note, set_quiet
 
 # Each has NAME, HELP, add_arguments(parser) and run(arguments) -> exit code, and imports torch only in `run`.
-COMMANDS = (demo, generate, compare, trajectory, evaluate, flops, benchmark, train, push, serve)
+COMMANDS = (demo, generate, compare, trajectory, evaluate, flops, benchmark, train, reproduce, push, serve)
 
 
 class OneLineParser(argparse.ArgumentParser):

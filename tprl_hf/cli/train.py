@@ -1,6 +1,6 @@
 """Train a pruning policy by a recipe, stage by stage. Each stage is a directory; a finished one is left as it is, and
-an interrupted one resumes from its newest whole checkpoint. Ctrl-C and SIGTERM save the step first where that takes
-seconds. Under `torchrun` all processes train, the first one writes."""
+an interrupted one resumes, with the same data only, from its newest whole checkpoint. Ctrl-C and SIGTERM save the step
+first where that takes seconds. Under `torchrun` all processes train, the first one writes."""
 
 import argparse
 import json
@@ -19,6 +19,7 @@ from .dry_run import describe
 from .old_recipes import renewed
 from .processes import is_first_process, say, signs_of_life, wait_for
 from .recipe_file import check_names, check_places, read_recipe
+from .same_data import claim_data
 from .whole_files import write
 
 if TYPE_CHECKING:
@@ -160,7 +161,8 @@ def reward_functions(stage: str, recipe: dict[str, Any]) -> list[Any]:
 
 def settings_of(stage: str, recipe: dict[str, Any]) -> dict[str, Any]:
     """What the result of a stage depends on, besides the stages before it and [`precision_of`]."""
-    names = ("base_model", "policy", stage)
+    # a teacher reads the frozen LVLM, whatever policy will learn from it
+    names = ("base_model", stage) if stage == "demonstrations" else ("base_model", "policy", stage)
     data = recipe.get("data", {})
     used = {name: data[name] for name in (training_data(stage, recipe), "validation") if name in data}
     return {name: recipe[name] for name in names if name in recipe} | ({"data": used} if "data" in recipe else {})
@@ -168,7 +170,8 @@ def settings_of(stage: str, recipe: dict[str, Any]) -> dict[str, Any]:
 
 def precision_of(loading: dict[str, Any]) -> dict[str, Any]:
     """Of the options by which the model is loaded, those that results depend on, as settings."""
-    given = {name: loading[name] for name in ("dtype", "attn_implementation", "load_in_4bit") if loading[name]}
+    names = ("dtype", "attn_implementation", "load_in_4bit")
+    given = {name: loading[name] for name in names if loading.get(name)}
     return {"loading": given} if given else {}
 
 
@@ -187,6 +190,8 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete {directory} to run this stage again.") from error
         before, _ = renewed(noted)
+        if "policy" not in settings:
+            before.pop("policy", None)  # earlier versions noted it
         if before != json.loads(json.dumps(settings)):
             raise ValueError(
                 f"{directory} was made with other settings, see {path}: pass --set output_dir=ANOTHER, or delete it."
@@ -279,6 +284,7 @@ def base_directory(recipe: dict[str, Any]) -> str:
     import tprl_hf
     from tprl_hf.loading import model_type
     from tprl_hf.missing_packages import load_processor
+    from tprl_hf.modeling.saved_files import allow_as_umask
 
     base = recipe.get("base_model") or tprl_hf.embedded_checkpoint()
     if model_type(base) != tprl_hf.TPRLConfig.model_type:
@@ -289,6 +295,7 @@ def base_directory(recipe: dict[str, Any]) -> str:
         model = tprl_hf.TPRLForConditionalGeneration.from_pretrained(base)
         load_processor(base).save_pretrained(unfinished)
         model.lvlm.save_pretrained(unfinished)
+        allow_as_umask(unfinished)
         unfinished.rename(directory)
     wait_for(directory, directory.parent)
     return str(directory)
@@ -305,7 +312,9 @@ def make_demonstrations(stage, recipe, model, processor, directory: Path) -> dic
     set_seed(seed)
     teacher = getattr(training, TEACHERS[name])() if name in TEACHERS else make_pruner(model, name, seed)
     assert teacher is not None
-    dataset = load_data(recipe, training_data(stage, recipe), settings.pop("num_samples", None))
+    data = training_data(stage, recipe)
+    dataset = load_data(recipe, data, settings.pop("num_samples", None))
+    claim_data(directory, {data: dataset})
     made = training.generate_demonstrations(
         teacher, model, processor, dataset, output_dir=str(directory / "dataset"), **settings
     )
@@ -333,9 +342,11 @@ def train_stage(
     else:
         dataset = load_data(recipe, training_data(stage, recipe))
     validation = load_data(recipe, "validation") if "validation" in recipe.get("data", {}) else None
+    claim_data(directory, {source or training_data(stage, recipe): dataset, "validation": validation})
     rewards = reward_functions(stage, recipe)
     extra = {"reward_funcs": rewards} if rewards else {}
-    trainer = trainer_class(model, config, processor, dataset, validation, **extra)
+    data = {"train_dataset": dataset, "eval_dataset": validation}
+    trainer = trainer_class(model, config, processing_class=processor, **data, **extra)
     trainer.recipe = recipe_name
     trainer.add_callback(SaveAndStop(signals, trainer))
     checkpoint, passed_over = newest_whole(directory)
