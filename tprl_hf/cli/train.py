@@ -16,9 +16,10 @@ from tprl_hf.training.stages import STAGES
 
 from . import tune_stage
 from .arguments import add_loading_arguments, loading_options
+from .dry_run import describe
 from .old_recipes import renewed
 from .processes import is_first_process, say, signs_of_life, wait_for
-from .recipe_file import check_names, read_recipe
+from .recipe_file import check_names, check_places, read_recipe
 from .same_data import claim_data
 from .tune_stage import tune
 from .whole_files import write
@@ -46,16 +47,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECTION.SETTING=VALUE",
         help="settings that replace the recipe's, such as lfd.learning_rate=1e-4 or base_model=PATH",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the recipe, print stages, steps and disk, and train nothing"
+    )
     add_loading_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     recipe = read_recipe(arguments.config, arguments.set)
-    stages = [stage for stage in STAGES if stage in recipe] if arguments.stage == "all" else [arguments.stage]
+    all_stages = [stage for stage in STAGES if stage in recipe]
+    stages = all_stages if arguments.stage == "all" else [arguments.stage]
     if arguments.stage != "all" and arguments.stage not in recipe:
         raise ValueError(f"{arguments.config} has no section {arguments.stage}.")
-    for stage in stages:  # all of them before the first one runs, which may take hours
+    check_places(recipe)
+    for stage in all_stages:  # before the first one runs, which may take hours
         check_stage(stage, recipe)
+    if arguments.dry_run:
+        print(describe(stages, recipe))
+        return 0
 
     from .stop_signals import Stopped, StopSignals
 
