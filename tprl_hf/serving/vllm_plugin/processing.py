@@ -109,7 +109,9 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
 
     @property
     def image_token_id(self) -> int:
-        return self.info.config.image_token_id
+        token = self.info.config.image_token_id
+        assert token is not None
+        return token
 
     def blocks(self, mm_items: Mapping[str, Any], kwargs: Mapping[str, object]) -> list[list[Block]]:
         """The grids of each image."""
@@ -131,8 +133,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         if length > longest:
             raise ValueError(
                 f"With all visual tokens this prompt has {length} tokens, and the LLM knows {longest} positions. Kept "
-                "tokens keep their positions, so that pruning does not help: send fewer or smaller images, or less "
-                "text."
+                "tokens keep theirs, so that pruning does not help: send fewer or smaller images, or less text."
             )
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs):
