@@ -53,10 +53,3 @@ def test_rewards_and_advantages_of_ragged_trajectories(seed):
     # the score telescopes: what all steps earn is the difference of the ends
     task = step_rewards(scores, num_kept, 1.0, 0.0).sum(0)
     torch.testing.assert_close(task, scores[-1] - scores[0], atol=1e-12, rtol=1e-12)
-
-
-def test_keeping_nothing_at_once_earns_one_step_and_not_three():
-    num_kept = torch.tensor([[100, 100], [0, 50], [0, 25], [0, 12]])
-    step_mask = num_kept[:-1] > 0
-    rewards = in_existing_steps(step_rewards(torch.zeros(4, 2), num_kept, beta=0.1), step_mask)
-    torch.testing.assert_close(rewards.sum(0), torch.tensor([0.1, 0.152]))
