@@ -89,7 +89,9 @@ class TestMetadata:
 
     def test_the_extras_are_those_the_docs_name(self):
         extras = re.findall(r'^    "(\w+)": \[|^EXTRAS\["(\w+)"\]', (ROOT / "setup.py").read_text(), re.M)
-        assert {a or b for a, b in extras} == {"train", "eval", "processors", "lmms", "serve", "demo", "dev"}
+        assert {a or b for a, b in extras} == {
+            *("train", "eval", "processors", "quantized", "lmms", "serve", "demo", "dev"),
+        }
 
     def test_the_oldest_python_is_the_same_everywhere(self):
         oldest = ".".join(map(str, dev.OLDEST_PYTHON))
@@ -199,7 +201,7 @@ class TestDevPy:
             dev.set_up()
 
     def test_pytests_exit_code_is_kept_and_every_check_is_run(self, monkeypatch):
-        codes = {"ruff": 1, "mypy": 0, "pytest": 3}
+        codes = {"ruff": 1, "mypy": 0, "bandit": 0, "pytest": 3}
         called = []
 
         def run(*command, **_):
@@ -208,11 +210,13 @@ class TestDevPy:
 
         monkeypatch.setattr(dev, "set_up", lambda extra: None)
         monkeypatch.setattr(dev, "run", run)
-        assert dev.test([]) == 3 and called == ["ruff", "ruff", "mypy", "pytest"]
+        assert dev.test([]) == 3 and called == ["ruff", "ruff", "mypy", "bandit", "pytest"]
         codes["pytest"] = 0
         assert dev.test([]) == 1  # ruff's
         codes["ruff"] = 0
         assert dev.test([]) == 0
+        codes["bandit"] = 1
+        assert dev.test([]) == 1
 
     def test_the_floors_are_those_of_the_packages_metadata(self):
         wanted = [Requirement(line) for line in metadata.requires("tprl_hf")]

@@ -1,13 +1,9 @@
 """`tprl serve` as its users have it: a process of its own, and the `openai` client."""
 
-import base64
 import contextlib
 import io
-import os
 import re
 import shlex
-import socket
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +15,9 @@ from threading import Thread
 import openai
 import pytest
 
+from tests.serving.raw_requests import data_url as data_url_of
+from tests.serving.raw_requests import served
 from tprl_hf.cli.main import main, make_parser
-from tprl_hf.cli.serve import MAX_CONNECTIONS
 from tprl_hf.data import mosaic_vqa
 from tprl_hf.evaluation.answers import generate_answers
 from tprl_hf.loading import load_model
@@ -49,20 +46,11 @@ def samples():
 
 @contextlib.contextmanager
 def serving(*words: str, stderr=None):
-    """Runs `tprl serve` on a free port; gives its first line and a client. Ends it as a user would."""
-    command = [sys.executable, "-m", "tprl_hf.cli.main", "serve", *words, "--port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("Serving "), line
-        url = line.split(" at ")[1].split(" ")[0]
+    """Runs `tprl serve` on a free port; gives its first line and a client."""
+    with served(*words, stderr=stderr) as (_, line, (host, port)):
+        url = f"http://{host}:{port}/v1"
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
             yield line, client
-    finally:
-        process.terminate()
-        assert process.wait(20) == -15
-        process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +63,7 @@ def client(checkpoint):
 def data_url(image) -> str:
     file = io.BytesIO()
     image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return data_url_of(file.getvalue())
 
 
 def ask(client, question: str, url: str | None, model="mosaic-tprl", **settings):
@@ -159,7 +147,7 @@ def test_health_and_models(client):
         ({"extra_body": {"num_keep": 5, "threshold": 0.5}}, "Pass only one of"),
         ({"extra_body": {"keep": 5}}, "Unexpected fields in the request: {'keep'}"),
         ({"extra_body": {"generation_config": {}}}, "must be a text that holds a JSON object"),
-        ({"extra_body": {"chat_template_kwargs": {"chat_template": "x"}}}, "are not served"),
+        ({"extra_body": {"chat_template_kwargs": {"chat_template": "x"}}}, "chat_template_kwargs=.* is not served"),
         ({"n": 2}, "n=2 is not served: leave it out"),
         ({"logprobs": True}, "logprobs=true is not served"),
         ({"presence_penalty": 0.5}, "presence_penalty=0.5 is not served"),
@@ -168,7 +156,7 @@ def test_health_and_models(client):
         ({"extra_body": {"seed": 0.5}}, "seed is a whole number of 64 bits; got 0.5"),
         ({"extra_body": {"stop": 3}}, "stop is a text, or a list of texts, none of them empty; got 3"),
         ({"stop": ["a", ""]}, "none of them empty"),
-        ({"model": "other"}, "pinned to 'mosaic-tprl'; requested 'other'"),
+        ({"model": "other"}, "This server has the model 'mosaic-tprl'; got .other"),
         ({"url": "file:///etc/hostname"}, "No files are read"),
         ({"url": "/etc/hostname"}, "No files are read"),
         ({"url": "http://127.0.0.1:1/image.png"}, "This server fetches no images"),
@@ -181,6 +169,100 @@ def test_what_is_refused(client, samples, settings, message):
     url = settings.pop("url", data_url(samples[0]["images"][0]))
     with pytest.raises((openai.BadRequestError, openai.UnprocessableEntityError), match=message):
         ask(client, "is there a red circle ?", url, **settings)
+
+
+def parts_of(samples, *details):
+    """A question about the first image, which comes once for each detail."""
+    url = data_url(samples[0]["images"][0])
+    parts = [{"type": "image_url", "image_url": {"url": url} | ({"detail": one} if one else {})} for one in details]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": samples[0]["prompt"]}]}]
+
+
+@pytest.mark.parametrize(
+    ("detail", "budget", "kept"), [("low", 1 / 9, 16), ("high", None, 144), ("auto", 1 / 3, 48), (None, 1 / 3, 48)]
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_detail_is_a_budget_and_usage_says_what_was_kept(client, checkpoint, samples, detail, budget, kept, streamed):
+    model, processor = load_model(str(checkpoint))
+    wanted = {"prune": False} if budget is None else {"keep_ratio": budget}
+    (expected,) = generate_answers(model, processor, samples[:1], max_new_tokens=MAX_TOKENS, **wanted)
+    asked = {"model": "mosaic-tprl", "messages": parts_of(samples, detail), "max_tokens": MAX_TOKENS}
+    timed = {"extra_body": {"timings": True}}
+    if streamed:
+        chunks = list(client.chat.completions.create(**asked, **timed, stream=True))
+        text, last = "".join(chunk.choices[0].delta.content or "" for chunk in chunks), chunks[-1]
+    else:
+        last = client.chat.completions.create(**asked, **timed)
+        text = last.choices[0].message.content
+    assert text.strip() == expected
+    assert last.usage.prompt_tokens_details.image_tokens == 144
+    assert last.usage.prompt_tokens_details.image_tokens_kept == kept
+    assert set(last.timings) == {"read_ms", "waited_ms", "prepared_ms", "generated_ms"}
+    assert all(one >= 0 for one in last.timings.values()) and last.timings["generated_ms"] > 0
+    assert not hasattr(client.chat.completions.create(**asked), "timings")
+
+
+def test_what_detail_cannot_say_is_refused(client, samples):
+    for details, extra, message in [
+        (("low", "high"), {}, "have one detail; got high, low"),
+        (("low",), {"keep_ratio": 0.5}, "a detail other than auto, or keep_ratio, not both"),
+        (("medium",), {}, 'detail is one of auto, high, low; got "medium"'),
+    ]:
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.chat.completions.create(model="mosaic-tprl", messages=parts_of(samples, *details), extra_body=extra)
+
+
+def count(client, messages, **fields):
+    body = {"messages": messages, **fields}
+    return client.post("/chat/completions/count", body=body, cast_to=object)
+
+
+def test_a_prompt_is_counted_before_it_is_asked(client, samples, capsys, tmp_path, checkpoint):
+    for details, fields in [
+        ((None,), {}),
+        (("low", "low"), {}),
+        (("high",), {}),
+        ((None,), {"num_keep": 7}),
+        ((), {}),
+    ]:
+        told = count(client, parts_of(samples, *details), **fields)
+        usage = client.chat.completions.create(
+            model="mosaic-tprl", messages=parts_of(samples, *details), max_tokens=1, extra_body=fields
+        ).usage
+        assert told["prompt_tokens"] == usage.prompt_tokens and told["images"] == len(details)
+        found = usage.prompt_tokens_details
+        assert told["prompt_tokens_details"] == {
+            "image_tokens": found.image_tokens, "image_tokens_kept": found.image_tokens_kept
+        }  # fmt: skip
+    assert count(client, parts_of(samples, None), threshold=0.5)["prompt_tokens_details"]["image_tokens_kept"] is None
+    with pytest.raises(openai.BadRequestError, match="the model 1,024 positions"):
+        count(client, parts_of(samples, *[None] * 9))
+
+
+def test_metrics_and_the_log_say_what_became_of_each_request(checkpoint, samples, tmp_path):
+    with (
+        open(tmp_path / "errors", "w") as errors,
+        serving(str(checkpoint), "--max-image-tokens", "20", stderr=errors) as (_, client),
+    ):
+        url = data_url(samples[0]["images"][0])
+        for fields in ({}, {"prune": False}, {"num_keep": 5}, {"threshold": 0.01}):
+            usage = ask(client, samples[0]["prompt"], url, extra_body=fields, max_tokens=2).usage
+            assert usage.prompt_tokens_details.image_tokens_kept == fields.get("num_keep", 20)
+        assert count(client, parts_of(samples, "high"))["prompt_tokens_details"]["image_tokens_kept"] == 20
+        with pytest.raises(openai.BadRequestError):
+            ask(client, "red\nred", url, n=2)
+        told = client.get("/../metrics", cast_to=str)
+    assert 'tprl_requests_total{status="200"} 5.0' in told and 'tprl_requests_total{status="400"} 1.0' in told
+    assert 'tprl_tokens_total{kind="visual"} 720.0' in told and 'tprl_tokens_total{kind="kept"} 85.0' in told
+    assert 'tprl_request_seconds_count{stage="generated"} 4.0' in told and "process_resident_memory_bytes" in told
+    lines = [line for line in (tmp_path / "errors").read_text().splitlines() if line.startswith("chatcmpl-")]
+    assert len(lines) == 6
+    assert re.fullmatch(
+        r"chatcmpl-[-0-9a-f]+ 200 [\d.]+ s \(read [\d.]+, waited [\d.]+, prepared [\d.]+, generated [\d.]+\) "
+        r"1 images, \d+ prompt tokens, 20 of 144 visual tokens kept, [12] new tokens",
+        lines[0],
+    )
+    assert re.fullmatch(r'chatcmpl-[-0-9a-f]+ 400 [\d.]+ s "n=2 is not served: leave it out."', lines[-1])
 
 
 def test_an_error_of_generate_reaches_the_reader_of_a_stream(client, samples):
@@ -197,7 +279,7 @@ def test_more_tokens_than_there_are_keeps_all(client, samples):
     assert answers[0].choices[0].message == answers[1].choices[0].message
 
 
-LONG = {"extra_body": {"generation_config": '{"min_new_tokens": 1500, "max_new_tokens": 1500}'}, "max_tokens": None}
+LONG = {"extra_body": {"generation_config": '{"min_new_tokens": 800, "max_new_tokens": 800}'}, "max_tokens": None}
 
 
 @pytest.mark.parametrize("stop", ["e", ["e"], ["zzz", "es"], "yes", "no such text", ["s", "ye"], None])
@@ -312,33 +394,6 @@ def test_a_second_server_with_remote_images_and_another_pruner(client, checkpoin
     with model.using(UniformPruner(num_keep=6)):
         (wanted,) = generate_answers(model, processor, samples[:1], max_new_tokens=MAX_TOKENS)
     assert found.choices[0].message.content.strip() == wanted
-
-
-def test_too_many_connections_are_told_so(client):
-    address = (client.base_url.host, client.base_url.port)
-    with contextlib.ExitStack() as stack:
-        for _ in range(MAX_CONNECTIONS):
-            stack.enter_context(socket.create_connection(address))
-        assert eventually(lambda: refused(client))  # the server takes its time to accept so many
-    assert eventually(lambda: not refused(client))
-
-
-def eventually(holds, seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True
-
-
-def refused(client) -> bool:
-    try:
-        client.models.list()
-    except openai.APIStatusError as error:
-        assert error.status_code == 503
-        return True
-    return False
 
 
 def test_without_the_extra_it_says_which_one(capsys, monkeypatch):

@@ -148,7 +148,7 @@ def test_a_stage_may_have_its_own_data():
         (["all", "--set", "ppo.learning_rat=1"], "ppo has no setting 'learning_rat'; did you mean 'learning_rate'?"),
         (["all", "--set", "ppo.xyzzy=1"], "there are reward_funcs, feature_cache_mb, score_batch_size, "),
         (["all", "--set", "ppo.num_mini_batches=3"], "ppo: per_device_train_batch_size * num_generations = 2"),
-        (["all", "--set", "ppo.ratio=both"], "ppo: ratio is joint or token; got 'both'"),
+        (["all", "--set", "ppo.ratio=both"], "ppo: ratio must be 'joint' or 'token'; got 'both'"),
         (["all", "--set", "ppo.reward_funcs=[nowhere:f]"], "There is no reward function 'nowhere:f'"),
         (["all", "--set", "ppo.reward_funcs=[json]"], "'json' does not name a reward function: write module:function"),
         (["all", "--set", "ppo.reward_funcs=json:loads"], "ppo.reward_funcs is a list of names"),

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 import tprl_hf
 from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.data.digest import data_digest
 from tprl_hf.pruners import VisPruner
 from tprl_hf.training import (
     AutoencoderConfig,
@@ -21,13 +22,14 @@ from tprl_hf.training import (
     LfDTrainer,
     TPRLGRPOConfig,
     TPRLGRPOTrainer,
+    TPRLMAPOConfig,
+    TPRLMAPOTrainer,
     TPRLPPOConfig,
     TPRLPPOTrainer,
     calibrate_threshold,
     generate_demonstrations,
     rollout_trainer,
 )
-from tprl_hf.training.answer_batches import data_digest
 from tprl_hf.training.answer_scores import score_answers
 from tprl_hf.training.rollouts import logits_at_budget, replayed_logprobs
 
@@ -79,6 +81,9 @@ def stage(name, make_model, processor, dataset, output_dir, **settings):
     if name == "grpo":
         config = TPRLGRPOConfig(output_dir, **{**GRPO, **settings})
         return TPRLGRPOTrainer(make_model(policy_budget=True), config, **data)
+    if name == "mapo":
+        config = TPRLMAPOConfig(output_dir, **{**GRPO, "shared_budget": 0.0, **settings})
+        return TPRLMAPOTrainer(make_model(policy_budget=True), config, **data)
     if name == "counterfactual":
         config = CounterfactualConfig(output_dir, **{**COUNTERFACTUAL, **settings})
         return CounterfactualTrainer(make_model(policy_budget=True), config, **data)
@@ -121,7 +126,7 @@ def test_from_directory_to_directory(base, processor, dataset, make_model, tmp_p
     assert all(final.state_dict()[name].equal(value) for name, value in weights_of(model).items())
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo", "counterfactual"])
+@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo", "mapo", "counterfactual"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name, make_model, processor, dataset, tmp_path):
     # a buffer lasts 4 steps: step 6 is in the middle of the second
     settings = {"max_steps": 7, "save_steps": 6, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 2}
@@ -190,7 +195,7 @@ def test_a_batch_of_8_gives_the_gradient_of_8_batches_of_1(name, make_model, pro
         torch.testing.assert_close(value, whole[key], atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo", "counterfactual"])
+@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo", "mapo", "counterfactual"])
 def test_nan_stops_with_the_data_saved(name, make_model, processor, dataset, tmp_path):
     trainer = (
         stage(name, make_model, processor, dataset, str(tmp_path), max_steps=4, keep_best=False)
@@ -206,7 +211,7 @@ def test_nan_stops_with_the_data_saved(name, make_model, processor, dataset, tmp
 
 
 def test_only_the_policy_learns(make_model, processor, dataset, tmp_path):
-    for name in ("lfd", "ppo", "grpo", "counterfactual"):
+    for name in ("lfd", "ppo", "grpo", "mapo", "counterfactual"):
         trainer = stage(name, make_model, processor, dataset, str(tmp_path / name), max_steps=2, keep_best=False)
         before, frozen = weights_of(trainer.tprl_model), hash_of(trainer.tprl_model.lvlm)
         trainer.train()
@@ -371,11 +376,11 @@ def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_pa
 @pytest.mark.parametrize(
     ("config_class", "settings", "message"),
     [
-        (TPRLGRPOConfig, {**GRPO, "num_generations": 1}, "num_generations=1 < 2"),
+        (TPRLGRPOConfig, {**GRPO, "num_generations": 1}, r"at least 2; got 1\. GRPO compares"),
         (TPRLPPOConfig, {**PPO, "gradient_accumulation_steps": 2}, "micro_batch_size"),
-        (TPRLPPOConfig, {**PPO, "ratio": "geometric"}, "ratio is joint or token; got 'geometric'"),
-        (TPRLPPOConfig, {**PPO, "score": "f1"}, "score is correct or logprob; got 'f1'"),
-        (TPRLGRPOConfig, {**GRPO, "scale_rewards": "batch"}, "scale_rewards is group or none; got 'batch'"),
+        (TPRLPPOConfig, {**PPO, "ratio": "geometric"}, "ratio must be 'joint' or 'token'; got 'geometric'"),
+        (TPRLPPOConfig, {**PPO, "score": "f1"}, "score must be 'correct' or 'logprob'; got 'f1'"),
+        (TPRLGRPOConfig, {**GRPO, "scale_rewards": "batch"}, "scale_rewards must be 'group' or 'none'; got 'batch'"),
         (TPRLPPOConfig, {**PPO, "num_mini_batches": 3}, "4 trajectories cannot be cut"),
         (TPRLGRPOConfig, {**ROLLOUTS, "shared_budget": 0.5}, "share of buffers"),
         (
@@ -384,8 +389,8 @@ def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_pa
             "weight_by_budget=True multiplies",
         ),
         (CounterfactualConfig, {"num_flips": 0}, "at least 1"),
-        (LfDConfig, {"best_metric": "f1"}, "accuracy or logprob"),
-        (LfDConfig, {"eval_keep_ratios": [0.0]}, "that are KEPT"),
+        (LfDConfig, {"best_metric": "f1"}, "'accuracy' or 'logprob'"),
+        (LfDConfig, {"eval_keep_ratios": [0.0]}, "that is KEPT"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(config_class, settings, message, tmp_path):
@@ -397,7 +402,7 @@ def test_the_config_says_how_the_policy_was_trained(make_model, processor, datas
     trainer = stage("autoencoder", make_model, processor, dataset, str(tmp_path / "autoencoder"), max_steps=1)
     trainer.train()
     assert trainer.tprl_model.config.policy_training is None
-    for name in ("lfd", "ppo", "grpo", "counterfactual"):
+    for name in ("lfd", "ppo", "grpo", "mapo", "counterfactual"):
         path = str(tmp_path / name)
         settings = {"max_steps": 2, "save_steps": 1, "keep_best": False}
         trainer = stage(name, make_model, processor, dataset, path, **settings)
@@ -448,3 +453,27 @@ def test_the_end_is_measured_where_nothing_else_is(make_model, processor, datase
     trainer.remember_if_best = lambda metrics: remember({**metrics, "eval_logprob": next(better)})
     trainer.train()
     assert trainer.best["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "mapo", "counterfactual"])
+def test_training_stops_after_so_many_passes_of_the_llm(name, make_model, processor, dataset, tmp_path, monkeypatch):
+    scored = []
+    for function in ("score_answers",):
+        real = getattr(rollout_trainer, function)
+        monkeypatch.setattr(
+            rollout_trainer,
+            function,
+            lambda m, b, masks, *rest, real=real: scored.append(len(masks)) or real(m, b, masks, *rest),
+        )
+    settings = {"max_steps": 40, "max_llm_passes": 40, "logging_steps": 1, "keep_best": False, "save_steps": 6,
+                "save_strategy": "steps"}  # fmt: skip
+    trainer = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
+    trainer.train()
+    assert trainer.llm_passes == sum(scored) >= 40 > sum(scored[:-2])
+    assert trainer.state.global_step % trainer.updates_per_buffer == 0  # the last buffer is learned from
+    logged = [entry["llm_passes"] for entry in trainer.state.log_history if "llm_passes" in entry]
+    assert logged == sorted(logged) and logged[-1] == trainer.llm_passes
+
+    resumed = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert (resumed.state.global_step, resumed.llm_passes) == (trainer.state.global_step, trainer.llm_passes)

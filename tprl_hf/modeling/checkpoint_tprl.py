@@ -24,17 +24,16 @@ from .base_weights import (
     weight_files,
 )
 from .checkpoint_checks import (
+    POLICY_PREFIXES,
     absolute_path,
-    cached,
     check_weight_files,
     find_base,
-    no_safetensors,
     refuse_other_base,
     refuse_other_formats,
     refuse_untrained,
     relative_path,
 )
-from .configuration_tprl import TPRLConfig
+from .configuration_tprl import TPRLConfig, own_fields
 from .hub_tprl import (
     WEIGHT_PATTERNS,
     base_licence,
@@ -48,12 +47,15 @@ from .hub_tprl import (
     set_code,
     update_card,
 )
+from .peft_adapter import FOLDER, has_adapter, load_own_adapter, refuse_unless_one_lora, save_adapter, without_adapter
 from .policy_linear import PolicyLinear
+from .policy_weights import load_policy, policy_in_files, policy_state, read_policy, refuse_broken
 from .saved_files import finish_saving, written_whole
+from .values import refuse_misspelled, wrong
 
 logger = logging.get_logger(__name__)
 
-BASE_PREFIX, POLICY_PREFIXES = "lvlm.", ("autoencoder.", "policy.")
+BASE_PREFIX = "lvlm."
 HUB_NAMES = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Of a call that loads a policy, what does not concern its base model. Trust in the code beside a policy is not trust
 # in the code beside the base model that its config names.
@@ -62,11 +64,6 @@ NOT_FOR_THE_BASE = (
     *("trust_remote_code", "use_safetensors", "variant"),
 )
 QUANTISED = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
-
-
-def policy_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that are ours: autoencoder and policy."""
-    return {name: value for name, value in state.items() if name.startswith(POLICY_PREFIXES)}
 
 
 def base_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -85,25 +82,6 @@ def cast_base(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
     return state
 
 
-def read_policy(path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """Weights of a policy-only checkpoint.
-
-    Raises:
-        `OSError`: when there is no weight file in safetensors.
-        `ValueError`: when it cannot be read.
-    """
-    filename = cached(str(path), SAFE_WEIGHTS_NAME, hub_kwargs)
-    if filename is None:
-        raise no_safetensors(str(path), f"no {SAFE_WEIGHTS_NAME}")
-    try:
-        return load_file(filename)
-    except SafetensorError as error:
-        size = os.path.getsize(filename)
-        raise ValueError(
-            f"{filename} ({size} bytes) is truncated or no safetensors file ({error}): copy or download it again."
-        ) from error
-
-
 def refuse_unless_whole(info: dict[str, Any], source: str, tolerant: bool) -> None:
     """Raises `ValueError` where the loading info of a merged checkpoint tells of a hole."""
     for name, shape, wanted in sorted(info["mismatched_keys"]) if not tolerant else ():
@@ -118,28 +96,6 @@ def refuse_unless_whole(info: dict[str, Any], source: str, tolerant: bool) -> No
             f"{len(missing)} weights are missing in {source} (such as {missing[:3]}) and {len(foreign)} are unknown "
             f"({foreign[:3]}): copy or download it again, with its own config.json."
         )
-
-
-def load_policy(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads autoencoder and policy into `model`.
-
-    Raises:
-        `ValueError`: for missing or foreign weights, and for weights of another width.
-    """
-    own = policy_state(model.state_dict())
-    missing, foreign = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    if missing or foreign:
-        raise ValueError(
-            f"{source} does not fit the policy that its config describes: missing weights {missing[:3]}, unknown "
-            f"weights {foreign[:3]}. Use the config.json that was saved with it."
-        )
-    for name, value in own.items():
-        if state[name].shape != value.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(state[name].shape)} in {source}, but the model needs {tuple(value.shape)}: "
-                "this policy was made for a base model of another width, or its config.json was changed."
-            )
-    model.load_state_dict(state, strict=False)
 
 
 class TPRLPreTrainedModel(PreTrainedModel):
@@ -177,12 +133,19 @@ class TPRLPreTrainedModel(PreTrainedModel):
             config ([`TPRLConfig`], *optional*): replaces the checkpoint's own.
             base_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*): where to take the base model from
                 instead, or the live base model itself. Only for policy-only checkpoints.
-            kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`].
+            kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`]. Fields of [`TPRLConfig`] replace those of
+                the checkpoint.
 
         Raises:
             `OSError`: when config or weights are missing.
-            `ValueError`: when weights are truncated, of another shape, or the base model is unknown.
+            `ValueError`: when weights are truncated, not finite, of another shape, or the base model is unknown.
         """
+        if not isinstance(pretrained_model_name_or_path, (str, os.PathLike)):
+            raise wrong("pretrained_model_name_or_path", pretrained_model_name_or_path, "a name on the Hub or a path")
+        if base_model is not None and not isinstance(base_model, (str, os.PathLike, PreTrainedModel)):
+            raise wrong("base_model", base_model, "a name on the Hub, a path, or a live model")
+        refuse_misspelled(kwargs, own_fields(), "from_pretrained")
+        changes = {name: kwargs.pop(name) for name in own_fields() if name in kwargs}
         hub_kwargs = {name: kwargs[name] for name in HUB_NAMES if kwargs.get(name) is not None}
         source = str(pretrained_model_name_or_path)
         refuse_other_formats(kwargs.get("use_safetensors"))
@@ -193,13 +156,18 @@ class TPRLPreTrainedModel(PreTrainedModel):
         # As remote code the config is of a class of the same name from another module.
         if not isinstance(config, PreTrainedConfig):
             config = TPRLConfig.from_pretrained(config or source, **hub_kwargs)
+        config = copy.deepcopy(config)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        config.check()
         if config.base_config is None and config.includes_base_model:
             raise OSError(f"{source} has no config.json of a TPRL model: it names no base model.")
         if config.includes_base_model:
             wants_info = kwargs.pop("output_loading_info", False)
             tolerant = kwargs.pop("ignore_mismatched_sizes", False)
-            check_weight_files(source, hub_kwargs, kwargs.get("variant"))
+            files = check_weight_files(source, hub_kwargs, kwargs.get("variant"))
             try:
+                refuse_broken(policy_in_files(source, files, hub_kwargs), source)
                 kwargs.update(config=config, output_loading_info=True, ignore_mismatched_sizes=True)
                 kwargs["use_safetensors"] = True
                 model, info = super().from_pretrained(source, *model_args, **kwargs)
@@ -209,9 +177,10 @@ class TPRLPreTrainedModel(PreTrainedModel):
                     "it again."
                 ) from error
             refuse_unless_whole(info, source, tolerant)
+            if config.includes_adapter:
+                load_own_adapter(model, source, hub_kwargs)
             return (model, info) if wants_info else model
 
-        config = copy.deepcopy(config)
         state = read_policy(source, hub_kwargs)
         if base_model is None and config.base_model_name_or_path is None:
             raise ValueError(
@@ -229,6 +198,8 @@ class TPRLPreTrainedModel(PreTrainedModel):
         load_policy(model, state, source)
         model._base_cache_dir = hub_kwargs.get("cache_dir")
         model.name_or_path = source
+        if config.includes_adapter:
+            load_own_adapter(model, source, hub_kwargs)
         model.eval()
         return (model, {}) if kwargs.get("output_loading_info") else model
 
@@ -266,7 +237,8 @@ class TPRLPreTrainedModel(PreTrainedModel):
     ):
         r"""
         Saves what is needed to get this model back: the policy with the base model's name and revision where the base
-        model is as it was loaded from there, else everything. Nothing trained is lost.
+        model is as it was loaded from there, else everything; and the LoRA that `load_adapter` put into it. Nothing
+        trained is lost.
 
         Args:
             save_directory (`str` or `os.PathLike`): where to; made when missing.
@@ -283,7 +255,8 @@ class TPRLPreTrainedModel(PreTrainedModel):
 
         Raises:
             `ValueError`: for `save_base_model=False` when the base model was changed; and for a base model whose
-                weights `from_pretrained` would not bring back: a quantised one that was changed, or with adapters.
+                weights `from_pretrained` would not bring back: a quantised one that was changed, or with adapters
+                other than one LoRA that `load_adapter` put there.
         """
         directory = Path(save_directory)
         upload = kwargs.pop("push_to_hub", False)
@@ -292,6 +265,10 @@ class TPRLPreTrainedModel(PreTrainedModel):
             return
         given = kwargs.pop("state_dict", None)
         state = self._weights() if given is None else given
+        tuned = has_adapter(self)
+        if tuned:
+            refuse_unless_one_lora(self)
+            given = state = without_adapter(state)
         whole = self._needs_base(state, save_base_model)
         if whole:
             refuse_quantised(self)
@@ -300,30 +277,48 @@ class TPRLPreTrainedModel(PreTrainedModel):
                 given = cast_base(state, base_dtype)
             kwargs.setdefault("save_original_format", False)
         config = self.config
-        before = config.includes_base_model, config.base_model_relative_path
-        config.includes_base_model = whole
+        before = config.includes_base_model, config.base_model_relative_path, config.includes_adapter
+        config.includes_base_model, config.includes_adapter = whole, tuned
         config.base_model_name_or_path = absolute_path(config.base_model_name_or_path)
         config.base_model_relative_path = relative_path(config.base_model_name_or_path, directory)
         try:
             with written_whole(directory) as scratch:
+                if tuned:
+                    save_adapter(self, Path(scratch), config.base_model_name_or_path)
                 if whole:
+                    self._hf_peft_config_loaded = False  # else only the adapter would be saved
                     super().save_pretrained(scratch, state_dict=given, **kwargs)
                 else:
                     self._save_policy(Path(scratch), state)
                 takes_code = include_code or self._auto_class is not None
                 set_code(Path(scratch), code_files(self.config, self.pruner_classes) if takes_code else {})
         finally:
-            config.includes_base_model, config.base_model_relative_path = before
+            config.includes_base_model, config.base_model_relative_path, config.includes_adapter = before
+            self._hf_peft_config_loaded = tuned
         if upload:
             hub.setdefault("repo_id", directory.name)
             self.push_to_hub(**hub, save_base_model=whole, base_dtype=base_dtype)
 
     def add_adapter(self, adapter_config, adapter_name: str | None = None) -> None:
-        """Raises `ValueError`: what it adds, a checkpoint of ours would not hold."""
+        """Raises `ValueError`: `Trainer` could not resume what it adds."""
         raise ValueError(
-            "add_adapter would train weights that save_pretrained cannot bring back: use peft.get_peft_model(model, "
-            "config), whose own save_pretrained saves the adapter, or merge_and_unload() to have one model."
+            "add_adapter would add weights that a resumed Trainer does not find again: train with "
+            "peft.get_peft_model(model, config), save that, and put it into this model with "
+            "model.load_adapter(DIRECTORY): save_pretrained then saves policy and LoRA together."
         )
+
+    def load_adapter(self, *args, is_trainable: bool = False, **kwargs) -> Any:
+        """As [`~transformers.PreTrainedModel.load_adapter`]: `save_pretrained` saves the LoRA beside the policy.
+
+        Raises:
+            `ValueError`: for `is_trainable=True`, because a `Trainer` that resumes would not find the LoRA again.
+        """
+        if is_trainable:
+            raise ValueError(
+                "load_adapter(is_trainable=True) would train weights that a resumed Trainer does not find: train "
+                "with peft.PeftModel.from_pretrained(model, DIRECTORY, is_trainable=True)."
+            )
+        return super().load_adapter(*args, **kwargs)
 
     def _weights(self) -> dict[str, Tensor]:
         """All weights, of which those that lie on a disk until they are needed can only be had by writing them."""
@@ -427,7 +422,8 @@ class TPRLPreTrainedModel(PreTrainedModel):
             refuse_untrained(self.config)
         api = HfApi(token=token)
         before = self.config.base_model_name_or_path, self.config.base_model_revision
-        save_base_model = self._needs_base(self._weights(), save_base_model)
+        weights = self._weights()
+        save_base_model = self._needs_base(without_adapter(weights) if has_adapter(self) else weights, save_base_model)
         if save_base_model:
             if not is_hub_name(before[0]):  # a path is of this machine only
                 self.config.base_model_name_or_path = self.config.base_model_revision = None
@@ -438,7 +434,7 @@ class TPRLPreTrainedModel(PreTrainedModel):
                 folder = Path(scratch)
                 self.save_pretrained(folder, save_base_model, base_dtype, True, max_shard_size=max_shard_size)
                 config = copy.copy(self.config)
-                config.includes_base_model = save_base_model
+                config.includes_base_model, config.includes_adapter = save_base_model, has_adapter(self)
                 repo_id = prepare_repo(api, repo_id, private, revision)
                 card = full_card(card_metadata(config, base_licence(api, config), tags), repo_id=repo_id)
                 card = update_card(card_on_hub(api, repo_id, revision), card, replace=False)
@@ -450,7 +446,7 @@ class TPRLPreTrainedModel(PreTrainedModel):
                     commit_description=commit_description,
                     revision=revision,
                     create_pr=create_pr,
-                    delete_patterns=list(WEIGHT_PATTERNS),
+                    delete_patterns=[*WEIGHT_PATTERNS, f"{FOLDER}/*"],
                 )
         finally:
             self.config.base_model_name_or_path, self.config.base_model_revision = before

@@ -18,7 +18,15 @@ from .packed_rows import PackedRows
 from .prompt_output import logits_wanted, to_prompt_output
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
 from .pruned_core import PrunedCore
-from .sequence_inputs import count_no_placeholders, predicted_labels, refuse_other_forms, shifted_labels
+from .sequence_inputs import (
+    check_call,
+    count_no_placeholders,
+    predicted_labels,
+    refuse_other_forms,
+    refuse_unknown_labels,
+    shifted_labels,
+)
+from .values import flag
 from .virtual_tokens import (
     embed_columns,
     embedded_as,
@@ -74,7 +82,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         return PrunedCore(self) if "lvlm" in self._modules else self  # transformers asks before there is one
 
     def _pruned(self, batch: PromptBatch, plan: PrunePlan, **options) -> PrunedBatch:
-        pad, num_ids = self.generation_config.pad_token_id, len(self.get_input_embeddings().weight)
+        pad, num_ids = self.generation_config.pad_token_id, self.num_ids
         return prune_batch(
             batch,
             plan.keep_mask,
@@ -87,7 +95,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
 
     def _leaves_alone(self, input_ids: Tensor | None, choice: Budget | Tensor | None, features, record) -> bool:
         """Whether the base model can have the inputs as they are."""
-        if features is not None or record is not None:
+        if features is not None or record is not None or (isinstance(choice, Tensor) and len(choice)):
             return False
         if choice is None:
             return True
@@ -140,6 +148,8 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         inputs = kwargs | {name: value for name, value in given.items() if value is not None}
         if input_ids is not None and inputs.get("inputs_embeds") is not None:
             raise ValueError("`input_ids` and `inputs_embeds` say the same: pass one of them.")
+        check_call(input_ids, attention_mask, query_mask, visual_features, inputs)
+        compact = flag("compact", compact)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         inputs |= cache_argument(past_key_values, cache)
         cache = inputs.get(CACHE_NAME)
@@ -152,7 +162,8 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
                 output = self._output(self.lvlm(return_dict=True, **inputs))
             return output if return_dict else output.to_tuple()
         if filled and (prune is not False or CachedPrompt.is_on(cache)):
-            assert input_ids is not None
+            if input_ids is None or isinstance(choice, Tensor):
+                raise ValueError("Behind a filled cache pass the new tokens as `input_ids`, and no `keep_mask`.")
             return self._forward_cached(input_ids, attention_mask, inputs, return_dict)
         if self._leaves_alone(input_ids, choice, visual_features, None):
             output = self.lvlm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **inputs)
@@ -190,9 +201,14 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         if prefix is not None and attention_mask is not None:
             inputs, attention_mask = without_prefix(inputs, attention_mask, prefix)
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
+        positions = self.adapter.forward_positions(batch.attention_mask)
+        if positions is not None and "position_ids" not in inputs:
+            first = batch.attention_mask.argmax(1, keepdim=True)
+            batch.inputs = {**inputs, "position_ids": (positions - first).clamp(min=0)}
         plan = self._plan(batch, choice, query_mask)
         wanted, length = batch.inputs.pop("logits_to_keep", 0), batch.input_ids.shape[1]
         batch.inputs = count_no_placeholders(batch.inputs, batch.visual)
+        refuse_unknown_labels(batch.inputs, self.num_ids)
         pruned = self._pruned(batch, plan)
         if "labels" in batch.inputs:
             pruned.inputs["labels"] = predicted_labels(pruned.inputs["labels"], pruned.columns)
@@ -300,7 +316,10 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         Returns:
             As [`~transformers.GenerationMixin.generate`]; a dict also has `keep_mask`, `num_kept` and `num_visual`.
         """
+        if inputs is not None and kwargs.get("input_ids") is not None:
+            raise ValueError("`inputs` and `input_ids` are two names for the prompts: leave one out.")
         input_ids = kwargs.pop("input_ids", inputs)
+        check_call(input_ids, kwargs.get("attention_mask"), query_mask, visual_features, kwargs)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         if kwargs.get("mm_encoder_outputs") is not None:  # of the model whose draft this one is
             if prune or any(value is not None for value in (keep_ratio, num_keep, threshold, keep_mask)):

@@ -2,180 +2,28 @@
 The server: transformers' chat handler around one model, as an ASGI application.
 
 `transformers serve` looks models up in tables of its own library and loads whatever a client names. Its parts can be
-had one by one: the handler of `/v1/chat/completions` and the thread that generates are taken as they are; what they
-ask for a model, and the routes, are ours.
+had one by one, see `handler.py`; the routes are ours.
 """
 
 import asyncio
-import contextvars
 import json
-import sys
-import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
-import torch
-from jinja2 import TemplateError
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from transformers import GenerationConfig, StoppingCriteriaList
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
 
-from tprl_hf.loading import unknown_words_note
-
-from .chat_requests import (
-    Limits,
-    read_body,
-    read_messages,
-    refuse,
-    refuse_unserved,
-    take_budget,
-    take_seed,
-    take_stops,
-    texts_of,
-)
-from .stopping import AnswerEnd, CutQueue, EndsAnswer
-
-
-@dataclass
-class Wishes:
-    """
-    What a request asks for besides what transformers' handler knows.
-
-    Args:
-        budget (`dict`): Keyword arguments of `generate`.
-        seed (`int`, *optional*): Of the random numbers, where the answer is drawn.
-        end ([`AnswerEnd`]): Where the answer ends.
-    """
-
-    budget: dict[str, Any]
-    seed: int | None
-    end: AnswerEnd
-
-
-# Of the request that the current task serves; read where the task hands it over to the thread that generates.
-WISHES: contextvars.ContextVar[Wishes] = contextvars.ContextVar("wishes")
-
-
-class OneModel:
-    """What transformers' handlers ask of a model manager, for one model that is there already."""
-
-    def __init__(self, name: str, model: Any, processor: Any):
-        self.force_model = name  # a request for another model is refused with 400
-        self.model = model
-        self.processor = processor
-        self.created = int(time.time())
-
-    def process_model_name(self, model_id: str) -> str:
-        return model_id
-
-    def load_model_and_processor(self, model_id: str, gguf_file: str | None = None) -> tuple[Any, Any]:
-        return self.model, self.processor
-
-    def get_model_modality(self, model: Any, processor: Any = None) -> Modality:
-        return Modality.VLM
-
-    def describe(self) -> dict[str, Any]:
-        """The model's entry in the protocol's list of models."""
-        return {"id": self.force_model, "object": "model", "created": self.created, "owned_by": "tprl_hf"}
-
-
-class OneAnswer:
-    """The model as the thread that generates gets it for one request."""
-
-    def __init__(self, model: Any, processor: Any, streamed: bool):
-        self.model = model
-        self.processor = processor
-        self.streamed = streamed
-        self.wishes = WISHES.get()
-        self.context = contextvars.copy_context()  # in which the model has the pruner that it has here
-
-    def generate(self, **inputs: Any) -> Any:
-        wishes = self.wishes
-        if wishes.end.client_left.is_set():
-            raise ConnectionAbortedError("The client has left.")
-        if wishes.seed is not None:
-            torch.manual_seed(wishes.seed)
-        ends = EndsAnswer(wishes.end, self.processor, inputs["input_ids"].shape[-1])
-        inputs |= {**wishes.budget, "stopping_criteria": StoppingCriteriaList([ends])}
-        try:
-            return self.context.run(self.model.generate, **inputs)
-        except Exception as error:
-            if self.streamed:  # transformers puts the message between quotes as it is
-                raise RuntimeError(json.dumps(str(error))[1:-1]) from error
-            raise
-
-
-class OneAtATime(GenerateManager):
-    """One request after the other, each with its own budget and end."""
-
-    def generate_streaming(self, model, processor, *args, **kwargs):
-        answer = OneAnswer(model, processor, streamed=True)
-        queue, streamer = super().generate_streaming(answer, processor, *args, **kwargs)
-        return CutQueue(queue, answer.wishes.end), streamer
-
-    async def generate_non_streaming(self, model, processor, *args, **kwargs):
-        answer = OneAnswer(model, processor, streamed=False)
-        return await super().generate_non_streaming(answer, processor, *args, **kwargs)
-
-
-class OneThread(GenerationState):
-    def __init__(self) -> None:
-        super().__init__()
-        self.generation = OneAtATime()
-
-    def get_manager(self, model_id: str, use_cb: bool = False) -> GenerateManager:
-        return self.generation
-
-
-class ChatHandler(ChatCompletionHandler):
-    """transformers' handler, after what is ours is taken out of the request and the images are opened."""
-
-    def __init__(self, models: OneModel, limits: Limits, default_budget: dict[str, Any]):
-        super().__init__(models, OneThread())
-        self.models = models
-        self.limits = limits
-        self.default_budget = default_budget
-
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
-        refuse_unserved(body)
-        wishes = Wishes(take_budget(body) or self.default_budget, take_seed(body), WISHES.get().end)
-        wishes.end.stops += take_stops(body)
-        WISHES.set(wishes)
-        body["messages"] = await asyncio.to_thread(read_messages, body.get("messages"), self.limits)
-        note = unknown_words_note(self.models.processor, texts_of(body["messages"]))
-        if note is not None:
-            print(f"{request_id}: {note}", file=sys.stderr, flush=True)
-        try:
-            return await super().handle_request(body, request_id)
-        except (ValueError, OSError, TemplateError) as error:  # as on the command line: a user's mistake
-            raise refuse(" ".join(str(error).split())) from error
-
-    def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
-        """Texts that end the answer are ours: transformers' own criterion is handed the processor, and fails."""
-        config = super()._build_generation_config(body, *args, **kwargs)
-        stops, config.stop_strings = config.stop_strings or [], None
-        WISHES.get().end.stops += [stops] if isinstance(stops, str) else stops
-        if body.get("temperature") or (body.get("top_p") is not None and body.get("temperature") is None):
-            config.do_sample = True  # by the protocol; without it both would be ignored
-        return config
-
-    def _build_completion(
-        self, request_id: str, content: str, model_id: str, finish_reason: str, **fields: Any
-    ) -> dict[str, Any]:
-        end = WISHES.get().end
-        content = end.cut(content)
-        reason = "stop" if finish_reason == "length" and end.found else finish_reason
-        return super()._build_completion(request_id, content, model_id, reason, **fields)
-
-    def _build_chunk_sse(self, *args: Any, finish_reason: str | None = None, **fields: Any) -> str:
-        reason = "stop" if finish_reason == "length" and WISHES.get().end.found else finish_reason
-        return super()._build_chunk_sse(*args, finish_reason=reason, **fields)
+from .connections import KnownHosts
+from .handler import ChatHandler, OneModel
+from .limits import Limits, WaitingRoom, error_response, refuse
+from .records import Metrics, RequestRecord
+from .stopping import AnswerEnd
 
 
 async def notice_leaving(request: Request, end: AnswerEnd) -> None:
@@ -185,11 +33,9 @@ async def notice_leaving(request: Request, end: AnswerEnd) -> None:
     end.client_left.set()
 
 
-def build_app(
-    model: Any, processor: Any, name: str, limits: Limits, default_budget: dict[str, Any] | None = None
-) -> Starlette:
+class App(Starlette):
     """
-    An ASGI application with `/v1/chat/completions`, `/v1/models` and `/health`; nothing else can be reached.
+    An ASGI application with the routes of docs/serving.md; nothing else can be reached.
 
     Args:
         model ([`TPRLForConditionalGeneration`]): With whatever pruner it uses while the application runs.
@@ -198,49 +44,111 @@ def build_app(
         limits ([`Limits`]): What clients may send.
         default_budget (`dict`, *optional*): Keyword arguments of `generate` for requests without a budget. Without
             it the pruner's own counts, or the checkpoint's.
+        hosts (`Iterable[str]`): Host names by which clients may ask, besides addresses and `localhost`.
 
     Raises:
         `ValueError`: If the processor has no chat template.
     """
-    if not processor.chat_template:
-        raise ValueError(f"{type(processor).__name__} has no chat template, which says how messages become a prompt.")
-    models = OneModel(name, model, processor)
-    handler = ChatHandler(models, limits, default_budget or {})
 
-    watchers: set[asyncio.Task[None]] = set()  # asyncio itself holds them only weakly
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        name: str,
+        limits: Limits,
+        default_budget: dict[str, Any] | None = None,
+        hosts: Iterable[str] = (),
+    ):
+        if not processor.chat_template:
+            raise ValueError(
+                f"{type(processor).__name__} has no chat template, which says how messages become a prompt."
+            )
+        self.models = OneModel(name, model, processor)
+        self.handler = ChatHandler(self.models, limits, default_budget or {})
+        self.room = WaitingRoom(limits)
+        self.metrics = Metrics(lambda: self.room.num_waiting)
+        self.ends: set[AnswerEnd] = set()
+        self.watchers: set[asyncio.Task[None]] = set()  # asyncio itself holds them only weakly
+        super().__init__(
+            routes=[
+                Route("/v1/chat/completions", self.chat, methods=["POST"]),
+                Route("/v1/chat/completions/count", self.count, methods=["POST"]),
+                Route("/v1/models", self.list_models),
+                Route("/v1/models/{name:path}", self.one_model),
+                Route("/health", self.health),
+                Route("/metrics", self.show_metrics),
+            ],
+            middleware=[Middleware(KnownHosts, names=hosts)],
+            exception_handlers={HTTPException: describe_error, Exception: describe_error},
+        )
 
-    async def chat(request: Request) -> Response:
-        body = await read_body(request.stream(), limits.max_bytes)
-        end = AnswerEnd([])
-        WISHES.set(Wishes({}, None, end))
+    def end_answers(self) -> None:
+        """Lets each answer end with its next token, because the server ends."""
+        for end in self.ends:
+            end.server_ends.set()
+
+    async def chat(self, request: Request) -> Response:
+        return await self.serve(request, self.handler.answer)
+
+    async def count(self, request: Request) -> Response:
+        return await self.serve(request, self.handler.count)
+
+    async def serve(self, request: Request, answer: Callable[..., Awaitable[Any]]) -> Response:
+        """Reads a request, hands it to `answer`, and keeps account of it until it is over."""
+        record, end = RequestRecord(f"chatcmpl-{uuid.uuid4()}"), AnswerEnd([])
+        try:
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":  # what a page of another server may send without being asked
+                raise refuse(f"The Content-Type must be application/json; got {json.dumps(kind)[:80]}.", 415)
+            content = await self.room.read(request.stream())
+        except BaseException as error:
+            note_refusal(record, error)
+            self.metrics.add(record)
+            raise
+        num_bytes = len(content)
+        self.ends.add(end)
         watcher = asyncio.create_task(notice_leaving(request, end))
-        watchers.add(watcher)
-        watcher.add_done_callback(watchers.discard)
-        return await handler.handle_request(body, f"chatcmpl-{uuid.uuid4()}")
+        self.watchers.add(watcher)
 
-    def list_models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [models.describe()]})
+        def leave(task: asyncio.Task[None]) -> None:
+            self.watchers.discard(task)
+            self.ends.discard(end)
+            self.room.leave(num_bytes)
+            record.status = record.status or 499
+            self.metrics.add(record)
 
-    def one_model(request: Request) -> Response:
-        if request.path_params["name"] != name:
-            raise HTTPException(404, f"There is no model {request.path_params['name']!r}; there is {name!r}.")
-        return JSONResponse(models.describe())
+        watcher.add_done_callback(leave)
+        try:
+            found = await answer(content, end, record)
+        except BaseException as error:
+            note_refusal(record, error)
+            raise
+        response = found if isinstance(found, Response) else JSONResponse(found)
+        record.status = response.status_code
+        return response
 
-    def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok", "model": name})
+    async def show_metrics(self, request: Request) -> Response:
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    def describe_error(request: Request, error: Exception) -> Response:
-        if not isinstance(error, HTTPException):
-            error = HTTPException(500, f"The server failed ({type(error).__name__}); its log says where.")
-        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-        return JSONResponse({"error": {"message": error.detail, "type": kind}}, error.status_code)
+    async def list_models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self.models.describe()]})
 
-    return Starlette(
-        routes=[
-            Route("/v1/chat/completions", chat, methods=["POST"]),
-            Route("/v1/models", list_models),
-            Route("/v1/models/{name:path}", one_model),
-            Route("/health", health),
-        ],
-        exception_handlers={HTTPException: describe_error, Exception: describe_error},
-    )
+    async def one_model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self.models.force_model:
+            raise HTTPException(404, f"There is no model {name!r}; there is {self.models.force_model!r}.")
+        return JSONResponse(self.models.describe())
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok", "model": self.models.force_model})
+
+
+def note_refusal(record: RequestRecord, error: BaseException) -> None:
+    record.status = error.status_code if isinstance(error, HTTPException) else 500
+    record.problem = error.detail if isinstance(error, HTTPException) else type(error).__name__
+
+
+async def describe_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        return error_response(error.status_code, error.detail)
+    return error_response(500, f"The server failed ({type(error).__name__}); its log says where.")

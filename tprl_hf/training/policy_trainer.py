@@ -12,12 +12,13 @@ from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from tprl_hf import __version__
+from tprl_hf.data.digest import data_digest
 from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.pruning_policy import PolicyOutput
 from tprl_hf.modeling.token_pruner import PruningInputs
 
-from .answer_batches import AnswerBatch, data_digest
+from .answer_batches import AnswerBatch
 from .answer_scores import score_answers
 from .policy_config import PolicyTrainingConfig
 from .pruner_trainer import PrunerTrainer, TrainedNetworks

@@ -14,7 +14,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from tprl_hf.hub.publishing import changed_settings, publish, write_card
@@ -140,7 +140,8 @@ class PrunerTrainer(Trainer):
             )
         model.lvlm.requires_grad_(False)
         model.eval()
-        model.to(args.device)
+        if not hasattr(model, "hf_device_map"):  # else it is in its places
+            model.to(args.device)
         # so that prompts without a `query_mask` are read at inference as in training
         model.read_chat_template(processing_class)
         self.tprl_model = model
@@ -227,6 +228,8 @@ class PrunerTrainer(Trainer):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args) if resume_from_checkpoint else None
         if checkpoint is not None:
             self.restore(checkpoint)
+        else:
+            set_seed(self.args.seed)  # as after `__init__`, whatever was drawn since then
         # transformers would delete old checkpoints before the new one is marked
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.save_total_limit = limit

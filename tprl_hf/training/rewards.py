@@ -57,14 +57,15 @@ def step_rewards(scores: Tensor, num_kept: Tensor, alpha: float = 1.0, beta: flo
     """
     `r_t = alpha * (Score_t - Score_{t-1}) + beta * (1 - K_t / K_{t-1})` (eq. 4-6).
 
-    The paper averages the score over a mini-batch; we give each trajectory its own, which has the same mean.
+    The paper averages the score over a mini-batch; we give each trajectory its own, which has the same mean. A
+    trajectory that has kept nothing has ended: the steps that it does not have earn nothing for efficiency.
 
     Args:
         scores (`[T + 1, S]`): before the first step and after each.
         num_kept (`int64 [T + 1, S]`): tokens left at the same times.
 
     Returns:
-        float `[T, S]`. A step that finds nothing to prune earns nothing for efficiency.
+        float `[T, S]`.
     """
     task = scores[1:] - scores[:-1]
     left = num_kept.to(scores.dtype)

@@ -1,7 +1,19 @@
 """What the configs of all algorithms have in common that learn from rollouts."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from tprl_hf.modeling.values import (
+    COUNT,
+    KEPT_FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    UNIT,
+    Check,
+    list_of,
+    number,
+    optional,
+)
 
 from .policy_config import PolicyTrainingConfig
 
@@ -25,6 +37,9 @@ class RolloutConfig(PolicyTrainingConfig):
             The weight of each of `reward_funcs` in their sum; 1 without it.
         max_completion_length (`int`, defaults to 16):
             Tokens of the longest answer that is generated for `reward_funcs`.
+        max_llm_passes (`int`, *optional*):
+            Stop after the buffer with which so many keep masks have been scored, by all processes. Scoring is nearly
+            all of the cost, so that algorithms compare at equal `llm_passes`, not at equal steps.
         log_completions (`bool`, defaults to `False`):
             At each log show some rollouts: question, kept tokens, answer and score as a table in the terminal, in
             `output_dir/completions` and in W&B and Trackio; pictures of the kept tokens in these and in TensorBoard.
@@ -41,12 +56,23 @@ class RolloutConfig(PolicyTrainingConfig):
         `ValueError`: for settings that exclude each other.
     """
 
+    checks: ClassVar[dict[str, Check]] = {
+        "num_generations": COUNT,
+        "min_logprob": number(most=0, what="a number of at most 0, as logarithms of probabilities are"),
+        "reward_weights": optional(list_of(number())),
+        "max_completion_length": COUNT,
+        "max_llm_passes": optional(COUNT),
+        "num_mini_batches": COUNT,
+        "micro_batch_size": optional(COUNT),
+    }
+
     per_device_train_batch_size: int = 64
     num_generations: int = 1
     score: Literal["correct", "logprob"] = "correct"
     min_logprob: float = -4.0
     reward_weights: list[float] | None = None
     max_completion_length: int = 16
+    max_llm_passes: int | None = None
     log_completions: bool = False
     num_completions_to_print: int | None = 8
     num_mini_batches: int = 4
@@ -70,7 +96,7 @@ class RolloutConfig(PolicyTrainingConfig):
         if trajectories % self.num_mini_batches != 0:
             raise ValueError(
                 f"per_device_train_batch_size * num_generations = {trajectories} trajectories cannot be cut into "
-                f"num_mini_batches={self.num_mini_batches} equal parts."
+                f"num_mini_batches={self.num_mini_batches} equal parts: change one of the three."
             )
 
 
@@ -101,6 +127,16 @@ class BudgetedRolloutConfig(RolloutConfig):
             same budget. An image has hundreds of bits: weights above 1 are usual.
     """
 
+    checks: ClassVar[dict[str, Check]] = {
+        "rollout_keep_ratios": optional(list_of(KEPT_FRACTION, least=1)),
+        "shared_budget": UNIT,
+        "efficiency_coef": NOT_NEGATIVE,
+        "min_spread": NOT_NEGATIVE,
+        "num_iterations": COUNT,
+        "epsilon": POSITIVE,
+        "beta": NOT_NEGATIVE,
+    }
+
     rollout_keep_ratios: list[float] | None = None
     shared_budget: float = 0.0
     efficiency_coef: float = 0.1
@@ -115,8 +151,8 @@ class BudgetedRolloutConfig(RolloutConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.shared_budget <= 1 or (self.shared_budget and not self.rollout_keep_ratios):
+        if self.shared_budget and not self.rollout_keep_ratios:
             raise ValueError(
-                f"shared_budget is the share of buffers, in [0, 1], that meet rollout_keep_ratios on average; got "
-                f"{self.shared_budget} and {self.rollout_keep_ratios}."
+                f"shared_budget={self.shared_budget} is the share of buffers that share one of rollout_keep_ratios: "
+                "set these too, or shared_budget=0."
             )

@@ -69,6 +69,8 @@ class RolloutTrainer(PolicyTrainer):
             self.start_policy = copy.deepcopy(self.tprl_model.policy).requires_grad_(False)
         self.batch: AnswerBatch
         self.rollouts: Rollouts | None = None
+        self.num_scored = 0  # keep masks, by this process
+        self.llm_passes = 0  # the same by all processes
         self.final_scores: Tensor | None = None  # of the last keep masks of a buffer, [S]; not those of a resumed one
         self.buffer: dict[str, Tensor] = {}  # by name [T, S, ...], and `is_trained_on [S]`; without it all are
 
@@ -112,6 +114,10 @@ class RolloutTrainer(PolicyTrainer):
         buffer, update = divmod(self.state.global_step, self.updates_per_buffer)
         if update == 0 or self.rollouts is None:
             self.collect(buffer)
+            scored = torch.tensor(self.num_scored, device=self.args.device)
+            self.llm_passes = int(self.accelerator.reduce(scored))
+        if update == self.updates_per_buffer - 1 and self.llm_passes >= (self.args.max_llm_passes or torch.inf):
+            self.control.should_training_stop = True
         assert self.rollouts is not None
         epoch, part = divmod(update, self.args.num_mini_batches)
         chosen = torch.arange(len(self.rollouts.sample_index), device=self.args.device)
@@ -135,15 +141,19 @@ class RolloutTrainer(PolicyTrainer):
 
     # ---- questions and budgets ----
 
-    def questions(self, buffer: int) -> list[dict[str, Any]]:
-        """The rows of a buffer: each epoch goes through the dataset once, in an order of its own."""
+    def question_indices(self, buffer: int) -> list[int]:
+        """Which rows a buffer asks: each epoch goes through the dataset once, in an order of its own."""
         assert self.train_dataset is not None
         epoch, place = divmod(buffer, self.buffers_per_epoch)
         order = torch.randperm(len(self.train_dataset), generator=self.generator(0, epoch))
         count = self.args.per_device_train_batch_size
         start = (place * self.args.world_size + self.args.process_index) * count
-        wanted = [int(order[i % len(order)]) for i in range(start, start + count)]
-        return [self.train_dataset[i] for i in wanted]
+        return [int(order[i % len(order)]) for i in range(start, start + count)]
+
+    def questions(self, buffer: int) -> list[dict[str, Any]]:
+        """The rows of a buffer."""
+        assert self.train_dataset is not None
+        return [self.train_dataset[index] for index in self.question_indices(buffer)]
 
     def budgets(self, buffer: int) -> Budgets:
         """The budgets that a buffer is drawn at: none, but for algorithms that have them."""
@@ -161,6 +171,7 @@ class RolloutTrainer(PolicyTrainer):
     def score_masks(self, batch: AnswerBatch, keep_masks: Tensor, sample_index: list[int]) -> MaskScores:
         """Scores of `keep_masks [M, N]` of samples `sample_index`."""
         args = self.args
+        self.num_scored += len(keep_masks)
         if self.reward_funcs:
             completions = self.complete(batch, keep_masks, sample_index)
             rewards = reward_function_scores(self.reward_funcs, batch, sample_index, completions, self.state)
@@ -210,7 +221,7 @@ class RolloutTrainer(PolicyTrainer):
         return torch.cat([unpruned[rollouts.sample_index][None], pruned.view(num_steps, num_trajectories)])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)
+        super().log({**logs, "llm_passes": self.llm_passes}, start_time)
         if self.args.log_completions and "loss" in logs and self.final_scores is not None:
             self.log_completions(self.final_scores)
 
@@ -233,10 +244,12 @@ class RolloutTrainer(PolicyTrainer):
     def saved_state(self) -> dict[str, Any]:
         rollouts = None if self.rollouts is None else self.rollouts.state()
         state = {"rollouts": rollouts, "buffer": self.buffer, "step": self.state.global_step}
+        state.update(num_scored=self.num_scored, llm_passes=self.llm_passes)
         return {**super().saved_state(), **state}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
+        self.num_scored, self.llm_passes = state.get("num_scored", 0), state.get("llm_passes", 0)
         if state["step"] % self.updates_per_buffer != 0:
             self.batch, _ = self.encode_questions(state["step"] // self.updates_per_buffer)
             self.rollouts, self.buffer = Rollouts(**state["rollouts"]), state["buffer"]
