@@ -57,7 +57,7 @@ EXTRAS = {
     "lmms": ["lmms-eval>=0.7.3"],
     "demo": ["gradio>=6"],
     "quantized": ["bitsandbytes>=0.46.1"],
-    "serve": ["aiohttp>=3.11", "transformers[serving]>=5.21,<6", "uvicorn>=0.34"],
+    "serve": ["aiohttp>=3.11", "prometheus_client>=0.21", "transformers[serving]>=5.21,<6", "uvicorn>=0.34"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["train"],

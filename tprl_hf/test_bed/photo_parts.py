@@ -124,9 +124,7 @@ def convert_llm(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     else:
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    llm = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, **arguments
-    )
+    llm = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **arguments)
     return llm, tokenizer
 
 
