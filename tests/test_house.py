@@ -228,9 +228,9 @@ class TestDevPy:
         (tmp_path / ".ci").mkdir()
         (tmp_path / ".ci" / "run").write_text((ROOT / ".ci" / "run").read_text())
         for failing in ("none", "test-newest", "test-floors", "test"):
-            (tmp_path / "dev.py").write_text(f"import sys\nprint(sys.argv[1])\nsys.exit(sys.argv[1] == {failing!r})")
+            (tmp_path / "dev.py").write_text(f"import sys\nprint(*sys.argv[1:])\nsys.exit(sys.argv[1] == {failing!r})")
             done = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, capture_output=True, text=True)
-            assert done.stdout.split() == ["test-newest", "test-floors", "test"]
+            assert done.stdout.splitlines() == ["test-newest", "test-floors", "test --cov"]
             assert (done.returncode != 0) == (failing != "none") and (failing in done.stderr) == (failing != "none")
 
 
