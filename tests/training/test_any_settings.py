@@ -79,6 +79,7 @@ OF_ROLLOUTS = {
     "reward_weights": or_none(lambda value: isinstance(value, (list, tuple)) and all(map(is_number, value))),
     "max_completion_length": is_count,
     "log_completions": is_flag,
+    "num_completions_to_print": or_none(is_count),
     "max_llm_passes": or_none(is_count),
     "num_mini_batches": is_count,
     "micro_batch_size": or_none(is_count),
