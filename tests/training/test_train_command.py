@@ -73,6 +73,8 @@ def test_all_stages_from_one_recipe(recipe, tmp_path, capsys):
     needed = [*model.policy.parameters(), *model.autoencoder.encoder.parameters()]
     assert record["num_parameters"] == sum(parameter.numel() for parameter in needed)
     assert [row["step"] for row in record["stages"]["ppo"]["validation"]] == [1, 2, 2]
+    assert [row["step"] for row in record["stages"]["lfd"]["validation"]] == [0, 1, 2, 2]
+    assert reports["lfd"]["best_step"] in (0, 1, 2) and "best_step" not in reports["ppo"]
     assert record["stages"]["lfd"]["metrics"] == reports["lfd"]["metrics"]
     with pytest.raises(ValueError, match="holds no training"):
         training_record(tmp_path)

@@ -1,6 +1,7 @@
 """Each stage on a tiny LLaVA: from directory to directory, resumed, cut into micro-batches, and stopped by NaN."""
 
 import hashlib
+import logging
 
 import pytest
 import torch
@@ -231,15 +232,25 @@ def test_the_encoder_may_learn_with_the_policy(make_model, processor, dataset, t
     assert not any(key.startswith("autoencoder.decoder") for key in changed)
 
 
-def test_the_best_weights_are_kept_the_start_included(make_model, processor, dataset, tmp_path):
+def test_the_best_weights_are_kept_the_start_included(make_model, processor, dataset, tmp_path, caplog):
     settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
     trainer = stage("ppo", make_model, processor, dataset, str(tmp_path), **settings)
     start = weights_of(trainer.tprl_model)
     worse = iter([-1.0, -2.0, -3.0])
-    remember = trainer.remember_if_best
-    trainer.remember_if_best = lambda metrics: remember({**metrics, "eval_logprob": next(worse)})
+    trainer.measure = lambda dataset: {"logprob": next(worse), "accuracy": 50.0}
+    monitored = logging.getLogger("transformers")
+    monitored.addHandler(caplog.handler)
     trainer.train()
-    assert trainer.best["step"] == 0
+    monitored.removeHandler(caplog.handler)
+    assert trainer.best["step"] == 0 == trainer.state.best_global_step
+    measured = [
+        (entry["step"], entry["eval_logprob"]) for entry in trainer.state.log_history if "eval_logprob" in entry
+    ]
+    assert measured == [(0, -1.0), (1, -2.0), (2, -3.0)]
+    told = (
+        "TPRL PPO ended below its start: eval_logprob -1 at step 0, -3 at step 2. The model is that of the start (-1)."
+    )
+    assert told in caplog.text
     assert all(value.equal(start[key]) for key, value in weights_of(trainer.tprl_model).items())
 
 

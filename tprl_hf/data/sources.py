@@ -49,6 +49,8 @@ def read_source(name: str, split: str, seed: int = 0, num_samples: int | None = 
     if name == "easy-vqa":
         return easy_vqa(split=split, num_samples=num_samples)
     if name.endswith(".jsonl"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"There is no file {name}.")
         return jsonl_samples(name, num_samples)
     dataset = load_from_disk(name)
     return dataset if num_samples is None else dataset.select(range(min(num_samples, len(dataset))))
