@@ -63,7 +63,7 @@ def is_count_text(text: str) -> bool:
 
 def is_threshold_text(text: str) -> bool:
     value = as_number(text)
-    return value is not None and is_number(value)
+    return value is not None and is_number(value, above=0, below=1)
 
 
 OPTIONS = {
@@ -171,7 +171,9 @@ PLACES = {
     ("demonstrations", "teacher"): lambda value: value in ("uniform", "gradient"),
 }
 OF_YAML = st.one_of(
-    WRITABLE, st.sampled_from(["1e-3", "1/2", "uniform", "contiguous", "accuracy", [0.5], ["x"], [2.0]])
+    st.sampled_from([1, 2, 0.5, 1e-3, True]),
+    WRITABLE,
+    st.sampled_from(["1e-3", "1/2", "uniform", "contiguous", "accuracy", [0.5], ["x"], [2.0]]),
 )
 
 
