@@ -66,6 +66,7 @@ EXTRAS["dev"] = [
     *EXTRAS["serve"],
     "bandit>=1.9",
     "build>=1.5",
+    "hypothesis>=6.150",
     "mypy>=2.0",
     "pytest>=9.0",
     "pytest-cov>=7.0",
