@@ -26,6 +26,9 @@ from .places import Turn
 from .records import RequestRecord
 from .stopping import AnswerEnd, CutQueue, EndsAnswer
 
+# Base models whose batch is not its samples one by one, or whose images lie in one strip.
+ALONE = {"hunyuan_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"}
+
 
 @dataclass
 class Wishes:
@@ -113,6 +116,8 @@ class Job:
 
     def can_share(self) -> bool:
         """Whether its answer is the same in a batch: nothing is drawn, and nothing looks at the whole prompt."""
+        if self.model.lvlm.config.model_type in ALONE:
+            return False
         config = self.config
         plain = not config.do_sample and (config.num_beams or 1) == 1
         plain = plain and (config.repetition_penalty or 1) == 1 and not config.no_repeat_ngram_size
