@@ -1,11 +1,15 @@
 # Short names for dev.py, which does the work.
-.PHONY: setup demo test format counts test-lmms test-processors clean
+.PHONY: setup demo test format counts api test-lmms test-processors clean
 
 setup demo test format:
 	python3 dev.py $@
 
 counts:
 	.venv/bin/python tests/counts.py
+
+# the API reference, from the docstrings, as static pages
+api: setup
+	.venv/bin/python docs/make_api.py build/api
 
 # lmms-eval pulls a torchvision that breaks torch's CPU build, hence an environment of its own, without torchvision.
 LMMS = .venv-lmms/bin/python
