@@ -12,6 +12,7 @@ from . import (
     benchmark,
     compare,
     completion,
+    count,
     demo,
     evaluate,
     flops,
@@ -26,7 +27,10 @@ from .arguments import check_arguments
 from .progress import note, set_quiet
 
 # Each has NAME, HELP, add_arguments(parser) and run(arguments) -> exit code, and imports torch only in `run`.
-COMMANDS = (demo, generate, compare, trajectory, evaluate, flops, benchmark, train, reproduce, push, serve, completion)
+COMMANDS = (
+    *(demo, generate, compare, count, trajectory, evaluate, flops, benchmark, train, reproduce, push, serve),
+    completion,
+)
 
 
 class OneLineParser(argparse.ArgumentParser):

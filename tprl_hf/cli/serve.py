@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=positive_int, default=4096, metavar="N", help="longest answer (default: 4096)"
     )
     parser.add_argument(
+        "--max-image-tokens",
+        type=positive_int,
+        metavar="N",
+        help="keep at most N visual tokens for each image, whatever a request asks (default: no limit)",
+    )
+    parser.add_argument(
         "--max-waiting", type=positive_int, default=64, metavar="N", help="requests that wait (default: 64)"
     )
     parser.add_argument(
@@ -81,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_bytes=arguments.max_request_mb * 1_000_000,
         max_images=arguments.max_images,
         max_tokens=arguments.max_tokens,
+        max_image_tokens=arguments.max_image_tokens,
         max_waiting=arguments.max_waiting,
         allow_remote_images=arguments.allow_remote_images,
     )

@@ -18,7 +18,7 @@ from datasets import Dataset, concatenate_datasets
 from PIL import Image
 from tqdm import tqdm
 
-from .samples import SAMPLE_FEATURES, png_bytes
+from .samples import SAMPLE_FEATURES, check_number, png_bytes
 
 IMAGE_SIZE = 144
 CELL_SIZE = 24
@@ -382,8 +382,7 @@ def mosaic_vqa(split: str = "test", seed: int = 0, num_samples: int = 2000) -> D
     (144, 144)
     ```
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1; got {num_samples}.")
+    seed, num_samples = check_number("seed", seed, 0), check_number("num_samples", num_samples, 1)
     rows: list[dict] = []
     # with the time that is left, where it takes more than some seconds
     progress = tqdm(total=num_samples, desc="Drawing mosaics", unit="question", delay=3)
