@@ -27,6 +27,7 @@ METRICS = {
 }
 # The oracle needs data with boxes, and shrinking a picture is not a pruner's work, so that only this command has them.
 RESIZE = "resize"
+ENLARGED = "enlarged"
 # The picture that `resize+NAME` prunes from has this fraction of the visual tokens.
 HALF_SIZE = 1 / 2
 # behind the names of rows whose scores were trained with boxes
@@ -48,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=pruner_names,
         metavar="NAME,...",
         help=f"of {', '.join(method_names())}, oracle, resize (a smaller picture), resize+NAME (pruned from a picture "
-        "of half the tokens); none and random are always there (default: uniform, vispruner, and the checkpoint's own)",
+        "of half the tokens), enlarged (shrunk and enlarged again: all tokens, less detail); none and random are always "
+        "there (default: uniform, vispruner, and the checkpoint's own)",
     )
     parser.add_argument(
         "--keep-ratios",
@@ -101,8 +103,8 @@ def pruner_names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         own = name.removeprefix(f"{RESIZE}+")
-        if name != RESIZE and own not in (*method_names(), "oracle"):
-            known = ", ".join((*method_names(), "oracle", RESIZE, f"{RESIZE}+NAME"))
+        if name not in (RESIZE, ENLARGED) and own not in (*method_names(), "oracle"):
+            known = ", ".join((*method_names(), "oracle", RESIZE, f"{RESIZE}+NAME", ENLARGED))
             raise argparse.ArgumentTypeError(f"there is no pruner {name!r}; choose from {known}")
     return names
 
@@ -130,6 +132,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tprl_hf.evaluation.compare_pruners import append_records, compare_pruners, read_records
     from tprl_hf.evaluation.confidence import confidence_table
+    from tprl_hf.evaluation.flops import llm_shape
+    from tprl_hf.evaluation.runs_table import QUESTIONS
     from tprl_hf.evaluation.setting_costs import count_settings, time_settings
     from tprl_hf.evaluation.tables import accuracy_table, summarize, type_table
     from tprl_hf.loading import load_model
@@ -150,6 +154,15 @@ def run(arguments: argparse.Namespace) -> int:
     answers = folder / "answers.jsonl"
     described = describe_run(arguments, model, samples, metric)
     claim_folder(folder, described)
+    # questions about one image are drawn together; a question without image stands alone
+    units = [image_id or number for number, image_id in enumerate(samples["image_id"])]
+    asked = {
+        "data": arguments.data,
+        "split": arguments.split,
+        "units": list(map(str, units)),
+        "llm_layers": llm_shape(model.config).num_layers,
+    }
+    write(folder / QUESTIONS, json.dumps(asked) + "\n")
     keys = {setting.key for setting in settings}
     records_before, num_removed = read_records(answers)
     known = [record for record in records_before if record.key in keys and record.sample < len(samples)]
@@ -176,8 +189,6 @@ def run(arguments: argparse.Namespace) -> int:
             known += records
             bar.update(len(records))
 
-    # questions about one image are drawn together; a question without image stands alone
-    units = [image_id or number for number, image_id in enumerate(samples["image_id"])]
     rows = summarize(
         known, settings, samples["question_type"], units, 0.95, data_seeds, counted, times, list(samples["answer"])
     )
@@ -200,8 +211,10 @@ def make_settings(model, names: list[str], arguments: argparse.Namespace) -> lis
     for name in dict.fromkeys([*BASELINES, *names]):
         for text, ratio in arguments.keep_ratios if name != "none" else ():
             budget = {"keep_ratio": ratio}
-            if name == RESIZE:
-                settings.append(Setting(name, text, None, {"prune": False}, picture_ratio=ratio))
+            if name in (RESIZE, ENLARGED):
+                settings.append(
+                    Setting(name, text, None, {"prune": False}, picture_ratio=ratio, enlarged=name == ENLARGED)
+                )
             elif name.startswith(RESIZE):
                 if ratio >= HALF_SIZE:
                     raise ValueError(f"{name} prunes from a picture of half the tokens: keep less than 1/2, not {text}.")
@@ -388,6 +401,8 @@ def notes_of(rows, described: dict[str, Any]) -> list[str]:
             "that is possible; resize+NAME: NAME prunes from a picture of half the tokens. A model that was trained on "
             "one size of picture is worse at others: that is not the fault of the lost detail alone."
         )
+    if any(row.pruner == ENLARGED for row in rows):
+        more.append("enlarged: the picture is shrunk and enlarged again, and no token is lost: what detail is left.")
     if any(row.group_a for row in rows):
         more.append(
             "group A: accuracy on the questions that are correct at full size and wrong under resize at the same "

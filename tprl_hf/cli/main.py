@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import tprl_hf
 from tprl_hf.missing_packages import explain, is_ours
 
-from . import benchmark, demo, evaluate, flops, generate, push, serve, train, trajectory
+from . import benchmark, demo, evaluate, flops, generate, push, serve, table, train, trajectory
 
 # Each has NAME, HELP, add_arguments(parser) and run(arguments) -> exit code, and imports torch only in `run`.
-COMMANDS = (demo, generate, trajectory, evaluate, flops, benchmark, train, push, serve)
+COMMANDS = (demo, generate, trajectory, evaluate, table, flops, benchmark, train, push, serve)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -172,6 +172,14 @@ class PictureShrinker:
         return self.copies[name]
 
 
+def enlarged(sample: Mapping[str, Any], ratio: float) -> dict[str, Any]:
+    """A sample whose pictures were shrunk to a fraction of their pixels and enlarged again: what detail is left."""
+    pictures = [picture_of(image).convert("RGB") for image in sample["images"]]
+    smaller = [one.resize(scaled(one.size, ratio**0.5), Image.Resampling.BICUBIC) for one in pictures]
+    again = [small.resize(one.size, Image.Resampling.BICUBIC) for small, one in zip(smaller, pictures, strict=True)]
+    return {**sample, "images": again}
+
+
 def square_side(images: Any) -> int | None:
     """Pixels of a side of the square that an image processor makes of every picture, if it does."""
     crop = vars(images).get("crop_size") if vars(images).get("do_center_crop", True) else None
