@@ -99,7 +99,11 @@ def test_what_is_not_finished_is_left_out_and_said(runs, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("missing", "message"),
-    [("run.json", "pass directories that"), ("questions.json", "once more"), ("answers.jsonl", "let its command finish")],
+    [
+        ("run.json", "pass directories that"),
+        ("questions.json", "once more"),
+        ("answers.jsonl", "let its command finish"),
+    ],
 )
 def test_a_directory_that_lacks_something_is_refused(runs, tmp_path, capsys, missing, message):
     copy = with_scores(runs, "own", lambda record: True)

@@ -217,7 +217,9 @@ def make_settings(model, names: list[str], arguments: argparse.Namespace) -> lis
                 )
             elif name.startswith(RESIZE):
                 if ratio >= HALF_SIZE:
-                    raise ValueError(f"{name} prunes from a picture of half the tokens: keep less than 1/2, not {text}.")
+                    raise ValueError(
+                        f"{name} prunes from a picture of half the tokens: keep less than 1/2, not {text}."
+                    )
                 own = name.removeprefix(f"{RESIZE}+")
                 method = oracle_of if own == "oracle" else make_pruner(model, own, first)
                 row = f"{RESIZE}+{row_name(model, own, method)}"

@@ -112,7 +112,9 @@ def read_run(folder: Path) -> Run:
     whole = {name: by_seed for name, by_seed in found.items() if not missing[name]}
     if ("none", "1") not in whole:
         raise ValueError(f"{folder} has no unpruned answers to all questions yet: let its command finish.")
-    records = {name: [one[n] for one in by_seed.values() for n in range(num_samples)] for name, by_seed in whole.items()}
+    records = {
+        name: [one[n] for one in by_seed.values() for n in range(num_samples)] for name, by_seed in whole.items()
+    }
     data = Path(asked["data"]).stem
     return Run(
         folder,
