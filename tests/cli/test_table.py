@@ -56,7 +56,7 @@ def test_percent_of_unpruned_by_task_and_their_mean(runs, tmp_path, capsys):
     capsys.readouterr()
     rows = table_of(tmp_path, first, second)
     out = capsys.readouterr().out
-    assert list(rows)[0] == ("none", "1") and {budget for _, budget in list(rows)[1:4]} == {"1/2"}
+    assert next(iter(rows)) == ("none", "1") and {budget for _, budget in list(rows)[1:4]} == {"1/2"}
     uniform, random = rows["uniform", "1/4"], rows["random", "1/4"]
     assert {task: one["value"] for task, one in uniform["percent"].items()} == {"mosaic": 50.0, "own": 50.0}
     assert random["percent"]["mosaic"]["value"] == 75.0 and random["by_replicate"]["mosaic"] == [100.0, 50.0]

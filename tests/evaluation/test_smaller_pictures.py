@@ -1,4 +1,4 @@
-"""Rows `resize` and `pool`, family by family: tokens equal to the budget, or the nearest that the processor can make."""
+"""Rows `resize` and `pool`, family by family: the budget, or the nearest number that the processor can make."""
 
 import numpy as np
 import pytest

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import add_model_argument, keep_ratio, method_names, positive_int
+from .evaluation_notes import ENLARGED, HALF_SIZE, MARK, RESIZE, notes_of
 from .whole_files import write
 
 if TYPE_CHECKING:
@@ -25,13 +26,6 @@ METRICS = {
     "anls": ("anls_score", "normalised Levenshtein similarity, 0 below 0.5"),
     "yes-no": ("yes_no_score", "POPE's accuracy: no if the first sentence has no or not, else yes"),
 }
-# The oracle needs data with boxes, and shrinking a picture is not a pruner's work, so that only this command has them.
-RESIZE = "resize"
-ENLARGED = "enlarged"
-# The picture that `resize+NAME` prunes from has this fraction of the visual tokens.
-HALF_SIZE = 1 / 2
-# behind the names of rows whose scores were trained with boxes
-MARK = "*"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=pruner_names,
         metavar="NAME,...",
         help=f"of {', '.join(method_names())}, oracle, resize (a smaller picture), resize+NAME (pruned from a picture "
-        "of half the tokens), enlarged (shrunk and enlarged again: all tokens, less detail); none and random are always "
-        "there (default: uniform, vispruner, and the checkpoint's own)",
+        "of half the tokens), enlarged (shrunk and enlarged again: all tokens, less detail); none and random are "
+        "always there (default: uniform, vispruner, and the checkpoint's own)",
     )
     parser.add_argument(
         "--keep-ratios",
@@ -372,66 +366,6 @@ def claim_folder(folder: Path, described: dict[str, Any]) -> None:
                 "delete it."
             )
     write(path, json.dumps(own, indent=1) + "\n")
-
-
-def notes_of(rows, described: dict[str, Any]) -> list[str]:
-    """The lines below every table."""
-    more = []
-    if any(len(row.by_pruner_seed) > 1 for row in rows):
-        first = described["seed"][0] if isinstance(described["seed"], list) else described["seed"]
-        last = first + described["random_seeds"] - 1
-        more.append(
-            f"random: mean over its seeds {first} to {last}; sd, pruner seeds: standard deviation of the accuracy "
-            "over them, in percentage points."
-        )
-    if isinstance(described["seed"], list):
-        more.append("sd, data seeds: the same over the seeds of the data, each with as many questions.")
-    if any(row.counted for row in rows):
-        more.append(
-            "tower M, pruner M, prefill M: 10^6 operations (twice the multiply-accumulates of matrix products, counted "
-            "by torch on one question) of vision tower and projector, of choosing the tokens, and of the LLM up to its "
-            "first new token."
-        )
-    if any(row.milliseconds for row in rows):
-        more.append(
-            f"ms: from pixels to the first new token (tower, pruner, LLM) of one question, median and middle half of "
-            f"{described['time_rounds']} rounds in turns; processor time on a CPU. The picture was read before."
-        )
-    if any(row.pruner.startswith(RESIZE) for row in rows):
-        more.append(
-            "resize: the picture is shrunk until the processor makes the wanted number of tokens of it, or the nearest "
-            "that is possible; resize+NAME: NAME prunes from a picture of half the tokens. A model that was trained on "
-            "one size of picture is worse at others: that is not the fault of the lost detail alone."
-        )
-    if any(row.pruner == ENLARGED for row in rows):
-        more.append("enlarged: the picture is shrunk and enlarged again, and no token is lost: what detail is left.")
-    if any(row.group_a for row in rows):
-        more.append(
-            "group A: accuracy on the questions that are correct at full size and wrong under resize at the same "
-            "budget; in parentheses how many. By this choice unpruned has 100 there and resize 0."
-        )
-    if any(row.confidence for row in rows):
-        more.append(
-            "ECE (10 bins of equal width), Brier: of the probability of the answer against its score. entropy: of the "
-            "first token, in nats, mean over correct and wrong answers. false yes: share of existence questions with "
-            "the answer no that were answered yes; in parentheses how many."
-        )
-    if any(row.pruner.endswith(MARK) for row in rows):
-        more.append(
-            "*: reads attention that was trained with boxes of the objects while this model was made. Such a row has "
-            "an unfair advantage here; do not compare it with other rows."
-        )
-    versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
-    written = described["seed"] if isinstance(described["seed"], int) else ",".join(map(str, described["seed"]))
-    return [
-        f"{described['num_samples']} questions of {described['data']}, split {described['split']}, seed {written}. "
-        f"Accuracy: {described['score']}; in brackets 95 % bootstrap intervals over images (2000 resamples).",
-        "vs. unpruned (pp): mean of the paired differences to the unpruned model on the same questions, in percentage "
-        "points.",
-        *more,
-        f"Device: {described['device']}; {versions}; weights {described['weights']}.",
-        f"Command: {described['command']}",
-    ]
 
 
 def write_results(folder: Path, rows, described: dict[str, Any]) -> None:

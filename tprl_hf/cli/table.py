@@ -40,11 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
         for name, number in run.unfinished.items()
     ]
     notes = [
-        "Numbers: mean score in percent of the unpruned model's on the same questions (its own accuracy in parentheses); "
-        "±: standard deviation over seeds and runs; in brackets paired 95 % bootstrap intervals over images (2000 "
-        "resamples); mean: of the tasks' percentages.",
-        "tokens, first layer: visual tokens that enter the LLM; mean of layers: over its layers. fastv and sparsevlm run "
-        "the first layers on all tokens before they choose, which counts in both.",
+        "Numbers: mean score in percent of the unpruned model's on the same questions (its own accuracy in "
+        "parentheses); ±: standard deviation over seeds and runs; in brackets paired 95 % bootstrap intervals over "
+        "images (2000 resamples); mean: of the tasks' percentages.",
+        "tokens, first layer: visual tokens that enter the LLM; mean of layers: over its layers. fastv and sparsevlm "
+        "run the first layers on all tokens before they choose, which counts in both.",
         f"Command: tprl table {' '.join(arguments.folders)}",
     ]
     folder = Path(arguments.output_dir)

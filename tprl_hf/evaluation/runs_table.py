@@ -75,7 +75,8 @@ class Line:
 
     Args:
         pruner, budget (`str`): Its names.
-        first_layer, mean_layers (`float`): Visual tokens that enter the LLM's first layer, and the mean over its layers.
+        first_layer, mean_layers (`float`): Visual tokens that enter the LLM's first layer, and the mean over its
+            layers.
         cells (`dict[str, Cell]`): By task; where the row is not finished there is none.
         mean ([`Estimate`], *optional*): Mean of the percentages, if there is one of every task.
     """
@@ -99,7 +100,8 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder} has no run.json: pass directories that `tprl evaluate --output-dir` wrote.")
     if not (folder / QUESTIONS).exists():
         raise ValueError(
-            f"{folder} has no {QUESTIONS}: run its command once more with the same --output-dir, which keeps the answers."
+            f"{folder} has no {QUESTIONS}: run its command once more with the same --output-dir, which keeps the "
+            "answers."
         )
     asked = json.loads((folder / QUESTIONS).read_text(encoding="utf-8"))
     digest = json.loads((folder / "run.json").read_text(encoding="utf-8"))["questions"]

@@ -24,10 +24,10 @@ class PictureShrinker:
     """
     Shrinks pictures until the processor makes a given fraction of their visual tokens.
 
-    Processors differ in what they do with a small picture, and there are three kinds. Some enlarge every picture to one
-    square (LLaVA): the square is made smaller, and the tower interpolates its positions. Some take any size, in whole
-    patches (Qwen-VL, Pixtral): both sides are shrunk alike, and a lower limit is lifted. Some cut pictures into tiles
-    (LLaVA-NeXT, InternVL): fewer tiles. The result is the nearest number of tokens that can be had.
+    Processors differ in what they do with a small picture, and there are three kinds. Some enlarge every picture to
+    one square (LLaVA): the square is made smaller, and the tower interpolates its positions. Some take any size, in
+    whole patches (Qwen-VL, Pixtral): both sides are shrunk alike, and a lower limit is lifted. Some cut pictures into
+    tiles (LLaVA-NeXT, InternVL): fewer tiles. The result is the nearest number of tokens that can be had.
 
     Args:
         model ([`TPRLForConditionalGeneration`]): The model, whose placeholders are counted.
