@@ -29,8 +29,8 @@ def notes_of(rows: Sequence["Row"], described: dict[str, Any]) -> list[str]:
     if any(row.counted for row in rows):
         more.append(
             "tower M, pruner M, prefill M: 10^6 operations (twice the multiply-accumulates of matrix products, "
-            "counted by torch on one question) of vision tower and projector, of choosing the tokens, and of the LLM up "
-            "to its first new token."
+            "counted by torch on one question) of vision tower and projector, of choosing the tokens, and of the LLM "
+            "up to its first new token."
         )
     if any(row.milliseconds for row in rows):
         more.append(
