@@ -56,11 +56,13 @@ EXTRAS = {
     # Both bring other versions of torchvision and pillow: give each a virtual environment of its own.
     "lmms": ["lmms-eval>=0.7.3"],
     "demo": ["gradio>=6"],
-    "serve": ["transformers[serving]>=5.21,<6"],
+    "quantized": ["bitsandbytes>=0.46.1"],
+    "serve": ["aiohttp>=3.11", "transformers[serving]>=5.21,<6", "uvicorn>=0.34"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["train"],
     *EXTRAS["eval"],
+    *EXTRAS["quantized"],
     *EXTRAS["serve"],
     "build>=1.5",
     "mypy>=2.0",
@@ -103,6 +105,7 @@ setup(
     entry_points={
         "console_scripts": ["tprl = tprl_hf.cli.main:main"],
         "lmms_eval.models": ["tprl = tprl_hf.evaluation.lmms_eval.plugin:manifest"],
+        "vllm.general_plugins": ["tprl = tprl_hf.serving.vllm_plugin:register"],
     },
     zip_safe=False,
 )

@@ -22,7 +22,7 @@ SETTINGS = {
 
 def make_trainer(make_model, processor, dataset, path, **settings):
     config = TPRLMAPOConfig(str(path), **{**SETTINGS, **settings})
-    return TPRLMAPOTrainer(make_model(policy_budget=True), config, processor, dataset)
+    return TPRLMAPOTrainer(make_model(policy_budget=True), config, processing_class=processor, train_dataset=dataset)
 
 
 def test_the_best_trajectories_are_kept_once():

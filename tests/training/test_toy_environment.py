@@ -84,7 +84,7 @@ def test_the_known_optimum_is_found(trainer_class, config_class, settings, tmp_p
         str(tmp_path), max_steps=80, num_mini_batches=2, learning_rate=1e-2, disable_tqdm=True, use_cpu=True,
         save_strategy="no", **settings,
     )  # fmt: skip
-    trainer = trainer_class(model, config, processor, Dataset.from_list(rows))
+    trainer = trainer_class(model, config, processing_class=processor, train_dataset=Dataset.from_list(rows))
     trainer.train()
     inputs = trainer.encoder(rows).inputs
     with torch.no_grad():

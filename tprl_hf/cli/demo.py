@@ -5,7 +5,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from .arguments import DEFAULT_KEEP_RATIO, add_model_argument, keep_ratio, positive_int
+from .arguments import (
+    DEFAULT_KEEP_RATIO,
+    add_loading_arguments,
+    add_model_argument,
+    keep_ratio,
+    loading_options,
+    loading_words,
+    positive_int,
+)
 from .tables import describe_device, format_table
 
 NAME = "demo"
@@ -38,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-dir", default="tprl_output/demo", metavar="DIR", help="for the pictures (default: %(default)s)"
     )
+    add_loading_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .loading import using_pruner
     from .pictures import write_pictures
 
-    model, processor = load_model(arguments.model)
+    model, processor = load_model(arguments.model, **loading_options(arguments))
     names = [*SHOWN, *(["learned"] if own_pruner(model) == "learned" else [])]
     pruners = {name: make_pruner(model, name, arguments.seed) for name in names}
     budgets: dict[str, dict[str, Any]] = {name: {"keep_ratio": arguments.keep_ratio} for name in pruners}
@@ -92,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         "Outlined in orange: what the question is about. The pruners are not told.",
         f"Command: tprl demo{f' {arguments.model}' if arguments.model else ''} "
         f"--num-samples {arguments.num_samples} --num-shown {arguments.num_shown} "
-        f"--seed {arguments.seed} --keep-ratio {arguments.keep_ratio:.4g}",
+        f"--seed {arguments.seed} --keep-ratio {arguments.keep_ratio:.4g}{loading_words(arguments)}",
     ]
     paths = write_pictures(figures, arguments.output_dir, "Which visual tokens are kept", notes)
     print("\n".join(notes[:2]))

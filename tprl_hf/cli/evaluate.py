@@ -8,7 +8,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_model_argument, keep_ratio, method_names, positive_int
+from .arguments import (
+    add_loading_arguments,
+    add_model_argument,
+    keep_ratio,
+    loading_options,
+    loading_words,
+    method_names,
+    positive_int,
+)
 from .evaluation_notes import ENLARGED, HALF_SIZE, MARK, RESIZE, notes_of
 from .whole_files import write
 
@@ -91,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for results.json, .csv, .md, .png and answers.jsonl; a run that was cut off resumes from the answers "
         "there (default: %(default)s)",
     )
+    add_loading_arguments(parser)
 
 
 def pruner_names(text: str) -> list[str]:
@@ -139,7 +148,7 @@ def run(arguments: argparse.Namespace) -> int:
     samples = undecoded(samples)
     if any(name.endswith("oracle") for name in arguments.pruners or ()) and not any(samples["boxes"]):
         raise ValueError(f"The oracle needs boxes, which {arguments.data} has none of.")
-    model, processor = load_model(arguments.model)
+    model, processor = load_model(arguments.model, **loading_options(arguments))
     names = arguments.pruners or default_pruners(model, processor, samples[0])
     settings = make_settings(model, names, arguments)
 
@@ -319,6 +328,7 @@ def describe_run(arguments: argparse.Namespace, model, samples, metric: str) -> 
     command += f" --time-rounds {arguments.time_rounds}" if arguments.time_rounds else ""
     command += f" --split {arguments.split} --max-new-tokens {arguments.max_new_tokens}"
     command += f" --metric {arguments.metric}" if arguments.metric else ""
+    command += loading_words(arguments)
     return {
         "command": command,
         "device": describe_device(model),

@@ -2,9 +2,23 @@
 
 import argparse
 import sys
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from .arguments import DEFAULT_KEEP_RATIO, add_budget_arguments, add_model_argument, budget_of, positive_int
+from .arguments import (
+    DEFAULT_KEEP_RATIO,
+    add_budget_arguments,
+    add_loading_arguments,
+    add_model_argument,
+    budget_of,
+    loading_options,
+    positive_int,
+)
+
+if TYPE_CHECKING:
+    from tprl_hf.evaluation.trajectory import TrajectoryStep
+    from tprl_hf.modeling import PrunePlan
+    from tprl_hf.visualization import Figure
 
 NAME = "trajectory"
 HELP = "see the policy prune your image step by step"
@@ -23,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-dir", default="tprl_output/trajectory", metavar="DIR", help="for the pictures (default: %(default)s)"
     )
+    add_loading_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,12 +51,11 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.evaluation.trajectory import trajectory_of
     from tprl_hf.loading import load_model
     from tprl_hf.modeling.budget import Budget
-    from tprl_hf.visualization import Panel
 
-    from .pictures import make_figures, write_pictures
+    from .pictures import write_pictures
     from .tables import format_table
 
-    model, processor = load_model(arguments.model)
+    model, processor = load_model(arguments.model, **loading_options(arguments))
     config = model.config
     own = {name: getattr(config, name) for name in ("keep_ratio", "num_keep", "threshold")}
     budget: dict[str, Any] = budget_of(arguments) or {name: value for name, value in own.items() if value is not None}
@@ -53,19 +67,38 @@ def run(arguments: argparse.Namespace) -> int:
 
     reference = arguments.answer or steps[0].answer
     table = [["step", "tokens kept", "score", "answer"]]
-    panels = []
     for number, step in enumerate(steps):
         table.append([str(number), f"{step.num_kept} of {steps[0].num_kept}", f"{step.score:.3f}", step.answer])
-        mask = None if number == 0 else step.keep_mask
-        kept = f"t = {number}: {step.num_kept} kept, score {step.score:.2f}"
-        panels.append(Panel(kept, step.answer, mask, step.probs))
     print(format_table(table))
     print(f"score: mean log-probability of the tokens of {reference!r}, in nats; 0 is certain", file=sys.stderr)
 
     inputs = chat_inputs(processor, [sample], model.device)
     plan = model.prune(**inputs, keep_mask=steps[-1].keep_mask)
-    figures = make_figures(image, processor, inputs["pixel_values"], plan, panels, arguments.question)
+    figures = figures_of(steps, plan, processor, sample)
     notes = [f"Score: mean log-probability of the tokens of {reference!r}, in nats; 0 is certain."]
     for path in write_pictures(figures, arguments.output_dir, "Kept visual tokens, step by step", notes):
         print(path, file=sys.stderr)
     return 0
+
+
+def figures_of(
+    steps: "Sequence[TrajectoryStep]", plan: "PrunePlan", processor: Any, sample: Mapping[str, Any]
+) -> "list[Figure]":
+    """The picture of `sample` before the first step and after each; `plan` is one of this picture alone."""
+    from tprl_hf.evaluation.answers import chat_inputs
+    from tprl_hf.visualization import Panel
+
+    from .pictures import make_figures
+
+    panels = [
+        Panel(
+            f"t = {number}: {step.num_kept} kept, score {step.score:.2f}",
+            step.answer,
+            None if number == 0 else step.keep_mask,
+            step.probs,
+        )
+        for number, step in enumerate(steps)
+    ]
+    pixels = chat_inputs(processor, [dict(sample)])["pixel_values"]
+    title = f"{sample['prompt']}  ({sample['answer']})" if sample.get("answer") else str(sample["prompt"])
+    return make_figures(sample["images"][0], processor, pixels, plan, panels, title, sample.get("boxes", ()))

@@ -1,5 +1,6 @@
 """Memory-augmented policy optimisation (Liang et al. 2018, arXiv 1807.02322), adapted to keep masks."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .advantages import discounted_returns, is_trained_on, leave_one_out_advantages
+from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+
+from .advantages import discounted_returns, fill_with_group_mean, is_trained_on, leave_one_out_advantages
 from .grpo_trainer import TPRLGRPOTrainer
 from .mapo_config import TPRLMAPOConfig
 from .rewards import in_existing_steps, step_rewards
@@ -123,9 +126,9 @@ class TPRLMAPOTrainer(TPRLGRPOTrainer):
     _stage = "mapo"
     args: TPRLMAPOConfig
 
-    def __init__(self, model: Any, args: TPRLMAPOConfig, *others: Any, **named: Any):
-        super().__init__(model, args, *others, **named)
-        self.memory = Memory(args.memory_size)
+    def __init__(self, model: TPRLForConditionalGeneration | str | os.PathLike, args: Any = None, **arguments: Any):
+        super().__init__(model, args, **arguments)
+        self.memory = Memory(self.args.memory_size)
 
     @torch.no_grad()
     def collect(self, buffer: int) -> None:
@@ -137,8 +140,11 @@ class TPRLMAPOTrainer(TPRLGRPOTrainer):
             args.lambda_disc, generator, budgets,
         )  # fmt: skip
         scores = self.score_steps(self.batch, fresh, args.score_every_step)
-        rewards = in_existing_steps(step_rewards(scores, fresh.num_kept, 1.0, args.efficiency_coef), fresh.step_mask)
+        is_scored = ~scores.isnan().any(0)  # else no reward function said anything, and nothing is learned
+        rewards = step_rewards(scores.nan_to_num(), fresh.num_kept, 1.0, args.efficiency_coef)
+        rewards = in_existing_steps(rewards, fresh.step_mask)
         returns = discounted_returns(rewards, fresh.step_mask, gamma=1.0)  # (T, S)
+        returns = fill_with_group_mean(returns, is_scored, args.num_generations)
 
         keys = self.memory_keys(buffer, budgets.keep_ratio)
         weights = torch.ones(len(fresh.sample_index), device=returns.device)
@@ -171,10 +177,10 @@ class TPRLMAPOTrainer(TPRLGRPOTrainer):
             self.buffer["start_logits"] = logits_of_start(
                 self.start_policy, codes, self.batch.inputs, rollouts, budgets, args.lambda_disc
             )
-        self.memorize(keys, fresh, returns)
+        self.memorize(keys, fresh, returns, is_scored)
         self.note(
             {
-                "objective/reward": rewards.sum(0).mean(),
+                "objective/reward": rewards.sum(0)[is_scored].mean(),
                 "objective/keep_ratio": (fresh.num_kept[-1] / fresh.num_kept[0].clamp(min=1)).mean(),
                 "objective/is_trained_on": trained_on.float().mean(),
                 "memory/questions": len(self.memory.kept),
@@ -230,11 +236,11 @@ class TPRLMAPOTrainer(TPRLGRPOTrainer):
         share = (1 - per_question)[:, None] / groups.sum(1, keepdim=True).clamp(min=1)
         return (groups * share).flatten()
 
-    def memorize(self, keys: list[str], fresh: Rollouts, returns: Tensor) -> None:
+    def memorize(self, keys: list[str], fresh: Rollouts, returns: Tensor, is_scored: Tensor) -> None:
         """Takes in what is better than the mean of its group."""
         valid = self.batch.inputs.valid
         total = returns[0].unflatten(0, (-1, self.args.num_generations))
-        better = total > total.mean(1, keepdim=True)
+        better = (total > total.mean(1, keepdim=True)) & is_scored.unflatten(0, (-1, self.args.num_generations))
         masks = fresh.keep_masks[1:].transpose(0, 1).unflatten(0, (-1, self.args.num_generations))  # (B, G, T, N)
         earned = returns.T.unflatten(0, (-1, self.args.num_generations))  # (B, G, T)
         for sample, key in enumerate(keys):
