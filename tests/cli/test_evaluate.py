@@ -274,6 +274,7 @@ def test_a_trained_policy_has_rows_of_its_own(evaluate, tmp_path):
     ("words", "message"),
     [
         (["--pruners", "magic"], "there is no pruner 'magic'; choose from none, random"),
+        (["--pruners", "resize+none"], "there is no pruner 'resize+none'; choose from random, uniform"),
         (["--keep-ratios", "1/3,2"], "2 is not in (0, 1]"),
         (["--seed", "7,7"], "'7,7' is not a list of different whole numbers"),
     ],
@@ -298,6 +299,41 @@ def test_every_pruner_has_its_rows(evaluate, tmp_path):
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert [row["pruner"] for row in rows] == names
     assert {row["mean_kept"] for row in rows[1:]} == {4.0}
+
+
+def test_pruners_take_settings(evaluate, tmp_path):
+    names = "fastv:layer=1,query-similarity:reduce=max,resize+fastv:layer=1"
+    code, out, _ = evaluate("--pruners", names, "--keep-ratios", "1/4", "--num-samples", "2")
+    assert code == 0 and f"--pruners {names} " in out
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["pruner"] for row in rows[2:]] == names.split(",")
+    assert [row["mean_kept"] for row in rows[2:]] == [4, 4, 4]
+    # the first layer on all 16 tokens costs less than both
+    whole, half = rows[2]["counted"]["pruner"], rows[4]["counted"]["pruner"]
+    assert 0 < half < whole < rows[0]["counted"]["prefill"] / 2
+    code, _, err = evaluate("--pruners", "fastv:layers=1", "--num-samples", "2")
+    assert code == 2 and "fastv has no setting 'layers'; it has layer." in err
+    code, _, err = evaluate("--pruners", "uniform:keep_ratio=0.5", "--num-samples", "2")
+    assert code == 2 and "uniform has no setting 'keep_ratio'; it has none." in err
+
+
+def test_smaller_pictures_have_rows(evaluate, tmp_path):
+    """The budget counts tokens of the full size; group A and the time of each row stand beside the accuracy."""
+    names = "resize,enlarged,pool,resize+divprune"
+    code, out, _ = evaluate("--pruners", names, "--keep-ratios", "1/4", "--num-samples", "4", "--time-rounds", "2")
+    rows = {row["pruner"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]}
+    assert code == 0 and list(rows) == ["none", "random", *names.split(",")]
+    assert [(row["mean_kept"], row["mean_visual"]) for row in rows.values()] == [(16, 16), (4, 16), (4, 16)] + [
+        (16, 16), (4, 16), (4, 16)
+    ]  # fmt: skip
+    towers = {name: row["counted"]["tower"] for name, row in rows.items()}
+    assert towers["resize"] < towers["resize+divprune"] < towers["pool"] == towers["enlarged"] == towers["none"]
+    assert all(0 < row["milliseconds"]["low"] <= row["milliseconds"]["high"] for row in rows.values())
+    assert all(0 <= row["confidence"]["ece"] <= 1 for row in rows.values())
+    header = table_under(out, "pruner")[0]
+    assert header[-4:] == ["tower M", "pruner M", "prefill M", "ms"] and "ECE" in out
+    code, _, err = evaluate("--pruners", "resize+divprune", "--keep-ratios", "1/2", "--num-samples", "4")
+    assert code == 2 and "resize+divprune prunes from a picture of half the tokens: keep less than 1/2" in err
 
 
 def test_the_oracle_needs_boxes(evaluate, own_data):

@@ -50,9 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pruners",
         type=pruner_names,
         metavar="NAME,...",
-        help=f"of {', '.join(method_names())}, oracle, resize (a smaller picture), resize+NAME (pruned from a picture "
-        "of half the tokens), enlarged (shrunk and enlarged again: all tokens, less detail); none and random are "
-        "always there (default: uniform, vispruner, and the checkpoint's own)",
+        help=f"of {', '.join(method_names())} (also fastv:layer=3), oracle, resize (a smaller picture), "
+        "resize+NAME (pruned from a picture of half the tokens), enlarged (shrunk and enlarged again: all tokens, less "
+        "detail); none and random are always there (default: uniform, vispruner, and the checkpoint's own)",
     )
     parser.add_argument(
         "--keep-ratios",
@@ -105,10 +105,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def pruner_names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        own = name.removeprefix(f"{RESIZE}+")
-        if name not in (RESIZE, ENLARGED) and own not in (*method_names(), "oracle"):
-            known = ", ".join((*method_names(), "oracle", RESIZE, f"{RESIZE}+NAME", ENLARGED))
-            raise argparse.ArgumentTypeError(f"there is no pruner {name!r}; choose from {known}")
+        own, known = name.partition(":")[0], (*method_names(), "oracle", RESIZE, ENLARGED)
+        if name.startswith(f"{RESIZE}+"):
+            own, known = own.removeprefix(f"{RESIZE}+"), (*(one for one in method_names() if one != "none"), "oracle")
+        if own not in known:
+            raise argparse.ArgumentTypeError(f"there is no pruner {name!r}; choose from {', '.join(known)}")
     return names
 
 

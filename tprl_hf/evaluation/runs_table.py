@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tprl_hf.pruners import PRUNERS
+from tprl_hf.pruners.by_name import split_settings
 from tprl_hf.pruners.llm_attention import LLMAttentionPruner
 
 from .compare_pruners import Record, parse_lines
@@ -206,8 +207,8 @@ def share_of(budget: str) -> float:
 
 def early_layers(pruner: str) -> int:
     """How many layers of the LLM a pruner runs on all visual tokens before it chooses."""
-    name = pruner.removeprefix("resize+").rstrip("*")
-    made = PRUNERS[name]() if name in PRUNERS else None
+    name, settings = split_settings(pruner.removeprefix("resize+").rstrip("*"))
+    made = PRUNERS[name](**settings) if name in PRUNERS else None
     return made.layer if isinstance(made, LLMAttentionPruner) else 0
 
 
