@@ -323,9 +323,7 @@ def test_smaller_pictures_have_rows(evaluate, tmp_path):
     code, out, _ = evaluate("--pruners", names, "--keep-ratios", "1/4", "--num-samples", "4", "--time-rounds", "2")
     rows = {row["pruner"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]}
     assert code == 0 and list(rows) == ["none", "random", *names.split(",")]
-    assert [(row["mean_kept"], row["mean_visual"]) for row in rows.values()] == [(16, 16), (4, 16), (4, 16)] + [
-        (16, 16), (4, 16), (4, 16)
-    ]  # fmt: skip
+    assert [(row["mean_kept"], row["mean_visual"]) for row in rows.values()] == 2 * [(16, 16), (4, 16), (4, 16)]
     towers = {name: row["counted"]["tower"] for name, row in rows.items()}
     assert towers["resize"] < towers["resize+divprune"] < towers["pool"] == towers["enlarged"] == towers["none"]
     assert all(0 < row["milliseconds"]["low"] <= row["milliseconds"]["high"] for row in rows.values())

@@ -118,6 +118,15 @@ class TestShrinking:
         assert torch.equal(features.modalities["image"].rows, base.pooler_output[0])
         assert processor.image_processor.crop_size["height"] == 24  # the user's processor is as it was
 
+    def test_a_tower_that_takes_any_size_by_itself(self):
+        """DINOv2, as in a LLaVA of photographs: it is not asked to interpolate, and does."""
+        vision = {"model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        base = build("llava", vision_config={**vision, "image_size": 24, "patch_size": 6})
+        model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=8).eval()
+        assert model.adapter.smaller_picture_options == {}
+        (record,) = answers(model, make_processor(), [sample(noise(24, 24), prompt="word7")], resize(1 / 4))
+        assert (record.num_kept, record.num_visual) == (4, 16)
+
     def test_resize_and_prune(self, llava):
         """The budget counts the tokens of the full size, whatever the picture was shrunk to."""
         model, processor = llava

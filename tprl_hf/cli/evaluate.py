@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=pruner_names,
         metavar="NAME,...",
         help=f"of {', '.join(method_names())} (also fastv:layer=3), oracle, resize (a smaller picture), "
-        "resize+NAME (pruned from a picture of half the tokens), enlarged (shrunk and enlarged again: all tokens, less "
-        "detail); none and random are always there (default: uniform, vispruner, and the checkpoint's own)",
+        "resize+NAME (pruned from a picture of half the tokens), enlarged (shrunk and enlarged again: all tokens, "
+        "less detail); none and random are always there (default: uniform, vispruner, and the checkpoint's own)",
     )
     parser.add_argument(
         "--keep-ratios",

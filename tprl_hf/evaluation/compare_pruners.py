@@ -229,6 +229,7 @@ def answer(
             **(setting.arguments if prompts.arguments is None else prompts.arguments),
             visual_features=prompts.features,
             do_sample=False,
+            num_beams=1,
             return_dict_in_generate=True,
             logits_processor=LogitsProcessorList([notes]),
             **generate_kwargs,
