@@ -246,7 +246,7 @@ def test_it_reads_the_users_own_questions(evaluate, own_data):
         ("{", "line 1: not JSON"),
         ("[]", "line 1: expected an object"),
         ('{"prompt": "q"}', "line 1: `answer` is missing; there are: prompt"),
-        ('{"prompt": ["q"], "answer": "a"}', "`prompt` is the question as a string; got list"),
+        ('{"prompt": ["q"], "answer": "a"}', "`prompt` must be the question as a text; got [\"q\"]"),
         ('{"prompt": "q", "answer": "a", "image": "none.png"}', "there is no image file"),
     ],
 )
@@ -274,7 +274,7 @@ def test_a_trained_policy_has_rows_of_its_own(evaluate, tmp_path):
     ("words", "message"),
     [
         (["--pruners", "magic"], "there is no pruner 'magic'; choose from none, random"),
-        (["--pruners", "resize+none"], "there is no pruner 'resize+none'; choose from random, uniform"),
+        (["--pruners", "resize+none"], "there is no pruner 'resize+none'; did you mean"),
         (["--keep-ratios", "1/3,2"], "2 is not in (0, 1]"),
         (["--seed", "7,7"], "'7,7' is not a list of different whole numbers"),
     ],

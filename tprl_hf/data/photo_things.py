@@ -29,10 +29,7 @@ WALLPAPER_FILES = (
             "sunset_by_Aitzol_Berasategi",
         )
     ),
-    *(
-        f"mate/nature/{name}.jpg"
-        for name in ("Aqua", "Blinds", "Dune", "GreenMeadow", "RainDrops", "Storm", "Wood")
-    ),
+    *(f"mate/nature/{name}.jpg" for name in ("Aqua", "Blinds", "Dune", "GreenMeadow", "RainDrops", "Storm", "Wood")),
 )
 
 # kind -> folder -> "name: files" of each thing; things of the kind "" have no kind to be asked about.

@@ -83,7 +83,7 @@ def fetch_pictures(package: str, root: Path) -> None:
     if (root / copyright_file).is_file():
         return
     with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)  # apt-get downloads as a user of its own
+        os.chmod(folder, 0o755)  # apt-get downloads as a user of its own  # nosec B103
         _call(["apt-get", "download", "--quiet", package], f"the Debian package {package}", cwd=folder)
         path = next(Path(folder).glob("*.deb"))
         unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", path], check=True, capture_output=True).stdout
@@ -124,9 +124,7 @@ def convert_llm(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     else:
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    llm = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, **arguments
-    )
+    llm = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **arguments)
     return llm, tokenizer
 
 
