@@ -158,7 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
     units = [image_id or number for number, image_id in enumerate(samples["image_id"])]
     asked = {
         "data": arguments.data,
-        "split": arguments.split,
+        "split": described["split"],
         "units": list(map(str, units)),
         "llm_layers": llm_shape(model.config).num_layers,
     }

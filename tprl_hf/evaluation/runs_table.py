@@ -121,7 +121,7 @@ def read_run(folder: Path) -> Run:
     data = Path(asked["data"]).stem
     return Run(
         folder,
-        data if asked["split"] == "test" else f"{data} {asked['split']}",
+        data if asked["split"] in ("test", None) else f"{data} {asked['split']}",
         digest,
         asked["units"],
         asked["llm_layers"],
