@@ -20,6 +20,7 @@ from . import (
     push,
     reproduce,
     serve,
+    table,
     train,
     trajectory,
 )
@@ -28,7 +29,7 @@ from .progress import note, set_quiet
 
 # Each has NAME, HELP, add_arguments(parser) and run(arguments) -> exit code, and imports torch only in `run`.
 COMMANDS = (
-    *(demo, generate, compare, count, trajectory, evaluate, flops, benchmark, train, reproduce, push, serve),
+    *(demo, generate, compare, count, trajectory, evaluate, table, flops, benchmark, train, reproduce, push, serve),
     completion,
 )
 
