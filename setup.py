@@ -56,6 +56,8 @@ EXTRAS = {
     # Both bring other versions of torchvision and pillow: give each a virtual environment of its own.
     "lmms": ["lmms-eval>=0.7.3"],
     "demo": ["gradio>=6"],
+    # What reads the parts of Photo-LLaVA (docs/photo.md); the parts themselves are fetched without what they ask for.
+    "photo": ["gguf>=0.10", "onnx>=1.17"],
     "serve": ["transformers[serving]>=5.21,<6"],
 }
 EXTRAS["dev"] = [
