@@ -23,7 +23,8 @@ test-lmms: .venv-lmms/installed
 PROCESSORS = .venv-processors/bin/python
 
 test-processors: .venv-processors/installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PROCESSORS) -m pytest -q tests/test_processors.py tests/serving/test_own_processors.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PROCESSORS) -m pytest -q tests/test_processors.py tests/serving/test_own_processors.py \
+		tests/hub/test_your_model.py
 
 .venv-processors/installed: setup.py constraints.txt
 	python3 -m venv .venv-processors

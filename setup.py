@@ -58,11 +58,13 @@ EXTRAS = {
     "demo": ["gradio>=6"],
     # What reads the parts of Photo-LLaVA (docs/photo.md); the parts themselves are fetched without what they ask for.
     "photo": ["gguf>=0.10", "onnx>=1.17"],
-    "serve": ["transformers[serving]>=5.21,<6"],
+    "quantized": ["bitsandbytes>=0.46.1"],
+    "serve": ["aiohttp>=3.11", "transformers[serving]>=5.21,<6", "uvicorn>=0.34"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["train"],
     *EXTRAS["eval"],
+    *EXTRAS["quantized"],
     *EXTRAS["serve"],
     "build>=1.5",
     "mypy>=2.0",
@@ -105,6 +107,7 @@ setup(
     entry_points={
         "console_scripts": ["tprl = tprl_hf.cli.main:main"],
         "lmms_eval.models": ["tprl = tprl_hf.evaluation.lmms_eval.plugin:manifest"],
+        "vllm.general_plugins": ["tprl = tprl_hf.serving.vllm_plugin:register"],
     },
     zip_safe=False,
 )

@@ -14,7 +14,8 @@ from tprl_hf.cli.main import main
 from tprl_hf.data import jsonl_samples
 from tprl_hf.evaluation.answers import chat_inputs
 from tprl_hf.pictures import FORMATS, PictureError, open_picture, picture_of, to_rgb
-from tprl_hf.serving.chat_requests import Limits, open_image
+from tprl_hf.serving.images import read_url
+from tprl_hf.serving.limits import Limits
 from tprl_hf.training.answer_batches import open_images, undecoded
 
 RAMP = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
@@ -99,6 +100,7 @@ def broken(tmp_path):
     made = {
         "truncated": (whole[: len(whole) // 2], "is damaged"),
         "bomb": (bomb(), "10000 x 5001 pixels; at most 50,000,000"),
+        "thread": (content_of(Image.new("1", (1, 4000))), "1 x 4000 pixels; a side is at most 100 times the other"),
         "empty": (b"", f"none of {', '.join(FORMATS)}"),
         "text": (b"a picture", "none of"),
         "script": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) run\n", "none of"),
@@ -123,7 +125,7 @@ def test_what_cannot_be_read_is_refused_by_name_everywhere(tmp_path, capsys):
         assert words in told and "Traceback" not in told and told.count("\n") == 1
         url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
         with pytest.raises(HTTPException) as refusal:
-            open_image(url, Limits(10**7))
+            read_url(url, Limits()).open()
         assert refusal.value.status_code == 400 and words in refusal.value.detail
 
 

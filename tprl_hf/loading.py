@@ -1,17 +1,119 @@
-"""A model and its processor by the name that users write. The function imports torch, this module does not."""
+"""A model and its processor by the name that users write. The functions import torch, this module does not."""
 
+import difflib
+import importlib.util
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tprl_hf
+
+from .missing_packages import load_processor, said
 
 if TYPE_CHECKING:
     import torch
 
     from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+
+def check_model_name(name: str) -> str:
+    """
+    A model's name as it is, unless it can only mean a directory, and that is not a model's.
+
+    Args:
+        name (`str`): A directory, or a name on the Hub: `NAME` or `USER/NAME`.
+
+    Raises:
+        `ValueError`: If there is no such directory, or it has no config.json. Names on the Hub are not looked up.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return name
+        models = sorted(config.parent.name for config in path.glob("*/config.json"))
+        hint = f"; there is one in {', '.join(models[-3:])}" if models else ""
+        raise ValueError(f"{name} is not a model's directory: it has no config.json{hint}.")
+    if path.is_file():
+        raise ValueError(f"{name} is a file; a model is a directory or a name on the Hub.")
+    if _HUB_NAME.fullmatch(name):
+        return name
+    close = difflib.get_close_matches(path.name, [one.name for one in path.parent.glob("*/")], n=1)
+    hint = f": did you mean {path.parent / close[0]}?" if close else "."
+    raise ValueError(f"There is no directory {name}{hint}")
+
+
+def model_type(name: str) -> str:
+    """
+    The type that a model's config names.
+
+    Raises:
+        `OSError`, `ValueError`: If there is no such model; see [`check_model_name`].
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(check_model_name(name)).model_type
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise OSError(f"There is no directory {name}, and the Hub gave no such model: {said(error)}.") from error
+
+
+def device_named(device: "torch.device | str | None" = None) -> "torch.device":
+    """
+    A device by its name; by default the accelerator, or the CPU where there is none.
+
+    Raises:
+        `ValueError`: If this machine does not have it.
+    """
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        found = torch.device(device or accelerator or "cpu")
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        there = "cpu" if accelerator is None else f"cpu and {torch.accelerator.device_count()} of {accelerator.type}"
+        raise ValueError(f"There is no device {device} ({said(error)}): this machine has {there}.") from error
+    return found
+
+
+def pretrained_arguments(
+    device: "torch.device | str | None" = None,
+    dtype: str | None = None,
+    device_map: str | None = None,
+    attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
+) -> dict[str, Any]:
+    """
+    What [`load_model`] and the trainers give to `from_pretrained`; see [`load_model`].
+
+    Raises:
+        `ValueError`: If this machine has no such device, or `load_in_4bit` lacks its package.
+    """
+    place = device_named(device)
+    arguments: dict[str, Any] = {"dtype": dtype or ("float32" if place.type == "cpu" else "auto")}
+    if device_map is not None:
+        arguments["device_map"] = device_map
+    if attn_implementation is not None:
+        arguments["attn_implementation"] = attn_implementation
+    if load_in_4bit:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("4 bits need bitsandbytes, which is not installed: pip install 'tprl_hf[quantized]'.")
+        from transformers import BitsAndBytesConfig
+
+        computes_in = dtype if dtype not in (None, "auto") else "float32" if place.type == "cpu" else "bfloat16"
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes_in
+        )
+        arguments.setdefault("device_map", {"": place})
+    return arguments
+
 
 def load_model(
-    path: str | None = None, device: "torch.device | str | None" = None
+    path: str | None = None, device: "torch.device | str | None" = None, **how: Any
 ) -> tuple["TPRLForConditionalGeneration", Any]:
     """
     A model, ready to answer, and its processor.
@@ -22,34 +124,35 @@ def load_model(
             embedded checkpoint.
         device (`torch.device` or `str`, *optional*):
             Where it goes. Defaults to the accelerator, if there is one.
+        dtype (`str`, *optional*):
+            `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`, the checkpoint's own. Defaults to `"float32"` on the
+            CPU and to `"auto"` on an accelerator.
+        device_map (`str`, *optional*):
+            Instead of one device, `"auto"` and the like: see [`~transformers.PreTrainedModel.from_pretrained`].
+        attn_implementation (`str`, *optional*):
+            `"sdpa"`, `"eager"`, `"flash_attention_2"`, ...
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether the base model's linear layers get 4 bits, by bitsandbytes (NF4).
 
     Returns:
-        `tuple`: The model in evaluation mode, in float32 on the CPU or in the checkpoint's own dtype on an
-        accelerator, and its processor.
+        `tuple`: The model in evaluation mode, and its processor.
 
     Raises:
-        `OSError`, `ValueError`: If there is no such checkpoint, it is damaged, its family is not supported, or its
-            processor needs packages that are not installed.
+        `OSError`, `ValueError`: If there is no such checkpoint or device, the checkpoint is damaged, its family is not
+            supported, or packages are not installed.
     """
-    import torch
     from safetensors import SafetensorError
-    from transformers import AutoConfig
     from transformers.utils import logging
-
-    from tprl_hf.missing_packages import load_processor
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     path = path or tprl_hf.embedded_checkpoint()
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = torch.device(device or "cpu")
-    dtype = torch.float32 if device.type == "cpu" else "auto"
+    arguments = pretrained_arguments(device, **how)
     model_class = tprl_hf.TPRLForConditionalGeneration
-    is_ours = AutoConfig.from_pretrained(path).model_type == tprl_hf.TPRLConfig.model_type
+    is_ours = model_type(path) == tprl_hf.TPRLConfig.model_type
     load = model_class.from_pretrained if is_ours else model_class.from_base_model
     try:
-        model = load(path, dtype=dtype)
+        model = load(path, **arguments)
     except SafetensorError as error:
         raise ValueError(f"The weights in {path} are truncated or damaged ({error}): download them again.") from error
     except RuntimeError as error:
@@ -59,7 +162,9 @@ def load_model(
     processor = load_processor(path)
     if model.config.question_end_ids is None and getattr(processor, "chat_template", None):
         model.read_chat_template(processor)
-    return model.to(device).eval(), processor
+    if "device_map" not in arguments and not getattr(model, "is_quantized", False):  # else it is in its place
+        model.to(device_named(device))
+    return model.eval(), processor
 
 
 def unknown_words(processor: Any, text: str) -> list[str]:

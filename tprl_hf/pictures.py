@@ -1,7 +1,8 @@
 """Pictures from files, of any mode, as models read them: upright, in RGB. The one place that opens files of users."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # Readers that start no other program: Pillow hands EPS to Ghostscript, whatever the file is called.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 50_000_000
+# Processors scale the shorter side to a fixed length, so a thread of 1 x 4,000 pixels becomes hundreds of megabytes.
+MAX_ASPECT_RATIO = 100
 
 
 class PictureError(ValueError):
@@ -30,9 +33,24 @@ def open_picture(source: str | Path | bytes, name: str | None = None) -> Image.I
 
     Raises:
         `FileNotFoundError`: If there is no such file.
-        `PictureError`: For a file of another format, of more than `MAX_PIXELS` pixels, or that is damaged.
+        `PictureError`: For a file of another format, of more than `MAX_PIXELS` pixels, with a side more than
+            `MAX_ASPECT_RATIO` times the other, or that is damaged.
     """
     name = name or ("The image" if isinstance(source, bytes) else str(source))
+    with opened(source, name) as image:
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image), name)
+
+
+def picture_size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
+    """Width and height in pixels as the file says them, before anything is decoded. Raises as [`open_picture`]."""
+    with opened(source, name or ("The image" if isinstance(source, bytes) else str(source))) as image:
+        return image.size
+
+
+@contextmanager
+def opened(source: str | Path | bytes, name: str) -> Iterator[Image.Image]:
+    """A file whose header was read and found to be within the limits; what Pillow raises is told as ours."""
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise FileNotFoundError(f"There is no image file {name}.")
     file = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -40,8 +58,12 @@ def open_picture(source: str | Path | bytes, name: str | None = None) -> Image.I
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise PictureError(too_large(name, f"{image.width} x {image.height}"))
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image), name)
+            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+                raise PictureError(
+                    f"{name} has {image.width} x {image.height} pixels; a side is at most {MAX_ASPECT_RATIO} times "
+                    "the other. Cut it to what matters."
+                )
+            yield image
     except UnidentifiedImageError:
         raise PictureError(
             f"{name} is not an image that Pillow can read: it is none of {', '.join(FORMATS)}."

@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -115,6 +115,31 @@ def tile_pictures(
     """
     tiles = pixel_values.reshape(-1, *pixel_values.shape[-3:])
     return [image_from_pixel_values(tile, image_mean, image_std) for tile in tiles]
+
+
+def seen_pictures(
+    images: Sequence[Image.Image], processor: Any, pixel_values: torch.Tensor, layout: "TokenLayout"
+) -> list[Image.Image]:
+    """
+    What the vision tower sees of images: the square that a processor cut out, or its tiles; else the whole images.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`):
+            As they were given.
+        processor ([`ProcessorMixin`]):
+            What made the pixels.
+        pixel_values (`torch.Tensor`):
+            Of these images alone: [1, 3, H, W], or as the family has it.
+        layout ([`TokenLayout`]):
+            Where their tokens lie.
+    """
+    content = ~layout.protected
+    grids = torch.stack([layout.image[content], layout.block[content]], 1).unique(dim=0)
+    # one that hands over flattened patches takes the whole image
+    if pixel_values.ndim in (4, 5) and pixel_values.shape[:-3].numel() == len(grids):
+        image_processor = processor.image_processor
+        return tile_pictures(pixel_values, image_processor.image_mean, image_processor.image_std)
+    return list(images)
 
 
 def figures_by_block(

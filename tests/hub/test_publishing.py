@@ -47,22 +47,23 @@ common = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "sa
 trainer = AutoencoderTrainer(
     model,
     AutoencoderConfig(str(folder / "autoencoder"), push_to_hub=True, hub_private_repo=True, **common),
-    processor, dataset, dataset,
+    processing_class=processor, train_dataset=dataset, eval_dataset=dataset,
 )
 trainer.train()
 trainer.evaluate()
 trainer.save_model()  # publishes
 
 demonstrations = generate_demonstrations(UniformPruner(), model, processor, dataset, output_dir=str(folder / "shown"))
+demonstrated = {"processing_class": processor, "train_dataset": demonstrations}
 facts = {"teacher": "<b>uniform</b>", "base_model": "me/trained-base", "licence": "mit"}
 push_demonstrations(folder / "shown", "me/shown", **facts)
 
-trainer = LfDTrainer(model, LfDConfig(str(folder / "lfd"), keep_ratio=0.5, **common), processor, demonstrations)
+trainer = LfDTrainer(model, LfDConfig(str(folder / "lfd"), keep_ratio=0.5, **common), **demonstrated)
 trainer.train()
 trainer.push_to_hub(commit_message="by hand", blocking=False).result()
 
 config = TPRLPPOConfig(str(folder / "ppo"), num_mini_batches=1, num_ppo_epochs=1, num_steps=1, **common)
-trainer = TPRLPPOTrainer(model, config, processor, dataset)
+trainer = TPRLPPOTrainer(model, config, processing_class=processor, train_dataset=dataset)
 trainer.train()
 trainer.save_model()
 (folder / "ppo" / "notes.bin").write_bytes(b"not to be published")
@@ -70,7 +71,7 @@ trainer.save_model()
 # a path cannot be published: said before anything is trained
 model.config.base_model_name_or_path = str(folder)
 try:
-    LfDTrainer(model, LfDConfig(str(folder / "no"), push_to_hub=True, **common), processor, demonstrations)
+    LfDTrainer(model, LfDConfig(str(folder / "no"), push_to_hub=True, **common), **demonstrated)
 except ValueError as error:
     assert "save_base_model=True" in str(error) and str(folder) in str(error)
 else:

@@ -162,8 +162,10 @@ def test_a_refused_model_is_not_warned_about_first(monkeypatch):
 
 
 def test_settings_that_nobody_knows():
-    with pytest.raises(TypeError, match="keep_ration"):
+    with pytest.raises(ValueError, match=r"'keep_ration'\. Did you mean 'keep_ratio'"):
         TPRLForConditionalGeneration.from_base_model(build("llava"), keep_ration=0.5)
+    with pytest.raises(TypeError, match=r"Unknown settings \['colour'\]"):
+        TPRLForConditionalGeneration.from_base_model(build("llava"), colour=0.5)
     with pytest.raises(ValueError, match="latent_dim=7 is not a multiple of policy_num_heads=8"):
         TPRLForConditionalGeneration.from_base_model(build("llava"), latent_dim=7)
     with pytest.raises(ValueError, match="from_base_model"):

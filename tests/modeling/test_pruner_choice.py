@@ -87,7 +87,7 @@ def test_what_a_checkpoint_could_not_name_is_refused(base):
         TPRLForConditionalGeneration.from_base_model(base, pruner="divprun")
     with pytest.raises(ValueError, match="layer=7, but the LLM has layers 1 to 2"):
         model.set_pruner("fastv", layer=7)
-    with pytest.raises(ValueError, match="is a name or a dict with a name"):
+    with pytest.raises(ValueError, match="pruner must be the name of a pruner"):
         TPRLConfig(pruner={"keep_ratio": 0.5})
     PRUNERS["mine"] = Mine  # as the first message says
     try:

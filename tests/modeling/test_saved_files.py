@@ -1,6 +1,8 @@
 """Saving over an older checkpoint: cut off at any moment, one of the two is there, and whole."""
 
+import os
 import shutil
+import stat
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from tests.families.tiny_models import build
+from tests.families.tiny_processor import make_processor
 from tests.training.cut_off import Fault, run, save_another
 from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.cli.train import base_directory
 from tprl_hf.modeling.checkpoint_tprl import policy_state
 
 POLICY = {"latent_dim": 8, "policy_num_heads": 4, "policy_dim": 16, "policy_training": {"stage": "lfd"}}
@@ -82,3 +86,20 @@ def test_weights_without_a_successor_go_when_all_else_is_in_its_place(two, tmp_p
     TPRLForConditionalGeneration.from_pretrained(two / "new").save_pretrained(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     assert which(tmp_path / "out", two) == "new"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_that_the_umask_leaves(two, tmp_path, umask):
+    """Also the weights, which safetensors lets their owner read alone, and the base model that `tprl train` takes."""
+    before = os.umask(umask)
+    try:
+        model = TPRLForConditionalGeneration.from_pretrained(two / "new")
+        model.save_pretrained(tmp_path / "policy")
+        model.save_pretrained(tmp_path / "whole", save_base_model=True)
+        make_processor().save_pretrained(tmp_path / "whole")
+        base_directory({"base_model": str(tmp_path / "whole"), "output_dir": str(tmp_path)})
+    finally:
+        os.umask(before)
+    for folder in ("policy", "whole", "base"):
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / folder).iterdir()}
+        assert "model.safetensors" in modes and set(modes.values()) == {0o666 & ~umask}, modes

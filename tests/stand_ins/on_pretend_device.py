@@ -150,7 +150,9 @@ def training() -> None:
     def run(trainer_class, config_class, data, reward_funcs=None, **settings) -> None:
         config = config_class(folder, **{**common, **settings})
         extra = {} if reward_funcs is None else {"reward_funcs": reward_funcs}
-        trainer = trainer_class(model(), config, processor, data, dataset, **extra)
+        trainer = trainer_class(
+            model(), config, processing_class=processor, train_dataset=data, eval_dataset=dataset, **extra
+        )
         trainer.train()
         assert trainer.evaluate()
         assert all(weight.device == DEVICE for weight in trainer.model.parameters())

@@ -38,7 +38,7 @@ MEASURED = {"eval_strategy": "steps", "eval_steps": 2, "keep_ratio": "1/2"}
 ROLLOUTS = {"num_generations": 2, "num_mini_batches": 2, "num_ppo_epochs": 1, "micro_batch_size": 1}
 STAGES = {
     "autoencoder": TRAINED,
-    "demonstrations": {"teacher": "gradient", "keep_ratios": [["1/2", "1/4"]]},
+    "demonstrations": {"teacher": "gradient", "keep_ratios": [["1/2", "1/4"]], "batch_size": 2},
     "lfd": {**TRAINED, **MEASURED},
     "ppo": {**TRAINED, **MEASURED, **ROLLOUTS, "score": "logprob"},
 }
@@ -86,7 +86,8 @@ def results(folder: Path):
     logs = [row for row in report.get("log_history", []) if "train_runtime" not in row]
     if (folder / "dataset").exists():  # its files have other fingerprints each time
         return load_from_disk(str(folder / "dataset")).to_list()
-    skipped = {"training.json", "settings.json", "state.json", "config.json"}  # the last has paths, relative ones too
+    # data.json has times of files, and config.json paths, relative ones too
+    skipped = {"training.json", "settings.json", "data.json", "state.json", "config.json"}
     files = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -131,13 +132,13 @@ def test_a_run_that_is_killed_ends_as_undisturbed(run, tmp_path):
     print(f"\n{run.stage}: {killed} kills, {timed} by the clock, {undisturbed.changes} changes, {seconds:.1f} s a run")
 
 
-@pytest.mark.parametrize("what", ["full", "denied"])
-def test_a_run_without_room_or_rights_says_so_and_ends_as_undisturbed(finished, tmp_path, what):
+@pytest.mark.parametrize(("name", "what"), [("lfd", "full"), ("lfd", "denied"), ("demonstrations", "full")])
+def test_a_run_without_room_or_rights_says_so_and_ends_as_undisturbed(finished, tmp_path, name, what):
     """From some change of a file on, in each part of a checkpoint as the number of faults grows."""
-    changes = Run("lfd", finished, tmp_path / "run").train().changes
+    changes = Run(name, finished, tmp_path / "run").train().changes
     failed = 0
     for index, at in enumerate(moments(changes, number_of_faults("lfd") // 3, seed=len(what))):
-        again = Run("lfd", finished, tmp_path / f"{what}-{index}")
+        again = Run(name, finished, tmp_path / f"{what}-{index}")
         ended = again.train(what, at)
         assert ended.code in (0, 2) and "Traceback" not in ended.output, ended.output
         if ended.code:
@@ -146,7 +147,7 @@ def test_a_run_without_room_or_rights_says_so_and_ends_as_undisturbed(finished, 
         again.assert_as_undisturbed(again.train())
         shutil.rmtree(again.folder)
     assert failed
-    print(f"\nlfd: {failed} times {what}")
+    print(f"\n{name}: {failed} times {what}")
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])

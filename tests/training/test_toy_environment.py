@@ -14,6 +14,8 @@ from tprl_hf.training import (
     CounterfactualTrainer,
     TPRLGRPOConfig,
     TPRLGRPOTrainer,
+    TPRLMAPOConfig,
+    TPRLMAPOTrainer,
     TPRLPPOConfig,
     TPRLPPOTrainer,
 )
@@ -38,6 +40,10 @@ class BrightGRPO(BrightToken, TPRLGRPOTrainer):
     pass
 
 
+class BrightMAPO(BrightToken, TPRLMAPOTrainer):
+    pass
+
+
 class BrightCounterfactual(BrightToken, CounterfactualTrainer):
     pass
 
@@ -55,9 +61,10 @@ GRPO = {"num_steps": 1, **TWO_PASSES, "num_generations": 4, "per_device_train_ba
         (BrightPPO, TPRLPPOConfig, {**PPO, "ratio": "token"}),
         (BrightGRPO, TPRLGRPOConfig, {**GRPO, "scale_rewards": "none"}),
         (BrightGRPO, TPRLGRPOConfig, GRPO),
+        (BrightMAPO, TPRLMAPOConfig, GRPO),
         (BrightCounterfactual, CounterfactualConfig, {**TWO_PASSES, **NO_BUDGET, "score": "correct"}),
     ],
-    ids=["gae-joint", "gae-token", "leave-one-out", "group", "counterfactual"],
+    ids=["gae-joint", "gae-token", "leave-one-out", "group", "mapo", "counterfactual"],
 )
 def test_the_known_optimum_is_found(trainer_class, config_class, settings, tmp_path):
     base = build("llava", vision_config=tower("clip_vision_model", patch_size=24))  # one token an image
@@ -77,7 +84,7 @@ def test_the_known_optimum_is_found(trainer_class, config_class, settings, tmp_p
         str(tmp_path), max_steps=80, num_mini_batches=2, learning_rate=1e-2, disable_tqdm=True, use_cpu=True,
         save_strategy="no", **settings,
     )  # fmt: skip
-    trainer = trainer_class(model, config, processor, Dataset.from_list(rows))
+    trainer = trainer_class(model, config, processing_class=processor, train_dataset=Dataset.from_list(rows))
     trainer.train()
     inputs = trainer.encoder(rows).inputs
     with torch.no_grad():

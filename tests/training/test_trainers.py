@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 import tprl_hf
 from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.data.digest import data_digest
 from tprl_hf.pruners import VisPruner
 from tprl_hf.training import (
     AutoencoderConfig,
@@ -20,13 +21,14 @@ from tprl_hf.training import (
     LfDTrainer,
     TPRLGRPOConfig,
     TPRLGRPOTrainer,
+    TPRLMAPOConfig,
+    TPRLMAPOTrainer,
     TPRLPPOConfig,
     TPRLPPOTrainer,
     calibrate_threshold,
     generate_demonstrations,
     rollout_trainer,
 )
-from tprl_hf.training.answer_batches import data_digest
 from tprl_hf.training.answer_scores import score_answers
 from tprl_hf.training.rollouts import logits_at_budget, replayed_logprobs
 
@@ -65,31 +67,35 @@ def demonstrated(make_model, processor, dataset):
 
 def stage(name, make_model, processor, dataset, output_dir, **settings):
     """A trainer of one stage with an untrained policy."""
+    data = {"processing_class": processor, "train_dataset": dataset, "eval_dataset": dataset}
     if name == "autoencoder":
         config = AutoencoderConfig(output_dir, **{**QUIET, "per_device_train_batch_size": 2, **settings})
-        return AutoencoderTrainer(make_model(), config, processor, dataset, dataset)
+        return AutoencoderTrainer(make_model(), config, **data)
     if name == "lfd":
         config = LfDConfig(
             output_dir, **{**QUIET, "per_device_train_batch_size": 2, "learning_rate": 1e-2, **settings}
         )
-        return LfDTrainer(make_model(), config, processor, demonstrated(make_model, processor, dataset), dataset)
+        data["train_dataset"] = demonstrated(make_model, processor, dataset)
+        return LfDTrainer(make_model(), config, **data)
     if name == "grpo":
         config = TPRLGRPOConfig(output_dir, **{**GRPO, **settings})
-        return TPRLGRPOTrainer(make_model(policy_budget=True), config, processor, dataset, dataset)
+        return TPRLGRPOTrainer(make_model(policy_budget=True), config, **data)
+    if name == "mapo":
+        config = TPRLMAPOConfig(output_dir, **{**GRPO, "shared_budget": 0.0, **settings})
+        return TPRLMAPOTrainer(make_model(policy_budget=True), config, **data)
     if name == "counterfactual":
         config = CounterfactualConfig(output_dir, **{**COUNTERFACTUAL, **settings})
-        return CounterfactualTrainer(make_model(policy_budget=True), config, processor, dataset, dataset)
+        return CounterfactualTrainer(make_model(policy_budget=True), config, **data)
     config = TPRLPPOConfig(output_dir, **{**PPO, "score": "logprob", **settings})
-    return TPRLPPOTrainer(make_model(), config, processor, dataset, dataset)
+    return TPRLPPOTrainer(make_model(), config, **data)
 
 
 def test_from_directory_to_directory(base, processor, dataset, make_model, tmp_path):
     frozen = hash_of(AutoModelForImageTextToText.from_pretrained(base))
     paths = {name: str(tmp_path / name) for name in ("a", "demonstrations", "b", "c")}
+    data = {"processing_class": processor, "train_dataset": dataset, "eval_dataset": dataset}
 
-    trainer = AutoencoderTrainer(
-        make_model(), AutoencoderConfig(paths["a"], max_steps=3, **QUIET), processor, dataset, dataset
-    )
+    trainer = AutoencoderTrainer(make_model(), AutoencoderConfig(paths["a"], max_steps=3, **QUIET), **data)
     trainer.train()
     assert trainer.evaluate()["eval_explained_variance"] < 1
     trainer.save_model()
@@ -99,14 +105,14 @@ def test_from_directory_to_directory(base, processor, dataset, make_model, tmp_p
 
     demonstrations = load_from_disk(paths["demonstrations"])
     config = LfDConfig(paths["b"], max_steps=3, eval_strategy="steps", eval_steps=1, keep_ratio=0.5, **QUIET)
-    trainer = LfDTrainer(model, config, processor, demonstrations, dataset)
+    trainer = LfDTrainer(model, config, **{**data, "train_dataset": demonstrations})
     trainer.train()
     trainer.save_model()
 
     model = TPRLForConditionalGeneration.from_pretrained(paths["b"])
     assert model.config.keep_ratio == 0.5
     config = TPRLPPOConfig(paths["c"], max_steps=3, logging_steps=1, eval_strategy="steps", eval_steps=2, **PPO)
-    trainer = TPRLPPOTrainer(model, config, processor, dataset, dataset)
+    trainer = TPRLPPOTrainer(model, config, **data)
     trainer.train()
     trainer.save_model()
     logged = {name for entry in trainer.state.log_history for name in entry}
@@ -119,7 +125,7 @@ def test_from_directory_to_directory(base, processor, dataset, make_model, tmp_p
     assert all(final.state_dict()[name].equal(value) for name, value in weights_of(model).items())
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo", "counterfactual"])
+@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo", "mapo", "counterfactual"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name, make_model, processor, dataset, tmp_path):
     # a buffer lasts 4 steps: step 6 is in the middle of the second
     settings = {"max_steps": 7, "save_steps": 6, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 2}
@@ -188,7 +194,7 @@ def test_a_batch_of_8_gives_the_gradient_of_8_batches_of_1(name, make_model, pro
         torch.testing.assert_close(value, whole[key], atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo", "counterfactual"])
+@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo", "mapo", "counterfactual"])
 def test_nan_stops_with_the_data_saved(name, make_model, processor, dataset, tmp_path):
     trainer = (
         stage(name, make_model, processor, dataset, str(tmp_path), max_steps=4, keep_best=False)
@@ -204,7 +210,7 @@ def test_nan_stops_with_the_data_saved(name, make_model, processor, dataset, tmp
 
 
 def test_only_the_policy_learns(make_model, processor, dataset, tmp_path):
-    for name in ("lfd", "ppo", "grpo", "counterfactual"):
+    for name in ("lfd", "ppo", "grpo", "mapo", "counterfactual"):
         trainer = stage(name, make_model, processor, dataset, str(tmp_path / name), max_steps=2, keep_best=False)
         before, frozen = weights_of(trainer.tprl_model), hash_of(trainer.tprl_model.lvlm)
         trainer.train()
@@ -248,7 +254,8 @@ def test_reward_functions_see_what_trl_shows_them(make_model, processor, dataset
         return [-float(len(text)) for text in completions]
 
     config = TPRLPPOConfig(str(tmp_path), max_completion_length=3, reward_weights=[1.0, 0.5], **PPO)
-    trainer = TPRLPPOTrainer(make_model(), config, processor, dataset, reward_funcs=[length, brief])
+    data = {"processing_class": processor, "train_dataset": dataset}
+    trainer = TPRLPPOTrainer(make_model(), config, **data, reward_funcs=[length, brief])
     monkeypatch.setattr(rollout_trainer, "score_answers", None)  # no pass of the LLM but for the answers
     trainer.collect(0)
     (prompts, completions, answers, columns) = seen[0]
@@ -262,13 +269,13 @@ def test_reward_functions_see_what_trl_shows_them(make_model, processor, dataset
     assert logged["objective/score"] == pytest.approx(words - 0.5 * letters)
     assert "objective/accuracy" not in logged
     with pytest.raises(ValueError, match="some share one: brief, brief"):
-        TPRLPPOTrainer(make_model(), TPRLPPOConfig(str(tmp_path), **PPO), processor, dataset, reward_funcs=[brief] * 2)
+        TPRLPPOTrainer(make_model(), TPRLPPOConfig(str(tmp_path), **PPO), **data, reward_funcs=[brief] * 2)
     with pytest.raises(ValueError, match=r"reward_weights=\[1.0, 0.5\] are not one for each of \['brief'\]"):
-        TPRLPPOTrainer(make_model(), config, processor, dataset, reward_funcs=brief)
+        TPRLPPOTrainer(make_model(), config, **data, reward_funcs=brief)
 
 
 def test_rollouts_without_data_are_refused(make_model, processor, tmp_path):
-    trainer = TPRLPPOTrainer(make_model(), TPRLPPOConfig(str(tmp_path), **PPO), processor)
+    trainer = TPRLPPOTrainer(make_model(), TPRLPPOConfig(str(tmp_path), **PPO), processing_class=processor)
     with pytest.raises(ValueError, match="TPRLPPOTrainer has no train_dataset"):
         trainer.train()
 
@@ -384,7 +391,7 @@ def test_the_config_says_how_the_policy_was_trained(make_model, processor, datas
     trainer = stage("autoencoder", make_model, processor, dataset, str(tmp_path / "autoencoder"), max_steps=1)
     trainer.train()
     assert trainer.tprl_model.config.policy_training is None
-    for name in ("lfd", "ppo", "grpo", "counterfactual"):
+    for name in ("lfd", "ppo", "grpo", "mapo", "counterfactual"):
         path = str(tmp_path / name)
         settings = {"max_steps": 2, "save_steps": 1, "keep_best": False}
         trainer = stage(name, make_model, processor, dataset, path, **settings)
@@ -410,7 +417,7 @@ def test_a_policy_that_ends_as_it_began_is_not_called_trained(make_model, proces
 
 def test_lfd_needs_demonstrations(make_model, processor, dataset, tmp_path):
     with pytest.raises(ValueError, match="generate_demonstrations"):
-        LfDTrainer(make_model(), LfDConfig(str(tmp_path), **QUIET), processor, dataset)
+        LfDTrainer(make_model(), LfDConfig(str(tmp_path), **QUIET), processing_class=processor, train_dataset=dataset)
 
 
 def test_a_calibrated_threshold_keeps_the_asked_share(make_model, processor, dataset):
@@ -435,3 +442,27 @@ def test_the_end_is_measured_where_nothing_else_is(make_model, processor, datase
     trainer.remember_if_best = lambda metrics: remember({**metrics, "eval_logprob": next(better)})
     trainer.train()
     assert trainer.best["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "mapo", "counterfactual"])
+def test_training_stops_after_so_many_passes_of_the_llm(name, make_model, processor, dataset, tmp_path, monkeypatch):
+    scored = []
+    for function in ("score_answers",):
+        real = getattr(rollout_trainer, function)
+        monkeypatch.setattr(
+            rollout_trainer,
+            function,
+            lambda m, b, masks, *rest, real=real: scored.append(len(masks)) or real(m, b, masks, *rest),
+        )
+    settings = {"max_steps": 40, "max_llm_passes": 40, "logging_steps": 1, "keep_best": False, "save_steps": 6,
+                "save_strategy": "steps"}  # fmt: skip
+    trainer = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
+    trainer.train()
+    assert trainer.llm_passes == sum(scored) >= 40 > sum(scored[:-2])
+    assert trainer.state.global_step % trainer.updates_per_buffer == 0  # the last buffer is learned from
+    logged = [entry["llm_passes"] for entry in trainer.state.log_history if "llm_passes" in entry]
+    assert logged == sorted(logged) and logged[-1] == trainer.llm_passes
+
+    resumed = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert (resumed.state.global_step, resumed.llm_passes) == (trainer.state.global_step, trainer.llm_passes)

@@ -11,9 +11,15 @@ import torch
 import yaml
 from datasets import load_from_disk
 from safetensors.torch import load_file
+from transformers import AutoProcessor
+
+from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.training import GradientTeacher, LfDConfig, LfDTrainer, generate_demonstrations
 
 SCRIPT = """
+import json
 import sys
+from pathlib import Path
 import torch
 from datasets import load_from_disk
 from transformers import AutoProcessor
@@ -27,19 +33,25 @@ model = TPRLForConditionalGeneration.from_base_model(base, latent_dim=16, policy
 processor, dataset = AutoProcessor.from_pretrained(base), load_from_disk(data)
 common = {
     "use_cpu": True, "disable_tqdm": True, "max_steps": 4, "save_steps": 3, "per_device_train_batch_size": 2,
-    "learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 2,
+    "learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1,
 }
 if stage == "lfd":
     demonstrations = generate_demonstrations(GradientTeacher(), model, processor, dataset)
-    trainer = LfDTrainer(model, LfDConfig(output_dir, **common), processor, demonstrations, dataset)
+    trainer = LfDTrainer(
+        model, LfDConfig(output_dir, **common), processing_class=processor, train_dataset=demonstrations,
+        eval_dataset=dataset,
+    )  # fmt: skip
 else:
     settings = {"num_generations": 2, "num_ppo_epochs": 1, "num_mini_batches": 2, "micro_batch_size": 1}
     config = TPRLPPOConfig(output_dir, **settings, **common)
-    trainer = TPRLPPOTrainer(model, config, processor, dataset, dataset)
+    trainer = TPRLPPOTrainer(
+        model, config, processing_class=processor, train_dataset=dataset, eval_dataset=dataset
+    )
 trainer.train(resume_from_checkpoint=resume == "True")
 rank = trainer.args.process_index
 assert trainer.args.world_size == 2
 torch.save({n: p.data for n, p in trainer.model.named_parameters()}, f"{output_dir}/rank-{rank}-{resume}.pt")
+(Path(output_dir) / "log.json").write_text(json.dumps(trainer.state.log_history))
 trainer.save_model()
 """
 
@@ -68,6 +80,24 @@ def test_two_processes(stage, base, dataset, tmp_path):
         path.rmdir()
     resumed = run(resume=True)
     assert all(value.equal(whole[name]) for name, value in resumed.items())
+    if stage == "lfd":
+        assert_as_one_process(json.loads((out / "log.json").read_text()), base, dataset, tmp_path)
+
+
+def assert_as_one_process(log, base, dataset, tmp_path):
+    """Two processes with batches of 2 are as one with batches of 4, up to rounding."""
+    torch.manual_seed(1)
+    settings = {"latent_dim": 16, "policy_num_heads": 4, "policy_dim": 16}
+    model = TPRLForConditionalGeneration.from_base_model(base, **settings)
+    processor = AutoProcessor.from_pretrained(base)
+    shown = generate_demonstrations(GradientTeacher(), model, processor, dataset)
+    common = {"use_cpu": True, "disable_tqdm": True, "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    common |= {"per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
+    trainer = LfDTrainer(model, LfDConfig(str(tmp_path / "one"), **common), processor, shown, dataset)
+    trainer.train()
+    for name in ("loss", "eval_logprob"):
+        found, alone = ([row[name] for row in rows if name in row] for rows in (log, trainer.state.log_history))
+        assert found == pytest.approx(alone, rel=1e-4) and len(set(alone)) > 1, name
 
 
 def test_a_whole_recipe_under_torchrun(base, dataset, tmp_path):

@@ -1,12 +1,18 @@
 """Options that several commands share, and the checks argparse makes of them. Imports no torch."""
 
 import argparse
+import os
 import sys
+from pathlib import Path
+from typing import Any
 
+from tprl_hf.loading import check_model_name
 from tprl_hf.pruners import DEFAULT_PRUNER, PRUNERS
 
 DEFAULT_KEEP_RATIO = 1 / 3
 A_MODEL = "a TPRL checkpoint or any LVLM, as a directory or a name on the Hub (default: the embedded one)"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def keep_ratio(text: str) -> float:
@@ -26,6 +32,31 @@ def positive_int(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def check_places(arguments: argparse.Namespace) -> None:
+    """
+    Looks at the directories that a command reads and writes, before it imports and loads what takes time.
+
+    Raises:
+        `OSError`, `ValueError`: If the model's is not there or not a model's, or the output's cannot be written.
+    """
+    given = vars(arguments)
+    if given.get("model") is not None:
+        check_model_name(given["model"])
+    if given.get("output_dir") is not None:
+        check_writable(given["output_dir"])
+
+
+def check_writable(directory: str | Path) -> None:
+    """Raises `OSError` for a directory that is not one, or in which this user cannot write; it need not exist."""
+    place = Path(directory).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise OSError(f"{directory} cannot be written: {place} is not a directory. Pass another one.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OSError(f"{directory} cannot be written: this user may not write in {place}. Pass another one.")
 
 
 class OldSpelling(argparse.Action):
@@ -49,6 +80,42 @@ def add_model_argument(
     # without a default of its own, which would replace what --model has set
     parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=description)
     parser.add_argument("--model", action=OldSpelling, new="MODEL without --model")
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a model is loaded; [`loading_options`] reads them."""
+    group = parser.add_argument_group("how the model is loaded (docs/your_model.md)")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="auto is the checkpoint's own (default: float32 on the CPU, auto on an accelerator)",
+    )
+    place = group.add_mutually_exclusive_group()
+    place.add_argument("--device", metavar="DEVICE", help="such as cuda:1 or cpu (default: the accelerator, or cpu)")
+    place.add_argument(
+        "--device-map",
+        choices=DEVICE_MAPS,
+        help="spread the model over all cards, and over the CPU where it is larger",
+    )
+    group.add_argument(
+        "--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2, ... (default: transformers')"
+    )
+    group.add_argument("--load-in-4bit", action="store_true", help="4 bits a weight of the base model (bitsandbytes)")
+
+
+def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of [`add_loading_arguments`] as keyword arguments of [`~tprl_hf.loading.load_model`]."""
+    names = ("device", "dtype", "device_map", "attn_implementation", "load_in_4bit")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def loading_words(arguments: argparse.Namespace) -> str:
+    """The options of [`add_loading_arguments`] that were given, as they are written in a command."""
+    words = ""
+    for name, value in loading_options(arguments).items():
+        if value:
+            words += f" --{name.replace('_', '-')}{'' if value is True else f' {value}'}"
+    return words
 
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,8 +10,11 @@ from typing import Any
 from .arguments import (
     DEFAULT_KEEP_RATIO,
     OldSpelling,
+    add_loading_arguments,
     add_model_argument,
     keep_ratio,
+    loading_options,
+    loading_words,
     method_names,
     positive_int,
 )
@@ -78,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive_int, default=7, metavar="N", help="timed rounds (default: 7)")
     parser.add_argument("--seed", type=int, default=0, help="of random weights and prompts (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_loading_arguments(parser)
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:
@@ -132,26 +136,30 @@ def prepare(arguments: argparse.Namespace) -> tuple[Any, Callable[[int], Any], s
     from tprl_hf.evaluation.answers import chat_inputs
     from tprl_hf.evaluation.benchmark import random_prompts
     from tprl_hf.evaluation.presets import PRESETS, preset_config
-    from tprl_hf.loading import load_model
+    from tprl_hf.loading import device_named, load_model, pretrained_arguments
 
     if arguments.model not in PRESETS:
-        model, processor = load_model(arguments.model)
+        model, processor = load_model(arguments.model, **loading_options(arguments))
         noise = np.random.default_rng(arguments.seed).integers(0, 255, (336, 336, 3), dtype=np.uint8)
         sample = {"images": [Image.fromarray(noise)], "prompt": "What color is the star?"}
         return model, lambda batch: chat_inputs(processor, [sample] * batch, model.device), "of the checkpoint"
     config = preset_config(arguments.model)
     random_prompts(config, 1, arguments.text_tokens)  # refuses other families before any weights are made
+    if arguments.device_map or arguments.load_in_4bit:
+        raise ValueError(f"{arguments.model} gets random weights on one device: leave out --device-map and 4 bits.")
+    how = pretrained_arguments(**loading_options(arguments))
+    if how["dtype"] == "auto":  # random weights have none of their own
+        how["dtype"] = "bfloat16"
     torch.manual_seed(arguments.seed)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    dtype = torch.float32 if device is None or device.type == "cpu" else torch.bfloat16
-    with torch.device(device or "cpu"):
-        base = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    device = device_named(arguments.device)
+    with device:
+        base = AutoModelForImageTextToText.from_config(config, **how)
     model = tprl_hf.TPRLForConditionalGeneration.from_base_model(base).to(device).eval()
 
     def make_inputs(batch: int) -> dict[str, Any]:
         prompts = random_prompts(config, batch, arguments.text_tokens, arguments.seed)
         moved = {name: value.to(device) for name, value in prompts.items()}
-        return {**moved, "pixel_values": moved["pixel_values"].to(dtype)}
+        return {**moved, "pixel_values": moved["pixel_values"].to(base.dtype)}
 
     return model, make_inputs, "random"
 
@@ -165,7 +173,8 @@ def command_of(arguments: argparse.Namespace) -> str:
         command += f" --load {','.join(map(str, arguments.load))}"
     command += f" --batch-size {arguments.batch_size} --max-new-tokens {arguments.max_new_tokens}"
     command += f" --text-tokens {arguments.text_tokens}"
-    return f"{command} --pruner {arguments.pruner} --rounds {arguments.rounds} --seed {arguments.seed}"
+    command += f" --pruner {arguments.pruner} --rounds {arguments.rounds} --seed {arguments.seed}"
+    return command + loading_words(arguments)
 
 
 def surroundings(model) -> dict[str, Any]:

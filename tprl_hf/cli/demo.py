@@ -5,7 +5,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from .arguments import DEFAULT_KEEP_RATIO, add_model_argument, keep_ratio, positive_int
+from .arguments import (
+    DEFAULT_KEEP_RATIO,
+    add_loading_arguments,
+    add_model_argument,
+    keep_ratio,
+    loading_options,
+    loading_words,
+    positive_int,
+)
 from .tables import describe_device, format_table
 
 NAME = "demo"
@@ -34,15 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FRACTION",
         help="fraction of visual tokens to keep, in (0, 1] (default: 1/3)",
     )
+    parser.add_argument(
+        "--photo",
+        action="store_true",
+        help="with photographs: a model of 145 million parameters, whose parts are fetched the first time (280 MB)",
+    )
     add_model_argument(parser)
     parser.add_argument(
         "--output-dir", default="tprl_output/demo", metavar="DIR", help="for the pictures (default: %(default)s)"
     )
+    add_loading_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
-    from tprl_hf.data import mosaic_vqa
+    from tprl_hf.data.sources import read_source
     from tprl_hf.evaluation.answers import generate_answers
     from tprl_hf.evaluation.scores import is_correct
     from tprl_hf.loading import load_model
@@ -51,12 +65,17 @@ def run(arguments: argparse.Namespace) -> int:
     from .loading import using_pruner
     from .pictures import write_pictures
 
-    model, processor = load_model(arguments.model)
+    source = "photo" if arguments.photo else "mosaic"
+    if arguments.photo and arguments.model is None:
+        from tprl_hf.test_bed.photo_checkpoint import photo_checkpoint
+
+        arguments.model = str(photo_checkpoint())
+    model, processor = load_model(arguments.model, **loading_options(arguments))
     names = [*SHOWN, *(["learned"] if own_pruner(model) == "learned" else [])]
     pruners = {name: make_pruner(model, name, arguments.seed) for name in names}
     budgets: dict[str, dict[str, Any]] = {name: {"keep_ratio": arguments.keep_ratio} for name in pruners}
     budgets["none"] = {"prune": False}
-    samples = list(mosaic_vqa(split="test", seed=arguments.seed, num_samples=arguments.num_samples))
+    samples = list(read_source(source, "test", arguments.seed, arguments.num_samples))
 
     answers = {}
     for name in pruners:
@@ -85,14 +104,14 @@ def run(arguments: argparse.Namespace) -> int:
     print(format_table(rows))
 
     notes = [
-        f"Questions: mosaic_vqa(split='test', seed={arguments.seed}, num_samples={arguments.num_samples}).",
+        f"Questions: {source}_vqa(split='test', seed={arguments.seed}, num_samples={arguments.num_samples}).",
         f"Prefill: a batch of {min(TIMED_PROMPTS, len(samples))} prompts, median of {REPETITIONS} rounds in which the "
         "pruners take turns, after 2 to warm up; LLM: its forward alone; whole: vision tower, pruner and LLM; "
         f"{describe_device(model)}.",
         "Outlined in orange: what the question is about. The pruners are not told.",
-        f"Command: tprl demo{f' {arguments.model}' if arguments.model else ''} "
+        f"Command: tprl demo{' --photo' * arguments.photo}{f' {arguments.model}' if arguments.model else ''} "
         f"--num-samples {arguments.num_samples} --num-shown {arguments.num_shown} "
-        f"--seed {arguments.seed} --keep-ratio {arguments.keep_ratio:.4g}",
+        f"--seed {arguments.seed} --keep-ratio {arguments.keep_ratio:.4g}{loading_words(arguments)}",
     ]
     paths = write_pictures(figures, arguments.output_dir, "Which visual tokens are kept", notes)
     print("\n".join(notes[:2]))

@@ -8,7 +8,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_model_argument, keep_ratio, method_names, positive_int
+from .arguments import (
+    add_loading_arguments,
+    add_model_argument,
+    keep_ratio,
+    loading_options,
+    loading_words,
+    method_names,
+    positive_int,
+)
 from .whole_files import write
 
 if TYPE_CHECKING:
@@ -25,7 +33,10 @@ METRICS = {
     "anls": ("anls_score", "normalised Levenshtein similarity, 0 below 0.5"),
     "yes-no": ("yes_no_score", "POPE's accuracy: no if the first sentence has no or not, else yes"),
 }
-# The oracle needs data with boxes, so that only this command has it.
+# The oracle needs data with boxes, and shrinking a picture is not a pruner's work, so that only this command has them.
+RESIZE = "resize"
+# The picture that `resize+NAME` prunes from has this fraction of the visual tokens.
+HALF_SIZE = 1 / 2
 # behind the names of rows whose scores were trained with boxes
 MARK = "*"
 
@@ -36,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         default="mosaic",
         metavar="NAME|FILE",
-        help="mosaic, easy-vqa, a .jsonl file with image, prompt, answer a line, the directory of a saved dataset, or "
+        help="mosaic, easy-vqa, photo, a .jsonl file with image, prompt, answer a line, the directory of a saved dataset, or "
         "a task of lmms-eval where that is installed (default: mosaic)",
     )
     parser.add_argument("--include-path", metavar="DIR", help="folder with lmms-eval tasks of your own")
@@ -44,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pruners",
         type=pruner_names,
         metavar="NAME,...",
-        help=f"of {', '.join(method_names())}, oracle; none and random are always there (default: uniform, vispruner, "
-        "and the checkpoint's own)",
+        help=f"of {', '.join(method_names())}, oracle, resize (a smaller picture), resize+NAME (pruned from a picture "
+        "of half the tokens); none and random are always there (default: uniform, vispruner, and the checkpoint's own)",
     )
     parser.add_argument(
         "--keep-ratios",
@@ -60,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=seeds,
         default=[7],
         metavar="N,...",
-        help="seeds of mosaic's images, each with --num-samples questions; the first is that of random (default: 7)",
+        help="seeds of mosaic's or photo's images, each with --num-samples questions; the first is that of random (default: 7)",
     )
     parser.add_argument(
         "--random-seeds",
@@ -69,7 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="run random under so many seeds, from the first of --seed on (default: 1)",
     )
-    parser.add_argument("--split", default="test", help="split of mosaic or easy-vqa (default: test)")
+    parser.add_argument(
+        "--time-rounds",
+        type=positive_int,
+        metavar="N",
+        help="also time each row, from pixels to the first new token, in N rounds",
+    )
+    parser.add_argument("--split", default="test", help="split of mosaic, easy-vqa or photo (default: test)")
     parser.add_argument(
         "--batch-size", type=positive_int, default=48, metavar="N", help="questions at once (default: 48)"
     )
@@ -86,13 +103,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for results.json, .csv, .md, .png and answers.jsonl; a run that was cut off resumes from the answers "
         "there (default: %(default)s)",
     )
+    add_loading_arguments(parser)
 
 
 def pruner_names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in (*method_names(), "oracle"):
-            known = ", ".join((*method_names(), "oracle"))
+        own = name.removeprefix(f"{RESIZE}+")
+        if name != RESIZE and own not in (*method_names(), "oracle"):
+            known = ", ".join((*method_names(), "oracle", RESIZE, f"{RESIZE}+NAME"))
             raise argparse.ArgumentTypeError(f"there is no pruner {name!r}; choose from {known}")
     return names
 
@@ -119,6 +138,8 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from tprl_hf.evaluation.compare_pruners import append_records, compare_pruners, read_records
+    from tprl_hf.evaluation.confidence import confidence_table
+    from tprl_hf.evaluation.setting_costs import count_settings, time_settings
     from tprl_hf.evaluation.tables import accuracy_table, summarize, type_table
     from tprl_hf.loading import load_model
     from tprl_hf.training.answer_batches import undecoded
@@ -127,9 +148,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     samples, data_seeds, score, metric = load_samples(arguments)
     samples = undecoded(samples)
-    if "oracle" in (arguments.pruners or ()) and not any(samples["boxes"]):
+    if any(name.endswith("oracle") for name in arguments.pruners or ()) and not any(samples["boxes"]):
         raise ValueError(f"The oracle needs boxes, which {arguments.data} has none of.")
-    model, processor = load_model(arguments.model)
+    model, processor = load_model(arguments.model, **loading_options(arguments))
     names = arguments.pruners or default_pruners(model, processor, samples[0])
     settings = make_settings(model, names, arguments)
 
@@ -145,7 +166,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{answers}: {num_removed} damaged lines were removed; they are answered again.", file=sys.stderr)
     total = len(settings) * len(samples)
     print(f"{len(samples)} questions, {len(settings)} settings; {described['device']}", file=sys.stderr)
-    counted = count_settings(model, processor, samples, settings)
+    shown = next((sample for sample in samples if sample["images"]), None)
+    counted = {} if shown is None else count_settings(model, processor, shown, settings)
+    rounds = arguments.time_rounds
+    times = time_settings(model, processor, shown, settings, rounds) if shown is not None and rounds else {}
     with tqdm(total=total, initial=len(known), unit="answer", file=sys.stderr) as bar:
         for records in compare_pruners(
             model,
@@ -163,10 +187,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     # questions about one image are drawn together; a question without image stands alone
     units = [image_id or number for number, image_id in enumerate(samples["image_id"])]
-    rows = summarize(known, settings, samples["question_type"], units, data_seeds=data_seeds, counted=counted)
+    rows = summarize(
+        known, settings, samples["question_type"], units, 0.95, data_seeds, counted, times, list(samples["answer"])
+    )
     write_results(folder, rows, described)
-    print(format_table(accuracy_table(rows)))
-    print(format_table(type_table(rows)))
+    for table in (accuracy_table(rows), type_table(rows), confidence_table(rows)):
+        print(format_table(table))
     print("\n".join(notes_of(rows, described)))
     print(f"Written: {folder}/results.json, .csv, .md, .png and answers.jsonl")
     print(f"Took {time.perf_counter() - started:.0f} s")
@@ -183,7 +209,16 @@ def make_settings(model, names: list[str], arguments: argparse.Namespace) -> lis
     for name in dict.fromkeys([*BASELINES, *names]):
         for text, ratio in arguments.keep_ratios if name != "none" else ():
             budget = {"keep_ratio": ratio}
-            if name == "random":
+            if name == RESIZE:
+                settings.append(Setting(name, text, None, {"prune": False}, picture_ratio=ratio))
+            elif name.startswith(RESIZE):
+                if ratio >= HALF_SIZE:
+                    raise ValueError(f"{name} prunes from a picture of half the tokens: keep less than 1/2, not {text}.")
+                own = name.removeprefix(f"{RESIZE}+")
+                method = oracle_of if own == "oracle" else make_pruner(model, own, first)
+                row = f"{RESIZE}+{row_name(model, own, method)}"
+                settings.append(Setting(row, text, method, budget, picture_ratio=HALF_SIZE))
+            elif name == "random":
                 settings += [
                     Setting(name, text, make_pruner(model, name, seed), budget, seed)
                     for seed in range(first, first + arguments.random_seeds)
@@ -208,34 +243,6 @@ def row_name(model, name: str, method) -> str:
     # a model with an LLM of just these sizes is the embedded one, or was trained on from it
     embedded = llm_shape(AutoConfig.from_pretrained(tprl_hf.embedded_checkpoint()))
     return f"{name}{MARK}" if llm_shape(model.config) == embedded else name
-
-
-def count_settings(model, processor, samples, settings) -> dict[tuple[str, str], Any]:
-    """Operations of each setting for the first question that has an image; none where no question has."""
-    from tprl_hf.evaluation.answers import chat_inputs
-    from tprl_hf.evaluation.compare_pruners import encode_once
-    from tprl_hf.evaluation.operation_counts import OperationCounts, count_prefill, count_pruner
-    from tprl_hf.modeling.token_pruner import TokenPruner
-
-    with_image = [number for number in range(len(samples)) if samples[number]["images"]][:1]
-    counted: dict[tuple[str, str], Any] = {}
-    prefill: dict[int, int] = {}  # by the number of tokens kept, which is all that it depends on
-    for setting in settings if with_image else ():
-        name = (setting.pruner, setting.budget)
-        if name in counted:
-            continue
-        sample = samples[with_image[0]]
-        method = setting.method
-        if method is not None and not isinstance(method, TokenPruner):
-            method = method([sample])
-        inputs = chat_inputs(processor, [sample], model.device)
-        features = encode_once(model, processor, [sample], method)
-        pruner, keep_mask = count_pruner(model, inputs, features, method, setting.arguments)
-        num_kept = int(keep_mask.sum())
-        if num_kept not in prefill:
-            prefill[num_kept] = count_prefill(model, inputs, features, keep_mask)
-        counted[name] = OperationCounts(pruner, prefill[num_kept])
-    return counted
 
 
 def default_pruners(model, processor, sample: dict[str, Any]) -> list[str]:
@@ -273,13 +280,13 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
 
     function, metric = METRICS[arguments.metric or "exact"]
     score = getattr(scores, function)
-    if arguments.data == "mosaic":
+    if arguments.data in ("mosaic", "photo"):
         number = arguments.num_samples or 2000
-        parts = [read_source("mosaic", arguments.split, seed, number) for seed in arguments.seed]
+        parts = [read_source(arguments.data, arguments.split, seed, number) for seed in arguments.seed]
         data_seeds = [seed for seed in arguments.seed for _ in range(number)]
         return concatenate_datasets(parts) if len(parts) > 1 else parts[0], data_seeds, score, metric
     if len(arguments.seed) > 1:
-        raise ValueError(f"{arguments.data} has the same questions under every --seed; only mosaic has others.")
+        raise ValueError(f"{arguments.data} has the same questions under every --seed; only mosaic and photo have others.")
     if is_source(arguments.data):
         number = arguments.num_samples or (2000 if arguments.data == "easy-vqa" else None)
         return read_source(arguments.data, arguments.split, num_samples=number), None, score, metric
@@ -309,8 +316,10 @@ def describe_run(arguments: argparse.Namespace, model, samples, metric: str) -> 
     written = ",".join(map(str, arguments.seed))
     command += f" --keep-ratios {ratios} --num-samples {num_samples // len(arguments.seed)} --seed {written}"
     command += f" --random-seeds {arguments.random_seeds}" if arguments.random_seeds > 1 else ""
+    command += f" --time-rounds {arguments.time_rounds}" if arguments.time_rounds else ""
     command += f" --split {arguments.split} --max-new-tokens {arguments.max_new_tokens}"
     command += f" --metric {arguments.metric}" if arguments.metric else ""
+    command += loading_words(arguments)
     return {
         "command": command,
         "device": describe_device(model),
@@ -320,6 +329,7 @@ def describe_run(arguments: argparse.Namespace, model, samples, metric: str) -> 
         "split": arguments.split,
         "seed": arguments.seed if len(arguments.seed) > 1 else arguments.seed[0],
         "random_seeds": arguments.random_seeds,
+        "time_rounds": arguments.time_rounds,
         "num_samples": num_samples,
         "max_new_tokens": arguments.max_new_tokens,
         "score": metric,
@@ -373,8 +383,31 @@ def notes_of(rows, described: dict[str, Any]) -> list[str]:
         more.append("sd, data seeds: the same over the seeds of the data, each with as many questions.")
     if any(row.counted for row in rows):
         more.append(
-            "pruner M, prefill M: 10^6 operations (twice the multiply-accumulates of matrix products, counted by "
-            "torch on one question) of choosing the tokens and of the LLM up to its first new token; no vision tower."
+            "tower M, pruner M, prefill M: 10^6 operations (twice the multiply-accumulates of matrix products, counted "
+            "by torch on one question) of vision tower and projector, of choosing the tokens, and of the LLM up to its "
+            "first new token."
+        )
+    if any(row.milliseconds for row in rows):
+        more.append(
+            f"ms: from pixels to the first new token (tower, pruner, LLM) of one question, median and middle half of "
+            f"{described['time_rounds']} rounds in turns; processor time on a CPU. The picture was read before."
+        )
+    if any(row.pruner.startswith(RESIZE) for row in rows):
+        more.append(
+            "resize: the picture is shrunk until the processor makes the wanted number of tokens of it, or the nearest "
+            "that is possible; resize+NAME: NAME prunes from a picture of half the tokens. A model that was trained on "
+            "one size of picture is worse at others: that is not the fault of the lost detail alone."
+        )
+    if any(row.group_a for row in rows):
+        more.append(
+            "group A: accuracy on the questions that are correct at full size and wrong under resize at the same "
+            "budget; in parentheses how many. By this choice unpruned has 100 there and resize 0."
+        )
+    if any(row.confidence for row in rows):
+        more.append(
+            "ECE (10 bins of equal width), Brier: of the probability of the answer against its score. entropy: of the "
+            "first token, in nats, mean over correct and wrong answers. false yes: share of existence questions with "
+            "the answer no that were answered yes; in parentheses how many."
         )
     if any(row.pruner.endswith(MARK) for row in rows):
         more.append(
@@ -398,12 +431,14 @@ def write_results(folder: Path, rows, described: dict[str, Any]) -> None:
     """Writes results.json, results.csv, results.md and results.png."""
     from dataclasses import asdict
 
+    from tprl_hf.evaluation.confidence import confidence_table
     from tprl_hf.evaluation.tables import accuracy_table, as_csv, as_markdown, plot_accuracy, type_table
 
     content = {**described, "rows": [asdict(row) for row in rows]}
     write(folder / "results.json", json.dumps(content, indent=1) + "\n")
     write(folder / "results.csv", as_csv(rows))
-    page = [as_markdown(accuracy_table(rows)), as_markdown(type_table(rows)), *notes_of(rows, described)]
+    tables = (accuracy_table(rows), type_table(rows), confidence_table(rows))
+    page = [*map(as_markdown, tables), *notes_of(rows, described)]
     write(folder / "results.md", "\n".join(page) + "\n")
     title = f"{described['data']} {described['split']}, {described['num_samples']} questions, seed {described['seed']}"
     plot_accuracy(rows, folder / "results.png", title)

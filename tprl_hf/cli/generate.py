@@ -3,7 +3,14 @@
 import argparse
 import sys
 
-from .arguments import add_budget_arguments, add_model_argument, add_pruner_arguments, positive_int
+from .arguments import (
+    add_budget_arguments,
+    add_loading_arguments,
+    add_model_argument,
+    add_pruner_arguments,
+    loading_options,
+    positive_int,
+)
 
 NAME = "generate"
 HELP = "ask your own question about your own image"
@@ -19,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=positive_int, default=64, metavar="N", help="longest answer (default: 64)"
     )
     parser.add_argument("--output-dir", metavar="DIR", help="also write kept_tokens.png and kept_tokens.html there")
+    add_loading_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .loading import pruner_and_budget, using_pruner
     from .pictures import make_figures, write_pictures
 
-    model, processor = load_model(arguments.model)
+    model, processor = load_model(arguments.model, **loading_options(arguments))
     name, pruner, budget = pruner_and_budget(model, arguments)
     inputs = chat_inputs(processor, [{"images": [image], "prompt": arguments.question}], model.device)
     with using_pruner(model, pruner):

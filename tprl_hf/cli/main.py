@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import tprl_hf
 from tprl_hf.missing_packages import explain, is_ours
 
-from . import benchmark, demo, evaluate, flops, generate, push, serve, train
+from . import benchmark, demo, evaluate, flops, generate, push, reproduce, serve, train, trajectory
+from .arguments import check_places
 
 # Each has NAME, HELP, add_arguments(parser) and run(arguments) -> exit code, and imports torch only in `run`.
-COMMANDS = (demo, generate, evaluate, flops, benchmark, train, push, serve)
+COMMANDS = (demo, generate, trajectory, evaluate, flops, benchmark, train, reproduce, push, serve)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = make_parser().parse_args(argv)
     try:
+        check_places(arguments)
         return arguments.run(arguments)
     except BrokenPipeError:  # as in `tprl demo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

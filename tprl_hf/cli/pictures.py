@@ -40,17 +40,9 @@ def make_figures(
         boxes (`Sequence`, *optional*):
             Boxes to outline, [x0, y0, x1, y1] in pixels of `image`; not on tiles.
     """
-    import torch
+    from tprl_hf.visualization import figures_by_block, seen_pictures
 
-    from tprl_hf.visualization import figures_by_block, tile_pictures
-
-    content = ~plan.layout.protected
-    grids = torch.stack([plan.layout.image[content], plan.layout.block[content]], 1).unique(dim=0)
-    seen = [image]
-    # a processor may crop and cut; one that hands over flattened patches takes the whole image
-    if pixel_values.ndim in (4, 5) and pixel_values.shape[:-3].numel() == len(grids):
-        image_processor = processor.image_processor
-        seen = tile_pictures(pixel_values, image_processor.image_mean, image_processor.image_std)
+    seen = seen_pictures([image], processor, pixel_values, plan.layout)
     return figures_by_block(seen, plan.layout, panels, title, boxes)
 
 

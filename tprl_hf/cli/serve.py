@@ -7,11 +7,17 @@ from pathlib import Path
 
 from tprl_hf.missing_packages import of_another_build
 
-from .arguments import add_budget_arguments, add_model_argument, add_pruner_arguments, positive_int
+from .arguments import (
+    add_budget_arguments,
+    add_loading_arguments,
+    add_model_argument,
+    add_pruner_arguments,
+    loading_options,
+    positive_int,
+)
 
 NAME = "serve"
 HELP = "answer over HTTP, by the OpenAI protocol"
-MAX_CONNECTIONS = 64  # more get 503 at once instead of a place in a queue that fills the memory
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -30,37 +36,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-request-mb", type=positive_int, default=20, metavar="MB", help="larger ones get 413 (default: 20)"
     )
     parser.add_argument(
+        "--max-images", type=positive_int, default=16, metavar="N", help="images of a request (default: 16)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=positive_int, default=4096, metavar="N", help="longest answer (default: 4096)"
+    )
+    parser.add_argument(
+        "--max-waiting", type=positive_int, default=64, metavar="N", help="requests that wait (default: 64)"
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a host name by which clients ask, besides addresses and localhost; can be repeated",
+    )
+    parser.add_argument(
         "--allow-remote-images",
         action="store_true",
         help="fetch images from the http addresses in requests; clients can then make this machine ask any address "
         "that it can reach",
     )
+    add_loading_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     try:
-        import uvicorn
-
-        from tprl_hf.serving.server import build_app
+        from tprl_hf.serving.connections import make_server
+        from tprl_hf.serving.server import App
     except ImportError as error:
         needs = f"tprl serve needs more packages ({error}): pip install 'tprl_hf[serve]'"
         raise ValueError(of_another_build(error) or needs) from error
     import tprl_hf
     from tprl_hf.loading import load_model
-    from tprl_hf.serving.chat_requests import Limits
+    from tprl_hf.serving.limits import Limits
 
     from .loading import pruner_and_budget, using_pruner
 
     # bound before the model is loaded, so that a port that is taken is told at once
     listener = bind(arguments.host, arguments.port)
-    model, processor = load_model(arguments.model)
+    model, processor = load_model(arguments.model, **loading_options(arguments))
     pruner_name, pruner, budget = pruner_and_budget(model, arguments)
     path = arguments.model or tprl_hf.embedded_checkpoint()
     name = arguments.name or (Path(path).resolve().name if Path(path).is_dir() else path)
-    limits = Limits(arguments.max_request_mb * 1_000_000, arguments.allow_remote_images)
-    app = build_app(model, processor, name, limits, budget)
+    limits = Limits(
+        max_bytes=arguments.max_request_mb * 1_000_000,
+        max_images=arguments.max_images,
+        max_tokens=arguments.max_tokens,
+        max_waiting=arguments.max_waiting,
+        allow_remote_images=arguments.allow_remote_images,
+    )
+    app = App(model, processor, name, limits, budget, [arguments.host, *arguments.allow_host])
     if arguments.host not in LOOPBACK:
         print(f"tprl serve: whoever reaches {arguments.host} can ask; nobody is asked who they are.", file=sys.stderr)
+    listener.listen()  # whoever reads the line below can ask
     host, port = listener.getsockname()[:2]
     words = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in budget.items()]
     default = ", ".join(words) or "as the checkpoint says"
@@ -68,9 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"Serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1 ({pruner_name}, {default})",
         flush=True,
     )
-    config = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
     with using_pruner(model, pruner):
-        uvicorn.Server(config).run(sockets=[listener])
+        make_server(app, app.end_answers).run(sockets=[listener])
     return 0
 
 

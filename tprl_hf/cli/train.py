@@ -1,6 +1,6 @@
 """Train a pruning policy by a recipe, stage by stage. Each stage is a directory; a finished one is left as it is, and
-an interrupted one resumes from its newest whole checkpoint. Ctrl-C and SIGTERM save the step first where that takes
-seconds. Under `torchrun` all processes train, the first one writes."""
+an interrupted one resumes, with the same data only, from its newest whole checkpoint. Ctrl-C and SIGTERM save the step
+first where that takes seconds. Under `torchrun` all processes train, the first one writes."""
 
 import argparse
 import json
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 from tprl_hf.pruners import PRUNERS
 from tprl_hf.training.stages import STAGES
 
+from .arguments import add_loading_arguments, loading_options
 from .old_recipes import renewed
 from .processes import is_first_process, say, signs_of_life, wait_for
 from .recipe_file import check_names, read_recipe
+from .same_data import claim_data
 from .whole_files import write
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECTION.SETTING=VALUE",
         help="settings that replace the recipe's, such as lfd.learning_rate=1e-4 or base_model=PATH",
     )
+    add_loading_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -58,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         with StopSignals() as signals, signs_of_life(Path(recipe["output_dir"])):
-            run_stages(stages, recipe, Path(arguments.config).stem, signals)
+            run_stages(stages, recipe, Path(arguments.config).stem, signals, loading_options(arguments))
     except Stopped as stopped:
         saved = stopped.saved or "nothing new was saved"
         print(
@@ -69,12 +72,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def run_stages(stages: list[str], recipe: dict[str, Any], name: str, signals: "StopSignals") -> None:
-    """One after the other, those that are not finished. `name` is the recipe's."""
+def run_stages(
+    stages: list[str], recipe: dict[str, Any], name: str, signals: "StopSignals", loading: dict[str, Any]
+) -> None:
+    """One after the other, those that are not finished. `name` is the recipe's, `loading` how its model is loaded."""
     folder = Path(recipe["output_dir"])
     for stage in stages:
         directory = Path(recipe["output_dir"]) / stage
-        claim(directory, settings_of(stage, recipe))
+        claim(directory, settings_of(stage, recipe) | precision_of(loading))
         if (directory / "training.json").exists():
             say(f"{stage}: {directory} is finished")
             continue
@@ -82,7 +87,7 @@ def run_stages(stages: list[str], recipe: dict[str, Any], name: str, signals: "S
             wait_for(directory / "training.json", folder)
             continue
         started = time.perf_counter()
-        model, processor = starting_model(stage, recipe)
+        model, processor = starting_model(stage, recipe, loading)
         if stage == "demonstrations":
             result = make_demonstrations(stage, recipe, model, processor, directory)
         else:
@@ -146,11 +151,19 @@ def reward_functions(stage: str, recipe: dict[str, Any]) -> list[Any]:
 
 
 def settings_of(stage: str, recipe: dict[str, Any]) -> dict[str, Any]:
-    """What the result of a stage depends on, besides the stages before it."""
-    names = ("base_model", "policy", stage)
+    """What the result of a stage depends on, besides the stages before it and [`precision_of`]."""
+    # a teacher reads the frozen LVLM, whatever policy will learn from it
+    names = ("base_model", stage) if stage == "demonstrations" else ("base_model", "policy", stage)
     data = recipe.get("data", {})
     used = {name: data[name] for name in (training_data(stage, recipe), "validation") if name in data}
     return {name: recipe[name] for name in names if name in recipe} | ({"data": used} if "data" in recipe else {})
+
+
+def precision_of(loading: dict[str, Any]) -> dict[str, Any]:
+    """Of the options by which the model is loaded, those that results depend on, as settings."""
+    names = ("dtype", "attn_implementation", "load_in_4bit")
+    given = {name: loading[name] for name in names if loading.get(name)}
+    return {"loading": given} if given else {}
 
 
 def training_data(stage: str, recipe: dict[str, Any]) -> str:
@@ -168,6 +181,8 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete {directory} to run this stage again.") from error
         before, _ = renewed(noted)
+        if "policy" not in settings:
+            before.pop("policy", None)  # earlier versions noted it
         if before != json.loads(json.dumps(settings)):
             raise ValueError(
                 f"{directory} was made with other settings, see {path}: pass --set output_dir=ANOTHER, or delete it."
@@ -214,48 +229,56 @@ def load_source(section: dict[str, Any], name: str, num_samples: int | None = No
 
 def read_source(section: dict[str, Any], name: str, count: int | None) -> "Dataset":
     """The first `count` samples of one source."""
+    from datasets import List
+
     from tprl_hf.data import sources
 
     source = section.get("source", "mosaic")
     split = section.get("split", "validation" if name == "validation" else "train")
     if not sources.is_source(source):
         raise ValueError(f"There are no data {source!r}: data.{name}.source is {sources.KINDS}.")
-    return sources.read_source(source, split, section.get("seed", 0), count)
+    dataset = sources.read_source(source, split, section.get("seed", 0), count)
+    if isinstance(dataset.features.get("answer"), List):
+        raise ValueError(
+            f"data.{name}: {source} has questions with several answers. A policy learns from one: write a string "
+            "instead of a list."
+        )
+    return dataset
 
 
-def starting_model(stage: str, recipe: dict[str, Any]) -> tuple["TPRLForConditionalGeneration", Any]:
+def starting_model(
+    stage: str, recipe: dict[str, Any], loading: dict[str, Any]
+) -> tuple["TPRLForConditionalGeneration", Any]:
     """The model that a stage begins with, and its processor."""
-    import torch
     from transformers import set_seed
 
     from tprl_hf import TPRLForConditionalGeneration
+    from tprl_hf.loading import pretrained_arguments
     from tprl_hf.missing_packages import load_processor
 
+    how = pretrained_arguments(**loading)
     for before in STAGES[stage].starts_from:
         if before in recipe:
             path = Path(recipe["output_dir"]) / before
             if not (path / "training.json").exists():
                 raise ValueError(f"{stage} begins with what {before} left in {path}: run `tprl train {before}` first.")
-            dtype = torch.float32 if not torch.accelerator.is_available() else "auto"
-            model = TPRLForConditionalGeneration.from_pretrained(path, dtype=dtype)
-            return model, load_processor(path)
+            return TPRLForConditionalGeneration.from_pretrained(path, **how), load_processor(path)
 
-    policy = recipe.get("policy", {})
     base = base_directory(recipe)
     set_seed(recipe.get(stage, {}).get("seed", 42))  # the start of the new policy
-    dtype = torch.float32 if not torch.accelerator.is_available() else "auto"
-    return TPRLForConditionalGeneration.from_base_model(base, dtype=dtype, **policy), load_processor(base)
+    model = TPRLForConditionalGeneration.from_base_model(base, **how, **recipe.get("policy", {}))
+    return model, load_processor(base)
 
 
 def base_directory(recipe: dict[str, Any]) -> str:
     """The frozen LVLM as a directory or name; that of a TPRL checkpoint is taken out of it."""
-    from transformers import AutoConfig
-
     import tprl_hf
+    from tprl_hf.loading import model_type
     from tprl_hf.missing_packages import load_processor
+    from tprl_hf.modeling.saved_files import allow_as_umask
 
     base = recipe.get("base_model") or tprl_hf.embedded_checkpoint()
-    if AutoConfig.from_pretrained(base).model_type != tprl_hf.TPRLConfig.model_type:
+    if model_type(base) != tprl_hf.TPRLConfig.model_type:
         return str(base)
     directory = Path(recipe["output_dir"]) / "base"
     if is_first_process() and not directory.exists():
@@ -263,6 +286,7 @@ def base_directory(recipe: dict[str, Any]) -> str:
         model = tprl_hf.TPRLForConditionalGeneration.from_pretrained(base)
         load_processor(base).save_pretrained(unfinished)
         model.lvlm.save_pretrained(unfinished)
+        allow_as_umask(unfinished)
         unfinished.rename(directory)
     wait_for(directory, directory.parent)
     return str(directory)
@@ -279,7 +303,9 @@ def make_demonstrations(stage, recipe, model, processor, directory: Path) -> dic
     set_seed(seed)
     teacher = getattr(training, TEACHERS[name])() if name in TEACHERS else make_pruner(model, name, seed)
     assert teacher is not None
-    dataset = load_data(recipe, training_data(stage, recipe), settings.pop("num_samples", None))
+    data = training_data(stage, recipe)
+    dataset = load_data(recipe, data, settings.pop("num_samples", None))
+    claim_data(directory, {data: dataset})
     made = training.generate_demonstrations(
         teacher, model, processor, dataset, output_dir=str(directory / "dataset"), **settings
     )
@@ -307,9 +333,11 @@ def train_stage(
     else:
         dataset = load_data(recipe, training_data(stage, recipe))
     validation = load_data(recipe, "validation") if "validation" in recipe.get("data", {}) else None
+    claim_data(directory, {source or training_data(stage, recipe): dataset, "validation": validation})
     rewards = reward_functions(stage, recipe)
     extra = {"reward_funcs": rewards} if rewards else {}
-    trainer = trainer_class(model, config, processor, dataset, validation, **extra)
+    data = {"train_dataset": dataset, "eval_dataset": validation}
+    trainer = trainer_class(model, config, processing_class=processor, **data, **extra)
     trainer.recipe = recipe_name
     trainer.add_callback(SaveAndStop(signals, trainer))
     checkpoint, passed_over = newest_whole(directory)

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
 from tprl_hf.modeling.token_pruner import TokenPruner
 
 from .answers import chat_inputs
+from .confidence import ConfidenceNotes
 from .scores import exact_score
+from .smaller_pictures import PictureShrinker
 
 Score = Callable[[str, Any], float]
 
@@ -31,6 +34,8 @@ class Setting:
             samples of a batch to a pruner, for one that knows their boxes.
         arguments (`dict`): The budget as `generate` takes it, such as `{"keep_ratio": 1 / 3}`.
         seed (`int`, *optional*): The pruner's, where it has one. Settings that differ by it alone are one row.
+        picture_ratio (`float`, *optional*): The pictures are shrunk until they have this fraction of their visual
+            tokens, before the tower reads them. A `keep_ratio` is still one of the tokens of the full size.
     """
 
     pruner: str
@@ -38,10 +43,15 @@ class Setting:
     method: TokenPruner | Callable[[Sequence[dict[str, Any]]], TokenPruner] | None
     arguments: dict[str, Any]
     seed: int | None = None
+    picture_ratio: float | None = None
 
     @property
     def key(self) -> tuple[str, str, int | None]:
         return self.pruner, self.budget, self.seed
+
+    def pruner_for(self, samples: Sequence[dict[str, Any]]) -> TokenPruner | None:
+        """The pruner of a batch."""
+        return self.method if self.method is None or isinstance(self.method, TokenPruner) else self.method(samples)
 
 
 @dataclass(frozen=True)
@@ -54,8 +64,11 @@ class Record:
         sample (`int`): Index of the sample.
         answer (`str`): What the model said.
         score (`float`): How correct it is, in [0, 1].
-        num_kept, num_visual (`int`): Visual tokens that the LLM saw, and that there were.
+        num_kept, num_visual (`int`): Visual tokens that the LLM saw, and that there are of the pictures as they were
+            given.
         seed (`int`, *optional*): That of the [`Setting`].
+        probability (`float`, *optional*): The model's probability of the answer: the product over its tokens.
+        first_entropy (`float`, *optional*): Entropy in nats of the model's distribution of the first token.
     """
 
     pruner: str
@@ -66,6 +79,8 @@ class Record:
     num_kept: int
     num_visual: int
     seed: int | None = None
+    probability: float | None = None
+    first_entropy: float | None = None
 
     @property
     def key(self) -> tuple[str, str, int | None]:
@@ -108,48 +123,131 @@ def compare_pruners(
         `list[Record]`: The new records of one batch and one setting.
     """
     done = {(*record.key, record.sample) for record in known}
-    pruners = [setting.method for setting in settings if isinstance(setting.method, TokenPruner)]
-    observer = next((pruner for pruner in pruners if pruner.needs_attention), None)
+    shrinker = PictureShrinker(model, processor)
+    observer = first_observer(settings)
     for start in range(0, len(samples), batch_size):
         numbers = range(start, min(start + batch_size, len(samples)))
         missing = {s.key: [n for n in numbers if (*s.key, n) not in done] for s in settings}
         if not any(missing.values()):
             continue
         batch = [samples[number] for number in numbers]
-        inputs = chat_inputs(processor, batch, model.device)
-        features = encode_once(model, processor, batch, observer)
+        full = full_size(model, processor, batch, observer)
         for setting in settings:
             if not missing[setting.key]:
                 continue
-            method = setting.method
-            with _using(model, method if method is None or isinstance(method, TokenPruner) else method(batch)):
-                output = model.generate(
-                    **inputs,
-                    **setting.arguments,
-                    visual_features=features,
-                    do_sample=False,
-                    return_dict_in_generate=True,
-                    **generate_kwargs,
-                )
-            new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
-            answers = [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
-            kept, visual = (output.get(name, torch.zeros(len(batch))).tolist() for name in ("num_kept", "num_visual"))
+            prompts = [full] if setting.picture_ratio is None else shrunk(model, shrinker, batch, setting, full)
+            found: dict[int, tuple[str, int, float, float]] = {}
+            for part in prompts:
+                found |= answer(model, processor, batch, setting, part, **generate_kwargs)
             yield [
                 Record(
                     setting.pruner,
                     setting.budget,
                     sample=number,
-                    answer=answers[number - start],
-                    score=float(score(answers[number - start], batch[number - start]["answer"])),
-                    num_kept=int(kept[number - start]),
-                    num_visual=int(visual[number - start]),
+                    answer=text,
+                    score=float(score(text, batch[number - start]["answer"])),
+                    num_kept=num_kept,
+                    num_visual=full.num_visual[number - start],
                     seed=setting.seed,
+                    probability=probability,
+                    first_entropy=entropy,
                 )
                 for number in missing[setting.key]
+                for text, num_kept, probability, entropy in [found[number - start]]
             ]
 
 
-def encode_once(model, processor, samples: Sequence[dict[str, Any]], observer: TokenPruner | None):
+@dataclass(frozen=True)
+class Prompts:
+    """
+    Some samples of a batch as the model reads them.
+
+    Args:
+        rows (`list[int]`): Which samples of the batch.
+        inputs: What the processor returned.
+        features ([`VisualFeatures`], *optional*): Of their pictures, where they have any.
+        num_visual (`list[int]`): Visual tokens of each of their prompts.
+        arguments (`dict`): A budget that replaces that of the setting.
+    """
+
+    rows: list[int]
+    inputs: Any
+    features: Any
+    num_visual: list[int]
+    arguments: dict[str, Any] | None = None
+
+
+def full_size(model, processor, samples: Sequence[dict[str, Any]], observer: TokenPruner | None) -> Prompts:
+    """A batch with its pictures as they are."""
+    inputs = chat_inputs(processor, samples, model.device)
+    features = encode_once(model, processor, samples, observer)
+    num_visual = model.adapter.find_visual(inputs["input_ids"]).sum(1).tolist()
+    return Prompts(list(range(len(samples))), inputs, features, num_visual)
+
+
+def shrunk(
+    model, shrinker: PictureShrinker, samples: Sequence[dict[str, Any]], setting: Setting, full: Prompts
+) -> Iterator[Prompts]:
+    """A batch with smaller pictures, in parts that share a processor and a number of tokens to keep."""
+    assert setting.picture_ratio is not None
+    ratio = setting.arguments.get("keep_ratio")
+    parts: dict[tuple[int, int | None], tuple[Any, list[int], list[dict[str, Any]]]] = {}
+    for row, sample in enumerate(samples):
+        processor, smaller = shrinker(sample, setting.picture_ratio)
+        num_keep = None if ratio is None else max(1, round(ratio * full.num_visual[row]))
+        _, rows, pictures = parts.setdefault((id(processor), num_keep), (processor, [], []))
+        rows.append(row)
+        pictures.append(smaller)
+    for (_, num_keep), (processor, rows, pictures) in parts.items():
+        observer = first_observer([setting])
+        inputs = chat_inputs(processor, pictures, model.device)
+        features = encode_once(model, processor, pictures, observer, **model.adapter.smaller_picture_options)
+        num_visual = model.adapter.find_visual(inputs["input_ids"]).sum(1).tolist()
+        yield Prompts(rows, inputs, features, num_visual, None if num_keep is None else {"num_keep": num_keep})
+
+
+def answer(
+    model, processor, samples: Sequence[dict[str, Any]], setting: Setting, prompts: Prompts, **generate_kwargs: Any
+) -> dict[int, tuple[str, int, float, float]]:
+    """
+    Answers prompts under a setting.
+
+    Returns:
+        `dict`: For each row of the batch the answer, the number of visual tokens kept, the probability of the answer
+        and the entropy of its first token.
+    """
+    notes = ConfidenceNotes()
+    with using(model, setting.pruner_for([samples[row] for row in prompts.rows])):
+        output = model.generate(
+            **prompts.inputs,
+            **(setting.arguments if prompts.arguments is None else prompts.arguments),
+            visual_features=prompts.features,
+            do_sample=False,
+            return_dict_in_generate=True,
+            logits_processor=LogitsProcessorList([notes]),
+            **generate_kwargs,
+        )
+    new_tokens = output.sequences[:, prompts.inputs["input_ids"].shape[1] :]
+    end = model.generation_config.eos_token_id
+    ends = end if isinstance(end, list) else [] if end is None else [end]
+    texts = [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+    kept = output.get("num_kept", torch.tensor(prompts.num_visual)).tolist()
+    sure = notes.of_answers(new_tokens, ends)
+    return {
+        row: (text, int(num_kept), *one)
+        for row, text, num_kept, one in zip(prompts.rows, texts, kept, sure, strict=True)
+    }
+
+
+def first_observer(settings: Sequence[Setting]) -> TokenPruner | None:
+    """A pruner of the settings that reads the tower's attention, if any does."""
+    pruners = [setting.method for setting in settings if isinstance(setting.method, TokenPruner)]
+    return next((pruner for pruner in pruners if pruner.needs_attention), None)
+
+
+def encode_once(
+    model, processor, samples: Sequence[dict[str, Any]], observer: TokenPruner | None, **tower_options: Any
+):
     """
     Visual features of a batch, for which each image ran through the vision tower once.
 
@@ -160,6 +258,8 @@ def encode_once(model, processor, samples: Sequence[dict[str, Any]], observer: T
             The batch; samples of equal `image_id` share their features.
         observer ([`TokenPruner`], *optional*):
             A pruner that reads the tower's attention, if any of those to come does.
+        tower_options:
+            Handed to the tower, such as `interpolate_pos_encoding`.
 
     Returns:
         [`VisualFeatures`] of the whole batch, or `None` where it has no image.
@@ -170,11 +270,12 @@ def encode_once(model, processor, samples: Sequence[dict[str, Any]], observer: T
     inputs = chat_inputs(processor, unique, model.device)
     if not any(sample["images"] for sample in unique):
         return None
-    with torch.no_grad(), _using(model, observer):
-        return model.encode_images(**inputs).take(rows)
+    with torch.no_grad(), using(model, observer):
+        return model.encode_images(**inputs, **tower_options).take(rows)
 
 
-def _using(model, pruner: TokenPruner | None):
+def using(model, pruner: TokenPruner | None):
+    """The model with a pruner, or as it is."""
     return contextlib.nullcontext() if pruner is None else model.using(pruner)
 
 
@@ -218,4 +319,8 @@ def parse_record(line: bytes) -> Record | None:
     texts = all(isinstance(text, str) for text in (record.pruner, record.budget, record.answer))
     seed = record.seed is None or type(record.seed) is int
     score = isinstance(record.score, float | int) and math.isfinite(record.score)
-    return record if whole and texts and seed and score else None
+    sure = all(
+        number is None or (type(number) is float and math.isfinite(number))
+        for number in (record.probability, record.first_entropy)
+    )
+    return record if whole and texts and seed and score and sure else None

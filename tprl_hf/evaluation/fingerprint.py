@@ -3,21 +3,12 @@
 import hashlib
 from pathlib import Path
 
-import torch
 from datasets import Dataset
-from torch import nn
 
 from tprl_hf.training.answer_batches import undecoded
+from tprl_hf.training.fingerprint import fingerprint
 
-
-def fingerprint(model: nn.Module) -> str:
-    """A digest of some entries of every weight: another model, or the same one trained on, has another."""
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        flat = weight.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float64)
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:16]
+__all__ = ["fingerprint", "questions_digest"]
 
 
 def questions_digest(samples: Dataset) -> str:

@@ -21,10 +21,14 @@ class OperationCounts:
     Args:
         pruner (`int`): From the visual tokens to those that stay, including the part of the LLM that some methods run.
         prefill (`int`): The LLM, until its first new token.
+        tower (`int`): Vision tower and projector.
+        early_layers (`float`): Share of the LLM's layers that the pruner runs on all visual tokens before it chooses.
     """
 
     pruner: int
     prefill: int
+    tower: int = 0
+    early_layers: float = 0.0
 
 
 def count_pruner(
@@ -49,20 +53,21 @@ def count_pruner(
         `tuple`: Operations, and the keep mask `[V]`.
     """
     with nullcontext() if method is None else model.using(method):
-        operations, plan = _count(lambda: model.prune(**inputs, **budget, visual_features=features))
+        operations, plan = count(lambda: model.prune(**inputs, **budget, visual_features=features))
     return operations, plan.keep_mask
 
 
 def count_prefill(model, inputs: dict[str, Any], features: Any, keep_mask: Tensor) -> int:
     """What the LLM costs until its first new token, with the tokens of `keep_mask` (`bool [V]`) alone."""
-    return _count(
+    return count(
         lambda: model.generate(
             **inputs, keep_mask=keep_mask, visual_features=features, max_new_tokens=1, do_sample=False
         )
     )[0]
 
 
-def _count(call: Callable[[], Any]) -> tuple[int, Any]:
+def count(call: Callable[[], Any]) -> tuple[int, Any]:
+    """Operations of a call, and what it returns."""
     # the counter does not know the fused attention of CPUs
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         result = call()

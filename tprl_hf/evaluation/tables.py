@@ -8,7 +8,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from .benchmark import Spread
 from .compare_pruners import Record, Setting
+from .confidence import Confidence, confidence_of
 from .intervals import Estimate, bootstrap_mean
 from .operation_counts import OperationCounts
 
@@ -29,6 +31,11 @@ class Row:
         by_pruner_seed (`dict[str, float]`): Mean score by the pruner's seed, of methods that have one.
         by_data_seed (`dict[str, float]`): Mean score by the seed of the data.
         counted ([`OperationCounts`], *optional*): Operations for one question.
+        milliseconds ([`~tprl_hf.evaluation.benchmark.Spread`], *optional*): From pixels to the first new token, for
+            one question.
+        group_a ([`Estimate`], *optional*): Mean score over the questions that are correct at full size and wrong when
+            the picture is shrunk to the same budget; there where the comparison has the row `resize` of this budget.
+        confidence ([`Confidence`], *optional*): What the probabilities of the answers are worth.
     """
 
     pruner: str
@@ -43,6 +50,9 @@ class Row:
     by_pruner_seed: dict[str, float] = field(default_factory=dict)
     by_data_seed: dict[str, float] = field(default_factory=dict)
     counted: OperationCounts | None = None
+    milliseconds: Spread | None = None
+    group_a: Estimate | None = None
+    confidence: Confidence | None = None
 
 
 def summarize(
@@ -53,6 +63,8 @@ def summarize(
     confidence: float = 0.95,
     data_seeds: Sequence[int] | None = None,
     counted: Mapping[tuple[str, str], OperationCounts] | None = None,
+    milliseconds: Mapping[tuple[str, str], Spread] | None = None,
+    references: Sequence[Any] | None = None,
 ) -> list[Row]:
     """
     One row a setting, in their order. Settings that differ by the pruner's seed alone are one row: a sample's score is
@@ -65,7 +77,8 @@ def summarize(
         units (`Sequence`): The image of each sample, see [`bootstrap_mean`].
         confidence (`float`, *optional*, defaults to 0.95): Of all intervals.
         data_seeds (`Sequence[int]`, *optional*): The seed that each sample was drawn with.
-        counted (`Mapping`, *optional*): Operations for one question, by pruner and budget.
+        counted, milliseconds (`Mapping`, *optional*): Operations and time for one question, by pruner and budget.
+        references (`Sequence`, *optional*): The reference, or references, of each sample, for the confidences.
     """
     by_setting: dict[tuple, dict[int, Record]] = {setting.key: {} for setting in settings}
     for record in records:
@@ -74,6 +87,11 @@ def summarize(
     samples = range(len(question_types))
     unpruned = [by_setting[settings[0].key][sample].score for sample in samples]
     rows: dict[tuple[str, str], Row] = {}
+    hard = {
+        setting.budget: [n for n in samples if unpruned[n] >= 0.5 and by_setting[setting.key][n].score < 0.5]
+        for setting in settings
+        if setting.pruner == "resize"
+    }
     for setting in settings:
         name = (setting.pruner, setting.budget)
         if name in rows:
@@ -105,6 +123,13 @@ def summarize(
             if data_seeds is not None
             else {},
             counted=(counted or {}).get(name),
+            milliseconds=(milliseconds or {}).get(name),
+            group_a=bootstrap_mean([scores[n] for n in group], [units[n] for n in group], confidence)
+            if (group := hard.get(setting.budget))
+            else None,
+            confidence=None
+            if references is None
+            else confidence_of([record for records in found for record in records], question_types, references),
         )
     return list(rows.values())
 
@@ -124,13 +149,15 @@ def _by_type(
 def accuracy_table(rows: Sequence[Row]) -> list[list[str]]:
     """Header and rows of the main table, as texts. Spreads over seeds have a column where there are several."""
     header = ["pruner", "keep", "tokens kept (min-max)", "accuracy %", "vs. unpruned (pp)", "relative to unpruned (%)"]
-    has_counts = all(row.counted for row in rows)
+    has_counts, has_times = all(row.counted for row in rows), all(row.milliseconds for row in rows)
+    has_group = any(row.group_a for row in rows)
     spreads = {
         "sd, pruner seeds": [row.by_pruner_seed for row in rows],
         "sd, data seeds": [row.by_data_seed for row in rows],
     }
     several = {title: column for title, column in spreads.items() if any(len(by_seed) > 1 for by_seed in column)}
-    table = [[*header, *several, *(["pruner M", "prefill M"] if has_counts else [])]]
+    costs = [*(["tower M", "pruner M", "prefill M"] if has_counts else []), *(["ms"] if has_times else [])]
+    table = [[*header, *(["group A %"] if has_group else []), *several, *costs]]
     for number, row in enumerate(rows):
         kept = f"{row.mean_kept:.1f} of {row.mean_visual:.1f} ({row.min_kept}-{row.max_kept})"
         base = rows[0].accuracy.value
@@ -138,9 +165,14 @@ def accuracy_table(rows: Sequence[Row]) -> list[list[str]]:
         is_base = row is rows[0]
         difference = "-" if is_base else percent(row.difference, signed=True)
         cells = [row.pruner, row.budget, kept, percent(row.accuracy), difference, relative]
+        if has_group:
+            cells.append(f"{percent(row.group_a)} ({row.group_a.count})" if row.group_a else "-")
         cells += [spread(column[number]) for column in several.values()]
         if row.counted and has_counts:
-            cells += [f"{part / 1e6:.4g}" for part in (row.counted.pruner, row.counted.prefill)]
+            cells += [f"{part / 1e6:.4g}" for part in (row.counted.tower, row.counted.pruner, row.counted.prefill)]
+        if row.milliseconds and has_times:
+            one = row.milliseconds
+            cells.append(f"{one.median:.1f} ({one.low:.1f} to {one.high:.1f})")
         table.append(cells)
     return table
 
@@ -190,16 +222,20 @@ def as_csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
         "pruner,keep,mean_kept,min_kept,max_kept,mean_visual,question_type,count,accuracy,low,high,"
-        "difference,difference_low,difference_high,sd_pruner_seeds,sd_data_seeds,pruner_flops,prefill_flops".split(",")
+        "difference,difference_low,difference_high,sd_pruner_seeds,sd_data_seeds,tower_flops,pruner_flops,"
+        "prefill_flops,milliseconds,group_a".split(",")
     )
     for row in rows:
         head = [row.pruner, row.budget, row.mean_kept, row.min_kept, row.max_kept, row.mean_visual]
         for name, one in {"all": row.accuracy, **row.by_type}.items():
-            more: list[Any] = [""] * 7
+            more: list[Any] = [""] * 10
             if name == "all":
                 seeds = [stdev(by.values()) if len(by) > 1 else "" for by in (row.by_pruner_seed, row.by_data_seed)]
-                counts = [row.counted.pruner, row.counted.prefill] if row.counted else ["", ""]
-                more = [row.difference.value, row.difference.low, row.difference.high, *seeds, *counts]
+                counts: list[Any] = [""] * 3
+                if row.counted:
+                    counts = [row.counted.tower, row.counted.pruner, row.counted.prefill]
+                rest = [row.milliseconds.median if row.milliseconds else "", row.group_a.value if row.group_a else ""]
+                more = [row.difference.value, row.difference.low, row.difference.high, *seeds, *counts, *rest]
             writer.writerow([*head, name, one.count, one.value, one.low, one.high, *more])
     return buffer.getvalue()
 
@@ -213,12 +249,29 @@ def plot_accuracy(rows: Sequence[Row], path: str | Path, title: str) -> None:
         path (`str` or `Path`): The PNG file to write.
         title (`str`): The line above.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    base = rows[0]
+    has_times = all(row.milliseconds for row in rows)
+    figure = Figure(figsize=(14 if has_times else 8, 5), dpi=150, layout="constrained")
+    axes = figure.subplots(1, 1 + has_times, squeeze=False)[0]
+    draw_accuracy(axes[0], rows, [row.mean_kept for row in rows], base.mean_visual)
+    axes[0].set_xlabel(f"visual tokens kept (of {base.mean_visual:.0f}; equal numbers drawn side by side)")
+    if has_times:
+        times = [row.milliseconds.median for row in rows if row.milliseconds]
+        draw_accuracy(axes[1], rows, times, 0)
+        axes[1].set_xlabel("ms from pixels to the first new token, one question")
+    axes[0].set_title(title, fontsize=10)
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.savefig(path)
+
+
+def draw_accuracy(axes: Any, rows: Sequence[Row], places: Sequence[float], spread_over: float) -> None:
+    """One panel: the accuracy of each row at its place on the x axis; `spread_over` sets apart what lies together."""
+    from matplotlib import colormaps
+
     base, *others = rows
+    place_of = {(row.pruner, row.budget): place for row, place in zip(rows, places, strict=True)}
     axes.axhspan(100 * base.accuracy.low, 100 * base.accuracy.high, color="0.9", zorder=0)
     axes.axhline(100 * base.accuracy.value, color="0.4", linestyle="--", linewidth=1, label="none (unpruned)")
     names = list(dict.fromkeys(row.pruner for row in others))
@@ -229,9 +282,9 @@ def plot_accuracy(rows: Sequence[Row], path: str | Path, title: str) -> None:
         below = [100 * (row.accuracy.value - row.accuracy.low) for row in points]
         above = [100 * (row.accuracy.high - row.accuracy.value) for row in points]
         # side by side, as many pruners keep the same number of tokens
-        shift = (number / max(len(names) - 1, 1) - 0.5) * 0.02 * base.mean_visual
+        shift = (number / max(len(names) - 1, 1) - 0.5) * 0.02 * spread_over
         axes.errorbar(
-            [row.mean_kept + shift for row in points],
+            [place_of[row.pruner, row.budget] + shift for row in points],
             heights,
             yerr=[below, above],
             label=name,
@@ -243,11 +296,7 @@ def plot_accuracy(rows: Sequence[Row], path: str | Path, title: str) -> None:
             elinewidth=0.8,
             capsize=2,
         )
-    axes.set_xlabel(f"visual tokens kept (of {base.mean_visual:.0f}; equal numbers drawn side by side)")
     axes.set_ylabel("accuracy %")
     axes.set_xlim(left=0)
-    axes.set_title(title, fontsize=10)
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.savefig(path)

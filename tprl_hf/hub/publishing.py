@@ -153,6 +153,34 @@ def files_to_publish(
     return files
 
 
+def write_card(
+    directory: Path,
+    model: TPRLForConditionalGeneration,
+    name: str,
+    *,
+    stages: Sequence[Mapping[str, Any]] = (),
+    tags: Sequence[str] = (),
+    dataset_name: str | None = None,
+) -> None:
+    """
+    Writes `README.md` of a model that is not published yet, or brings it up to date; text of its user stays.
+
+    Args:
+        directory (`Path`): Where the model is, or will be.
+        model ([`TPRLForConditionalGeneration`]): Of which it is.
+        name (`str`): Its title.
+        stages, tags: See [`publish`].
+        dataset_name (`str`, *optional*): The name on the Hub of what it was trained on.
+    """
+    metadata = card_metadata(model.config, {}, list(tags))
+    if dataset_name is not None:
+        metadata["datasets"] = [dataset_name]
+    path = directory / "README.md"
+    existing = path.read_text(encoding="utf-8") if path.is_file() else None
+    card = full_card(metadata, policy_card(name, model.config.to_dict(), stages=stages))
+    path.write_text(update_card(existing, card), encoding="utf-8")
+
+
 def publish(
     directory: str | Path,
     repo_id: str,

@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_tprl import TPRLConfig
+from .configuration_tprl import CHECKS, TPRLConfig, given_budget, refuse_contradictory_budget
+from .values import check_fields, flag, optional, wrong
+
+BUDGET_CHECKS = {name: CHECKS[name] for name in ("keep_ratio", "num_keep", "threshold", "min_keep", "max_keep")}
 
 
 @dataclass(frozen=True)
@@ -31,24 +34,10 @@ class Budget:
     max_keep: int | None = None
 
     def __post_init__(self):
-        given = {name: getattr(self, name) for name in ("keep_ratio", "num_keep", "threshold")}
-        given = {name: value for name, value in given.items() if value is not None}
-        if len(given) != 1:
-            listed = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"
-            raise ValueError(f"A budget is exactly one of keep_ratio, num_keep and threshold; got {listed}.")
-        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
-            raise ValueError(
-                f"keep_ratio is the fraction of visual tokens that is kept and lies in (0, 1]; got {self.keep_ratio}. "
-                "To keep all tokens pass keep_ratio=1.0 or prune=False."
-            )
-        if self.num_keep is not None and self.num_keep < 1:
-            raise ValueError(f"num_keep is at least 1; got {self.num_keep}. To drop an image pass keep_mask.")
-        if self.threshold is not None and self.threshold != self.threshold:
-            raise ValueError(f"threshold must be a number; got {self.threshold}.")
-        if self.min_keep < 0 or (self.max_keep is not None and self.max_keep < max(self.min_keep, 1)):
-            raise ValueError(
-                f"Need 0 <= min_keep <= max_keep; got min_keep={self.min_keep}, max_keep={self.max_keep}."
-            )
+        check_fields(self, BUDGET_CHECKS)
+        refuse_contradictory_budget(self)
+        if not given_budget(self):
+            raise ValueError("A budget is exactly one of keep_ratio, num_keep and threshold; got none. Pass one.")
 
 
 def keep_counts(num_visual: Tensor, budget: Budget) -> Tensor:
@@ -82,6 +71,15 @@ def refuse_several(given: dict[str, Any]) -> None:
         raise ValueError(f"Pass only one of keep_ratio, num_keep, threshold, prune and keep_mask; got {listed}.")
 
 
+def refuse_other_masks(keep_mask: Any) -> None:
+    """Raises `ValueError` for a `keep_mask` that is not a bool tensor with one axis."""
+    if keep_mask is not None and not (
+        isinstance(keep_mask, Tensor) and keep_mask.dtype == torch.bool and keep_mask.ndim == 1
+    ):
+        what = "bool of shape (V,), one entry for each of the batch's V visual tokens in placeholder order"
+        raise wrong("keep_mask", keep_mask, what, "Pass a torch tensor.")
+
+
 def resolve_choice(
     keep_ratio: float | None,
     num_keep: int | None,
@@ -99,8 +97,11 @@ def resolve_choice(
         `keep_mask`. Or `None`: all tokens stay, and nothing is pruned.
 
     Raises:
-        `ValueError`: when the call says several things, or pruning was asked for and nobody names a budget.
+        `ValueError`: when the call says several things or says one wrongly, or pruning was asked for and nobody names
+            a budget.
     """
+    prune = optional(flag)("prune", prune)
+    refuse_other_masks(keep_mask)
     budget: dict[str, Any] = {"keep_ratio": keep_ratio, "num_keep": num_keep, "threshold": threshold}
     given = {n: v for n, v in {**budget, "prune": prune, "keep_mask": keep_mask}.items() if v is not None}
     refuse_several(given)

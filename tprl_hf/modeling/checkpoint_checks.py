@@ -11,6 +11,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from .configuration_tprl import TPRLConfig
 
+POLICY_PREFIXES = ("autoencoder.", "policy.")  # of the weights that are ours
 # Two base models with equal values of these have weights of the same shape, words added to the vocabulary aside.
 SHAPE_FIELDS = (
     *("model_type", "hidden_size", "embed_dim", "intermediate_size", "num_hidden_layers", "depth"),
@@ -44,7 +45,7 @@ def refuse_other_formats(use_safetensors: bool | None) -> None:
 
 def check_weight_files(
     source: str, hub_kwargs: dict[str, Any], variant: str | None = None, are_needed: bool = True
-) -> None:
+) -> list[str]:
     """
     Looks at the names of a checkpoint's weight files before any is opened.
 
@@ -53,6 +54,9 @@ def check_weight_files(
         hub_kwargs (`dict`): where and how to look for it.
         variant (`str`, *optional*): as in `from_pretrained`.
         are_needed (`bool`, defaults to `True`): whether there must be some.
+
+    Returns:
+        `list[str]`: names of the files with weights of a policy, if any are.
 
     Raises:
         `OSError`: when there are none in safetensors.
@@ -68,18 +72,19 @@ def check_weight_files(
     infix = f".{variant}" if variant else ""
     name = SAFE_WEIGHTS_NAME.replace(".safetensors", f"{infix}.safetensors")
     if cached(source, name, hub_kwargs) is not None:
-        return
+        return [name]
     index_name = SAFE_WEIGHTS_INDEX_NAME.replace(".index.json", f".index{infix}.json")
     index = cached(source, index_name, hub_kwargs)
     if index is None:
         if are_needed:
             raise no_safetensors(source, f"neither {name} nor {index_name}")
-        return
+        return []
     weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
     for shard in sorted(set(weight_map.values()), key=str):
         refuse_unsafe_name(shard, f"{index_name} in {source}")
         if not shard.endswith(".safetensors"):
             raise ValueError(f"{index_name} in {source} names {shard!r}: only safetensors files are read.")
+    return sorted({shard for weight, shard in weight_map.items() if weight.startswith(POLICY_PREFIXES)})
 
 
 def refuse_untrained(config: TPRLConfig) -> None:

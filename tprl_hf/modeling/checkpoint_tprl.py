@@ -24,17 +24,16 @@ from .base_weights import (
     weight_files,
 )
 from .checkpoint_checks import (
+    POLICY_PREFIXES,
     absolute_path,
-    cached,
     check_weight_files,
     find_base,
-    no_safetensors,
     refuse_other_base,
     refuse_other_formats,
     refuse_untrained,
     relative_path,
 )
-from .configuration_tprl import TPRLConfig
+from .configuration_tprl import TPRLConfig, own_fields
 from .hub_tprl import (
     WEIGHT_PATTERNS,
     base_licence,
@@ -49,11 +48,13 @@ from .hub_tprl import (
     update_card,
 )
 from .policy_linear import PolicyLinear
+from .policy_weights import load_policy, policy_in_files, policy_state, read_policy, refuse_broken
 from .saved_files import finish_saving, written_whole
+from .values import refuse_misspelled, wrong
 
 logger = logging.get_logger(__name__)
 
-BASE_PREFIX, POLICY_PREFIXES = "lvlm.", ("autoencoder.", "policy.")
+BASE_PREFIX = "lvlm."
 HUB_NAMES = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Of a call that loads a policy, what does not concern its base model. Trust in the code beside a policy is not trust
 # in the code beside the base model that its config names.
@@ -62,11 +63,6 @@ NOT_FOR_THE_BASE = (
     *("trust_remote_code", "use_safetensors", "variant"),
 )
 QUANTISED = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
-
-
-def policy_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that are ours: autoencoder and policy."""
-    return {name: value for name, value in state.items() if name.startswith(POLICY_PREFIXES)}
 
 
 def base_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -85,25 +81,6 @@ def cast_base(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
     return state
 
 
-def read_policy(path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """Weights of a policy-only checkpoint.
-
-    Raises:
-        `OSError`: when there is no weight file in safetensors.
-        `ValueError`: when it cannot be read.
-    """
-    filename = cached(str(path), SAFE_WEIGHTS_NAME, hub_kwargs)
-    if filename is None:
-        raise no_safetensors(str(path), f"no {SAFE_WEIGHTS_NAME}")
-    try:
-        return load_file(filename)
-    except SafetensorError as error:
-        size = os.path.getsize(filename)
-        raise ValueError(
-            f"{filename} ({size} bytes) is truncated or no safetensors file ({error}): copy or download it again."
-        ) from error
-
-
 def refuse_unless_whole(info: dict[str, Any], source: str, tolerant: bool) -> None:
     """Raises `ValueError` where the loading info of a merged checkpoint tells of a hole."""
     for name, shape, wanted in sorted(info["mismatched_keys"]) if not tolerant else ():
@@ -118,28 +95,6 @@ def refuse_unless_whole(info: dict[str, Any], source: str, tolerant: bool) -> No
             f"{len(missing)} weights are missing in {source} (such as {missing[:3]}) and {len(foreign)} are unknown "
             f"({foreign[:3]}): copy or download it again, with its own config.json."
         )
-
-
-def load_policy(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads autoencoder and policy into `model`.
-
-    Raises:
-        `ValueError`: for missing or foreign weights, and for weights of another width.
-    """
-    own = policy_state(model.state_dict())
-    missing, foreign = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    if missing or foreign:
-        raise ValueError(
-            f"{source} does not fit the policy that its config describes: missing weights {missing[:3]}, unknown "
-            f"weights {foreign[:3]}. Use the config.json that was saved with it."
-        )
-    for name, value in own.items():
-        if state[name].shape != value.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(state[name].shape)} in {source}, but the model needs {tuple(value.shape)}: "
-                "this policy was made for a base model of another width, or its config.json was changed."
-            )
-    model.load_state_dict(state, strict=False)
 
 
 class TPRLPreTrainedModel(PreTrainedModel):
@@ -177,12 +132,19 @@ class TPRLPreTrainedModel(PreTrainedModel):
             config ([`TPRLConfig`], *optional*): replaces the checkpoint's own.
             base_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*): where to take the base model from
                 instead, or the live base model itself. Only for policy-only checkpoints.
-            kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`].
+            kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`]. Fields of [`TPRLConfig`] replace those of
+                the checkpoint.
 
         Raises:
             `OSError`: when config or weights are missing.
-            `ValueError`: when weights are truncated, of another shape, or the base model is unknown.
+            `ValueError`: when weights are truncated, not finite, of another shape, or the base model is unknown.
         """
+        if not isinstance(pretrained_model_name_or_path, (str, os.PathLike)):
+            raise wrong("pretrained_model_name_or_path", pretrained_model_name_or_path, "a name on the Hub or a path")
+        if base_model is not None and not isinstance(base_model, (str, os.PathLike, PreTrainedModel)):
+            raise wrong("base_model", base_model, "a name on the Hub, a path, or a live model")
+        refuse_misspelled(kwargs, own_fields(), "from_pretrained")
+        changes = {name: kwargs.pop(name) for name in own_fields() if name in kwargs}
         hub_kwargs = {name: kwargs[name] for name in HUB_NAMES if kwargs.get(name) is not None}
         source = str(pretrained_model_name_or_path)
         refuse_other_formats(kwargs.get("use_safetensors"))
@@ -193,13 +155,18 @@ class TPRLPreTrainedModel(PreTrainedModel):
         # As remote code the config is of a class of the same name from another module.
         if not isinstance(config, PreTrainedConfig):
             config = TPRLConfig.from_pretrained(config or source, **hub_kwargs)
+        config = copy.deepcopy(config)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        config.check()
         if config.base_config is None and config.includes_base_model:
             raise OSError(f"{source} has no config.json of a TPRL model: it names no base model.")
         if config.includes_base_model:
             wants_info = kwargs.pop("output_loading_info", False)
             tolerant = kwargs.pop("ignore_mismatched_sizes", False)
-            check_weight_files(source, hub_kwargs, kwargs.get("variant"))
+            files = check_weight_files(source, hub_kwargs, kwargs.get("variant"))
             try:
+                refuse_broken(policy_in_files(source, files, hub_kwargs), source)
                 kwargs.update(config=config, output_loading_info=True, ignore_mismatched_sizes=True)
                 kwargs["use_safetensors"] = True
                 model, info = super().from_pretrained(source, *model_args, **kwargs)
@@ -211,7 +178,6 @@ class TPRLPreTrainedModel(PreTrainedModel):
             refuse_unless_whole(info, source, tolerant)
             return (model, info) if wants_info else model
 
-        config = copy.deepcopy(config)
         state = read_policy(source, hub_kwargs)
         if base_model is None and config.base_model_name_or_path is None:
             raise ValueError(

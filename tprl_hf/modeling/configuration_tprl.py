@@ -4,6 +4,80 @@ from typing import Any, ClassVar, Literal
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .values import (
+    COUNT,
+    KEPT_FRACTION,
+    Check,
+    check_fields,
+    flag,
+    list_of,
+    number,
+    one_of,
+    optional,
+    refuse_misspelled,
+    text,
+    whole,
+    wrong,
+)
+
+KEEP_ALL = "To keep all tokens pass keep_ratio=1.0 or prune=False."
+# What each field may be, but for those that are checked where they are read.
+CHECKS: dict[str, Check] = {
+    "base_model_name_or_path": optional(text),
+    "base_model_revision": optional(text),
+    "base_model_relative_path": optional(text),
+    "includes_base_model": flag,
+    "keep_ratio": optional(number(above=0, most=1, what="the fraction that is KEPT, in (0, 1]", cure=KEEP_ALL)),
+    "num_keep": optional(whole(1, cure="To drop an image pass keep_mask.")),
+    "threshold": optional(number()),
+    "threshold_keep_ratio": optional(KEPT_FRACTION),
+    "min_keep": whole(0),
+    "max_keep": optional(COUNT),
+    "position_ids": one_of(("original", "contiguous")),
+    "query_agnostic": flag,
+    "special_token_ids": optional(list_of(whole(0))),
+    "question_start_ids": optional(list_of(whole(0))),
+    "question_end_ids": optional(list_of(whole(0))),
+    "token_dim": optional(COUNT),
+    "autoencoder_dim": optional(COUNT),
+    "latent_dim": optional(COUNT),
+    "policy_dim": COUNT,
+    "policy_num_heads": COUNT,
+    "policy_num_layers": COUNT,
+    "policy_positions": flag,
+    "policy_steps": optional(COUNT),
+    "policy_budget": flag,
+    "num_steps": whole(1, 1000),
+}
+
+
+def given_budget(holder: Any) -> dict[str, float]:
+    """Which of `keep_ratio`, `num_keep` and `threshold` the config or budget names."""
+    values = {name: getattr(holder, name) for name in ("keep_ratio", "num_keep", "threshold")}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def refuse_contradictory_budget(holder: Any) -> None:
+    """Raises `ValueError` where a config or a budget names several budgets, or bounds that nothing lies between."""
+    given = given_budget(holder)
+    if len(given) > 1:
+        listed = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(
+            f"A budget is exactly one of keep_ratio, num_keep and threshold; got {listed}. Set the others to None."
+        )
+    if holder.max_keep is not None and holder.max_keep < holder.min_keep:
+        raise ValueError(
+            f"min_keep must be at most max_keep; got min_keep={holder.min_keep} and max_keep={holder.max_keep}."
+        )
+
+
+def refuse_uneven_heads(latent_dim: int, policy_num_heads: int) -> None:
+    """Raises `ValueError` where the policy's heads would not be equally wide."""
+    if latent_dim % policy_num_heads:
+        raise ValueError(
+            f"latent_dim={latent_dim} is not a multiple of policy_num_heads={policy_num_heads}: change one of them."
+        )
+
 
 class TPRLConfig(PreTrainedConfig):
     r"""
@@ -73,7 +147,11 @@ class TPRLConfig(PreTrainedConfig):
         policy_budget (`bool`, defaults to `False`):
             Tell the policy which fraction is to be kept. Not in the paper.
         num_steps (`int`, defaults to 1):
-            Steps in which the learned pruner reaches its budget at inference. The paper prunes in one shot (eq. 16).
+            Steps in which the learned pruner reaches its budget at inference, at most 1000. The paper prunes in one
+            shot (eq. 16).
+
+    Raises:
+        `ValueError`: for a value that is not what it must be, and for settings that contradict each other.
     """
 
     model_type = "tprl"
@@ -121,10 +199,10 @@ class TPRLConfig(PreTrainedConfig):
                     "model brings along is never run: update transformers, or use another base model."
                 )
             self.base_config = AutoConfig.for_model(model_type, **base)
-        if isinstance(self.pruner, str):
-            self.pruner = {"name": self.pruner}
-        if self.pruner is not None and not isinstance(self.pruner.get("name"), str):
-            raise ValueError(f"TPRLConfig.pruner is a name or a dict with a name; got {self.pruner!r}.")
+        elif self.base_config is not None and not isinstance(self.base_config, PreTrainedConfig):
+            raise wrong("base_config", self.base_config, "the config of an LVLM, or a dict of its fields")
+        refuse_misspelled([name for name in kwargs if not hasattr(PreTrainedConfig, name)], own_fields(), "TPRLConfig")
+        self.check()
         if self.token_dim is None and isinstance(self.base_config, PreTrainedConfig):
             self.token_dim = self.base_config.get_text_config().hidden_size
         if self.token_dim is not None:
@@ -137,6 +215,20 @@ class TPRLConfig(PreTrainedConfig):
             kwargs["tie_word_embeddings"] = getattr(self.base_config, "tie_word_embeddings", False)
         kwargs.setdefault("auto_map", {})  # TRL reads it of a config whose class transformers does not know
         super().__post_init__(**kwargs)
+
+    def check(self) -> None:
+        """Raises `ValueError` for a field that is not what it must be; models check again, as fields can be set."""
+        check_fields(self, CHECKS)
+        refuse_contradictory_budget(self)
+        if isinstance(self.pruner, str):
+            self.pruner = {"name": self.pruner}
+        has_name = isinstance(self.pruner, dict) and isinstance(self.pruner.get("name"), str)
+        if self.pruner is not None and not has_name:
+            raise wrong("pruner", self.pruner, "the name of a pruner, or a dict with its name and settings")
+        if self.policy_training is not None and not isinstance(self.policy_training, dict):
+            raise wrong("policy_training", self.policy_training, "a dict such as trainers write, or None")
+        if self.latent_dim is not None:
+            refuse_uneven_heads(self.latent_dim, self.policy_num_heads)
 
     # As the base model's config: others, such as TRL, look there for the ids of placeholders.
 
@@ -163,3 +255,8 @@ class TPRLConfig(PreTrainedConfig):
         if isinstance(self.base_config, PreTrainedConfig):
             return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
         return self
+
+
+def own_fields() -> list[str]:
+    """Names of the fields that a [`TPRLConfig`] has and other configs do not."""
+    return [name for name in TPRLConfig.__annotations__ if name not in ("sub_configs", "keys_to_ignore_at_inference")]

@@ -93,7 +93,10 @@ class TPRLConversationModel(TPRLPlanningModel):
     def _note_unpruned(
         self, cache: Any, input_ids: Tensor | None, attention_mask: Tensor | None, inputs: dict[str, Any]
     ) -> None:
-        """Notes on a cache, if there is one, that the base model has read a prompt as it is."""
+        """Notes on a cache, if there is one, that a forward of the base model has read a prompt as it is."""
+        positions = None if attention_mask is None else self.adapter.forward_positions(attention_mask)
+        if positions is not None and inputs.get("position_ids") is None:
+            inputs = {**inputs, "position_ids": positions}
         prompt = self._unpruned_prompt(input_ids, attention_mask, inputs) if cache is not None else None
         if prompt is not None and int(cache.get_seq_length()) == prompt.input_ids.shape[1]:
             prompt.attach(cache)

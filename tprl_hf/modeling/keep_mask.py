@@ -16,10 +16,16 @@ from .budget import Budget, clamp_counts
 def keep_top_k(scores: Tensor, valid: Tensor, counts: Tensor, protected: Tensor | None = None) -> Tensor:
     """Keeps the `counts [B]` (on any device) highest `scores [B, N]` of each sample; returns `bool [B, N]`.
 
-    Among equal scores the earlier token is kept. `protected` tokens (row separators) come first and count in the
-    budget; a sample that has tokens besides them keeps at least one of those.
+    Among equal scores the earlier token is kept. A score of NaN is as low as one of -inf. `protected` tokens (row
+    separators) come first and count in the budget; a sample that has tokens besides them keeps at least one of those.
+
+    If no score is off by more than `e`, the kept tokens are those of the exact scores, but for tokens whose exact
+    score is at most `2 * e` from the other side of the cut.
     """
-    scores, counts = scores.masked_fill(~valid, -torch.inf), counts.to(scores.device)
+    # finite, so that real tokens come before padding, and separators before them
+    lowest, highest = torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max
+    scores = scores.nan_to_num(nan=lowest, posinf=highest, neginf=lowest).masked_fill(~valid, -torch.inf)
+    counts = counts.to(scores.device)
     if protected is not None:
         protected = protected & valid
         scores = scores.masked_fill(protected, torch.inf)

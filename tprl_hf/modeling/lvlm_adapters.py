@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput, logging
 
 from .columns import count_positions, find_visual, pad_rows_left, run_lengths
 from .token_layout import Block, grid_blocks, join_tiles, sized_block, square_block
+from .values import wrong
 from .vision_attention import (
     ObservedLayer,
     choose_layer,
@@ -33,6 +34,8 @@ logger = logging.get_logger(__name__)
 SIZE_NAMES = ("target_sizes", "spatial_shapes", "image_grid_hw")
 # The argument of base models that hands over what their encoders have made already.
 HANDED = "mm_encoder_outputs"
+# An argument of towers with a fixed grid: the positions of the patches are interpolated for pictures of another size.
+INTERPOLATE = "interpolate_pos_encoding"
 # What encoders return besides what belongs to a family alone.
 ENCODER_FIELDS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions", "deepstack_features")
 
@@ -78,10 +81,16 @@ class LVLMAdapter:
             if token_id in self.token_ids.values():  # shared: what it stands for could not be told
                 continue
             if token_id is not None and encoder is not None:
-                self.encoder_names[modality] = [
-                    name for name in inspect.signature(encoder).parameters if name != "kwargs"
-                ]
+                names = [name for name in inspect.signature(encoder).parameters if name != "kwargs"]
+                # the encoder hands such on to the tower
+                self.encoder_names[modality] = [*names, *(self.smaller_picture_options.keys() - set(names))]
                 self.token_ids[modality] = token_id
+
+    @property
+    def smaller_picture_options(self) -> dict[str, bool]:
+        """What a tower with a fixed grid is to be passed along with pictures of another size."""
+        parts = self.core.children()
+        return {INTERPOLATE: True} if any(INTERPOLATE in inspect.signature(p.forward).parameters for p in parts) else {}
 
     def find_visual(self, input_ids: Tensor) -> Tensor:
         """Placeholders of images and videos, `bool` of the shape of `input_ids`."""
@@ -140,7 +149,7 @@ class LVLMAdapter:
             )
         if not taken:
             return None
-        refuse_not_finite(taken)
+        refuse_other_pixels(taken)
         notes: AbstractContextManager[tuple[Any, list[ObservedLayer]]] = nullcontext((self.core, []))
         if with_attention:
             notes = observed_tower(self.base)
@@ -243,6 +252,13 @@ class LVLMAdapter:
         """
         return count_positions(attention_mask)
 
+    def forward_positions(self, attention_mask: Tensor) -> Tensor | None:
+        """
+        Positions that a direct forward of the base model counts where a caller gives none, `[B, L]`: those of columns,
+        hidden ones too. `None` where they are those of [`position_ids`].
+        """
+        return torch.arange(attention_mask.shape[1], device="cpu").expand(attention_mask.shape)
+
     def complete_positions(self, positions: Tensor, attention_mask: Tensor) -> Tensor:
         """Positions of the full prompt that a caller passed, in the form of [`position_ids`].
 
@@ -316,6 +332,9 @@ class RopeIndexAdapter(LVLMAdapter):
 
     has_text_axis = True
 
+    def forward_positions(self, attention_mask: Tensor) -> Tensor | None:
+        return None
+
     def position_ids(self, input_ids: Tensor, attention_mask: Tensor, inputs: dict[str, Any]) -> Tensor:
         names = inspect.signature(self.core.get_rope_index).parameters
         taken = {name: inputs[name] for name in names if inputs.get(name) is not None}
@@ -362,12 +381,20 @@ class RopeIndexAdapter(LVLMAdapter):
         return positions[int(self.has_text_axis) :].amax(0)
 
 
-def refuse_not_finite(inputs: dict[str, Any]) -> None:
-    """Raises `ValueError` where an input has a NaN or an infinity."""
+def refuse_other_pixels(inputs: dict[str, Any]) -> None:
+    """Raises `ValueError` for pixels that are not tensors of floats, and where an input has a NaN or an infinity."""
     for name, value in inputs.items():
+        each = value if isinstance(value, (list, tuple)) and value else [value]
+        if name.startswith("pixel_values") and not all(is_float(one) for one in each):
+            what = "a tensor of floats, as the processor returns it with return_tensors='pt'"
+            raise wrong(name, value, what)
         if torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all():
             bad = value[~value.isfinite()][0].item()
             raise ValueError(f"{name} holds {bad}: check how the image was read and normalised.")
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def pack_rows(rows: Tensor, counts: Tensor, encoded: EncodedModality, same_length: bool) -> Any:

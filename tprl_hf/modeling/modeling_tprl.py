@@ -18,7 +18,8 @@ from .packed_rows import PackedRows
 from .prompt_output import logits_wanted, to_prompt_output
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
 from .pruned_core import PrunedCore
-from .sequence_inputs import count_no_placeholders, predicted_labels, refuse_other_forms, shifted_labels
+from .sequence_inputs import check_call, count_no_placeholders, predicted_labels, refuse_other_forms, shifted_labels
+from .values import flag
 from .visual_features import VisualFeatures
 
 
@@ -65,7 +66,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         return PrunedCore(self) if "lvlm" in self._modules else self  # transformers asks before there is one
 
     def _pruned(self, batch: PromptBatch, plan: PrunePlan, **options) -> PrunedBatch:
-        pad, num_ids = self.generation_config.pad_token_id, len(self.get_input_embeddings().weight)
+        pad, num_ids = self.generation_config.pad_token_id, self.num_ids
         return prune_batch(
             batch,
             plan.keep_mask,
@@ -78,7 +79,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
 
     def _leaves_alone(self, input_ids: Tensor | None, choice: Budget | Tensor | None, features, record) -> bool:
         """Whether the base model can have the inputs as they are."""
-        if features is not None or record is not None:
+        if features is not None or record is not None or (isinstance(choice, Tensor) and len(choice)):
             return False
         if choice is None:
             return True
@@ -129,12 +130,15 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         given = {"pixel_values": pixel_values, "position_ids": position_ids, "labels": labels}
         inputs = kwargs | {name: value for name, value in given.items() if value is not None}
+        check_call(input_ids, attention_mask, query_mask, visual_features, inputs)
+        compact = flag("compact", compact)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         inputs |= cache_argument(past_key_values, cache)
         cache = inputs.get(CACHE_NAME)
         filled = is_filled(cache)
         if filled and (prune is not False or CachedPrompt.is_on(cache)):
-            assert input_ids is not None
+            if input_ids is None or isinstance(choice, Tensor):
+                raise ValueError("Behind a filled cache pass the new tokens as `input_ids`, and no `keep_mask`.")
             return self._forward_cached(input_ids, attention_mask, inputs, return_dict)
         if self._leaves_alone(input_ids, choice, visual_features, None):
             output = self.lvlm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **inputs)
@@ -168,6 +172,10 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
                 output = self._run(ids, mask, given, choice, given.pop("query_mask"), visual_features, False, run)
                 return packed.pack_output(output, wanted)
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
+        positions = self.adapter.forward_positions(batch.attention_mask)
+        if positions is not None and "position_ids" not in inputs:
+            first = batch.attention_mask.argmax(1, keepdim=True)
+            batch.inputs = {**inputs, "position_ids": (positions - first).clamp(min=0)}
         plan = self._plan(batch, choice, query_mask)
         wanted, length = batch.inputs.pop("logits_to_keep", 0), batch.input_ids.shape[1]
         batch.inputs = count_no_placeholders(batch.inputs, batch.visual)
@@ -277,7 +285,10 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
                 "PEFT's prompt tuning, P-tuning and prefix tuning are not possible: their virtual tokens would not "
                 "reach the pruned prompt. Instead take LoRA."
             )
+        if inputs is not None and kwargs.get("input_ids") is not None:
+            raise ValueError("`inputs` and `input_ids` are two names for the prompts: leave one out.")
         input_ids = kwargs.pop("input_ids", inputs)
+        check_call(input_ids, kwargs.get("attention_mask"), query_mask, visual_features, kwargs)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         if kwargs.get("mm_encoder_outputs") is not None:  # of the model whose draft this one is
             if prune or any(value is not None for value in (keep_ratio, num_keep, threshold, keep_mask)):

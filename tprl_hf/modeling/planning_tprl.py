@@ -19,17 +19,19 @@ from .checkpoint_checks import (
 )
 from .checkpoint_tprl import HUB_NAMES, TPRLPreTrainedModel
 from .columns import unpad_rows
-from .configuration_tprl import TPRLConfig
+from .configuration_tprl import TPRLConfig, own_fields
 from .family_adapters import adapter_for
 from .outputs_tprl import PrunePlan
 from .pruned_batch import PromptBatch
 from .pruned_core import note_labels
-from .pruner_choice import PrunerChoiceMixin
+from .pruner_choice import PrunerChoiceMixin, refuse_unknown_pruner
 from .pruner_inputs import layout_of, pruning_inputs
 from .pruning_policy import PruningPolicy
+from .sequence_inputs import check_call, check_values, refuse_other_than_bits
 from .text_query import config_special_ids, default_query_mask, template_ids
 from .token_autoencoder import TokenAutoencoder
 from .token_pruner import PruningInputs, TokenPruner
+from .values import flag, refuse_misspelled, wrong
 from .visual_features import VisualFeatures
 
 logger = logging.get_logger(__name__)
@@ -39,6 +41,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
     """The part of [`TPRLForConditionalGeneration`] that decides: it wraps a base model and says which tokens stay."""
 
     def __init__(self, config: TPRLConfig, lvlm: PreTrainedModel | None = None):
+        config.check()  # its fields may have been set since
         if config.base_config is None:
             raise ValueError("TPRLConfig.base_config is missing: use from_base_model(name, path or live model).")
         super().__init__(config)
@@ -82,9 +85,15 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         Raises:
             `ValueError`: for a base model of an unsupported kind.
         """
+        if not isinstance(base_model, (str, os.PathLike, PreTrainedModel)):
+            raise wrong("base_model", base_model, "a name on the Hub, a path, or a live model")
         given = settings.pop("pruner") if isinstance(settings.get("pruner"), TokenPruner) else None
         known = set(TPRLConfig().to_dict()) | {"base_model_revision"}
         fields = {name: settings.pop(name) for name in list(settings) if name in known and name != "dtype"}
+        refuse_misspelled(settings, own_fields(), "from_base_model")
+        named: Any = TPRLConfig(**fields).pruner  # before the base model is read, which may take long
+        if named is not None:
+            refuse_unknown_pruner(named["name"], cls.pruner_classes)
         if isinstance(base_model, PreTrainedModel):
             if settings:
                 raise TypeError(f"Unknown settings {sorted(settings)}; TPRLConfig has {sorted(known)}.")
@@ -122,8 +131,14 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                 it; it then runs eagerly. By default as the pruner in use needs it.
             inputs: what the processor returned besides (`pixel_values`, `image_sizes`, `image_grid_thw`, ...).
         """
-        wanted = self.pruner.needs_attention if with_attention is None else with_attention
+        check_call(input_ids, None, None, None, inputs)
+        wanted = self.pruner.needs_attention if with_attention is None else flag("with_attention", with_attention)
         return self.adapter.encode(input_ids, inputs, wanted)
+
+    @property
+    def num_ids(self) -> int:
+        """Entries of the base model's table of words. Where its rows are shared out, the config tells their number."""
+        return max(len(self.get_input_embeddings().weight), self.config.get_text_config().vocab_size)
 
     def _batch(
         self,
@@ -148,6 +163,8 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
             )
         device, input_ids, attention_mask = input_ids.device, input_ids.cpu(), attention_mask.cpu()
         visual = self.adapter.find_visual(input_ids)
+        check_values(input_ids, attention_mask, visual, self.num_ids)
+        attention_mask = attention_mask.long()
         batch = PromptBatch(input_ids, attention_mask, visual, visual_features, inputs, device, record)
         if batch.new.any() or (not visual.any() and self.adapter.has_pixels(inputs)):
             if batch.features is None:
@@ -213,7 +230,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                 )
             keep_mask = choice.cpu().clone()
             scores = keep_mask.float()
-        elif choice is not None and batch.features is not None:
+        elif choice is not None and batch.features is not None and (batch.new & batch.shown).any():
             query_mask = self._query_mask(batch, query_mask)
             inputs, new = pruning_inputs(batch, self.adapter, layout, query_mask, self.pruner.needs_attention)
             chosen, chosen_scores = self.pruner.choose(inputs, choice)
@@ -221,6 +238,11 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
             if merged is not None:
                 batch.replace_rows(unpad_rows(merged, inputs.num_visual), new, self.adapter)
             chosen_scores = unpad_rows(chosen_scores, inputs.num_visual).float()
+            if chosen_scores.isnan().any():
+                raise ValueError(
+                    f"{type(self.pruner).__name__} gave scores that are NaN: look for broken weights or features. A "
+                    "score of -inf is for tokens that go first."
+                )
             scores = chosen_scores if new.all() else chosen_scores.new_ones(total).index_put((new,), chosen_scores)
             keep_mask[new] = unpad_rows(chosen.cpu(), inputs.num_visual)
         if batch.record is not None:
@@ -232,6 +254,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                     "now. Begin it with the `keep_mask` of the last turn, or leave it out."
                 )
             keep_mask[~batch.new] = decided
+        keep_mask &= batch.shown
         kept = [int(mask.sum()) for mask in keep_mask.split(batch.num_visual.tolist())]
         num_kept = torch.tensor(kept, device="cpu")
         return PrunePlan(keep_mask, scores, num_kept, batch.num_visual, layout)
@@ -268,6 +291,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                 f"query_mask must have the shape of input_ids, {tuple(batch.input_ids.shape)}; got "
                 f"{tuple(query_mask.shape)}."
             )
+        refuse_other_than_bits("query_mask", query_mask)
         return query_mask.cpu().bool() & ~batch.visual
 
     @torch.no_grad()
@@ -296,6 +320,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         Returns:
             [`PrunePlan`]
         """
+        check_call(input_ids, attention_mask, query_mask, visual_features, inputs)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
         return self._plan(batch, choice, query_mask).to(batch.device)

@@ -56,6 +56,11 @@ class PromptBatch:
         return self.visual.nonzero()[:, 0]
 
     @cached_property
+    def shown(self) -> Tensor:
+        """Which of the V visual tokens the attention mask does not hide, `bool [V]` on the CPU."""
+        return self.attention_mask.bool()[self.visual]
+
+    @cached_property
     def new(self) -> Tensor:
         """Which of the V visual tokens no cache has decided yet, `bool [V]` on the CPU."""
         new = torch.ones(len(self.visual_ids), dtype=torch.bool, device="cpu")

@@ -1,5 +1,6 @@
 """Which pruner a model uses, and which budget a call has."""
 
+import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,28 @@ from .pruner_classes import PRUNER_CLASSES
 from .pruning_policy import PruningPolicy
 from .token_autoencoder import TokenAutoencoder
 from .token_pruner import LearnedPruner, TokenPruner
+from .values import did_you_mean, wrong
+
+
+def refuse_unknown_pruner(name: Any, known: Mapping[str, type[TokenPruner]]) -> None:
+    """Raises `ValueError` for a name that no pruner has."""
+    if not isinstance(name, str) or name not in known:
+        hint = did_you_mean(name, known)
+        raise ValueError(f"There is no pruner {name!r}; choose from {', '.join(sorted(known))}. {hint}".strip())
+
+
+def arguments_of(pruner_class: type[TokenPruner]) -> list[str]:
+    """Names of the settings that a class of pruners takes, those of its bases among them."""
+    names: list[str] = []
+    for cls in pruner_class.__mro__:
+        if "__init__" in vars(cls):
+            parameters = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
+            kinds = [parameter.kind for parameter in parameters]
+            own = [one for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+            names += [one.name for one in own]
+            if inspect.Parameter.VAR_KEYWORD not in kinds:
+                break
+    return names
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +128,23 @@ class PrunerChoiceMixin:
             pruner.attach(self.lvlm)
             self._own_pruner, self.config.pruner = pruner, {"name": names[0], **pruner.settings()}
         elif pruner is None or pruner == "learned":
+            if settings:
+                raise ValueError(
+                    f"The policy has its settings in the model's config: set {', '.join(map(repr, settings))} there."
+                )
             self._own_pruner = self.config.pruner = None
         else:
             self.set_pruner(self._make_pruner(pruner, **settings))
 
     def _make_pruner(self, name: str, **settings) -> TokenPruner:
-        if name not in self.pruner_classes:
-            raise ValueError(f"There is no pruner {name!r}; choose from {', '.join(sorted(self.pruner_classes))}.")
-        pruner = self.pruner_classes[name](**settings)
+        refuse_unknown_pruner(name, self.pruner_classes)
+        pruner_class = self.pruner_classes[name]
+        known = arguments_of(pruner_class)
+        for setting in settings:
+            if setting not in known:
+                hint = did_you_mean(setting, known) or f"It has {', '.join(known) or 'none'}."
+                raise ValueError(f"The pruner {name!r} has no setting {setting!r}. {hint}")
+        pruner = pruner_class(**settings)
         pruner.attach(self.lvlm)
         return pruner
 
@@ -125,6 +157,8 @@ class PrunerChoiceMixin:
         model with pruners of their own. Threads that are started inside a block of the main thread have its pruner
         too, until they open a block themselves; in other cases `contextvars.copy_context().run` hands it on.
         """
+        if not isinstance(pruner, TokenPruner):
+            raise wrong("pruner", pruner, "a TokenPruner, as in tprl_hf.pruners", "A name is for set_pruner.")
         pruner.attach(self.lvlm)
         use = Use(self, pruner)
         is_main = threading.current_thread() is threading.main_thread()
@@ -148,6 +182,7 @@ class PrunerChoiceMixin:
         keep_mask: Tensor | None,
     ) -> Budget | Tensor | None:
         """What a call does, see [`resolve_choice`]; an untrained policy is refused."""
+        self.config.check()  # its fields can be set at any time
         chosen = self._chosen_pruner()
         budget = None if chosen is None else chosen.budget
         call = (keep_ratio, num_keep, threshold, prune, keep_mask)

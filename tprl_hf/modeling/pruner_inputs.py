@@ -54,7 +54,7 @@ def pruning_inputs(
     query_mask: Tensor,
     with_attention: bool,
 ) -> tuple[PruningInputs, Tensor]:
-    """What a pruner may look at, for the visual tokens that no cache has decided yet.
+    """What a pruner may look at, for the visual tokens that are shown and that no cache has decided yet.
 
     Args:
         query_mask (`bool [B, L]`): which tokens are the question.
@@ -63,7 +63,7 @@ def pruning_inputs(
         [`PruningInputs`], and which of the V visual tokens these are, `bool [V]` on the CPU.
     """
     assert batch.features is not None
-    new = batch.new
+    new = batch.new & batch.shown
     counts = torch.bincount(batch.sample_of[new], minlength=len(batch.input_ids))
     rows = batch.in_order({name: encoded.rows for name, encoded in batch.features.modalities.items()}, adapter)
     attention = attention_of(batch, adapter) if with_attention else None

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .configuration_tprl import refuse_uneven_heads
 from .policy_linear import PolicyLinear
 from .token_autoencoder import Float32Module
 
@@ -91,10 +92,7 @@ class PruningPolicy(Float32Module):
         use_budget: bool = False,
     ):
         super().__init__()
-        if latent_dim % num_heads != 0:
-            raise ValueError(
-                f"latent_dim={latent_dim} is not a multiple of policy_num_heads={num_heads}: change one of them."
-            )
+        refuse_uneven_heads(latent_dim, num_heads)
         self.query_proj = PolicyLinear(token_dim, latent_dim)
         self.position_proj = PolicyLinear(4 * NUM_FREQUENCIES, latent_dim) if use_positions else None
         self.word_proj = PolicyLinear(2 * NUM_WORD_FREQUENCIES, latent_dim) if use_positions else None

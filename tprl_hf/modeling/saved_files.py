@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,7 @@ def written_whole(directory: Path) -> Iterator[str]:
     try:
         with scratch_directory(directory) as scratch:
             yield scratch
+            allow_as_umask(Path(scratch))
             names = sorted(str(path.relative_to(scratch)) for path in Path(scratch).rglob("*") if path.is_file())
             for name in names:
                 flush(Path(scratch, name))
@@ -70,6 +72,16 @@ def written_whole(directory: Path) -> Iterator[str]:
         raise OSError(
             f"{directory} could not be written ({error}); what it held is as before. Make room, and save again."
         ) from error
+
+
+def allow_as_umask(folder: Path) -> None:
+    """Lets those read the files of a folder whom the umask lets: safetensors 0.8 lets their owner alone."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)  # os.umask would change it for other threads
+    probe.unlink()
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
 
 
 def flush(path: Path) -> None:

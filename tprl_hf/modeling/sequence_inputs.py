@@ -7,9 +7,75 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .columns import gather_columns
+from .values import refuse_misspelled, shown, wrong
+from .visual_features import VisualFeatures
 
+# What a call may say besides the inputs of the base model.
+OUR_ARGUMENTS = (
+    *("keep_ratio", "num_keep", "threshold", "prune", "keep_mask", "query_mask", "visual_features", "compact"),
+)
+PASS_TENSORS = "Pass what the processor returns with return_tensors='pt'."
 # Where samples of a packed row begin, for kernels that are told so: pruning moves these places.
 PLACES_OF_SAMPLES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def check_call(
+    input_ids: Any, attention_mask: Any, query_mask: Any, visual_features: Any, inputs: dict[str, Any]
+) -> None:
+    """
+    Raises `ValueError` for what cannot be a prompt or lie along one, whatever is to be pruned. Values are looked at
+    where that waits for nothing; see also [`check_values`].
+
+    Args:
+        input_ids, attention_mask, query_mask, visual_features: as in `forward`, or anything.
+        inputs (`dict`): all other arguments of the call.
+    """
+    refuse_misspelled(inputs, OUR_ARGUMENTS, "The call")
+    if visual_features is not None and not isinstance(visual_features, VisualFeatures):
+        raise wrong("visual_features", visual_features, "VisualFeatures, as encode_images returns them")
+    if input_ids is None:
+        return
+    if not is_whole(input_ids) or input_ids.ndim != 2 or not input_ids.numel():
+        raise wrong("input_ids", input_ids, "a tensor of whole numbers, [B, L], that is not empty", PASS_TENSORS)
+    for name, mask in {"attention_mask": attention_mask, "query_mask": query_mask}.items():
+        if mask is not None and (not isinstance(mask, Tensor) or mask.is_complex()):
+            raise wrong(name, mask, f"a tensor of ones and zeros, {list(input_ids.shape)}", PASS_TENSORS)
+    for name in ("position_ids", "labels", "shift_labels"):
+        if inputs.get(name) is not None and not is_whole(inputs[name]):
+            raise wrong(name, inputs[name], "a tensor of whole numbers", PASS_TENSORS)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether `value` is a tensor of whole numbers."""
+    is_number = isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
+    return is_number and value.dtype != torch.bool
+
+
+def check_values(input_ids: Tensor, attention_mask: Tensor, is_placeholder: Tensor, num_ids: int) -> None:
+    """
+    Raises `ValueError` for a mask that holds anything but ones and zeros, and for ids that no table has.
+
+    Args:
+        input_ids, attention_mask, is_placeholder (`[B, L]`, on the CPU): which ids are those of visual tokens, which
+            are not looked up, and neither is padding.
+        num_ids (`int`): entries of the table.
+    """
+    refuse_other_than_bits("attention_mask", attention_mask)
+    looked_up = attention_mask.bool() & ~is_placeholder
+    unknown = looked_up & ((input_ids < 0) | (input_ids >= num_ids))
+    if unknown.any():
+        sample, column = unknown.nonzero()[0].tolist()
+        raise ValueError(
+            f"input_ids[{sample}, {column}] is {int(input_ids[sample, column])}, but the model's ids are 0 to "
+            f"{num_ids - 1}: use the tokenizer that belongs to it."
+        )
+
+
+def refuse_other_than_bits(name: str, mask: Tensor) -> None:
+    """Raises `ValueError` for a mask that holds anything but ones and zeros."""
+    other = (mask != 0) & (mask != 1)
+    if other.any():
+        raise ValueError(f"{name} must hold ones and zeros; got {shown(mask[other][0])}. 1 is for what counts.")
 
 
 def refuse_other_forms(inputs: dict[str, Any], input_ids: Tensor) -> None:

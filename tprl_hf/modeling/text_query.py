@@ -117,11 +117,26 @@ def common_prefix(rows: list[list[int]]) -> list[int]:
 
 
 def chat_messages(prompt: str | list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
-    """The chat messages of a sample: `prompt` itself where it is messages, else one question behind its images."""
-    if not isinstance(prompt, str):
-        return prompt
-    content: list[dict[str, Any]] = [{"type": "image"} for _ in range(num_images)]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+    """
+    The chat messages of a sample, whose texts are parts, as templates of processors read them.
+
+    Args:
+        prompt (`str` or `list[dict]`): a question, or messages. Where no message says where the images are, as in
+            rows for TRL, they stand before the first text of the user.
+        num_images (`int`): of the sample.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    parts = [text_parts(message["content"]) for message in messages]
+    if not any(part["type"] == "image" for content in parts for part in content):
+        first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+        if first is not None:
+            parts[first] = [*({"type": "image"} for _ in range(num_images)), *parts[first]]
+    return [{**message, "content": content} for message, content in zip(messages, parts, strict=True)]
+
+
+def text_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parts of a message, of which a plain string is one."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def question_mask(

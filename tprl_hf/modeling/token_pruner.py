@@ -5,6 +5,7 @@ with `select`, when they have to be chosen together.
 """
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +15,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .budget import Budget, keep_counts
+from .configuration_tprl import CHECKS
 from .keep_mask import keep_above_threshold, keep_top_k
 from .pruning_policy import PruningPolicy
 from .token_autoencoder import TokenAutoencoder
 from .token_layout import TokenLayout
+from .values import number
 
 logger = logging.get_logger(__name__)
 
@@ -106,6 +109,11 @@ class TokenPruner:
         max_keep: int | None = None,
     ):
         has_budget = keep_ratio is not None or num_keep is not None or threshold is not None
+        if not has_budget and (min_keep, max_keep) != (1, None):
+            raise ValueError(
+                f"min_keep={min_keep} and max_keep={max_keep} bound a budget; {type(self).__name__} has none: pass "
+                "keep_ratio, num_keep or threshold with them."
+            )
         self.budget = Budget(keep_ratio, num_keep, threshold, min_keep, max_keep) if has_budget else None
 
     def settings(self) -> dict[str, Any]:
@@ -200,6 +208,10 @@ class SetPruner(TokenPruner):
         return (inputs.valid[row] & ~inputs.layout.protected[row]).nonzero()[:, 0]
 
 
+# What a threshold is compared with.
+PROBABILITY = number(least=0, most=1, what="a number in [0, 1], a probability of keeping")
+
+
 class LearnedPruner(TokenPruner):
     """The TPRL policy as a pruner (eq. 16): one shot by default, or several steps down to the budget.
 
@@ -222,8 +234,8 @@ class LearnedPruner(TokenPruner):
         super().__init__(**budget)
         self.policy = policy
         self.autoencoder = autoencoder
-        self.num_steps = num_steps
-        self.threshold_keep_ratio = threshold_keep_ratio
+        self.num_steps = CHECKS["num_steps"]("num_steps", num_steps)
+        self.threshold_keep_ratio = CHECKS["threshold_keep_ratio"]("threshold_keep_ratio", threshold_keep_ratio)
 
     def logits(self, inputs: PruningInputs, codes: Tensor, keep_mask: Tensor, step: int) -> Tensor:
         """Log-odds of keeping each token at `step`, given what is still kept: float32 `[B, N]`."""
@@ -238,21 +250,27 @@ class LearnedPruner(TokenPruner):
 
     def choose(self, inputs: PruningInputs, budget: Budget) -> tuple[Tensor, Tensor]:
         """As the base does; the scores are the keep probability, plus 1 for each step that the token survived."""
+        *_, last = self.trajectory(inputs, budget)
+        return last
+
+    def trajectory(self, inputs: PruningInputs, budget: Budget) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keep mask and scores after each of the `num_steps` steps, see [`choose`]."""
         codes = self.autoencoder.encode(inputs.tokens)
-        num_visual, protected = inputs.num_visual, inputs.protected
+        num_visual, protected, above = inputs.num_visual, inputs.protected, budget
         keep_mask, scores = inputs.valid, torch.zeros(inputs.valid.shape, device=codes.device)
         if budget.threshold is None:
             share = (keep_counts(num_visual, budget) / num_visual.clamp(min=1)).masked_fill(num_visual == 0, 1.0)
         else:
             share = torch.full(num_visual.shape, self.threshold_keep_ratio or 1.0, device="cpu")
+            probability = torch.tensor(float(PROBABILITY("threshold", budget.threshold)), device="cpu")
+            above = replace(budget, threshold=float(probability.logit().nan_to_num()))
         inputs = replace(inputs, keep_ratio=share.to(codes.device))
         for step in range(self.num_steps):
             logits = self.logits(inputs, codes, keep_mask, step)
             scores = torch.where(keep_mask, step + logits.sigmoid(), scores)
             if budget.threshold is not None:
-                above = replace(budget, threshold=float(torch.tensor(budget.threshold, device="cpu").logit()))
                 keep_mask = keep_above_threshold(logits, keep_mask, above, protected)
             else:
                 counts = (num_visual * share ** ((step + 1) / self.num_steps)).round().long()
                 keep_mask = keep_top_k(logits, keep_mask, counts, protected)
-        return keep_mask, scores
+            yield keep_mask, scores

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .feature_norm import FeatureNormPruner
     from .none import NoPruner
     from .oracle import OraclePruner
+    from .pool import PoolPruner
     from .prumerge import PruMerge
     from .query_similarity import QuerySimilarityPruner
     from .random import RandomPruner
@@ -65,6 +66,7 @@ PRUNERS = PrunerTable(
         "none": "NoPruner",
         "random": "RandomPruner",
         "uniform": "UniformPruner",
+        "pool": "PoolPruner",
         "feature-norm": "FeatureNormPruner",
         "query-similarity": "QuerySimilarityPruner",
         "divprune": "DivPrune",

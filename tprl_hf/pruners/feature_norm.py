@@ -7,6 +7,7 @@ background (Darcet et al., "Vision Transformers Need Registers", arXiv 2309.1658
 from torch import Tensor
 
 from tprl_hf.modeling.token_pruner import PruningInputs, TokenPruner
+from tprl_hf.modeling.values import flag
 
 
 class FeatureNormPruner(TokenPruner):
@@ -21,7 +22,7 @@ class FeatureNormPruner(TokenPruner):
 
     def __init__(self, largest: bool = True, **budget):
         super().__init__(**budget)
-        self.largest = largest
+        self.largest = flag("largest", largest)
 
     def score(self, inputs: PruningInputs) -> Tensor:
         norms = inputs.tokens.float().norm(dim=-1)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from tprl_hf.modeling.module_twins import copied_configs, twin_of
 from tprl_hf.modeling.token_pruner import PruningInputs, TokenPruner
+from tprl_hf.modeling.values import COUNT
 
 
 class _Attention(Exception):
@@ -39,7 +40,7 @@ class LLMAttentionPruner(TokenPruner):
 
     def __init__(self, lvlm: PreTrainedModel | None = None, layer: int = 2, **budget):
         super().__init__(**budget)
-        self.layer = layer
+        self.layer = COUNT("layer", layer)
         self.lvlm = lvlm
         if lvlm is not None:
             self.attach(lvlm)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tprl_hf.modeling.token_pruner import SampleTokens, SetPruner
+from tprl_hf.modeling.values import whole
 
 from .uniform import dither_order
 
@@ -33,9 +34,7 @@ class PruMerge(SetPruner):
 
     def __init__(self, num_neighbors: int = 32, **budget):
         super().__init__(**budget)
-        if num_neighbors < 0:
-            raise ValueError(f"num_neighbors must not be negative; got {num_neighbors}.")
-        self.num_neighbors = num_neighbors
+        self.num_neighbors = whole(0)("num_neighbors", num_neighbors)
 
     def select(self, sample: SampleTokens, count: int) -> Tensor:
         assert sample.attention is not None
@@ -52,7 +51,7 @@ class PruMerge(SetPruner):
         assert sample.attention is not None
         directions = F.normalize(sample.tokens.float(), dim=-1)
         similarity = directions[kept] @ directions[removed].T
-        nearest = similarity.topk(min(self.num_neighbors, len(removed)), dim=1).indices
+        nearest = similarity.argsort(dim=1, descending=True, stable=True)[:, : self.num_neighbors]
         weights = torch.zeros_like(similarity).scatter_(1, nearest, 1.0) * sample.attention[removed].float()
         joined = sample.tokens.clone()
         joined[kept] += (weights @ sample.tokens[removed].float()).to(joined.dtype)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tprl_hf.modeling.token_pruner import PruningInputs, TokenPruner
+from tprl_hf.modeling.values import one_of
 
 
 class QuerySimilarityPruner(TokenPruner):
@@ -27,9 +28,7 @@ class QuerySimilarityPruner(TokenPruner):
 
     def __init__(self, reduce: str = "mean", **budget):
         super().__init__(**budget)
-        if reduce not in ("mean", "max"):
-            raise ValueError(f"reduce is 'mean' or 'max'; got {reduce!r}.")
-        self.reduce = reduce
+        self.reduce = one_of(("mean", "max"))("reduce", reduce)
 
     def score(self, inputs: PruningInputs) -> Tensor:
         similarity = query_similarity(inputs)

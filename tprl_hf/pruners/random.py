@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tprl_hf.modeling.token_pruner import PruningInputs, TokenPruner
+from tprl_hf.modeling.values import whole
 
 
 class RandomPruner(TokenPruner):
@@ -21,7 +22,7 @@ class RandomPruner(TokenPruner):
 
     def __init__(self, seed: int = 0, **budget):
         super().__init__(**budget)
-        self.seed = seed
+        self.seed = whole()("seed", seed)
 
     def score(self, inputs: PruningInputs) -> Tensor:
         scores = torch.zeros(inputs.valid.shape, device="cpu")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tprl_hf.modeling.token_pruner import SampleTokens, SetPruner
+from tprl_hf.modeling.values import UNIT, flag
 
 
 class VisionZip(SetPruner):
@@ -35,10 +36,8 @@ class VisionZip(SetPruner):
 
     def __init__(self, dominant_ratio: float = 27 / 32, merge: bool = True, **budget):
         super().__init__(**budget)
-        if not 0 <= dominant_ratio <= 1:
-            raise ValueError(f"dominant_ratio is a share of the budget in [0, 1]; got {dominant_ratio}.")
-        self.dominant_ratio = dominant_ratio
-        self.merges = merge
+        self.dominant_ratio = UNIT("dominant_ratio", dominant_ratio)
+        self.merges = flag("merge", merge)
 
     def settings(self) -> dict[str, Any]:
         found = super().settings()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tprl_hf.modeling.token_pruner import SampleTokens, SetPruner
+from tprl_hf.modeling.values import COUNT, UNIT
 
 
 class VisPruner(SetPruner):
@@ -26,10 +27,8 @@ class VisPruner(SetPruner):
 
     def __init__(self, important_ratio: float = 0.5, removed_per_round: int = 8, **budget):
         super().__init__(**budget)
-        if not 0 <= important_ratio <= 1:
-            raise ValueError(f"important_ratio is a share of the budget in [0, 1]; got {important_ratio}.")
-        self.important_ratio = important_ratio
-        self.removed_per_round = removed_per_round
+        self.important_ratio = UNIT("important_ratio", important_ratio)
+        self.removed_per_round = COUNT("removed_per_round", removed_per_round)
 
     def select(self, sample: SampleTokens, count: int) -> Tensor:
         assert sample.attention is not None

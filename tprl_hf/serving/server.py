@@ -9,16 +9,17 @@ ask for a model, and the routes, are ours.
 import asyncio
 import contextvars
 import json
-import sys
 import time
 import uuid
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -26,20 +27,39 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
 
-from tprl_hf.loading import unknown_words_note
-
-from .chat_requests import (
-    Limits,
-    read_body,
-    read_messages,
-    refuse,
-    refuse_unserved,
-    take_budget,
-    take_seed,
-    take_stops,
-    texts_of,
-)
+from .chat_requests import Question, read_question
+from .connections import KnownHosts
+from .images import fetch, refuse_large
+from .limits import Limits, WaitingRoom, error_response, refuse
+from .prompts import PreparedProcessor, answer_length, num_positions, prepare
 from .stopping import AnswerEnd, CutQueue, EndsAnswer
+
+DEFAULT_TOKENS = 1024  # of an answer to a request that does not say
+# Requests whose images are opened: the one that the model answers, and the next one. The others hold only their bytes.
+MAX_PREPARED = 2
+
+
+class Turn:
+    """
+    A place among the requests whose images are opened.
+
+    Args:
+        places (`asyncio.Semaphore`): Of which one was taken.
+    """
+
+    def __init__(self, places: asyncio.Semaphore):
+        self.places = places
+        self.loop = asyncio.get_running_loop()
+        self.ended = False
+
+    def end(self) -> None:
+        """Gives the place back, once."""
+        if not self.ended:
+            self.ended = True
+            self.places.release()
+
+    def end_from_thread(self) -> None:
+        self.loop.call_soon_threadsafe(self.end)
 
 
 @dataclass
@@ -48,14 +68,20 @@ class Wishes:
     What a request asks for besides what transformers' handler knows.
 
     Args:
+        end ([`AnswerEnd`]): Where the answer ends.
         budget (`dict`): Keyword arguments of `generate`.
         seed (`int`, *optional*): Of the random numbers, where the answer is drawn.
-        end ([`AnswerEnd`]): Where the answer ends.
+        inputs ([`BatchFeature`]): Of the model.
+        asked_tokens (`int`, *optional*): The longest answer that the request asks for.
+        turn ([`Turn`]): Ends when the model has answered.
     """
 
+    end: AnswerEnd
     budget: dict[str, Any]
     seed: int | None
-    end: AnswerEnd
+    inputs: Any
+    asked_tokens: int | None
+    turn: Turn
 
 
 # Of the request that the current task serves; read where the task hands it over to the thread that generates.
@@ -75,7 +101,7 @@ class OneModel:
         return model_id
 
     def load_model_and_processor(self, model_id: str, gguf_file: str | None = None) -> tuple[Any, Any]:
-        return self.model, self.processor
+        return self.model, PreparedProcessor(self.processor, WISHES.get().inputs)
 
     def get_model_modality(self, model: Any, processor: Any = None) -> Modality:
         return Modality.VLM
@@ -97,18 +123,22 @@ class OneAnswer:
 
     def generate(self, **inputs: Any) -> Any:
         wishes = self.wishes
-        if wishes.end.client_left.is_set():
-            raise ConnectionAbortedError("The client has left.")
-        if wishes.seed is not None:
-            torch.manual_seed(wishes.seed)
-        ends = EndsAnswer(wishes.end, self.processor, inputs["input_ids"].shape[-1])
-        inputs |= {**wishes.budget, "stopping_criteria": StoppingCriteriaList([ends])}
         try:
-            return self.context.run(self.model.generate, **inputs)
+            wishes.end.refuse_late()
+            if wishes.seed is not None:
+                torch.manual_seed(wishes.seed)
+            ends = EndsAnswer(wishes.end, self.processor, inputs["input_ids"].shape[-1])
+            inputs |= {**wishes.budget, "stopping_criteria": StoppingCriteriaList([ends])}
+            sequences = self.context.run(self.model.generate, **inputs)
+            wishes.end.refuse_late()
+            return sequences
         except Exception as error:
             if self.streamed:  # transformers puts the message between quotes as it is
-                raise RuntimeError(json.dumps(str(error))[1:-1]) from error
+                message = error.detail if isinstance(error, HTTPException) else str(error)
+                raise RuntimeError(json.dumps(message)[1:-1]) from error
             raise
+        finally:
+            wishes.turn.end_from_thread()
 
 
 class OneAtATime(GenerateManager):
@@ -134,35 +164,70 @@ class OneThread(GenerationState):
 
 
 class ChatHandler(ChatCompletionHandler):
-    """transformers' handler, after what is ours is taken out of the request and the images are opened."""
+    """transformers' handler, after what is ours is taken out of the request and the inputs are made."""
 
     def __init__(self, models: OneModel, limits: Limits, default_budget: dict[str, Any]):
         super().__init__(models, OneThread())
         self.models = models
         self.limits = limits
         self.default_budget = default_budget
+        self.places = asyncio.Semaphore(MAX_PREPARED)
+        self.thread = ThreadPoolExecutor(1, "requests")  # reads and prepares one request after the other
 
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
-        refuse_unserved(body)
-        wishes = Wishes(take_budget(body) or self.default_budget, take_seed(body), WISHES.get().end)
-        wishes.end.stops += take_stops(body)
-        WISHES.set(wishes)
-        body["messages"] = await asyncio.to_thread(read_messages, body.get("messages"), self.limits)
-        note = unknown_words_note(self.models.processor, texts_of(body["messages"]))
-        if note is not None:
-            print(f"{request_id}: {note}", file=sys.stderr, flush=True)
+    async def off_the_loop(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.thread, function, *args)
+
+    async def answer(self, content: bytearray, end: AnswerEnd, request_id: str) -> Response:
+        """
+        The answer to a request, or the beginning of a stream of it.
+
+        Args:
+            content (`bytearray`): The request's body.
+            end ([`AnswerEnd`]): Where the answer ends.
+            request_id (`str`): Its name.
+        """
+        question: Question = await self.off_the_loop(read_question, content, self.limits)
+        body = question.body
+        if body.get("model") not in (None, self.models.force_model):
+            raise refuse(
+                f"This server has the model {self.models.force_model!r}; got {json.dumps(body['model'])[:80]}."
+            )
+        self._validate_request(body)
+        end.stops += question.stops
+        await fetch(question.images, self.limits.max_bytes)
+        await self.off_the_loop(refuse_large, question.images, self.models.processor.image_processor)
+        await self.places.acquire()
+        turn = Turn(self.places)
         try:
-            return await super().handle_request(body, request_id)
-        except (ValueError, OSError, TemplateError) as error:  # as on the command line: a user's mistake
+            end.refuse_late()
+            inputs = await self.off_the_loop(prepare, question, self.models.model, self.models.processor, request_id)
+            budget = question.budget or self.default_budget
+            asked = body.get("max_completion_tokens") or body.get("max_tokens")
+            WISHES.set(Wishes(end, budget, question.seed, inputs, asked, turn))
+            return await self.handle_request({**body, "messages": question.messages}, request_id)
+        except (ValueError, OSError) as error:  # as on the command line: a user's mistake
+            turn.end()
             raise refuse(" ".join(str(error).split())) from error
+        except BaseException:
+            turn.end()
+            raise
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
         """Texts that end the answer are ours: transformers' own criterion is handed the processor, and fails."""
+        wishes = WISHES.get()
         config = super()._build_generation_config(body, *args, **kwargs)
         stops, config.stop_strings = config.stop_strings or [], None
-        WISHES.get().end.stops += [stops] if isinstance(stops, str) else stops
+        wishes.end.stops += [stops] if isinstance(stops, str) else stops
         if body.get("temperature") or (body.get("top_p") is not None and body.get("temperature") is None):
             config.do_sample = True  # by the protocol; without it both would be ignored
+        asked = wishes.asked_tokens or json.loads(body.get("generation_config") or "{}").get("max_new_tokens")
+        default = min(DEFAULT_TOKENS, self.limits.max_tokens)
+        length = wishes.inputs["input_ids"].shape[-1]
+        config.max_new_tokens = answer_length(asked, default, length, num_positions(self.models.model))
+        vocabulary = self.models.model.config.get_text_config().vocab_size
+        for (token,) in config.sequence_bias or {}:
+            if token >= vocabulary:
+                raise refuse(f"logit_bias names the token {token}; the model has {vocabulary:,}.")
         return config
 
     def _build_completion(
@@ -185,9 +250,7 @@ async def notice_leaving(request: Request, end: AnswerEnd) -> None:
     end.client_left.set()
 
 
-def build_app(
-    model: Any, processor: Any, name: str, limits: Limits, default_budget: dict[str, Any] | None = None
-) -> Starlette:
+class App(Starlette):
     """
     An ASGI application with `/v1/chat/completions`, `/v1/models` and `/health`; nothing else can be reached.
 
@@ -198,49 +261,78 @@ def build_app(
         limits ([`Limits`]): What clients may send.
         default_budget (`dict`, *optional*): Keyword arguments of `generate` for requests without a budget. Without
             it the pruner's own counts, or the checkpoint's.
+        hosts (`Iterable[str]`): Host names by which clients may ask, besides addresses and `localhost`.
 
     Raises:
         `ValueError`: If the processor has no chat template.
     """
-    if not processor.chat_template:
-        raise ValueError(f"{type(processor).__name__} has no chat template, which says how messages become a prompt.")
-    models = OneModel(name, model, processor)
-    handler = ChatHandler(models, limits, default_budget or {})
 
-    watchers: set[asyncio.Task[None]] = set()  # asyncio itself holds them only weakly
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        name: str,
+        limits: Limits,
+        default_budget: dict[str, Any] | None = None,
+        hosts: Iterable[str] = (),
+    ):
+        if not processor.chat_template:
+            raise ValueError(
+                f"{type(processor).__name__} has no chat template, which says how messages become a prompt."
+            )
+        self.models = OneModel(name, model, processor)
+        self.handler = ChatHandler(self.models, limits, default_budget or {})
+        self.room = WaitingRoom(limits)
+        self.ends: set[AnswerEnd] = set()
+        self.watchers: set[asyncio.Task[None]] = set()  # asyncio itself holds them only weakly
+        super().__init__(
+            routes=[
+                Route("/v1/chat/completions", self.chat, methods=["POST"]),
+                Route("/v1/models", self.list_models),
+                Route("/v1/models/{name:path}", self.one_model),
+                Route("/health", self.health),
+            ],
+            middleware=[Middleware(KnownHosts, names=hosts)],
+            exception_handlers={HTTPException: describe_error, Exception: describe_error},
+        )
 
-    async def chat(request: Request) -> Response:
-        body = await read_body(request.stream(), limits.max_bytes)
-        end = AnswerEnd([])
-        WISHES.set(Wishes({}, None, end))
+    def end_answers(self) -> None:
+        """Lets each answer end with its next token, because the server ends."""
+        for end in self.ends:
+            end.server_ends.set()
+
+    async def chat(self, request: Request) -> Response:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # what a page of another server may send without being asked
+            raise refuse(f"The Content-Type must be application/json; got {json.dumps(kind)[:80]}.", 415)
+        content = await self.room.read(request.stream())
+        num_bytes, end = len(content), AnswerEnd([])
+        self.ends.add(end)
         watcher = asyncio.create_task(notice_leaving(request, end))
-        watchers.add(watcher)
-        watcher.add_done_callback(watchers.discard)
-        return await handler.handle_request(body, f"chatcmpl-{uuid.uuid4()}")
+        self.watchers.add(watcher)
 
-    def list_models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [models.describe()]})
+        def leave(task: asyncio.Task[None]) -> None:
+            self.watchers.discard(task)
+            self.ends.discard(end)
+            self.room.leave(num_bytes)
 
-    def one_model(request: Request) -> Response:
-        if request.path_params["name"] != name:
-            raise HTTPException(404, f"There is no model {request.path_params['name']!r}; there is {name!r}.")
-        return JSONResponse(models.describe())
+        watcher.add_done_callback(leave)
+        return await self.handler.answer(content, end, f"chatcmpl-{uuid.uuid4()}")
 
-    def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok", "model": name})
+    async def list_models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self.models.describe()]})
 
-    def describe_error(request: Request, error: Exception) -> Response:
-        if not isinstance(error, HTTPException):
-            error = HTTPException(500, f"The server failed ({type(error).__name__}); its log says where.")
-        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-        return JSONResponse({"error": {"message": error.detail, "type": kind}}, error.status_code)
+    async def one_model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self.models.force_model:
+            raise HTTPException(404, f"There is no model {name!r}; there is {self.models.force_model!r}.")
+        return JSONResponse(self.models.describe())
 
-    return Starlette(
-        routes=[
-            Route("/v1/chat/completions", chat, methods=["POST"]),
-            Route("/v1/models", list_models),
-            Route("/v1/models/{name:path}", one_model),
-            Route("/health", health),
-        ],
-        exception_handlers={HTTPException: describe_error, Exception: describe_error},
-    )
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok", "model": self.models.force_model})
+
+
+async def describe_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        return error_response(error.status_code, error.detail)
+    return error_response(500, f"The server failed ({type(error).__name__}); its log says where.")

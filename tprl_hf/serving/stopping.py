@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from .limits import refuse
+
 
 class AnswerEnd:
     """
@@ -18,13 +20,23 @@ class AnswerEnd:
 
     Attributes:
         client_left (`threading.Event`): Set when nobody waits for the answer any more.
+        server_ends (`threading.Event`): Set when the server cannot wait for the answer any more.
         found (`bool`): Whether one of the texts has come.
     """
 
     def __init__(self, stops: list[str]):
         self.stops = stops
         self.client_left = threading.Event()
+        self.server_ends = threading.Event()
         self.found = False
+
+    def is_late(self) -> bool:
+        return self.client_left.is_set() or self.server_ends.is_set()
+
+    def refuse_late(self) -> None:
+        """Raises `HTTPException` 503 where the answer would come too late."""
+        if self.is_late():
+            raise refuse("The server ends, or the client has left.", 503)
 
     def cut(self, text: str) -> str:
         """`text` up to the first of the texts that end it."""
@@ -48,7 +60,7 @@ class EndsAnswer(StoppingCriteria):
         self.end, self.processor, self.prompt_length = end, processor, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        done = [self.end.client_left.is_set()] * len(input_ids)
+        done = [self.end.is_late()] * len(input_ids)
         if self.end.stops:
             texts = self.processor.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
             done = [one or any(stop in text for stop in self.end.stops) for one, text in zip(done, texts, strict=True)]

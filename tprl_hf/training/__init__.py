@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # for editors; at run time the table below says where a name 
     from .grpo_trainer import TPRLGRPOTrainer as TPRLGRPOTrainer
     from .lfd_config import LfDConfig as LfDConfig
     from .lfd_trainer import LfDTrainer as LfDTrainer
+    from .mapo_config import TPRLMAPOConfig as TPRLMAPOConfig
+    from .mapo_trainer import TPRLMAPOTrainer as TPRLMAPOTrainer
     from .ppo_config import TPRLPPOConfig as TPRLPPOConfig
     from .ppo_trainer import TPRLPPOTrainer as TPRLPPOTrainer
     from .teachers import AnswerTeacher as AnswerTeacher

@@ -58,6 +58,13 @@ def group_advantages(returns: Tensor, num_generations: int, epsilon: float = 1e-
     return (deviation / (groups.std(2, keepdim=True) + epsilon)).flatten(1)
 
 
+def fill_with_group_mean(returns: Tensor, is_known: Tensor, num_generations: int) -> Tensor:
+    """Returns `[T, S]` of which those that are not known, `bool [S]`, become the mean of their group: no advantage."""
+    groups, known = returns.unflatten(1, (-1, num_generations)), is_known.view(1, -1, num_generations)
+    mean = (groups * known).sum(2, keepdim=True) / known.sum(2, keepdim=True).clamp(min=1)
+    return torch.where(known, groups, mean).flatten(1)
+
+
 def competing_advantages(advantages: Tensor, weights: Tensor) -> Tensor:
     """
     What each bit earns more than the bits of all trajectories do on average: at a budget that they share, a token is

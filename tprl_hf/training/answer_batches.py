@@ -28,7 +28,7 @@ class EncodedSample:
 
     Args:
         prompt_ids (`int64 [L]`): the prompt with all its placeholders.
-        answer_ids (`int64 [A]`): the reference answer, with the token that ends it.
+        answer_ids (`int64 [A]`): the reference answer, with the token that ends it; that token alone without one.
         query_mask (`bool [L]`): the question in the prompt.
         types (`int64 [L]` each): further inputs that run along the prompt.
         features: of its images.
@@ -88,7 +88,24 @@ def undecoded(dataset: Dataset) -> Dataset:
     """The same dataset, whose images stay bytes until they are needed: most are needed once, for their features."""
     if dataset.features.get("images") == List(ImageFeature()):
         return dataset.cast_column("images", List(ImageFeature(decode=False)))
+    if dataset.features.get("image") == ImageFeature():
+        return dataset.cast_column("image", ImageFeature(decode=False))
     return dataset
+
+
+def images_of(row: Mapping[str, Any]) -> Sequence[Any]:
+    """The images of a row: those of `images`, or the one of `image`."""
+    if "images" in row:
+        return row["images"] or []
+    return [] if row["image"] is None else [row["image"]]
+
+
+def reference_answer(row: Mapping[str, Any]) -> str | None:
+    """The answer of a row; of several, the one that is given most often. `None` where the row has none."""
+    answer = row.get("answer")
+    if answer is None or isinstance(answer, str):
+        return answer
+    return max(answer, key=answer.count, default=None)
 
 
 def open_images(images: Sequence[Any]) -> list[Image.Image]:
@@ -101,24 +118,12 @@ def image_key(row: Mapping[str, Any]) -> str:
     if row.get("image_id") is not None:
         return str(row["image_id"])
     digest = hashlib.sha256()
-    for image in row["images"]:
+    for image in images_of(row):
         if isinstance(image, Mapping):
             digest.update(image["bytes"] or image["path"].encode())
         else:
             digest.update(repr(image.size).encode() + image.tobytes())
     return digest.hexdigest()
-
-
-def data_digest(dataset: Dataset) -> str:
-    """A digest of the images, questions, answers and demonstrations of a dataset: other data have another."""
-    digest = hashlib.sha256()
-    names = [name for name in ("image_id", "prompt", "answer", "keep_masks") if name in dataset.column_names]
-    for rows in dataset.select_columns(names).iter(1000):
-        digest.update(repr(sorted(rows.items())).encode())
-    if "image_id" not in names:
-        for row in undecoded(dataset).select_columns(["images"]):
-            digest.update(image_key(row).encode())
-    return digest.hexdigest()[:16]
 
 
 class SampleEncoder:
@@ -163,7 +168,7 @@ class SampleEncoder:
     def encode(self, row: dict[str, Any]) -> EncodedSample:
         """One sample; its prompt and its features come from the caches where they can."""
         images = image_key(row)
-        key = (images, repr(row["prompt"]), row["answer"])
+        key = (images, repr(row["prompt"]), reference_answer(row))
         processed: dict[str, Any] = {}
         if key not in self.texts:
             if len(self.texts) >= MAX_CACHED_TEXTS:
@@ -177,17 +182,20 @@ class SampleEncoder:
     def process(self, row: dict[str, Any]) -> dict[str, Any]:
         """The processor's output for one prompt, on the model's device."""
         texts = self.render(row)[:1]
-        images = open_images(row["images"])
+        images = open_images(images_of(row))
         inputs = self.processor(images=[images] if images else None, text=texts, return_tensors="pt")
         return dict(inputs.to(self.model.device))
 
     def render(self, row: dict[str, Any]) -> tuple[str, str]:
-        """The prompt, and the reference answer as the template continues with it."""
-        messages = chat_messages(row["prompt"], len(row["images"]))
+        """The prompt, and the reference answer as the template continues with it; empty where there is none."""
+        messages = chat_messages(row["prompt"], len(images_of(row)))
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        answer = {"role": "assistant", "content": [{"type": "text", "text": row["answer"]}]}
+        reference = reference_answer(row)
+        if reference is None:
+            return prompt, ""
+        answer = {"role": "assistant", "content": [{"type": "text", "text": reference}]}
         whole = self.processor.apply_chat_template([*messages, answer], tokenize=False)
-        return prompt, whole[len(prompt) :] if whole.startswith(prompt) else " " + row["answer"]
+        return prompt, whole[len(prompt) :] if whole.startswith(prompt) else " " + reference
 
     def encode_text(
         self, row: dict[str, Any], processed: dict[str, Any]
@@ -204,7 +212,7 @@ class SampleEncoder:
             answer_ids = answer_ids[: next(i for i, token in enumerate(answer_ids) if token in ends) + 1]
         else:
             answer_ids = [*answer_ids, ends[0]]
-        chat = chat_messages(row["prompt"], len(row["images"]))
+        chat = chat_messages(row["prompt"], len(images_of(row)))
         query_mask = question_mask(self.processor, [chat], prompt_ids)
         return prompt_ids[0], torch.tensor(answer_ids), query_mask[0], types
 

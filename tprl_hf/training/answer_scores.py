@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
-from .answer_batches import AnswerBatch, left_pad
+from .answer_batches import AnswerBatch, left_pad, reference_answer
 
 
 @dataclass
@@ -34,7 +34,15 @@ def answered_prompts(
 
     Returns:
         What `model.forward` takes, left-padded, and the labels `int64 [S, L]` of the answers alone (-100: none).
+
+    Raises:
+        `ValueError`: for a sample without a reference answer.
     """
+    for row in batch.rows:
+        if reference_answer(row) is None:
+            raise ValueError(
+                f"A sample has no answer to compare with: {str(row['prompt'])[:60]!r}. Give it an `answer`."
+            )
     samples = [batch.samples[index] for index in sample_index]
     labels = left_pad([torch.cat([torch.full_like(s.prompt_ids, -100), s.answer_ids]) for s in samples], -100)
     answer_type = model.adapter.answer_token_type

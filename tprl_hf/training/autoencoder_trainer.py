@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
-from .answer_batches import undecoded
 from .autoencoder_config import AutoencoderConfig
 from .pruner_trainer import PrunerTrainer, TrainedNetworks
 
@@ -31,13 +31,15 @@ class AutoencoderTrainer(PrunerTrainer):
     Example:
 
     ```python
-    >>> trainer = AutoencoderTrainer(model, AutoencoderConfig("autoencoder"), processor, train_dataset, eval_dataset)
+    >>> config = AutoencoderConfig("autoencoder")
+    >>> trainer = AutoencoderTrainer(model, config, train_dataset=train, eval_dataset=validation)
     >>> trainer.train()
     >>> trainer.save_model()
     ```
     """
 
     _name = "TPRL autoencoder"
+    _stage = "autoencoder"
     args: AutoencoderConfig
 
     def networks(self, model: TPRLForConditionalGeneration, args: Any) -> TrainedNetworks:
@@ -49,16 +51,12 @@ class AutoencoderTrainer(PrunerTrainer):
         inputs = self.encoder(rows).inputs
         return networks(inputs.tokens, inputs.valid).mean()
 
-    @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def measure(self, dataset: Dataset) -> dict[str, float]:
         r"""
         Returns:
-            `dict`: `eval_mse` per element, and `eval_explained_variance`: 1 minus the squared error over the variance
-            of the held-out tokens around their mean.
+            `dict`: `mse` per element, and `explained_variance`: 1 minus the squared error over the variance of the
+            dataset's tokens around their mean.
         """
-        dataset = self.eval_dataset if eval_dataset is None else undecoded(eval_dataset)
-        if dataset is None:
-            raise ValueError("Nothing to evaluate on: pass eval_dataset.")
         dim, device = self.tprl_model.config.token_dim, self.args.device
         count = torch.zeros(1, device=device, dtype=torch.float64)
         total, squares, errors = (torch.zeros(dim, device=device, dtype=torch.float64) for _ in range(3))
@@ -74,10 +72,7 @@ class AutoencoderTrainer(PrunerTrainer):
             errors += (decoded - tokens).double().square().sum(0)
         count, total, squares, errors = (self.accelerator.reduce(x, "sum") for x in (count, total, squares, errors))
         variance = (squares - total.square() / count).sum()
-        metrics = {
-            f"{metric_key_prefix}_mse": (errors.sum() / (count * dim)).item(),
-            f"{metric_key_prefix}_explained_variance": (1 - errors.sum() / variance).item(),
+        return {
+            "mse": (errors.sum() / (count * dim)).item(),
+            "explained_variance": (1 - errors.sum() / variance).item(),
         }
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics

@@ -1,15 +1,7 @@
 """Counterfactual credit: what each bit of a keep mask earns by itself. It trained the policy of the embedded model."""
 
-import copy
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
-from transformers import TrainerCallback
-
-from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
 from .advantages import (
     bernoulli_kl,
@@ -21,7 +13,6 @@ from .advantages import (
 )
 from .answer_batches import AnswerBatch
 from .counterfactual_config import CounterfactualConfig
-from .rewards import RewardFunction
 from .rollout_trainer import RolloutTrainer
 from .rollouts import (
     Budgets,
@@ -65,30 +56,16 @@ class CounterfactualTrainer(RolloutTrainer):
     Example:
 
     ```python
-    >>> trainer = CounterfactualTrainer(model, CounterfactualConfig("run"), processor, train_dataset, eval_dataset)
+    >>> config = CounterfactualConfig("run")
+    >>> trainer = CounterfactualTrainer(model, config, train_dataset=train, eval_dataset=validation)
     >>> trainer.train()
     ```
     """
 
     _name = "TPRL counterfactual credit"
+    has_start = True
     _stage = "counterfactual"
     args: CounterfactualConfig
-
-    def __init__(
-        self,
-        model: TPRLForConditionalGeneration,
-        args: CounterfactualConfig,
-        processing_class: Any,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple = (None, None),
-        reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
-    ):
-        super().__init__(
-            model, args, processing_class, train_dataset, eval_dataset, callbacks, optimizers, reward_funcs
-        )
-        self.start_policy = copy.deepcopy(model.policy).requires_grad_(False)
 
     def budgets(self, buffer: int) -> Budgets:
         args, generator = self.args, self.generator(3, buffer, self.args.process_index)
@@ -114,7 +91,8 @@ class CounterfactualTrainer(RolloutTrainer):
             advantages = advantages / (root_mean_square(advantages) + 1e-8)
         self.note({"objective/is_trained_on": trained_on.float().mean()})
         if budgets.shared:  # then whoever gains nothing learns too, and the loss is a mean over all
-            advantages = competing_advantages(advantages, rollouts.variances[0])
+            is_scored = ~scored.scores.isnan()
+            advantages = competing_advantages(advantages, rollouts.variances[0] * is_scored[:, None])
             advantages = advantages * (len(trained_on) / trained_on.sum())
             trained_on = torch.ones_like(trained_on)
         self.buffer = {"advantages": advantages[None], "is_trained_on": trained_on}
@@ -125,8 +103,9 @@ class CounterfactualTrainer(RolloutTrainer):
             )
         kept = rollouts.num_kept[1] / rollouts.num_kept[0].clamp(min=1)
         reward = self.rewards(self.batch, scored.scores, rollouts.keep_masks[1], rollouts.sample_index)
+        self.final_scores = scored.scores
         self.note(scored.metrics())
-        self.note({"objective/reward": reward.mean(), "objective/keep_ratio": kept.mean()})
+        self.note({"objective/reward": reward.nanmean(), "objective/keep_ratio": kept.mean()})
 
     def rewards(self, batch: AnswerBatch, scores: Tensor, keep_masks: Tensor, sample_index: Tensor) -> Tensor:
         """`Score + efficiency_coef * (1 - K / N)` of `keep_masks [M, N]` of samples `sample_index`, `[M]`."""
@@ -161,6 +140,7 @@ class CounterfactualTrainer(RolloutTrainer):
         after = self.score_masks(batch, flipped, samples.tolist()).scores
         loss = self.rewards(batch, scores, keep_mask, sample_index)[rows]
         loss = loss - self.rewards(batch, after, flipped, samples)  # of flipping the bit
+        loss = loss.nan_to_num()  # of answers that no reward function said anything about
         gain = torch.zeros(variance.shape, device=variance.device)
         gain[rows, bits] = torch.where(keep_mask[rows, bits], loss, -loss)
         return gain

@@ -11,6 +11,7 @@ from datasets import Image as ImageFeature
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tprl_hf.data.digest import data_digest
 from tprl_hf.modeling.budget import Budget, keep_counts
 from tprl_hf.modeling.keep_mask import keep_top_k
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
@@ -18,6 +19,8 @@ from tprl_hf.modeling.saved_files import scratch_directory
 from tprl_hf.modeling.token_pruner import TokenPruner
 
 from .answer_batches import AnswerBatch, SampleEncoder, undecoded
+from .fingerprint import fingerprint
+from .saved_masks import Masks, SavedMasks, description
 from .teachers import AnswerTeacher
 from .whole_checkpoints import mark_whole
 
@@ -82,7 +85,8 @@ def generate_demonstrations(
         dataset (`datasets.Dataset`): rows with `images`, `prompt` and `answer`.
         keep_ratios (`list[float]`, defaults to 0.75 and 0.5): fraction of the visual tokens that is KEPT after each
             step, descending: the paper's 25 % and 50 % pruned. Several such lists take turns, sample by sample.
-        output_dir (`str`, *optional*): where the result is saved.
+        output_dir (`str`, *optional*): where the result is saved. Until then the masks of each batch are added to
+            `OUTPUT_DIR.unfinished.jsonl`, from which the same call resumes if it was cut off.
         batch_size (`int`, defaults to 16): samples at a time.
         feature_cache_mb (`int`, defaults to 1024): room for visual features, in MiB.
 
@@ -115,22 +119,38 @@ def generate_demonstrations(
     # the gradient teacher needs gradients of the tokens only
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
-    keep_masks: list[list[list[bool]]] = []
+    saved = None
+    if output_dir is not None:
+        depends_on = {
+            "data": data_digest(dataset),
+            "teacher": description(teacher),
+            "keep_ratios": schedules,
+            "batch_size": batch_size,
+            "weights": fingerprint(model.lvlm),
+        }
+        saved = SavedMasks(Path(f"{Path(output_dir)}.unfinished.jsonl"), depends_on)
+    keep_masks: list[Masks] = []
     for start in tqdm(range(0, len(source), batch_size), desc="Demonstrations", unit="batch"):
-        rows = [source[index] for index in range(start, min(start + batch_size, len(source)))]
-        batch = encoder(rows)
-        demonstrated = demonstrate(teacher, model, batch, schedules)
-        for offset, valid in enumerate(batch.inputs.valid):
-            masks = demonstrated[(start + offset) % len(schedules)]
-            keep_masks.append([mask[offset, valid].tolist() for mask in masks])
+        samples = range(start, min(start + batch_size, len(source)))
+        new = None if saved is None else saved.of(samples)
+        if new is None:
+            batch = encoder([source[index] for index in samples])
+            demonstrated = demonstrate(teacher, model, batch, schedules)
+            turns = [demonstrated[index % len(schedules)] for index in samples]
+            rows = enumerate(zip(turns, batch.inputs.valid, strict=True))
+            new = [[mask[row, valid].tolist() for mask in masks] for row, (masks, valid) in rows]
+            if saved is not None:
+                saved.add(start, new)
+        keep_masks += new
     for parameter, requires_grad in wanted:
         parameter.requires_grad_(requires_grad)
     column = Dataset.from_dict({"keep_masks": keep_masks}).cast_column("keep_masks", List(List(Value("bool"))))
     demonstrations = source.add_column("keep_masks", column.data.column("keep_masks").combine_chunks())
     if "images" in dataset.features and demonstrations.features["images"] == List(ImageFeature(decode=False)):
         demonstrations = demonstrations.cast_column("images", List(ImageFeature()))
-    if output_dir is not None:
-        save_whole(demonstrations, Path(output_dir))
+    if saved is not None:
+        save_whole(demonstrations, Path(str(output_dir)))
+        saved.path.unlink(missing_ok=True)  # another process may have made the same
     return demonstrations
 
 

@@ -1,20 +1,13 @@
 """Group-relative policy optimisation of the pruning policy (arXiv 2402.03300)."""
 
-import copy
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
-from transformers import TrainerCallback
-
-from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
 from .advantages import (
     bernoulli_kl,
     clipped_losses,
     discounted_returns,
+    fill_with_group_mean,
     group_advantages,
     is_trained_on,
     leave_one_out_advantages,
@@ -22,7 +15,7 @@ from .advantages import (
     mean_over_tokens,
 )
 from .grpo_config import TPRLGRPOConfig
-from .rewards import RewardFunction, in_existing_steps, step_rewards
+from .rewards import in_existing_steps, step_rewards
 from .rollout_trainer import RolloutTrainer
 from .rollouts import (
     Budgets,
@@ -44,24 +37,9 @@ class TPRLGRPOTrainer(RolloutTrainer):
     """
 
     _name = "TPRL GRPO"
+    has_start = True
     _stage = "grpo"
     args: TPRLGRPOConfig
-
-    def __init__(
-        self,
-        model: TPRLForConditionalGeneration,
-        args: TPRLGRPOConfig,
-        processing_class: Any,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple = (None, None),
-        reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
-    ):
-        super().__init__(
-            model, args, processing_class, train_dataset, eval_dataset, callbacks, optimizers, reward_funcs
-        )
-        self.start_policy = copy.deepcopy(model.policy).requires_grad_(False)
 
     def budgets(self, buffer: int) -> Budgets:
         args, generator = self.args, self.generator(3, buffer, self.args.process_index)
@@ -79,8 +57,11 @@ class TPRLGRPOTrainer(RolloutTrainer):
         step_mask, num_kept = rollouts.step_mask, rollouts.num_kept
 
         scores = self.score_steps(self.batch, rollouts, args.score_every_step)
-        rewards = in_existing_steps(step_rewards(scores, num_kept, 1.0, args.efficiency_coef), step_mask)
+        is_scored = ~scores.isnan().any(0)  # else no reward function said anything, and nothing is learned
+        rewards = step_rewards(scores.nan_to_num(), num_kept, 1.0, args.efficiency_coef)
+        rewards = in_existing_steps(rewards, step_mask)
         returns = discounted_returns(rewards, step_mask, gamma=1.0)
+        returns = fill_with_group_mean(returns, is_scored, args.num_generations)
         compare = group_advantages if args.scale_rewards == "group" else leave_one_out_advantages
         advantages = compare(returns, args.num_generations) * step_mask
         spread = returns[0].view(-1, args.num_generations).std(1).repeat_interleave(args.num_generations)
@@ -93,7 +74,7 @@ class TPRLGRPOTrainer(RolloutTrainer):
             )
         self.note(
             {
-                "objective/reward": rewards.sum(0).mean(),
+                "objective/reward": rewards.sum(0)[is_scored].mean(),
                 "objective/keep_ratio": (num_kept[-1] / num_kept[0].clamp(min=1)).mean(),
                 "objective/is_trained_on": trained_on.float().mean(),
             }

@@ -1,19 +1,19 @@
 """Stage 3: the policy learns to keep what a teacher kept (eq. 8 of the TPRL paper)."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.token_pruner import PruningInputs
 
 from .lfd_config import LfDConfig
-from .pruner_trainer import PolicyTrainer, TrainedNetworks
+from .policy_trainer import PolicyTrainer
+from .pruner_trainer import TrainedNetworks
 
 
 def demonstrated_steps(keep_masks: list[list[list[bool]]], inputs: PruningInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +76,7 @@ class LfDTrainer(PolicyTrainer):
     Example:
 
     ```python
-    >>> trainer = LfDTrainer(model, LfDConfig("lfd"), processor, demonstrations, eval_dataset)
+    >>> trainer = LfDTrainer(model, LfDConfig("lfd"), train_dataset=demonstrations, eval_dataset=eval_dataset)
     >>> trainer.train()
     >>> trainer.save_model()
     ```
@@ -86,17 +86,8 @@ class LfDTrainer(PolicyTrainer):
     _stage = "lfd"
     args: LfDConfig
 
-    def __init__(
-        self,
-        model: TPRLForConditionalGeneration,
-        args: LfDConfig,
-        processing_class: Any,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple = (None, None),
-    ):
-        super().__init__(model, args, processing_class, train_dataset, eval_dataset, callbacks, optimizers)
+    def __init__(self, model: TPRLForConditionalGeneration | str | os.PathLike, args: Any = None, **arguments: Any):
+        super().__init__(model, args, **arguments)
         if self.train_dataset is not None and "keep_masks" not in self.train_dataset.column_names:
             raise ValueError(
                 "train_dataset has no column `keep_masks`: make demonstrations of it with generate_demonstrations."

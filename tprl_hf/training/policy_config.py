@@ -5,6 +5,9 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, get_args, get_origin
 
 from transformers import TrainingArguments
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -42,6 +45,7 @@ class PrunerTrainingConfig(TrainingArguments):
     report_to: str | list[str] = "none"
     dataloader_pin_memory: bool = False  # batches are rows, not tensors
     hub_strategy: str = "end"
+    gradient_checkpointing: bool = False
     ddp_find_unused_parameters: bool | None = True  # a policy without questions leaves query_proj alone
 
     def __post_init__(self):
@@ -55,6 +59,12 @@ class PrunerTrainingConfig(TrainingArguments):
             if get_origin(one.type) is Literal and getattr(self, one.name) not in get_args(one.type):
                 choices = " or ".join(map(str, get_args(one.type)))
                 raise ValueError(f"{one.name} is {choices}; got {getattr(self, one.name)!r}.")
+        if self.gradient_checkpointing:
+            logger.warning(
+                "gradient_checkpointing=True has no effect: no gradient goes through the LVLM, and the policy is "
+                "small. For memory set score_batch_size or, in reinforcement learning, micro_batch_size."
+            )
+            self.gradient_checkpointing = False
         super().__post_init__()
 
 

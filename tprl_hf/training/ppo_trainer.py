@@ -26,7 +26,7 @@ class TPRLPPOTrainer(RolloutTrainer):
     ...     return [float(completion == correct) for completion, correct in zip(completions, answer)]
 
     >>> trainer = TPRLPPOTrainer(
-    ...     model, TPRLPPOConfig("ppo"), processor, train_dataset, eval_dataset, reward_funcs=[short_answer]
+    ...     model, TPRLPPOConfig("ppo"), train_dataset=train_dataset, reward_funcs=[short_answer]
     ... )
     >>> trainer.train()
     ```
@@ -52,21 +52,24 @@ class TPRLPPOTrainer(RolloutTrainer):
 
         # r_t = alpha (Score(H_t) - Score(H_{t-1})) + beta (1 - K_t / K_{t-1}) (eq. 4-6)
         scores = self.score_steps(self.batch, rollouts)
-        rewards = in_existing_steps(step_rewards(scores, num_kept, args.alpha, args.beta), step_mask)
+        is_scored = ~scores.isnan().any(0)  # else no reward function said anything, and nothing is learned
+        rewards = step_rewards(scores.nan_to_num(), num_kept, args.alpha, args.beta)
+        rewards = in_existing_steps(rewards, step_mask)
         # A_t = sum_k (gamma lam)^k delta_{t+k}, and what V is to be, A_t + V_t (eq. 20, 21)
         advantages, returns = generalized_advantages(rewards, rollouts.values, step_mask, args.gamma, args.lam)
-        if args.whiten_advantages:
-            advantages = whiten(advantages, step_mask)
-        self.buffer = {"advantages": advantages, "returns": returns}
+        known = step_mask & is_scored
+        advantages = whiten(advantages, known) if args.whiten_advantages else advantages * known
+        self.buffer = {"advantages": advantages, "returns": torch.where(is_scored, returns, rollouts.values)}
 
-        error = (returns - rollouts.values)[step_mask]
         self.note(
             {
-                "objective/reward": rewards.sum(0).mean(),
+                "objective/reward": rewards.sum(0)[is_scored].mean(),
                 "objective/keep_ratio": (num_kept[-1] / num_kept[0].clamp(min=1)).mean(),
-                "val/explained_variance": 1 - error.var() / (returns[step_mask].var() + 1e-8),
             }
         )
+        if known.sum() > 1:
+            error = (returns - rollouts.values)[known]
+            self.note({"val/explained_variance": 1 - error.var() / (returns[known].var() + 1e-8)})
 
     def trajectory_losses(self, networks: nn.Module, index: Tensor) -> Tensor:
         args = self.args

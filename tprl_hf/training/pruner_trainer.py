@@ -1,6 +1,7 @@
 """What all our trainers have in common: the frozen LVLM stays outside, directories hold the policy, NaN stops."""
 
 import functools
+import math
 import os
 import shutil
 from collections import defaultdict
@@ -13,22 +14,17 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl
-from transformers.trainer_utils import TrainOutput
+from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from tprl_hf import __version__
-from tprl_hf.hub.publishing import changed_settings, publish
-from tprl_hf.modeling.budget import Budget
+from tprl_hf.hub.publishing import changed_settings, publish, write_card
 from tprl_hf.modeling.hub_tprl import is_hub_name
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
-from tprl_hf.modeling.pruning_policy import PolicyOutput
 from tprl_hf.modeling.saved_files import written_whole
-from tprl_hf.modeling.token_pruner import PruningInputs
 
-from .answer_batches import SampleEncoder, data_digest, undecoded
-from .answer_scores import score_answers
-from .policy_config import PolicyTrainingConfig, PrunerTrainingConfig
-from .rollouts import policy_on_trajectories
+from .answer_batches import SampleEncoder
+from .policy_config import PrunerTrainingConfig
+from .trainer_arguments import given_args, given_dataset, given_model, given_processor, refuse_other_arguments
 from .whole_checkpoints import (
     AfterSaving,
     NothingLeft,
@@ -55,15 +51,6 @@ class TrainedNetworks(nn.Module):
         self.policy = model.policy
 
 
-class PolicyNetworks(TrainedNetworks):
-    """One pass of the policy over all steps of a batch of trajectories."""
-
-    def forward(self, inputs: PruningInputs, sample_index: Tensor, keep_masks: Tensor) -> PolicyOutput:
-        """See [`policy_on_trajectories`]."""
-        codes = self.autoencoder.encode(inputs.tokens)
-        return policy_on_trajectories(self.policy, codes, inputs, sample_index, keep_masks)
-
-
 def uncollated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of a dataset as a batch: they are encoded where they are used."""
     return rows
@@ -86,13 +73,19 @@ class PrunerTrainer(Trainer):
     Base of our trainers.
 
     Args:
-        model ([`TPRLForConditionalGeneration`]): its LVLM is frozen and never handed to the optimizer.
-        args: the config of the subclass.
-        processing_class: the model's processor; needs a chat template.
-        train_dataset (`datasets.Dataset`): rows with `images`, `prompt` and `answer`; with `image_id`, questions about
-            one image share its features.
-        eval_dataset (`datasets.Dataset`, *optional*): rows of the same form.
+        model ([`TPRLForConditionalGeneration`], `str` or `os.PathLike`): its LVLM is frozen and never handed to the
+            optimizer. Of a name or path the checkpoint is loaded; that of a base model gets a new policy.
+        args (*optional*): the config of the subclass; by default its defaults, in `MODEL-STAGE`.
+        processing_class (*optional*): the model's processor, with a chat template; by default that beside the model or
+            its base model.
+        train_dataset (`datasets.Dataset`): rows with `images` (or `image`), `prompt` and, where the algorithm reads
+            it, `answer`; with `image_id`, questions about one image share its features.
+        eval_dataset (`datasets.Dataset` or a dict of such, *optional*): rows of the same form.
         callbacks, optimizers: as in [`~transformers.Trainer`].
+
+    Raises:
+        `TypeError`: for arguments of other kinds, such as a stream of rows; the message says what to pass instead.
+        `ValueError`: for datasets that lack a column, and where no processor is found.
 
     Attributes:
         recipe (`str`, *optional*): the name of the recipe that the run belongs to, for the model's config.
@@ -100,6 +93,7 @@ class PrunerTrainer(Trainer):
 
     _tag_names: tuple[str, ...] = ("tprl", "token-pruning")
     _name = "TPRL"
+    _stage: ClassVar[str]  # its name in recipes
     _paper: ClassVar[dict[str, str]] = {
         "title": "Language-Guided Token Compression with Reinforcement Learning in Large Vision-Language Models",
         "id": "2603.13394",
@@ -110,14 +104,24 @@ class PrunerTrainer(Trainer):
 
     def __init__(
         self,
-        model: TPRLForConditionalGeneration,
-        args: PrunerTrainingConfig,
-        processing_class: Any,
+        model: TPRLForConditionalGeneration | str | os.PathLike,
+        args: Any = None,
+        *,
+        processing_class: Any = None,
         train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        **others: Any,
     ):
+        refuse_other_arguments(type(self).__name__, others)
+        args = given_args(type(self), args, model, self._stage)
+        train_dataset, eval_dataset = (
+            given_dataset(dataset, name)
+            for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset"))
+        )
+        model = given_model(model)
+        processing_class = given_processor(processing_class, model)
         if args.push_to_hub and not args.save_base_model and not is_hub_name(model.config.base_model_name_or_path):
             raise ValueError(
                 f"push_to_hub=True with the base model {model.config.base_model_name_or_path!r}, which others cannot "
@@ -125,7 +129,8 @@ class PrunerTrainer(Trainer):
             )
         model.lvlm.requires_grad_(False)
         model.eval()
-        model.to(args.device)
+        if not hasattr(model, "hf_device_map"):  # else it is in its places
+            model.to(args.device)
         # so that prompts without a `query_mask` are read at inference as in training
         model.read_chat_template(processing_class)
         self.tprl_model = model
@@ -139,8 +144,8 @@ class PrunerTrainer(Trainer):
             args=args,
             data_collator=uncollated,
             processing_class=processing_class,
-            train_dataset=None if train_dataset is None else undecoded(train_dataset),
-            eval_dataset=None if eval_dataset is None else undecoded(eval_dataset),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -181,9 +186,11 @@ class PrunerTrainer(Trainer):
         )
 
     def note(self, values: Mapping[str, float | Tensor]) -> None:
-        """Collects metrics by their names; the next log averages them."""
+        """Collects metrics by their names; the next log averages them. NaN is a mean of nothing, and left out."""
         for name, value in values.items():
-            self.metrics[name].append(value.item() if isinstance(value, Tensor) else value)
+            number = value.item() if isinstance(value, Tensor) else value
+            if not math.isnan(number):
+                self.metrics[name].append(number)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not any(name.startswith("eval_") for name in logs):
@@ -210,6 +217,7 @@ class PrunerTrainer(Trainer):
         if checkpoint is not None:
             self.restore(checkpoint)
         else:
+            set_seed(self.args.seed)  # as after `__init__`, whatever was drawn since then
             self.begin()
         # transformers would delete old checkpoints before the new one is marked
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -238,6 +246,59 @@ class PrunerTrainer(Trainer):
     def finish(self) -> None:
         """Called after the last step."""
         self.tprl_model.eval()
+
+    # ---- measuring ----
+
+    def measure(self, dataset: Dataset) -> dict[str, float]:
+        """What `evaluate` finds out about one dataset, by names without a prefix."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        r"""
+        Measures the networks as they are; see the trainer's `measure` for what is measured.
+
+        Args:
+            eval_dataset (`datasets.Dataset`, a dict of such, or a key of the trainer's own dict, *optional*): by
+                default that of the trainer.
+            ignore_keys: has no meaning here.
+            metric_key_prefix (`str`, defaults to `"eval"`): with which the names of the metrics begin.
+
+        Returns:
+            `dict`: the metrics; of a dict of datasets those of each set NAME, `eval_NAME_...`, and their means.
+
+        Raises:
+            `ValueError`: without a dataset, or where it has no column that is needed.
+        """
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, str):
+            data, metric_key_prefix = self.eval_dataset[data], f"{metric_key_prefix}_{data}"
+        data = given_dataset(data, "eval_dataset")
+        if data is None:
+            raise ValueError("Nothing to evaluate on: pass eval_dataset.")
+        if isinstance(data, dict):
+            found = {name: self.measure(one) for name, one in data.items()}
+            metrics = {f"{name}_{key}": value for name, one in found.items() for key, value in one.items()}
+            for key in set.intersection(*map(set, found.values())):
+                metrics[key] = sum(one[key] for one in found.values()) / len(found)
+        else:
+            metrics = self.measure(data)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        if eval_dataset is None and metric_key_prefix == "eval":
+            self.measured(metrics)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measured(self, metrics: dict[str, float]) -> None:
+        """Called with what `evaluate` found on the trainer's own dataset."""
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """Refused: `evaluate` measures, and the model itself answers."""
+        raise ValueError(
+            f"{type(self).__name__} has nothing to predict: call trainer.evaluate(dataset) for its metrics, or the "
+            "model's own `encode_images` and `generate`."
+        )
 
     # ---- directories ----
 
@@ -322,141 +383,39 @@ class PrunerTrainer(Trainer):
             self.write_model(self.args.output_dir, self.args.save_base_model)
         if not self.is_world_process_zero():
             return None
+        facts = {"stages": [self.stage_record()], "tags": self._tag_names, **facts}
+        facts.update(token=token, revision=revision, private=private, commit_message=commit_message)
+        call = functools.partial(publish, self.args.output_dir, self.hub_model_id, **facts)
+        return call() if blocking else HfApi(token=token).run_as_future(call)
+
+    def stage_record(self) -> dict[str, Any]:
+        """What a card says of this training."""
         logs = [
             {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
             for entry in self.state.log_history
         ]
         measured = [entry for entry in logs if entry]
-        stage = {
-            "stage": self._name,
-            "settings": changed_settings(self.args),
-            "metrics": measured[-1] if measured else {},
-        }
-        facts = {"stages": [stage], "tags": self._tag_names, **facts}
-        facts.update(token=token, revision=revision, private=private, commit_message=commit_message)
-        call = functools.partial(publish, self.args.output_dir, self.hub_model_id, **facts)
-        return call() if blocking else HfApi(token=token).run_as_future(call)
+        metrics = measured[-1] if measured else {}
+        return {"stage": self._name, "settings": changed_settings(self.args), "metrics": metrics}
 
-
-class PolicyTrainer(PrunerTrainer):
-    """
-    Base of the trainers of the policy: measures it as it prunes at inference, keeps the best, and notes in the model's
-    config how it was trained.
-
-    Args: see [`PrunerTrainer`].
-    """
-
-    _stage: ClassVar[str]  # its name in recipes
-    trains_values: ClassVar[bool] = False
-    args: PolicyTrainingConfig
-
-    def __init__(
-        self,
-        model: TPRLForConditionalGeneration,
-        args: PolicyTrainingConfig,
-        processing_class: Any,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple = (None, None),
-    ):
-        super().__init__(model, args, processing_class, train_dataset, eval_dataset, callbacks, optimizers)
-        if args.keep_ratio is not None:
-            model.config.keep_ratio = args.keep_ratio
-        self.best: dict[str, Any] = {}
-        self.last_measured = -1
-        self.training_before = model.config.policy_training
-        self.digest: str | None = None
-
-    def networks(self, model: TPRLForConditionalGeneration, args: Any) -> TrainedNetworks:
-        model.autoencoder.requires_grad_(False)
-        model.policy.requires_grad_(True)
-        for part in (model.policy.value_mlp, model.policy.value_head):
-            part.requires_grad_(self.trains_values)
-        return PolicyNetworks(model)
-
-    @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
         r"""
-        Prunes `eval_dataset` to each of `eval_keep_ratios` as inference does.
+        Writes `README.md` into `output_dir`: how to load the model, and how it was trained. `push_to_hub` brings it up
+        to date, and leaves what you add to it.
 
-        Returns:
-            `dict`: `eval_accuracy@R` and `eval_logprob@R` for each budget R, and their means `eval_accuracy` and
-            `eval_logprob`. An answer is correct when greedy decoding gives exactly the reference.
+        Args:
+            model_name (`str`, *optional*): the title; by default the name of the directory.
+            dataset_name (`str`, *optional*): the dataset's name on the Hub.
+            tags (`str` or `list[str]`, *optional*): more tags.
         """
-        dataset = self.eval_dataset if eval_dataset is None else undecoded(eval_dataset)
-        if dataset is None:
-            raise ValueError("Nothing to evaluate on: pass eval_dataset.")
-        model, ratios = self.tprl_model, self.args.eval_keep_ratios
-        pruner = model.learned_pruner()
-        sums = torch.zeros(2, len(ratios), device=self.args.device)
-        # Each process takes every so many-th sample.
-        mine = range(self.args.process_index, len(dataset), self.args.world_size)
-        batch_size = self.args.per_device_eval_batch_size
-        for start in range(0, len(mine), batch_size):
-            batch = self.encoder([dataset[i] for i in mine[start : start + batch_size]])
-            for column, ratio in enumerate(ratios):
-                budget = Budget(keep_ratio=ratio, min_keep=model.config.min_keep)
-                keep_mask, _ = pruner.choose(batch.inputs, budget)
-                scores = score_answers(model, batch, keep_mask, list(range(len(batch))), self.args.score_batch_size)
-                sums[0, column] += scores.correct.sum()
-                sums[1, column] += scores.logprobs.sum()
-        sums = self.accelerator.reduce(sums, "sum") / len(dataset)
-        metrics = {f"{metric_key_prefix}_accuracy": 100 * sums[0].mean().item()}
-        metrics[f"{metric_key_prefix}_logprob"] = sums[1].mean().item()
-        for column, ratio in enumerate(ratios):
-            metrics[f"{metric_key_prefix}_accuracy@{ratio:.3f}"] = 100 * sums[0, column].item()
-            metrics[f"{metric_key_prefix}_logprob@{ratio:.3f}"] = sums[1, column].item()
-        if metric_key_prefix == "eval" and eval_dataset is None:
-            self.remember_if_best(metrics)
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def remember_if_best(self, metrics: dict[str, float]) -> None:
-        self.last_measured = self.state.global_step
-        score = metrics[f"eval_{self.args.best_metric}"]
-        if self.args.keep_best and score > self.best.get("score", -float("inf")):
-            weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-            self.best = {"score": score, "step": self.state.global_step, "weights": weights}
-
-    def begin(self) -> None:
-        super().begin()
-        if self.args.keep_best and self.eval_dataset is not None:
-            self.evaluate()
-
-    def finish(self) -> None:
-        if self.best and self.last_measured != self.state.global_step:
-            self.evaluate()
-        if self.best:
-            self.model.load_state_dict(self.best["weights"])
-            self.state.best_metric, self.state.best_global_step = self.best["score"], self.best["step"]
-        self.note_training(self.best["step"] if self.best else self.state.global_step)
-        super().finish()
-
-    def note_training(self, num_steps: int) -> None:
-        """Notes in the model's config how its policy was trained, of which `num_steps` were here."""
-        if num_steps == 0:  # it is still the start
-            self.tprl_model.config.policy_training = self.training_before
+        if not self.is_world_process_zero():
             return
-        if self.digest is None and self.train_dataset is not None:
-            self.digest = data_digest(self.train_dataset)
-        self.tprl_model.set_pruner(None)  # from now on the policy chooses
-        self.tprl_model.config.policy_training = {
-            "stage": self._stage,
-            "recipe": self.recipe,
-            "data": self.digest,
-            "version": __version__,
-        }
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if _internal_call:  # a checkpoint; `finish` noted the end
-            self.note_training(self.state.global_step)
-        super().save_model(output_dir, _internal_call)
-
-    def saved_state(self) -> dict[str, Any]:
-        return {**super().saved_state(), "best": self.best, "last_measured": self.last_measured}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state)
-        self.best, self.last_measured = state["best"], state["last_measured"]
+        directory = Path(self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        more = [tags] if isinstance(tags, str) else list(tags or [])
+        write_card(
+            directory, self.tprl_model, model_name or self.hub_model_id or directory.resolve().name,
+            stages=[self.stage_record()], tags=[*self._tag_names, *more], dataset_name=dataset_name,
+        )  # fmt: skip

@@ -1,22 +1,26 @@
 """What a rollout earns: scores of its keep masks, and the reward of each step (eq. 4-6 of the TPRL paper)."""
 
+import asyncio
 import importlib
 import inspect
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
-from .answer_batches import AnswerBatch
+from .answer_batches import AnswerBatch, images_of, open_images
 
-# As in TRL: f(prompts, completions, **columns) -> list of floats.
-RewardFunction = Callable[..., list[float]]
+Rewards = Sequence[float | None]
+# As in TRL: f(prompts, completions, **columns), one number for each completion, or None where it says nothing of it.
+RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
 
 
 @dataclass
@@ -24,10 +28,10 @@ class MaskScores:
     """Of S keep masks.
 
     Args:
-        scores (float32 `[S]`): what a policy earns with them.
+        scores (float32 `[S]`): what a policy earns with them; NaN where no reward function said anything.
         correct (`bool [S]`, *optional*): whether greedy decoding gives the reference answer. Not known where reward
             functions score, as nobody needs it then.
-        by_function (`dict`): what each reward function gave, by its name, float32 `[S]` each.
+        by_function (`dict`): what each reward function gave, by its name, float32 `[S]` each; NaN for `None`.
     """
 
     scores: Tensor
@@ -41,17 +45,20 @@ class MaskScores:
 
     def metrics(self) -> dict[str, Tensor]:
         """Means by their names in the log."""
-        found = {"objective/score": self.scores.mean()}
+        found = {"objective/score": self.scores.nanmean()}
         if self.correct is not None:
             found["objective/accuracy"] = self.correct.float().mean()
-        return {**found, **{f"rewards/{name}/mean": values.mean() for name, values in self.by_function.items()}}
+        if self.scores.isnan().any():
+            found["objective/is_scored"] = (~self.scores.isnan()).float().mean()
+        return {**found, **{f"rewards/{name}/mean": values.nanmean() for name, values in self.by_function.items()}}
 
 
 def step_rewards(scores: Tensor, num_kept: Tensor, alpha: float = 1.0, beta: float = 0.1) -> Tensor:
     """
     `r_t = alpha * (Score_t - Score_{t-1}) + beta * (1 - K_t / K_{t-1})` (eq. 4-6).
 
-    The paper averages the score over a mini-batch; we give each trajectory its own, which has the same mean.
+    The paper averages the score over a mini-batch; we give each trajectory its own, which has the same mean. A
+    trajectory that has kept nothing has ended: the steps that it does not have earn nothing for efficiency.
 
     Args:
         scores (`[T + 1, S]`): before the first step and after each.
@@ -61,12 +68,13 @@ def step_rewards(scores: Tensor, num_kept: Tensor, alpha: float = 1.0, beta: flo
         float `[T, S]`.
     """
     task = scores[1:] - scores[:-1]
-    efficiency = 1 - num_kept[1:] / num_kept[:-1].clamp(min=1)
+    before = num_kept[:-1]
+    efficiency = (1 - num_kept[1:] / before.clamp(min=1)) * (before > 0)
     return alpha * task + beta * efficiency
 
 
 def in_existing_steps(rewards: Tensor, step_mask: Tensor) -> Tensor:
-    """`rewards [T, S]` of the steps that exist; a trajectory that ended early gets the others' in its last step."""
+    """`rewards [T, S]` of the steps that exist; where only the end is scored, an earlier last step gets that score."""
     last = (step_mask.sum(0) - 1).clamp(min=0)
     late = (rewards * ~step_mask).sum(0)
     return (rewards * step_mask).scatter_add(0, last[None], late[None])
@@ -117,8 +125,7 @@ def check_rewards(functions: Sequence[RewardFunction], weights: Sequence[float] 
 
 
 @torch.no_grad()
-def reward_function_scores(
-    reward_funcs: Sequence[RewardFunction],
+def generate_completions(
     model: TPRLForConditionalGeneration,
     processor: Any,
     batch: AnswerBatch,
@@ -126,18 +133,16 @@ def reward_function_scores(
     sample_index: Sequence[int],
     max_completion_length: int,
     batch_size: int = 64,
-) -> dict[str, Tensor]:
+) -> tuple[list[str], list[list[int]]]:
     """
-    What each reward function gives for answers that are generated greedily, float32 `[S]`, by the function's name.
+    Answers that are generated greedily: their texts, and their ids without padding.
 
     Args:
         batch: B samples; `keep_mask` (`bool [S, N]`) and `sample_index` (`list[int]`) as in [`score_answers`].
-
-    Raises:
-        `ValueError`: when a function does not return one number for each completion.
     """
-    valid = batch.inputs.valid
-    completions: list[str] = []
+    valid, pad = batch.inputs.valid, model.generation_config.pad_token_id
+    texts: list[str] = []
+    ids: list[list[int]] = []
     for start in range(0, len(sample_index), batch_size):
         samples = list(sample_index[start : start + batch_size])
         prompts = batch.prompts(samples)
@@ -148,15 +153,82 @@ def reward_function_scores(
             do_sample=False,
         )
         new_tokens = sequences[:, prompts["input_ids"].shape[1] :]
-        completions += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+        texts += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+        ids += [[token for token in row if token != pad] for row in new_tokens.tolist()]
+    return texts, ids
+
+
+def reward_function_scores(
+    reward_funcs: Sequence[RewardFunction],
+    batch: AnswerBatch,
+    sample_index: Sequence[int],
+    completions: tuple[list[str], list[list[int]]],
+    trainer_state: Any = None,
+) -> dict[str, Tensor]:
+    """
+    What each reward function gives for answers, float32 `[S]` on the CPU, by the function's name; NaN for `None`.
+
+    They are called as in TRL: with `prompts`, `completions` (messages where the prompts are), `completion_ids`,
+    `trainer_state` and the columns of the rows. Images are decoded only for functions that name `images`.
+
+    Args:
+        batch: B samples; `sample_index` (`list[int]` of length S): the sample of each answer.
+        completions: texts and ids, as [`generate_completions`] returns them.
+
+    Raises:
+        `ValueError`: when a function does not return one number or `None` for each completion.
+    """
     rows = [batch.rows[index] for index in sample_index]
-    names = [name for name in batch.rows[0] if name not in ("images", "prompt")]
-    columns = {name: [row[name] for row in rows] for name in names}
-    found = {}
-    for function in reward_funcs:
-        rewards = function(prompts=[row["prompt"] for row in rows], completions=completions, **columns)
-        if len(rewards) != len(rows):
-            name = reward_name(function)
-            raise ValueError(f"The reward function {name} returned {len(rewards)} values for {len(rows)} completions.")
-        found[reward_name(function)] = torch.tensor(rewards, dtype=torch.float32, device=keep_mask.device)
+    texts, ids = completions
+    said = [
+        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    names = [name for name in batch.rows[0] if name not in ("images", "image", "prompt")]
+    arguments = {
+        "prompts": [row["prompt"] for row in rows],
+        "completions": said,
+        "completion_ids": ids,
+        "trainer_state": trainer_state,
+        **{name: [row[name] for row in rows] for name in names},
+    }
+    if any("images" in inspect.signature(function).parameters for function in reward_funcs):
+        opened = {index: open_images(images_of(batch.rows[index])) for index in set(sample_index)}
+        arguments["images"] = [opened[index] for index in sample_index]
+    return {
+        name: torch.tensor(checked_rewards(name, rewards, len(rows)), dtype=torch.float32)
+        for name, rewards in call_rewards(reward_funcs, arguments).items()
+    }
+
+
+def call_rewards(reward_funcs: Sequence[RewardFunction], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What each function returns, by its name. Those that are `async` run side by side."""
+    found: dict[str, Any] = {reward_name(function): function(**arguments) for function in reward_funcs}
+    waiting = {name: value for name, value in found.items() if inspect.isawaitable(value)}
+    if waiting:
+
+        async def together() -> list[Any]:
+            return await asyncio.gather(*waiting.values())
+
+        with ThreadPoolExecutor(1) as pool:  # a notebook has a loop of its own in this thread
+            found |= zip(waiting, pool.submit(asyncio.run, together()).result(), strict=True)
     return found
+
+
+def checked_rewards(name: str, rewards: Any, count: int) -> list[float]:
+    """Raises `ValueError` unless `rewards` are `count` finite numbers or `None`, which becomes NaN."""
+    if len(rewards) != count:
+        raise ValueError(f"The reward function {name} returned {len(rewards)} values for {count} completions.")
+    for reward in rewards:
+        if reward is not None and not isinstance(reward, SupportsFloat):
+            raise ValueError(f"The reward function {name} returned {reward!r}: a number, or None to say nothing.")
+        if reward is not None and not math.isfinite(float(reward)):
+            raise ValueError(f"The reward function {name} returned {reward!r}: return None where there is no reward.")
+    return [math.nan if reward is None else float(reward) for reward in rewards]
+
+
+def weighted_sum(by_function: Mapping[str, Tensor], weights: Sequence[float]) -> Tensor:
+    """The sum of rewards `[S]` with `weights`; `None` counts as nothing, and where all are `None` the sum is NaN."""
+    stacked = torch.stack(list(by_function.values()))
+    total = (stacked.nan_to_num() * torch.tensor(weights, device=stacked.device)[:, None]).sum(0)
+    return total.masked_fill(stacked.isnan().all(0), torch.nan)

@@ -25,6 +25,14 @@ class RolloutConfig(PolicyTrainingConfig):
             The weight of each of `reward_funcs` in their sum; 1 without it.
         max_completion_length (`int`, defaults to 16):
             Tokens of the longest answer that is generated for `reward_funcs`.
+        max_llm_passes (`int`, *optional*):
+            Stop after the buffer with which so many keep masks have been scored, by all processes. Scoring is nearly
+            all of the cost, so that algorithms compare at equal `llm_passes`, not at equal steps.
+        log_completions (`bool`, defaults to `False`):
+            At each log show some rollouts: question, kept tokens, answer and score as a table in the terminal, in
+            `output_dir/completions` and in W&B and Trackio; pictures of the kept tokens in these and in TensorBoard.
+        num_completions_to_print (`int`, *optional*, defaults to 8):
+            So many of them; `None` for all of a buffer.
         num_mini_batches (`int`, defaults to 4):
             Optimizer steps in each pass over a buffer.
         micro_batch_size (`int`, *optional*):
@@ -42,6 +50,9 @@ class RolloutConfig(PolicyTrainingConfig):
     min_logprob: float = -4.0
     reward_weights: list[float] | None = None
     max_completion_length: int = 16
+    max_llm_passes: int | None = None
+    log_completions: bool = False
+    num_completions_to_print: int | None = 8
     num_mini_batches: int = 4
     micro_batch_size: int | None = None
     learning_rate: float = 1e-5
@@ -59,6 +70,8 @@ class RolloutConfig(PolicyTrainingConfig):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} has no meaning here: set "
                 "num_mini_batches for the size of an update and micro_batch_size for memory."
             )
+        if self.max_llm_passes is not None and self.max_llm_passes < 1:
+            raise ValueError(f"max_llm_passes is at least 1, or None for no end; got {self.max_llm_passes}.")
         trajectories = self.per_device_train_batch_size * self.num_generations
         if trajectories % self.num_mini_batches != 0:
             raise ValueError(

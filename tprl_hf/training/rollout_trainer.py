@@ -1,24 +1,33 @@
 """What PPO, GRPO and counterfactual credit share: which step does what, questions, budgets, scores, resuming."""
 
 import contextlib
+import copy
+import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
-from .answer_batches import AnswerBatch
+from .answer_batches import AnswerBatch, reference_answer
 from .answer_scores import score_answers
-from .pruner_trainer import PolicyTrainer
-from .rewards import MaskScores, RewardFunction, check_rewards, reward_function_scores
+from .completion_log import completions_of, write_completions
+from .policy_trainer import PolicyTrainer
+from .rewards import (
+    MaskScores,
+    RewardFunction,
+    check_rewards,
+    generate_completions,
+    reward_function_scores,
+    weighted_sum,
+)
 from .rollout_config import RolloutConfig
 from .rollouts import Budgets, Rollouts
+from .trainer_arguments import needs_answers
 
 
 class RolloutTrainer(PolicyTrainer):
@@ -32,32 +41,37 @@ class RolloutTrainer(PolicyTrainer):
     Args:
         model, args, processing_class, train_dataset, eval_dataset, callbacks, optimizers: see [`PrunerTrainer`];
             `args` is the config of the algorithm. The policy that `model` comes with is the start.
-        reward_funcs (`list`, *optional*): functions `f(prompts, completions, **columns) -> list[float]` whose sum,
-            weighted by `args.reward_weights`, replaces `args.score`; answers are then generated. Columns are those of
-            `train_dataset`.
+        reward_funcs (`list`, *optional*): functions `f(prompts, completions, **columns) -> list[float | None]` whose
+            sum, weighted by `args.reward_weights`, replaces `args.score`; answers are then generated. Columns are
+            those of `train_dataset`. They may be `async`; a rollout of which all say `None` teaches nothing.
 
     Raises:
         `ValueError`: when two reward functions have one name, or `reward_weights` are not as many as they are.
     """
 
+    has_start: ClassVar[bool] = False  # whether the policy is compared with the one that training started with
     args: RolloutConfig
 
     def __init__(
         self,
-        model: TPRLForConditionalGeneration,
-        args: RolloutConfig,
-        processing_class: Any,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple = (None, None),
+        model: TPRLForConditionalGeneration | str | os.PathLike,
+        args: Any = None,
+        *,
         reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
+        **arguments: Any,
     ):
-        super().__init__(model, args, processing_class, train_dataset, eval_dataset, callbacks, optimizers)
+        super().__init__(model, args, **arguments)
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [])
-        self.reward_weights = check_rewards(self.reward_funcs, args.reward_weights)
+        self.reward_weights = check_rewards(self.reward_funcs, self.args.reward_weights)
+        if not self.reward_funcs:
+            needs_answers(self.train_dataset, "train_dataset", "score by it, or pass reward_funcs")
+        if self.has_start:
+            self.start_policy = copy.deepcopy(self.tprl_model.policy).requires_grad_(False)
         self.batch: AnswerBatch
         self.rollouts: Rollouts | None = None
+        self.num_scored = 0  # keep masks, by this process
+        self.llm_passes = 0  # the same by all processes
+        self.final_scores: Tensor | None = None  # of the last keep masks of a buffer, [S]; not those of a resumed one
         self.buffer: dict[str, Tensor] = {}  # by name [T, S, ...], and `is_trained_on [S]`; without it all are
 
     # ---- the algorithm ----
@@ -100,6 +114,10 @@ class RolloutTrainer(PolicyTrainer):
         buffer, update = divmod(self.state.global_step, self.updates_per_buffer)
         if update == 0 or self.rollouts is None:
             self.collect(buffer)
+            scored = torch.tensor(self.num_scored, device=self.args.device)
+            self.llm_passes = int(self.accelerator.reduce(scored))
+        if update == self.updates_per_buffer - 1 and self.llm_passes >= (self.args.max_llm_passes or torch.inf):
+            self.control.should_training_stop = True
         assert self.rollouts is not None
         epoch, part = divmod(update, self.args.num_mini_batches)
         chosen = torch.arange(len(self.rollouts.sample_index), device=self.args.device)
@@ -123,15 +141,19 @@ class RolloutTrainer(PolicyTrainer):
 
     # ---- questions and budgets ----
 
-    def questions(self, buffer: int) -> list[dict[str, Any]]:
-        """The rows of a buffer: each epoch goes through the dataset once, in an order of its own."""
+    def question_indices(self, buffer: int) -> list[int]:
+        """Which rows a buffer asks: each epoch goes through the dataset once, in an order of its own."""
         assert self.train_dataset is not None
         epoch, place = divmod(buffer, self.buffers_per_epoch)
         order = torch.randperm(len(self.train_dataset), generator=self.generator(0, epoch))
         count = self.args.per_device_train_batch_size
         start = (place * self.args.world_size + self.args.process_index) * count
-        wanted = [int(order[i % len(order)]) for i in range(start, start + count)]
-        return [self.train_dataset[i] for i in wanted]
+        return [int(order[i % len(order)]) for i in range(start, start + count)]
+
+    def questions(self, buffer: int) -> list[dict[str, Any]]:
+        """The rows of a buffer."""
+        assert self.train_dataset is not None
+        return [self.train_dataset[index] for index in self.question_indices(buffer)]
 
     def budgets(self, buffer: int) -> Budgets:
         """The budgets that a buffer is drawn at: none, but for algorithms that have them."""
@@ -149,21 +171,35 @@ class RolloutTrainer(PolicyTrainer):
     def score_masks(self, batch: AnswerBatch, keep_masks: Tensor, sample_index: list[int]) -> MaskScores:
         """Scores of `keep_masks [M, N]` of samples `sample_index`."""
         args = self.args
+        self.num_scored += len(keep_masks)
         if self.reward_funcs:
-            by_function = reward_function_scores(
-                self.reward_funcs, self.tprl_model, self.processing_class, batch, keep_masks, sample_index,
-                args.max_completion_length, args.score_batch_size,
-            )  # fmt: skip
-            weighted = [w * values for w, values in zip(self.reward_weights, by_function.values(), strict=True)]
-            return MaskScores(torch.stack(weighted).sum(0), by_function=by_function)
+            completions = self.complete(batch, keep_masks, sample_index)
+            rewards = reward_function_scores(self.reward_funcs, batch, sample_index, completions, self.state)
+            by_function = {name: values.to(args.device) for name, values in rewards.items()}
+            return MaskScores(weighted_sum(by_function, self.reward_weights), by_function=by_function)
         result = score_answers(self.tprl_model, batch, keep_masks, sample_index, args.score_batch_size)
         if args.score == "correct":
             return MaskScores(result.correct.float(), result.correct)
         return MaskScores(result.logprobs.clamp(min=args.min_logprob), result.correct)
 
+    def complete(
+        self, batch: AnswerBatch, keep_masks: Tensor, sample_index: list[int]
+    ) -> tuple[list[str], list[list[int]]]:
+        """Answers with `keep_masks [M, N]` of samples `sample_index`: texts, and ids."""
+        return generate_completions(
+            self.tprl_model, self.processing_class, batch, keep_masks, sample_index, self.args.max_completion_length,
+            self.args.score_batch_size,
+        )  # fmt: skip
+
+    def measure_answers(self, batch: AnswerBatch, keep_mask: Tensor) -> dict[str, Tensor]:
+        if self.reward_funcs and reference_answer(batch.rows[0]) is None:
+            rewards = self.score_masks(batch, keep_mask, list(range(len(batch)))).scores
+            return {"reward": rewards.nan_to_num()}
+        return super().measure_answers(batch, keep_mask)
+
     def score_steps(self, batch: AnswerBatch, rollouts: Rollouts, every_step: bool = True) -> Tensor:
         """
-        Scores before the first step and after each, float32 `[T + 1, S]`.
+        Scores before the first step and after each, float32 `[T + 1, S]`; NaN where no reward function said anything.
 
         Without `every_step` only the last masks are scored, and all other scores are 0. This is enough where the
         rollouts of one question are compared: the score of its unpruned prompt, the most expensive one, cancels.
@@ -172,25 +208,48 @@ class RolloutTrainer(PolicyTrainer):
         if not every_step:
             last = self.score_masks(batch, rollouts.keep_masks[-1], rollouts.sample_index.tolist())
             self.note(last.metrics())
+            self.final_scores = last.scores
             return torch.cat([torch.zeros_like(last.scores).expand(num_steps, -1), last.scores[None]])
         # one call for all steps; unpruned, each sample is scored once
         masks = torch.cat([batch.inputs.valid, *rollouts.keep_masks[1:]])
         samples = [*range(len(batch)), *(rollouts.sample_index.tolist() * num_steps)]
         scored = self.score_masks(batch, masks, samples)
         unpruned, pruned = scored.scores[: len(batch)], scored.scores[len(batch) :]
-        self.note(scored.take(slice(-num_trajectories, None)).metrics())
-        self.note({"objective/score_unpruned": unpruned.mean()})
+        final = scored.take(slice(-num_trajectories, None))
+        self.final_scores = final.scores
+        self.note({**final.metrics(), "objective/score_unpruned": unpruned.nanmean()})
         return torch.cat([unpruned[rollouts.sample_index][None], pruned.view(num_steps, num_trajectories)])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log({**logs, "llm_passes": self.llm_passes}, start_time)
+        if self.args.log_completions and "loss" in logs and self.final_scores is not None:
+            self.log_completions(self.final_scores)
+
+    @torch.no_grad()
+    def log_completions(self, scores: Tensor) -> None:
+        """Shows the first `num_completions_to_print` rollouts of the buffer, answered once more."""
+        if not self.is_world_process_zero() or self.rollouts is None:
+            return
+        count = self.args.num_completions_to_print or len(scores)
+        masks = self.rollouts.keep_masks[-1, :count]
+        samples = self.rollouts.sample_index[:count].tolist()
+        answers, _ = self.complete(self.batch, masks, samples)
+        shown = completions_of(self.encoder, self.batch, masks, samples, answers, scores[:count])
+        write_completions(
+            shown, self.state.global_step, self.args.output_dir, self.args.report_to, self.callback_handler.callbacks
+        )
 
     # ---- resuming ----
 
     def saved_state(self) -> dict[str, Any]:
         rollouts = None if self.rollouts is None else self.rollouts.state()
         state = {"rollouts": rollouts, "buffer": self.buffer, "step": self.state.global_step}
+        state.update(num_scored=self.num_scored, llm_passes=self.llm_passes)
         return {**super().saved_state(), **state}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
+        self.num_scored, self.llm_passes = state.get("num_scored", 0), state.get("llm_passes", 0)
         if state["step"] % self.updates_per_buffer != 0:
             self.batch, _ = self.encode_questions(state["step"] // self.updates_per_buffer)
             self.rollouts, self.buffer = Rollouts(**state["rollouts"]), state["buffer"]

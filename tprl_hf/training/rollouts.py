@@ -199,6 +199,35 @@ def shift_to_budget(
     return (low + high) / 2
 
 
+def budget_of_step(
+    logits: Tensor,
+    valid: Tensor,
+    keep_mask: Tensor,
+    action_mask: Tensor,
+    budgets: Budgets,
+    sample_index: Tensor,
+    step: int,
+    num_steps: int,
+    discount: float,
+) -> tuple[Tensor, Tensor]:
+    """
+    What a step's budget adds to `logits [S, N]`, and how many of the tokens in `action_mask` it keeps on average.
+
+    Args:
+        valid, keep_mask, action_mask (`bool [S, N]`): tokens at the start, before the step, and in the policy's hands.
+
+    Returns:
+        `Rollouts.shifts` and `Rollouts.targets` of the step, float32 `[S]` each.
+    """
+    zero = torch.zeros(len(sample_index), device=logits.device)
+    if budgets.keep_ratio is None:
+        return zero, zero
+    shares = budgets.keep_ratio[sample_index] ** ((step + 1) / num_steps)
+    targets = (valid.sum(1) * shares - (keep_mask & ~action_mask).sum(1)).clamp(min=1.0)
+    shift = shift_to_budget(logits, action_mask, targets, discount, budgets.shared)
+    return shift, zero if budgets.shared else targets
+
+
 @torch.no_grad()
 def collect_rollouts(
     policy: PruningPolicy,
@@ -238,12 +267,9 @@ def collect_rollouts(
             output = policy_on_kept(policy, codes[sample_index], keep_mask, rows, step)
         action_mask = keep_mask & ~rows.layout.protected
         discount = lambda_disc**step
-        shift = targets = torch.zeros(len(sample_index), device=codes.device)
-        if budgets.keep_ratio is not None:
-            shares = budgets.keep_ratio[sample_index] ** ((step + 1) / num_steps)
-            targets = (rows.valid.sum(1) * shares - (keep_mask & ~action_mask).sum(1)).clamp(min=1.0)
-            shift = shift_to_budget(output.logits, action_mask, targets, discount, budgets.shared)
-            targets = torch.zeros_like(targets) if budgets.shared else targets
+        shift, targets = budget_of_step(
+            output.logits, rows.valid, keep_mask, action_mask, budgets, sample_index, step, num_steps, discount
+        )
         logits = output.logits + shift[:, None]
         drawn = sample_keep_mask(logits, action_mask, discount, generator) | (keep_mask & ~action_mask)
         logprobs.append(keep_logprobs(logits, drawn, action_mask, discount))
@@ -262,6 +288,54 @@ def collect_rollouts(
         torch.stack(logprobs),
         torch.stack(values),
     )
+
+
+@torch.no_grad()
+def rollouts_of_masks(
+    policy: PruningPolicy,
+    autoencoder: TokenAutoencoder,
+    inputs: PruningInputs,
+    sample_index: Tensor,
+    keep_masks: Tensor,
+    lambda_disc: float,
+    budgets: Budgets | None = None,
+) -> Rollouts:
+    """
+    Trajectories that are known already, as if `policy` had drawn them.
+
+    Args:
+        policy, autoencoder, inputs, lambda_disc, budgets: see [`collect_rollouts`].
+        sample_index (`int64 [S]`), keep_masks (`bool [T + 1, S, N]`): the trajectories.
+    """
+    budgets = budgets or Budgets()
+    codes, num_steps = autoencoder.encode(inputs.tokens), len(keep_masks) - 1
+    output = policy_on_trajectories(policy, codes, inputs, sample_index, keep_masks[:-1])
+    valid, protected = inputs.valid[sample_index], inputs.layout[sample_index].protected
+    action_mask = keep_masks[:-1] & ~protected
+    shifts, targets, logprobs = [], [], []
+    for step, (logits, before, after, drawn) in enumerate(
+        zip(output.logits, keep_masks[:-1], keep_masks[1:], action_mask, strict=True)
+    ):
+        discount = lambda_disc**step
+        shift, target = budget_of_step(logits, valid, before, drawn, budgets, sample_index, step, num_steps, discount)
+        shifts.append(shift)
+        targets.append(target)
+        logprobs.append(keep_logprobs(logits + shift[:, None], after, drawn, discount))
+    return Rollouts(
+        sample_index,
+        keep_masks,
+        action_mask,
+        torch.stack(shifts),
+        torch.stack(targets),
+        torch.stack(logprobs),
+        output.values,
+    )
+
+
+def joined(first: Rollouts, second: Rollouts) -> Rollouts:
+    """The trajectories of both, about the same samples."""
+    one, other = first.state(), second.state()
+    return Rollouts(**{name: torch.cat([one[name], other[name]], int(name != "sample_index")) for name in one})
 
 
 def logits_at_budget(rollouts: Rollouts, logits: Tensor, lambda_disc: float) -> Tensor:

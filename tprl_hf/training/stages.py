@@ -40,6 +40,7 @@ STAGES: dict[str, Stage] = {
     "lfd": Stage("LfDConfig", "LfDTrainer", starts_from=("autoencoder",), learns_from="demonstrations"),
     "ppo": Stage("TPRLPPOConfig", "TPRLPPOTrainer", **_RL),
     "grpo": Stage("TPRLGRPOConfig", "TPRLGRPOTrainer", **_RL),
+    "mapo": Stage("TPRLMAPOConfig", "TPRLMAPOTrainer", **_RL),
     "counterfactual": Stage("CounterfactualConfig", "CounterfactualTrainer", **_RL),
 }
 

@@ -1,0 +1,121 @@
+"""`tprl reproduce`: what it trains, what tables share, and what it writes."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from tprl_hf.cli import paper_tables, reproduce
+from tprl_hf.cli.main import main
+from tprl_hf.cli.paper_tables import read_table, runs_of, table_names
+from tprl_hf.training.stages import STAGES
+
+SMALL = {
+    "data.train": {"source": "mosaic", "seed": 100, "num_samples": 12},
+    "data.validation.num_samples": 6,
+    "autoencoder.max_steps": 1,
+    "demonstrations.num_samples": 12,
+    "demonstrations.batch_size": 6,
+    "lfd.max_steps": 2,
+    "lfd.per_device_train_batch_size": 4,
+    "lfd.eval_steps": 1,
+    "lfd.keep_best": False,  # else an untrained policy may be the best
+    "ppo.max_steps": 4,
+    "ppo.per_device_train_batch_size": 4,
+    "ppo.eval_steps": 2,
+    "ppo.keep_best": False,
+}
+
+
+@pytest.mark.parametrize("name", table_names())
+@pytest.mark.parametrize("full", [False, True])
+def test_each_table_names_recipes_and_settings_that_there_are(name, full, tmp_path):
+    from tprl_hf.cli.train import check_stage
+
+    table = read_table(name)
+    runs = runs_of(table, tmp_path, full)
+    assert len(runs) == len(table.rows) * len(table.seeds)
+    for run in runs:
+        for stage in run.stages:
+            check_stage(stage, run.recipe)
+        assert run.model.name == run.stages[-1] == table.rows[run.label].get("stage", table.stage)
+        seeds = {run.recipe[stage]["seed"] for stage in run.stages if stage != "demonstrations"}
+        assert seeds == {run.seed}
+
+
+def test_what_is_equal_is_trained_once_and_what_differs_is_not_shared(tmp_path):
+    runs = runs_of(read_table("table7"), tmp_path, full=False)
+    by_stage = {stage: {run.directories[stage] for run in runs} for stage in runs[0].stages}
+    assert {stage: len(paths) for stage, paths in by_stage.items()} == {
+        "autoencoder": 1, "demonstrations": 1, "lfd": 1, "ppo": 5,
+    }  # fmt: skip
+    (figure,) = runs_of(read_table("fig4"), tmp_path, full=False)
+    assert figure.directories == next(run for run in runs if run.label == "T = 3").directories
+
+    widths = runs_of(read_table("fig2"), tmp_path, full=False)
+    assert len({run.directories["autoencoder"] for run in widths}) == len(widths)
+    assert {run.directories["demonstrations"] for run in widths} == by_stage["demonstrations"]
+    full = runs_of(read_table("table7"), tmp_path, full=True)
+    assert full[0].directories["ppo"] not in by_stage["ppo"]
+
+    scratch = runs_of(read_table("table6"), tmp_path, full=False)[0]
+    assert scratch.stages == ["autoencoder", "ppo"]
+
+
+def test_a_table_that_there_is_not(capsys):
+    assert main(["reproduce", "table9"]) == 2
+    assert "There is no table 'table9'; there are fig2," in capsys.readouterr().err
+
+
+def test_a_dry_run_says_how_long_it_takes_and_trains_nothing(tmp_path, capsys):
+    assert main(["reproduce", "table7", "fig4", "--runs-dir", str(tmp_path / "runs"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "table7: Table 7: steps of a trajectory in training. 0 of 8 stages are trained" in out
+    assert re.search(r"missing takes about 7[0-9] minutes", out)  # what fig4 shares is counted once
+    assert not (tmp_path / "runs").exists()
+
+
+def test_from_nothing_to_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
+    def small(name):
+        table = read_table(name)
+        rows = {label: table.rows[label] for label in list(table.rows)[-1:]} if name == "table7" else table.rows
+        rows = {**rows, "LfD": {"stage": "lfd"}} if name == "table7" else rows
+        drawn = None if table.trajectories is None else {**table.trajectories, "num_samples": 2}
+        return replace(
+            table, rows=rows, short=SMALL, test={"seeds": [7], "num_samples": 12}, keep_ratios=["1/9"],
+            trajectories=drawn,
+        )  # fmt: skip
+
+    monkeypatch.setattr(reproduce, "read_table", small)
+    command = [
+        "reproduce",
+        "table7",
+        "fig4",
+        "--runs-dir",
+        str(tmp_path / "runs"),
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "run 1 of 2, T = 5, seed 0" in out and "run 2 of 2, LfD" not in out  # its policy is there already
+
+    result = json.loads((tmp_path / "out" / "table7.json").read_text())
+    assert result["command"] == "tprl reproduce table7" and set(result["versions"]) == set(reproduce.PACKAGES)
+    assert str(tmp_path) not in json.dumps(result)
+    assert [one["row"] for one in result["training"]] == ["T = 5", "LfD"]
+    assert all(one["curve"] and set(one["seconds"]) <= set(STAGES) for one in result["training"])
+    text = (tmp_path / "out" / "table7.md").read_text()
+    for row in ("T = 5", "LfD", "rule: vispruner", "rule: random"):
+        assert re.search(rf"^\| {row} \| [+-]\d+\.\d\d \[", text, re.MULTILINE), row
+    assert "12 test questions (seeds 7), one training seed." in text
+    assert (tmp_path / "out" / "table7.png").stat().st_size > 5000
+    assert (tmp_path / "out" / "fig4.png").stat().st_size > 5000
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("training.json")}
+    assert main(command) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("training.json")}
+    assert "stages are trained" in capsys.readouterr().out
+    runs = runs_of(small("table7"), tmp_path / "runs", full=False)
+    assert paper_tables.minutes_left(runs, tmp_path / "runs") == 0

@@ -1,0 +1,115 @@
+"""Demonstrations that were cut off: what is there is not made again, and what is made is the same."""
+
+import json
+
+import pytest
+import torch
+
+from tprl_hf.pruners import UniformPruner
+from tprl_hf.training import GradientTeacher, LeaveOutTeacher, generate_demonstrations
+from tprl_hf.training.demonstrations import demonstrate
+from tprl_hf.training.saved_masks import SavedMasks, description
+
+
+class CutOff(Exception):
+    pass
+
+
+@pytest.fixture
+def make(make_model, processor, dataset, tmp_path, monkeypatch):
+    """Makes demonstrations in one folder, with the batches that were demonstrated; cut off before batch `stop`."""
+
+    def make(teacher=None, stop=None, model=None, **settings):
+        batches = []
+
+        def watched(teacher, model, batch, schedules):
+            if len(batches) == stop:
+                raise CutOff
+            batches.append([row["prompt"] for row in batch.rows])
+            return demonstrate(teacher, model, batch, schedules)
+
+        monkeypatch.setattr("tprl_hf.training.demonstrations.demonstrate", watched)
+        settings = {"dataset": dataset, "batch_size": 2, "output_dir": str(tmp_path / "shown"), **settings}
+        try:
+            made = generate_demonstrations(
+                teacher or GradientTeacher(), model or make_model(), processor, settings.pop("dataset"), **settings
+            )
+        except CutOff:
+            return None, batches
+        return made["keep_masks"][:], batches
+
+    return make
+
+
+def test_what_is_there_is_not_made_again(make, tmp_path):
+    undisturbed, all_batches = make(output_dir=None)
+    assert len(all_batches) == 4
+    _, before = make(stop=3)
+    found, after = make()
+    assert found == undisturbed and before + after == all_batches and len(after) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["shown"]
+
+
+def test_any_torn_line_is_made_again(make, tmp_path):
+    undisturbed, _ = make(output_dir=None)
+    path = tmp_path / "shown.unfinished.jsonl"
+    make(stop=3)
+    whole = path.read_bytes()
+    lines = whole.split(b"\n")
+    assert len(lines) == 8 and lines[-1] == b""
+    for spoiled in (
+        whole[:-20],  # within the last sample
+        whole[: -len(lines[-2]) - 1],  # before it
+        whole[:-1].replace(lines[-2], b"\0" * len(lines[-2])),
+        whole.replace(b"0", b"2", 3),
+        whole + b'{"sample": 6, "keep_masks": ["01',
+        lines[0],
+        lines[0][:-3],
+        b"[]\n",
+        b"",
+    ):
+        path.write_bytes(spoiled)
+        found, after = make()
+        assert found == undisturbed and 1 <= len(after) <= 4
+        path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("what", ["data", "teacher", "keep_ratios", "batch_size", "weights"])
+def test_masks_of_something_else_are_not_taken(make, make_model, dataset, what, tmp_path, monkeypatch):
+    make(stop=2)
+    model = make_model()
+    others = {
+        "data": {"dataset": dataset.map(lambda row: {"answer": f"not {row['answer']}"})},
+        "teacher": {"teacher": UniformPruner()},
+        "keep_ratios": {"keep_ratios": [0.5, 0.25]},
+        "batch_size": {"batch_size": 4},
+        "weights": {"model": model},
+    }
+    if what == "weights":
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(2)
+    told = []
+    monkeypatch.setattr("tprl_hf.training.saved_masks.logger.warning", told.append)
+    undisturbed, batches = make(output_dir=None, **others[what])
+    found, after = make(**others[what])
+    assert found == undisturbed and after == batches
+    assert len(told) == 1 and f"is of another run ({what})" in told[0]
+
+
+def test_a_teacher_is_described_by_its_settings(make_model):
+    assert description(LeaveOutTeacher(4)) == description(LeaveOutTeacher(4)) != description(LeaveOutTeacher(5))
+    assert description(UniformPruner()) != description(GradientTeacher())
+    model = make_model()
+    before = description(model.learned_pruner())
+    assert before == description(model.learned_pruner())
+    with torch.no_grad():
+        model.policy.policy_head.weight.mul_(2)
+    assert before != description(model.learned_pruner())
+
+
+def test_masks_are_read_as_they_were_written(tmp_path):
+    path, masks = tmp_path / "masks.jsonl", [[[True, False], [False, False]], [[], []]]
+    SavedMasks(path, {"seed": 1}).add(3, masks)
+    again = SavedMasks(path, {"seed": 1})
+    assert again.of(range(3, 5)) == masks and again.of(range(2, 4)) is None
+    assert json.loads(path.read_text().splitlines()[1]) == {"sample": 3, "keep_masks": ["10", "00"]}

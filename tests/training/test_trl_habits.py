@@ -1,0 +1,452 @@
+"""What users of TRL write, on our trainers: it works as in TRL, or one line says what to write instead."""
+
+import asyncio
+import io
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForImageTextToText, HfArgumentParser, TrainingArguments
+
+from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.modeling.text_query import chat_messages
+from tprl_hf.training import (
+    AutoencoderConfig,
+    AutoencoderTrainer,
+    CounterfactualConfig,
+    CounterfactualTrainer,
+    LfDConfig,
+    LfDTrainer,
+    TPRLGRPOConfig,
+    TPRLGRPOTrainer,
+    TPRLPPOConfig,
+    TPRLPPOTrainer,
+)
+from tprl_hf.training.answer_batches import SampleEncoder
+
+TRAINERS = {
+    "autoencoder": (AutoencoderTrainer, AutoencoderConfig),
+    "lfd": (LfDTrainer, LfDConfig),
+    "ppo": (TPRLPPOTrainer, TPRLPPOConfig),
+    "grpo": (TPRLGRPOTrainer, TPRLGRPOConfig),
+    "counterfactual": (CounterfactualTrainer, CounterfactualConfig),
+}
+QUIET = {"disable_tqdm": True, "use_cpu": True, "max_steps": 1, "save_strategy": "no"}
+PPO = {**QUIET, "per_device_train_batch_size": 2, "num_mini_batches": 2, "num_ppo_epochs": 1, "num_steps": 2}
+PPO |= {"eval_keep_ratios": [0.5], "per_device_eval_batch_size": 8, "logging_steps": 1, "max_completion_length": 2}
+BUDGETED = {**QUIET, "per_device_train_batch_size": 2, "num_generations": 2, "num_mini_batches": 2}
+SETTINGS = {"ppo": PPO, "grpo": BUDGETED, "counterfactual": {**BUDGETED, "efficiency_coef": 0.5, "num_flips": 3}}
+
+
+@pytest.fixture
+def ppo(make_model, processor, dataset, tmp_path):
+    """A trainer of PPO with what a test wants to be different."""
+
+    def make(settings=None, **arguments):
+        config = TPRLPPOConfig(str(tmp_path), **{**PPO, **(settings or {})})
+        usual = {"model": make_model(), "args": config, "train_dataset": dataset, "processing_class": processor}
+        return TPRLPPOTrainer(**{**usual, **arguments})
+
+    return make
+
+
+def without_answers(dataset):
+    return dataset.remove_columns(["answer"])
+
+
+def rows(dataset, **columns):
+    """The rows of a dataset with other columns, each a function of the row."""
+    return Dataset.from_list([{name: column(row) for name, column in columns.items()} for row in dataset])
+
+
+def said(content):
+    return [{"role": "user", "content": content}]
+
+
+IMAGES, PROMPT, ANSWER = ({name: lambda row, name=name: row[name]} for name in ("images", "prompt", "answer"))
+ANSWERED = {**IMAGES, **ANSWER}
+
+
+def text(row):
+    return {"type": "text", "text": row["prompt"]}
+
+
+def ones(completions, **columns):
+    return [1.0] * len(completions)
+
+
+def nothing(completions, **columns):
+    return [None] * len(completions)
+
+
+async def asynchronous(completions, **columns):
+    await asyncio.sleep(0)
+    return [1.0] * len(completions)
+
+
+# ---- how a trainer is made ----
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_model_by_its_path_and_nothing_else(name, base, make_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer_class, config = TRAINERS[name]
+    make_model().save_pretrained(tmp_path / "mine")  # without a processor: that of its base model is taken
+    for path in (base, str(tmp_path / "mine"), tmp_path / "mine"):
+        trainer = trainer_class(path)
+        assert type(trainer.args) is config and type(trainer.tprl_model) is TPRLForConditionalGeneration
+        assert trainer.args.output_dir.endswith(f"-{name}") and trainer.processing_class.chat_template
+    assert trainer.args.output_dir == f"mine-{name}"
+
+
+def test_a_processor_that_is_nowhere(make_model, tmp_path):
+    model = make_model()
+    model.config.base_model_name_or_path = None
+    with pytest.raises(ValueError, match="no processor at the model, which has no name: pass processing_class"):
+        TPRLPPOTrainer(model, TPRLPPOConfig(str(tmp_path), **PPO))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        # the order of GRPOTrainer and RLOOTrainer, and our own earlier one
+        (lambda m, p, d, a: TPRLPPOTrainer(m, ones, a, d, d, p), TypeError, "takes from 2 to 3 positional arguments"),
+        (lambda m, p, d, a: TPRLPPOTrainer(m, a, p, d, d), TypeError, "takes from 2 to 3 positional arguments"),
+        (lambda m, p, d, a: TPRLPPOTrainer(m, ones), TypeError, "got function. Reward functions are `reward_funcs=`"),
+        (
+            lambda m, p, d, a: TPRLPPOTrainer(m, TrainingArguments("x", use_cpu=True)),
+            TypeError,
+            "is a TPRLPPOConfig; got",
+        ),
+        (lambda m, p, d, a: TPRLGRPOTrainer(m, a), TypeError, "is a TPRLGRPOConfig; got TPRLPPOConfig"),
+        (lambda m, p, d, a: TPRLPPOTrainer(m.lvlm, a), TypeError, "TPRLForConditionalGeneration.from_base_model"),
+        (
+            lambda m, p, d, a: TPRLPPOTrainer(m, a, peft_config=1),
+            TypeError,
+            "peft_config`: the policy is trained whole",
+        ),
+        (lambda m, p, d, a: TPRLPPOTrainer(m, a, quantization_config=1), TypeError, "load the model with it"),
+        (lambda m, p, d, a: TPRLPPOTrainer(m, a, compute_metrics=len), TypeError, "measures accuracy"),
+        (lambda m, p, d, a: TPRLPPOTrainer(m, a, data_collator=len), TypeError, "encoded where they are used"),
+        (lambda m, p, d, a: TPRLPPOTrainer(m, a, tools=[len]), TypeError, "a series of keep masks"),
+        (lambda m, p, d, a: TPRLPPOTrainer(m, a, reward_fn=ones), TypeError, "has no argument 'reward_fn'"),
+        (lambda m, p, d, a: LfDTrainer(m, reward_funcs=ones), TypeError, "has no argument 'reward_funcs'"),
+        # data
+        (
+            lambda m, p, d, a: TPRLPPOTrainer(m, a, train_dataset=d.to_iterable_dataset()),
+            TypeError,
+            "a stream must end",
+        ),
+        (lambda m, p, d, a: LfDTrainer(m, train_dataset=d.to_iterable_dataset()), TypeError, "a stream must end"),
+        (
+            lambda m, p, d, a: AutoencoderTrainer(m, eval_dataset=d.to_iterable_dataset()),
+            TypeError,
+            "a stream must end",
+        ),
+        (lambda m, p, d, a: TPRLPPOTrainer(m, a, train_dataset=list(d)), TypeError, "Dataset.from_list"),
+        (
+            lambda m, p, d, a: TPRLPPOTrainer(m, a, train_dataset=DatasetDict(train=d)),
+            TypeError,
+            "pass one of 'train'",
+        ),
+        (lambda m, p, d, a: TPRLPPOTrainer(m, a, train_dataset=d.select([])), ValueError, "train_dataset has no rows"),
+        (
+            lambda m, p, d, a: TPRLPPOTrainer(m, a, train_dataset=d.rename_column("prompt", "question")),
+            ValueError,
+            "no column 'prompt', only images, question",
+        ),
+        (
+            lambda m, p, d, a: TPRLPPOTrainer(m, a, train_dataset=without_answers(d)),
+            ValueError,
+            "no column 'answer', .*: score by it, or pass reward_funcs",
+        ),
+        (
+            lambda m, p, d, a: TPRLPPOTrainer(m, a, eval_dataset=without_answers(d)).evaluate(),
+            ValueError,
+            "has no answer to compare with: 'word",
+        ),
+        (lambda m, p, d, a: TPRLPPOTrainer(m, a).train(), ValueError, "has no train_dataset"),
+        (lambda m, p, d, a: LfDTrainer(m, LfDConfig(a.output_dir, **QUIET)).train(), ValueError, "a train_dataset"),
+        (lambda m, p, d, a: TPRLPPOTrainer(m, a).evaluate(), ValueError, "pass eval_dataset"),
+        (
+            lambda m, p, d, a: AutoencoderTrainer(m).predict(d),
+            ValueError,
+            r"AutoencoderTrainer has nothing to predict: call trainer.evaluate\(dataset\)",
+        ),
+        # rewards
+        (
+            lambda m, p, d, a: TPRLPPOTrainer(
+                m, a, train_dataset=d, reward_funcs=lambda completions, **k: [1.0]
+            ).train(),
+            ValueError,
+            "returned 1 values for 6 completions",
+        ),
+        (
+            lambda m, p, d, a: TPRLPPOTrainer(
+                m, a, train_dataset=d, reward_funcs=lambda completions, **k: ["x"] * len(completions)
+            ).train(),
+            ValueError,
+            "returned 'x': a number, or None",
+        ),
+        (
+            lambda m, p, d, a: TPRLPPOTrainer(
+                m, a, train_dataset=d, reward_funcs=lambda completions, **k: [float("nan")] * len(completions)
+            ).train(),
+            ValueError,
+            "returned nan: return None where there is no reward",
+        ),
+    ],
+)
+def test_what_is_refused_says_what_to_write(
+    call, error, message, make_model, processor, dataset, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message) as refused:
+        call(make_model(), processor, dataset, TPRLPPOConfig(str(tmp_path), **PPO))
+    assert len(str(refused.value).splitlines()) <= 3 and len(str(refused.value)) < 360
+
+
+def test_a_peft_model_is_refused(make_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    tuned = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match=r"got PeftModel: of a PEFT model take model.merge_and_unload\(\)"):
+        TPRLPPOTrainer(tuned, TPRLPPOConfig(str(tmp_path), **PPO))
+
+
+def test_arguments_of_trl_that_are_none_ask_for_nothing(ppo):
+    assert ppo(peft_config=None, quantization_config=None, compute_metrics=None).args.max_steps == 1
+
+
+# ---- what it is trained on ----
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments"),
+    [
+        (lambda d: d, {"reward_funcs": ones}),
+        (without_answers, {"reward_funcs": ones}),
+        (lambda d: d, {"reward_funcs": asynchronous}),
+        (lambda d: d, {"reward_funcs": [asynchronous, ones]}),
+        (lambda d: d, {"reward_funcs": nothing}),
+        (lambda d: rows(d, **ANSWERED, prompt=lambda row: said([{"type": "image"}, text(row)])), {}),
+        (lambda d: rows(d, **ANSWERED, prompt=lambda row: said(row["prompt"])), {}),
+        (lambda d: rows(d, **PROMPT, **ANSWER, image=lambda row: row["images"][0]), {}),
+        (lambda d: rows(d, **PROMPT, **IMAGES, answer=lambda row: [row["answer"]]), {}),
+        (lambda d: d, {"settings": {"gradient_checkpointing": True}}),
+        (lambda d: d, {"settings": {"bf16": True}}),
+        (lambda d: d, {"settings": {"reward_weights": [0.5]}, "reward_funcs": ones}),
+    ],
+    ids=["rewards", "no answers", "async", "async and not", "None", "chat parts", "chat strings", "image", "answers",
+         "gradient_checkpointing", "bf16", "reward_weights"],
+)  # fmt: skip
+def test_rows_and_settings_that_train(change, arguments, ppo, dataset):
+    trainer = ppo(train_dataset=change(dataset), **arguments)
+    trainer.train()
+    assert trainer.state.global_step == 1 and np.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_rows_of_other_forms_are_the_same_samples(make_model, processor, dataset):
+    encoder = SampleEncoder(make_model(), processor)
+    row = dataset[0]
+    several = {**row, "answer": ["word59", row["answer"], row["answer"]]}  # the one given most often
+    single = {name: value for name, value in row.items() if name != "images"} | {"image": row["images"][0]}
+    chat = {**row, "prompt": said(row["prompt"])}
+    plain = encoder.encode(row)
+    for other in (several, single, chat):
+        found = encoder.encode(other)
+        for name in ("prompt_ids", "answer_ids", "query_mask"):
+            assert torch.equal(getattr(found, name), getattr(plain, name))
+    assert (
+        chat_messages("q", 1)
+        == chat_messages(said("q"), 1)
+        == said([{"type": "image"}, {"type": "text", "text": "q"}])
+    )
+    history = [{"role": "system", "content": "s"}, *said("a"), {"role": "assistant", "content": "b"}, *said("c")]
+    kinds = [[part["type"] for part in message["content"]] for message in chat_messages(history, 2)]
+    assert kinds == [["text"], ["image", "image", "text"], ["text"], ["text"]]
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "counterfactual"])
+def test_what_no_function_scores_teaches_nothing(name, make_model, processor, dataset, tmp_path):
+    """One question of each buffer is not scored; its rollouts have no gradient, and those of the others do."""
+    trainer_class, config = TRAINERS[name]
+    settings = (
+        {**SETTINGS[name], "entropy_coef": 0.0, "vf_coef": 0.0} if name == "ppo" else {**SETTINGS[name], "beta": 0.0}
+    )
+    asked = []
+
+    def of_some(prompts, completion_ids, **columns):
+        asked.append(set(prompts))
+        skipped = min(asked[0])
+        return [None if prompt == skipped else ids[0] / 7 for prompt, ids in zip(prompts, completion_ids, strict=True)]
+
+    def never(completions, **columns):
+        return [None] * len(completions)
+
+    trainer = trainer_class(
+        make_model(), config(str(tmp_path), **settings), processing_class=processor, train_dataset=dataset,
+        reward_funcs=[of_some, never],
+    )  # fmt: skip
+    trainer.collect(0)
+    rollouts = trainer.rollouts
+    skipped = [row["prompt"] for row in trainer.batch.rows].index(min(asked[0]))
+    of_skipped = rollouts.sample_index == skipped
+    assert trainer.final_scores[of_skipped].isnan().all() and trainer.final_scores[~of_skipped].isfinite().all()
+    assert not trainer.buffer["advantages"][:, of_skipped].any()
+    assert trainer.buffer["advantages"][:, ~of_skipped].any()
+    losses = trainer.trajectory_losses(trainer.model, torch.arange(len(of_skipped)))
+    gradients = torch.autograd.grad(
+        losses[of_skipped].sum(), trainer.model.policy.policy_head.weight, allow_unused=True
+    )
+    assert gradients[0] is None or not gradients[0].any()
+    metrics = {name: values[0] for name, values in trainer.metrics.items()}
+    assert metrics["objective/is_scored"] == 0.5 and np.isfinite(metrics["objective/reward"])
+    assert "rewards/of_some/mean" in metrics and "rewards/never/mean" not in metrics
+    trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_reward_functions_are_called_as_in_trl(ppo, dataset):
+    seen = {}
+
+    def told(prompts, completions, completion_ids, trainer_state, images, answer, **columns):
+        seen.update(prompts=prompts, completions=completions, ids=completion_ids, images=images)
+        assert trainer_state.max_steps == 1 or trainer_state.global_step == 0
+        return np.ones(len(prompts))
+
+    chat = rows(dataset, **ANSWERED, prompt=lambda row: said(row["prompt"]))
+    ppo(train_dataset=chat, reward_funcs=told).train()
+    assert all(message[0]["role"] == "assistant" for message in seen["completions"])
+    assert all(len(ids) <= 2 for ids in seen["ids"])
+    assert {image.size for images in seen["images"] for image in images} == {(24, 24)}
+
+
+# ---- measuring ----
+
+
+def test_several_datasets_are_measured_by_name(ppo, dataset):
+    sets = DatasetDict(a=dataset.select(range(4)), b=dataset.select(range(4, 8)))
+    trainer = ppo({"eval_strategy": "steps", "eval_steps": 1}, eval_dataset=sets)
+    trainer.train()
+    found = trainer.evaluate()
+    for metric in ("accuracy", "logprob", "logprob@0.500"):
+        assert found[f"eval_{metric}"] == pytest.approx((found[f"eval_a_{metric}"] + found[f"eval_b_{metric}"]) / 2)
+    assert trainer.evaluate("a")["eval_a_logprob"] == pytest.approx(found["eval_a_logprob"])
+    assert trainer.evaluate(sets["b"], metric_key_prefix="test")["test_logprob"] == pytest.approx(
+        found["eval_b_logprob"]
+    )
+    assert trainer.best["score"] >= found["eval_logprob"] - 1e-6
+    whole = ppo(model=trainer.tprl_model, eval_dataset=dataset).evaluate()
+    assert whole["eval_logprob"] == pytest.approx(found["eval_logprob"], abs=1e-5)
+
+
+def test_without_answers_the_rewards_are_measured(ppo, dataset):
+    def share(prompts, completions, **columns):
+        return [0.25] * len(prompts)
+
+    trainer = ppo(eval_dataset=without_answers(dataset), reward_funcs=share)
+    trainer.train()
+    assert trainer.evaluate()["eval_reward"] == pytest.approx(0.25) and trainer.best["score"] == pytest.approx(0.25)
+
+
+def test_predictions_are_keep_masks(ppo, dataset):
+    trainer = ppo({"eval_keep_ratios": [0.5, 0.25]}, eval_dataset=dataset)
+    predicted = trainer.predict(dataset)
+    assert predicted.predictions.shape == (8, 2, 16) and predicted.label_ids is None
+    assert predicted.predictions.sum(2).tolist() == [[8, 4]] * 8
+    measured = trainer.evaluate()
+    assert predicted.metrics == pytest.approx({k.replace("eval_", "test_"): v for k, v in measured.items()})
+    mask = torch.from_numpy(predicted.predictions[3, 0])
+    pruner = trainer.tprl_model.learned_pruner()
+    with trainer.tprl_model.using(pruner):
+        plan = trainer.tprl_model.prune(**trainer.encoder.process(dataset[3]), keep_ratio=0.5)
+    assert torch.equal(plan.keep_mask, mask)
+
+
+# ---- what it says ----
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "ppo"])
+def test_a_model_card(name, make_model, processor, dataset, tmp_path):
+    trainer_class, config = TRAINERS[name]
+    data = {"processing_class": processor, "train_dataset": dataset, "eval_dataset": dataset}
+    trainer = trainer_class(make_model(), config(str(tmp_path / "mine"), **SETTINGS.get(name, QUIET)), **data)
+    trainer.create_model_card("My policy", dataset_name="me/questions", tags="blue")
+    path = tmp_path / "mine" / "README.md"
+    card = path.read_text()
+    assert "My policy" in card and "- me/questions" in card and "- blue" in card and trainer._name in card
+    assert str(tmp_path) not in card
+    path.write_text(card + "\nWhat I found out.\n")
+    trainer.create_model_card("Another")
+    assert "What I found out." in path.read_text() and "Another" in path.read_text()
+
+
+def test_completions_are_logged(ppo, tmp_path, capsys):
+    settings = {"log_completions": True, "num_completions_to_print": 2, "max_steps": 2, "logging_steps": 2}
+    trainer = ppo(settings)
+    plain = ppo({"max_steps": 2, "logging_steps": 2})
+    trainer.train()
+    (path,) = (tmp_path / "completions").iterdir()
+    assert path.name == "completions_00002.parquet"
+    table = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+    assert table.column_names == ["step", "question", "kept_tokens", "visual_tokens", "answer", "reference", "score"]
+    assert table["visual_tokens"] == [16, 16] and set(table["step"]) == {2}
+    kept = trainer.rollouts.keep_masks[-1, :2].sum(1).tolist()
+    assert table["kept_tokens"] == kept and table["score"] == trainer.final_scores[:2].tolist()
+    assert table["question"] == [trainer.batch.rows[i]["prompt"] for i in trainer.rollouts.sample_index[:2]]
+    out = capsys.readouterr().out
+    assert "Step 2" in out and f"{kept[0]}/16" in out and table["question"][0] in out
+    plain.train()  # to look changes nothing
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, trainer.model.state_dict()[name]), name
+
+
+def test_tensorboard_has_the_pictures(ppo, tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    ppo({"log_completions": True, "num_completions_to_print": 2, "report_to": "tensorboard"}).train()
+    events = accumulator.EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    tags = events.Tags()
+    assert set(tags["images"]) == {"completions/0", "completions/1"}
+    assert "completions/text_summary" in tags["tensors"]
+    assert events.Images("completions/0")[0].width > 100
+
+
+# ---- names that are as they were ----
+
+
+def test_configs_are_parsed_and_explained():
+    trl = pytest.importorskip("trl")
+    parser = trl.TrlParser((TPRLPPOConfig, trl.ModelConfig, trl.ScriptArguments))
+    text = io.StringIO()
+    parser.print_help(text)
+    assert "--num_ppo_epochs" in text.getvalue()
+    for _, config in TRAINERS.values():
+        words = ["--output_dir", "x", "--use_cpu", "True", "--feature_cache_mb", "7"]
+        (parsed,) = HfArgumentParser(config).parse_args_into_dataclasses(words)
+        assert parsed.feature_cache_mb == 7
+    words = ["--output_dir", "x", "--use_cpu", "True", "--rollout_keep_ratios", "0.5", "0.25", "--beta", "0.04"]
+    (parsed,) = HfArgumentParser(TPRLGRPOConfig).parse_args_into_dataclasses(words)
+    assert parsed.rollout_keep_ratios == [0.5, 0.25] and parsed.beta == 0.04  # KL, as in TRL
+
+
+def test_an_optimizer_of_the_user(ppo, make_model):
+    model = make_model()
+    mine = torch.optim.SGD(model.policy.parameters(), lr=1e-3)
+    trainer = ppo(model=model, optimizers=(mine, None))
+    trainer.train()
+    assert (
+        trainer.optimizer.optimizer is mine if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer is mine
+    )
+
+
+def test_the_saved_model_is_loaded_by_its_path_again(ppo, tmp_path):
+    trainer = ppo()
+    trainer.train()
+    trainer.save_model()
+    assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)) is TPRLForConditionalGeneration
+    again = TPRLPPOTrainer(str(tmp_path), trainer.args)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name

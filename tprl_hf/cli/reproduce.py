@@ -1,0 +1,282 @@
+"""Tables and figures of the TPRL paper on the embedded model: trains what is missing, measures, and writes JSON,
+Markdown and plots. What is finished is not done again; an interrupted run resumes."""
+
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import json
+import platform
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .paper_tables import Run, Table, minutes_left, read_table, runs_of, table_names
+from .processes import say
+from .whole_files import write
+
+if TYPE_CHECKING:
+    from .stop_signals import StopSignals
+
+NAME = "reproduce"
+HELP = "run the tables and figures of the TPRL paper on the embedded model"
+PACKAGES = ("tprl_hf", "torch", "transformers")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tables", nargs="+", metavar="TABLE", help=f"{', '.join(table_names())}, or all")
+    parser.add_argument("--runs-dir", default="runs/paper", metavar="DIR", help="for training (default: %(default)s)")
+    parser.add_argument(
+        "--output-dir", default="docs/results/paper", metavar="DIR", help="for the results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="the recipes' own length (default: a short version that two cores can train)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what is missing and how long it takes, and end")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SECTION.SETTING=VALUE",
+        help="settings that replace those of all runs, as of tprl train; name another --output-dir with it",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    names = table_names() if arguments.tables == ["all"] else arguments.tables
+    tables = [read_table(name) for name in names]
+    folder = Path(arguments.runs_dir)
+    runs = {table.name: runs_of(table, folder, arguments.full, arguments.set) for table in tables}
+    for table in tables:
+        say(f"{table.name}: {table.title}. {state(runs[table.name])}")
+    everything = [one for several in runs.values() for one in several]
+    say(f"Training that is missing takes about {minutes_left(everything, folder):.0f} minutes on two free cores.")
+    if arguments.dry_run:
+        return 0
+
+    from .stop_signals import Stopped, StopSignals
+
+    try:
+        with StopSignals() as signals:
+            for table in tables:
+                reproduce(table, runs[table.name], Path(arguments.output_dir), signals, command_of(table, arguments))
+    except Stopped as stopped:
+        saved = stopped.saved or "nothing new was saved"
+        reason = signal.Signals(stopped.signum).name
+        print(f"tprl reproduce: stopped by {reason}; {saved}. The same command resumes.", file=sys.stderr)
+        return 128 + stopped.signum
+    return 0
+
+
+def state(runs: Sequence[Run]) -> str:
+    """How many stages of a table are finished."""
+    directories = {path: (path / "training.json").exists() for one in runs for path in one.directories.values()}
+    return f"{sum(directories.values())} of {len(directories)} stages are trained" if runs else "Nothing to train"
+
+
+def command_of(table: Table, arguments: argparse.Namespace) -> str:
+    """The command that makes one table again."""
+    words = ["tprl", "reproduce", table.name, *(["--full"] if arguments.full else [])]
+    return shlex.join([*words, *(["--set", *arguments.set] if arguments.set else [])])
+
+
+def reproduce(table: Table, runs: Sequence[Run], folder: Path, signals: "StopSignals", command: str) -> None:
+    """Trains, measures and writes one table."""
+    from .train import run_stages
+
+    for number, one in enumerate(runs, start=1):
+        if one.missing():
+            say(f"{table.name}: run {number} of {len(runs)}, {one.label}, seed {one.seed}")
+            one.link()
+            assert table.recipe is not None
+            run_stages(one.stages, one.recipe, table.recipe, signals, loading={})
+        one.link()
+    folder.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "title": table.title,
+        "about": " ".join(table.about.split()),
+        "command": command,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "machine": f"{platform.machine()}, {platform.system()}",
+    }
+    parts = []
+    if runs:
+        result["labels"] = slugs(table)
+        result["training"] = training_of(runs)
+    if runs and table.trajectories is None:
+        result["measured"] = measure(table, runs, folder)
+        parts.append(as_table(table, result))
+        plot(table, result, folder / f"{table.name}.png")
+        parts.append(f"![{table.title}]({table.name}.png)\n")
+    if table.trajectories is not None:
+        parts.append(draw_trajectories(table, runs[0], folder))
+    for text in table.commands:
+        parts.append(run_command(text.format(out=folder / table.name), folder / table.name))
+    write(folder / f"{table.name}.json", json.dumps(result, indent=2) + "\n")
+    head = f"# {table.title}\n\n{' '.join(table.about.split())}\n\n```bash\n{command}\n```\n\n"
+    write(folder / f"{table.name}.md", head + "\n".join(parts))
+    say(f"{table.name}: {folder / table.name}.md")
+
+
+# ---- training and measuring ----
+
+
+def slugs(table: Table) -> dict[str, str]:
+    """Labels by names without blanks and signs."""
+    return {f"row{number}": label for number, label in enumerate(table.rows)}
+
+
+def training_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """By run, the seconds of each stage and the curve of its last one: accuracy on validation by step."""
+    found = []
+    for one in runs:
+        records = {stage: json.loads((path / "training.json").read_text()) for stage, path in one.directories.items()}
+        history = records[one.stages[-1]].get("log_history", [])
+        curve = [
+            {key: entry[key] for key in entry if key in ("step", "llm_passes") or key.startswith("eval_accuracy")}
+            for entry in history
+            if "eval_accuracy" in entry
+        ]
+        seconds = {stage: record["seconds"] for stage, record in records.items()}
+        found.append({"row": one.label, "seed": one.seed, "stage": one.stages[-1], "seconds": seconds, "curve": curve})
+    return found
+
+
+def measure(table: Table, runs: Sequence[Run], folder: Path) -> dict[str, Any]:
+    """What `policy_runs` measures of the rows, on the test questions."""
+    from tprl_hf.evaluation.policy_runs import main
+
+    names = {label: slug for slug, label in slugs(table).items()}
+    variants: dict[str, list[str]] = {slug: [] for slug in slugs(table)}
+    for one in runs:
+        variants[names[one.label]].append(str(one.model))
+    path = Path(runs[0].recipe["output_dir"]).parent / "measured.json"
+    main(
+        [
+            str(path), *(f"{slug}={','.join(paths)}" for slug, paths in variants.items()),
+            "--keep-ratios", ",".join(table.keep_ratios), "--adaptive", "",
+            "--seeds", ",".join(map(str, table.test["seeds"])), "--num-samples", str(table.test["num_samples"]),
+        ]
+    )  # fmt: skip
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    del measured["command"]  # it names directories of this machine
+    return measured
+
+
+def draw_trajectories(table: Table, one: Run, folder: Path) -> str:
+    """Pictures of test questions, each after every step of the policy, and the Markdown that shows them."""
+    import torch
+    from transformers import AutoProcessor
+
+    from tprl_hf import TPRLForConditionalGeneration
+    from tprl_hf.data import mosaic_vqa
+    from tprl_hf.evaluation.answers import chat_inputs
+    from tprl_hf.evaluation.trajectory import trajectory_of
+    from tprl_hf.modeling.budget import Budget
+    from tprl_hf.visualization import draw_figures
+
+    from .demo import pick_shown
+    from .recipe_file import as_number
+    from .trajectory import figures_of
+
+    settings = as_number(table.trajectories)
+    model = TPRLForConditionalGeneration.from_pretrained(one.model, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(one.model)
+    samples = list(mosaic_vqa("test", seed=table.test["seeds"][0], num_samples=120))
+    figures = []
+    for number in pick_shown(samples, int(settings["num_samples"])):
+        sample = samples[number]
+        budget = Budget(keep_ratio=settings["keep_ratio"])
+        steps = trajectory_of(model, processor, sample, budget, int(settings["num_steps"]), max_new_tokens=8)
+        plan = model.prune(**chat_inputs(processor, [sample]), keep_mask=steps[-1].keep_mask)
+        figures += figures_of(steps, plan, processor, sample)
+    draw_figures(figures, scale=1.5).save(folder / f"{table.name}.png")
+    return f"![{table.title}]({table.name}.png)\n"
+
+
+def run_command(text: str, folder: Path) -> str:
+    """Runs a `tprl` command; what it printed, as Markdown."""
+    from .main import main
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = shlex.split(text)
+    if "--output-dir" in words and (folder / "results.md").exists() and (folder / "results.json").exists():
+        return (folder / "results.md").read_text(encoding="utf-8")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = main(words)
+    if code != 0:
+        raise ValueError(f"`tprl {text}` ended with {code}.")
+    if (folder / "results.md").exists():
+        return (folder / "results.md").read_text(encoding="utf-8")
+    return f"`tprl {text}`\n\n```\n{printed.getvalue().rstrip()}\n```\n"
+
+
+# ---- writing ----
+
+
+def as_table(table: Table, result: dict[str, Any]) -> str:
+    """Points compared with unpruned, by row and budget, with intervals and the spread over seeds."""
+    from tprl_hf.evaluation.tables import as_markdown
+
+    measured, labels = result["measured"], result["labels"]
+    seeds = len(table.seeds)
+    rows = [["", *(f"at {ratio}" for ratio in table.keep_ratios)]]
+    by_place = {(row["way"], row["budget"]): row for row in measured["rows"]}
+    for way in [*labels, *dict.fromkeys(row["way"] for row in measured["rows"] if row["way"] not in labels)]:
+        cells = [labels.get(way, f"rule: {way}")]
+        for ratio in table.keep_ratios:
+            row = by_place[way, ratio]
+            value, low, high = (100 * row["difference"][end] for end in ("value", "low", "high"))
+            spread = f", sd {100 * row['spread']:.2f}" if row["spread"] is not None else ""
+            cells.append(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]{spread}")
+        rows.append(cells)
+    unpruned = measured["unpruned"]
+    text = (
+        f"Accuracy in points compared with unpruned ({100 * unpruned['value']:.2f} %), paired 95 % intervals over "
+        f"the images of {measured['num_samples']} test questions (seeds {', '.join(map(str, measured['seeds']))})"
+    )
+    text += (
+        f", mean of {seeds} training seeds; sd: standard deviation over them." if seeds > 1 else ", one training seed."
+    )
+    return f"{as_markdown(rows)}\n{text}\n"
+
+
+def plot(table: Table, result: dict[str, Any], path: Path) -> None:
+    """Curves of training where the table has some, else accuracy by budget."""
+    from fractions import Fraction
+
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    labels = result["labels"]
+    for number, (slug, label) in enumerate(labels.items()):
+        colour = colormaps["tab10"](number % 10)
+        if table.curve:
+            for place, one in enumerate(one for one in result["training"] if one["row"] == label):
+                points = [(entry.get(table.curve, 0), entry["eval_accuracy"]) for entry in one["curve"]]
+                axes.plot(*zip(*points, strict=True), color=colour, label=label if place == 0 else None, linewidth=1.3)
+        else:
+            rows = {row["budget"]: row for row in result["measured"]["rows"] if row["way"] == slug}
+            xs = [100 * float(Fraction(ratio)) for ratio in table.keep_ratios]
+            ys = [100 * rows[ratio]["accuracy"]["value"] for ratio in table.keep_ratios]
+            axes.plot(xs, ys, color=colour, marker="osD^vPX*"[number % 8], label=label)
+    if table.curve:
+        axes.set_xlabel({"step": "optimizer steps", "llm_passes": "keep masks scored by the LLM"}[table.curve])
+        axes.set_ylabel("accuracy on validation, %, mean of the budgets of training")
+    else:
+        axes.axhline(100 * result["measured"]["unpruned"]["value"], color="0.4", linestyle="--", label="unpruned")
+        axes.set_xlabel("visual tokens kept, %")
+        axes.set_ylabel("accuracy on test, %")
+    axes.set_title(table.title, fontsize=10)
+    axes.grid(color="0.92")
+    axes.legend(frameon=False)
+    figure.savefig(path)

@@ -1,0 +1,43 @@
+"""Configuration of MAPO."""
+
+from dataclasses import dataclass
+
+from .grpo_config import TPRLGRPOConfig
+
+
+@dataclass
+class TPRLMAPOConfig(TPRLGRPOConfig):
+    r"""
+    Configuration of [`TPRLMAPOTrainer`]. It has all fields of [`TPRLGRPOConfig`] but two: advantages are never scaled
+    by the spread of a group, and questions do not share a budget, because a memory belongs to a question's own.
+
+    Args:
+        memory_size (`int`, defaults to 8):
+            Trajectories that are remembered of each question at each budget.
+        memory_weight (`float`, defaults to 0.1):
+            The least weight of the memory in a question's gradient, in (0, 1): the paper's alpha. Where the policy
+            gives the memory a larger probability, the weight is that probability.
+
+    Raises:
+        `ValueError`: for settings that exclude each other.
+    """
+
+    scale_rewards: str = "none"  # type: ignore[assignment]
+    memory_size: int = 8
+    memory_weight: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.memory_size < 1:
+            raise ValueError(f"memory_size={self.memory_size} remembers nothing: take 1 or more, or GRPO.")
+        if not 0 < self.memory_weight < 1:
+            raise ValueError(f"memory_weight={self.memory_weight} is the least share of the memory, in (0, 1).")
+        if self.scale_rewards != "none":
+            raise ValueError(
+                f"scale_rewards={self.scale_rewards!r}: MAPO compares remembered trajectories with new ones, whose "
+                'spread they do not share. Use "none".'
+            )
+        if self.shared_budget:
+            raise ValueError(
+                f"shared_budget={self.shared_budget}: what MAPO remembers belongs to a question's own budget. Use 0."
+            )

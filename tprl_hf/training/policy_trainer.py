@@ -1,0 +1,178 @@
+"""What all trainers of the policy have in common: measured as it prunes at inference, the best is kept."""
+
+import os
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor
+from transformers.trainer_utils import PredictionOutput
+
+from tprl_hf import __version__
+from tprl_hf.data.digest import data_digest
+from tprl_hf.modeling.budget import Budget
+from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.modeling.pruning_policy import PolicyOutput
+from tprl_hf.modeling.token_pruner import PruningInputs
+
+from .answer_batches import AnswerBatch
+from .answer_scores import score_answers
+from .policy_config import PolicyTrainingConfig
+from .pruner_trainer import PrunerTrainer, TrainedNetworks
+from .rollouts import policy_on_trajectories
+from .trainer_arguments import given_dataset
+
+
+class PolicyNetworks(TrainedNetworks):
+    """One pass of the policy over all steps of a batch of trajectories."""
+
+    def forward(self, inputs: PruningInputs, sample_index: Tensor, keep_masks: Tensor) -> PolicyOutput:
+        """See [`policy_on_trajectories`]."""
+        codes = self.autoencoder.encode(inputs.tokens)
+        return policy_on_trajectories(self.policy, codes, inputs, sample_index, keep_masks)
+
+
+class PolicyTrainer(PrunerTrainer):
+    """
+    Base of the trainers of the policy: measures it as it prunes at inference, keeps the best, and notes in the model's
+    config how it was trained.
+
+    Args: see [`PrunerTrainer`].
+    """
+
+    trains_values: ClassVar[bool] = False
+    args: PolicyTrainingConfig
+
+    def __init__(self, model: TPRLForConditionalGeneration | str | os.PathLike, args: Any = None, **arguments: Any):
+        super().__init__(model, args, **arguments)
+        args, model = self.args, self.tprl_model
+        if args.keep_ratio is not None:
+            model.config.keep_ratio = args.keep_ratio
+        self.best: dict[str, Any] = {}
+        self.last_measured = -1
+        self.training_before = model.config.policy_training
+        self.digest: str | None = None
+
+    def networks(self, model: TPRLForConditionalGeneration, args: Any) -> TrainedNetworks:
+        model.autoencoder.requires_grad_(False)
+        model.policy.requires_grad_(True)
+        for part in (model.policy.value_mlp, model.policy.value_head):
+            part.requires_grad_(self.trains_values)
+        return PolicyNetworks(model)
+
+    def measure(self, dataset: Dataset) -> dict[str, float]:
+        r"""
+        Prunes a dataset to each of `eval_keep_ratios` as inference does.
+
+        Returns:
+            `dict`: `accuracy@R` and `logprob@R` for each budget R, and their means `accuracy` and `logprob`. An answer
+            is correct when greedy decoding gives exactly the reference.
+        """
+        return self.measure_masks(dataset)[0]
+
+    def measure_masks(self, dataset: Dataset) -> tuple[dict[str, float], list[np.ndarray]]:
+        """What `measure` gives, and the keep masks of the samples of this process, bool `[R, N]` each."""
+        model, ratios = self.tprl_model, self.args.eval_keep_ratios
+        pruner = model.learned_pruner()
+        sums: dict[str, Tensor] = {}  # of each metric, [R]
+        keep_masks: list[np.ndarray] = []
+        # Each process takes every so many-th sample.
+        mine = range(self.args.process_index, len(dataset), self.args.world_size)
+        batch_size = self.args.per_device_eval_batch_size
+        for start in range(0, len(mine), batch_size):
+            batch = self.encoder([dataset[i] for i in mine[start : start + batch_size]])
+            chosen = []
+            for column, ratio in enumerate(ratios):
+                budget = Budget(keep_ratio=ratio, min_keep=model.config.min_keep)
+                keep_mask, _ = pruner.choose(batch.inputs, budget)
+                for name, values in self.measure_answers(batch, keep_mask).items():
+                    zeros = torch.zeros(len(ratios), device=self.args.device)
+                    sums.setdefault(name, zeros)[column] += values.sum()
+                chosen.append(keep_mask)
+            masks, valid = torch.stack(chosen).cpu(), batch.inputs.valid.cpu()
+            keep_masks += [masks[:, sample, of_sample].numpy() for sample, of_sample in enumerate(valid)]
+        means = {name: self.accelerator.reduce(of_ratios, "sum") / len(dataset) for name, of_ratios in sums.items()}
+        metrics = {name: of_ratios.mean().item() for name, of_ratios in means.items()}
+        for column, ratio in enumerate(ratios):
+            metrics |= {f"{name}@{ratio:.3f}": of_ratios[column].item() for name, of_ratios in means.items()}
+        return metrics, keep_masks
+
+    def measure_answers(self, batch: AnswerBatch, keep_mask: Tensor) -> dict[str, Tensor]:
+        """What is measured of each sample, pruned to `keep_mask [B, N]`: float32 `[B]` by name."""
+        scores = score_answers(self.tprl_model, batch, keep_mask, list(range(len(batch))), self.args.score_batch_size)
+        return {"accuracy": 100 * scores.correct.float(), "logprob": scores.logprobs}
+
+    @torch.no_grad()
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
+        r"""
+        Returns:
+            `PredictionOutput`: `predictions`, the keep masks at each of R budgets `eval_keep_ratios`, bool `[B, R, N]`
+            with False behind the visual tokens of a sample; `metrics` as those of `evaluate`; no `label_ids`.
+        """
+        dataset = given_dataset(test_dataset, "test_dataset")
+        metrics, masks = self.measure_masks(dataset)
+        numbers = range(self.args.process_index, len(dataset), self.args.world_size)
+        found = dict(gather_object(list(zip(numbers, masks, strict=True))))
+        predictions = np.zeros(
+            (len(found), len(self.args.eval_keep_ratios), max(m.shape[1] for m in found.values())), bool
+        )
+        for number, mask in found.items():
+            predictions[number, :, : mask.shape[1]] = mask
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        return PredictionOutput(predictions, None, metrics)
+
+    def measured(self, metrics: dict[str, float]) -> None:
+        self.remember_if_best(metrics)
+
+    def remember_if_best(self, metrics: dict[str, float]) -> None:
+        self.last_measured = self.state.global_step
+        # without reference answers the rewards are all that is measured
+        name = self.args.best_metric if f"eval_{self.args.best_metric}" in metrics else "reward"
+        score = metrics[f"eval_{name}"]
+        if self.args.keep_best and score > self.best.get("score", -float("inf")):
+            weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            self.best = {"score": score, "step": self.state.global_step, "weights": weights}
+
+    def begin(self) -> None:
+        super().begin()
+        if self.args.keep_best and self.eval_dataset is not None:
+            self.evaluate()
+
+    def finish(self) -> None:
+        if self.best and self.last_measured != self.state.global_step:
+            self.evaluate()
+        if self.best:
+            self.model.load_state_dict(self.best["weights"])
+            self.state.best_metric, self.state.best_global_step = self.best["score"], self.best["step"]
+        self.note_training(self.best["step"] if self.best else self.state.global_step)
+        super().finish()
+
+    def note_training(self, num_steps: int) -> None:
+        """Notes in the model's config how its policy was trained, of which `num_steps` were here."""
+        if num_steps == 0:  # it is still the start
+            self.tprl_model.config.policy_training = self.training_before
+            return
+        if self.digest is None and self.train_dataset is not None:
+            self.digest = data_digest(self.train_dataset)
+        self.tprl_model.set_pruner(None)  # from now on the policy chooses
+        self.tprl_model.config.policy_training = {
+            "stage": self._stage,
+            "recipe": self.recipe,
+            "data": self.digest,
+            "version": __version__,
+        }
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call:  # a checkpoint; `finish` noted the end
+            self.note_training(self.state.global_step)
+        super().save_model(output_dir, _internal_call)
+
+    def saved_state(self) -> dict[str, Any]:
+        return {**super().saved_state(), "best": self.best, "last_measured": self.last_measured}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.best, self.last_measured = state["best"], state["last_measured"]
