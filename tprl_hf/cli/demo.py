@@ -65,12 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
     from .loading import using_pruner
     from .pictures import write_pictures
 
-    source = "photo" if arguments.photo else "mosaic"
-    if arguments.photo and arguments.model is None:
+    source, path = ("photo" if arguments.photo else "mosaic"), arguments.model
+    if arguments.photo and path is None:
         from tprl_hf.test_bed.photo_checkpoint import photo_checkpoint
 
-        arguments.model = str(photo_checkpoint())
-    model, processor = load_model(arguments.model, **loading_options(arguments))
+        path = str(photo_checkpoint())
+    model, processor = load_model(path, **loading_options(arguments))
     names = [*SHOWN, *(["learned"] if own_pruner(model) == "learned" else [])]
     pruners = {name: make_pruner(model, name, arguments.seed) for name in names}
     budgets: dict[str, dict[str, Any]] = {name: {"keep_ratio": arguments.keep_ratio} for name in pruners}

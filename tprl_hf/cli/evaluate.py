@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         default="mosaic",
         metavar="NAME|FILE",
-        help="mosaic, easy-vqa, photo, a .jsonl file with image, prompt, answer a line, the directory of a saved dataset, or "
-        "a task of lmms-eval where that is installed (default: mosaic)",
+        help="mosaic, easy-vqa, photo, a .jsonl file with image, prompt, answer a line, the directory of a saved "
+        "dataset, or a task of lmms-eval where that is installed (default: mosaic)",
     )
     parser.add_argument("--include-path", metavar="DIR", help="folder with lmms-eval tasks of your own")
     parser.add_argument(
@@ -71,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=seeds,
         default=[7],
         metavar="N,...",
-        help="seeds of mosaic's or photo's images, each with --num-samples questions; the first is that of random (default: 7)",
+        help="seeds of the images of mosaic or photo, each with --num-samples questions; the first is that of random "
+        "(default: 7)",
     )
     parser.add_argument(
         "--random-seeds",
@@ -213,7 +214,9 @@ def make_settings(model, names: list[str], arguments: argparse.Namespace) -> lis
                 settings.append(Setting(name, text, None, {"prune": False}, picture_ratio=ratio))
             elif name.startswith(RESIZE):
                 if ratio >= HALF_SIZE:
-                    raise ValueError(f"{name} prunes from a picture of half the tokens: keep less than 1/2, not {text}.")
+                    raise ValueError(
+                        f"{name} prunes from a picture of half the tokens: keep less than 1/2, not {text}."
+                    )
                 own = name.removeprefix(f"{RESIZE}+")
                 method = oracle_of if own == "oracle" else make_pruner(model, own, first)
                 row = f"{RESIZE}+{row_name(model, own, method)}"
@@ -286,7 +289,9 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
         data_seeds = [seed for seed in arguments.seed for _ in range(number)]
         return concatenate_datasets(parts) if len(parts) > 1 else parts[0], data_seeds, score, metric
     if len(arguments.seed) > 1:
-        raise ValueError(f"{arguments.data} has the same questions under every --seed; only mosaic and photo have others.")
+        raise ValueError(
+            f"{arguments.data} has the same questions under every --seed; only mosaic and photo have others."
+        )
     if is_source(arguments.data):
         number = arguments.num_samples or (2000 if arguments.data == "easy-vqa" else None)
         return read_source(arguments.data, arguments.split, num_samples=number), None, score, metric

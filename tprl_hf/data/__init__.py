@@ -1,4 +1,7 @@
-"""Data: Mosaic-VQA and Photo-VQA, generated; easy-VQA, read from its package; your JSON Lines. All in the format of `samples.py`."""
+"""Data: Mosaic-VQA and Photo-VQA, generated; easy-VQA, read from its package; your JSON Lines.
+
+All are in the format of `samples.py`.
+"""
 
 from .easy import easy_vqa
 from .jsonl import jsonl_samples

@@ -259,9 +259,7 @@ def _apart(scene: PhotoScene, rng: np.random.Generator) -> tuple[int, int, int] 
     """An axis, and two things whose centers are 20 pixels apart along it, the first one before the second."""
     axis = int(rng.integers(2))
     along = [item.center[axis] for item in scene.objects]
-    pairs = [
-        (i, j) for i, j in itertools.permutations(range(len(along)), 2) if along[j] - along[i] >= MIN_DISTANCE
-    ]
+    pairs = [(i, j) for i, j in itertools.permutations(range(len(along)), 2) if along[j] - along[i] >= MIN_DISTANCE]
     return (axis, *_pick(rng, pairs)) if pairs else None
 
 

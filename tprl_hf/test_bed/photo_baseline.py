@@ -1,7 +1,7 @@
 """What Photo-VQA's questions give away without the picture: `python -m tprl_hf.test_bed.photo_baseline`.
 
-The guess for a question is the most frequent answer to it in the training split, and for one that was never asked there
-the most frequent answer to its type: no model that doesn't see the picture does better but by chance.
+The guess for a question is the most frequent answer to it in the training split, and for one that was never asked
+there the most frequent answer to its type: no model that doesn't see the picture does better but by chance.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from itertools import islice
 from tprl_hf.data.photo import QUESTION_TYPES, PhotoQuestion, photo_scenes, pictures_root
 
 
-def guess_from_text(
-    training: Iterable[PhotoQuestion], test: Iterable[PhotoQuestion]
-) -> dict[str, tuple[int, int]]:
+def guess_from_text(training: Iterable[PhotoQuestion], test: Iterable[PhotoQuestion]) -> dict[str, tuple[int, int]]:
     """By question type: how many of the questions in `test` are guessed correctly, and how many there are."""
     by_prompt: dict[str, Counter] = defaultdict(Counter)
     by_type: dict[str, Counter] = defaultdict(Counter)
@@ -36,7 +34,9 @@ def guess_from_text(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--training-scenes", type=int, default=20_000, help="default: %(default)s, seven questions each")
+    parser.add_argument(
+        "--training-scenes", type=int, default=20_000, help="default: %(default)s, seven questions each"
+    )
     parser.add_argument("--test-scenes", type=int, default=300, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=7, help="of the test scenes (default: %(default)s)")
     arguments = parser.parse_args()

@@ -1,8 +1,9 @@
 """Batches for training Photo-LLaVA: many questions about a picture packed in one sequence.
 
-A sequence is `<|im_start|> [K visual tokens]` followed by segments `question <|im_end|> answer <|im_end|>`. Each segment
-sees the picture and itself, and counts its positions from the end of all 256 visual tokens, so it learns just what it
-would learn alone. With `few_tokens`, only the patches of things and some others are there, at their own positions.
+A sequence is `<|im_start|> [K visual tokens]` followed by segments `question <|im_end|> answer <|im_end|>`. Each
+segment sees the picture and itself, and counts its positions from the end of all 256 visual tokens, so it learns just
+what it would learn alone. With fewer visual tokens, the patches of things and some others are there, at their own
+positions.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -150,7 +149,7 @@ def patch_targets(
 def align_projector(
     model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, root: Path, log=print
 ) -> float:
-    """Train the projector alone to say of each patch what it shows and where it lies, in embeddings of the LLM's words.
+    """Train the projector alone to say of each patch, in embeddings of the LLM's words, what it shows and where it is.
 
     Returns:
         `float`: The share of the patches of things, on scenes left out, whose nearest word is the thing's.
@@ -188,12 +187,13 @@ def align_projector(
         return F.normalize(output - middle, dim=1) @ directions.T
 
     for step in range(ALIGN_STEPS):
-        optimizer.param_groups[0]["lr"] = (
-            2e-3 * min(1, step / 50) * 0.5 * (1 + math.cos(math.pi * step / ALIGN_STEPS))
-        )
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 50) * 0.5 * (1 + math.cos(math.pi * step / ALIGN_STEPS))
         num_shown = ALIGN_BATCH * 3 // 5
         chosen = torch.cat(
-            [shown[torch.randint(len(shown), (num_shown,))], other[torch.randint(len(other), (ALIGN_BATCH - num_shown,))]]
+            [
+                shown[torch.randint(len(shown), (num_shown,))],
+                other[torch.randint(len(other), (ALIGN_BATCH - num_shown,))],
+            ]
         )
         output = projector((x[chosen].float() - mean) / spread)
         distance = (output - y[chosen].float()).square().sum(dim=1).mean() / length**2

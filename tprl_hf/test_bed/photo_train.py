@@ -206,9 +206,7 @@ def score(batch: PhotoBatch, guesses: torch.Tensor) -> dict[str, list[float]]:
 
 
 @torch.inference_mode()
-def evaluate(
-    model: LlavaForConditionalGeneration, heads: ReadingHeads, batches: list[PhotoBatch]
-) -> dict[str, float]:
+def evaluate(model: LlavaForConditionalGeneration, heads: ReadingHeads, batches: list[PhotoBatch]) -> dict[str, float]:
     """Accuracy by question type, with all visual tokens."""
     correct: dict[str, list[float]] = defaultdict(list)
     for batch in batches:
