@@ -290,7 +290,8 @@ def _comparison(scene: PhotoScene, rng: np.random.Generator) -> PhotoQuestion | 
 def _pair(scene: PhotoScene, rng: np.random.Generator) -> PhotoQuestion:
     """Two things, both there half of the time; else one of them is not, in either place."""
     i, j = (int(index) for index in rng.permutation(len(scene.objects))[:2])
-    names, present = [scene.objects[i].name, scene.objects[j].name], (i, j)
+    names = [scene.objects[i].name, scene.objects[j].name]
+    present: tuple[int, ...] = (i, j)
     if rng.random() < 0.5:
         answer = "yes"
     else:

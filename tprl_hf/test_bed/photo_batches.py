@@ -189,12 +189,12 @@ def pack(
 
     length = max(len(row[0]) for row in rows)
     fills = (tokenizer.pad_token_id, 0, -1, IGNORE)
-    input_ids, position_ids, segment_ids, labels = (
+    input_ids, position_ids, segment_ids, next_ids = (
         torch.tensor([[*map(int, row[k])] + [fills[k]] * (length - len(row[k])) for row in rows]) for k in range(4)
     )
-    first = torch.zeros(labels.shape, dtype=torch.bool)
+    firsts = torch.zeros(next_ids.shape, dtype=torch.bool)
     for i, start, _ in answer_rows:
-        first[i, start] = True
+        firsts[i, start] = True
     look_rows, look_targets = [], torch.zeros(len(looks), length, dtype=torch.bool)
     for number, (i, row, role, indices) in enumerate(looks):
         shown = np.isin(scenes[i].owners[np.flatnonzero(kept[i])], indices)
@@ -215,8 +215,8 @@ def pack(
         segment_ids=segment_ids,
         visual=input_ids == image_id,
         kept=torch.from_numpy(np.stack(kept)),
-        labels=labels,
-        first=first,
+        labels=next_ids,
+        first=firsts,
         look_rows=torch.tensor(look_rows, dtype=torch.long).view(-1, 3)[there],
         look_targets=look_targets[there],
         noun_rows=torch.tensor([noun[:2] for noun in nouns], dtype=torch.long).view(-1, 2),
