@@ -69,7 +69,7 @@ class PhotoLVLMConfig:
     Args:
         output_dir (`str`): Where the trained weights, the log and the resumable state go.
         seed (`int`): Of the corrections' start and of the training scenes (never those of validation and test).
-        steps (`int`): Steps of the optimizer.
+        steps (`int`): Steps of the optimizer. A resumed run may have fewer, to end sooner: rate and tokens follow.
         num_processes (`int`): Processes of one thread each.
         scenes (`int`): Scenes in a process's batch, about fourteen questions each.
         full_share (`float`): Share of the steps after which a batch has all visual tokens.
@@ -299,7 +299,7 @@ def train_answers(
     sums: dict[str, float] = defaultdict(float)
     correct: dict[str, list[float]] = defaultdict(list)
     since, since_step, saved, processor_time = time.monotonic(), step, time.monotonic(), time.process_time()
-    for batch in islice(batches, config.steps - step):
+    for batch in islice(batches, max(0, config.steps - step)):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate_at(step, config)
         weight = max(0.0, config.grounding_weight * (1 - step / (config.grounding_share * config.steps)))
