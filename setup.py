@@ -59,16 +59,18 @@ EXTRAS = {
     # What reads the parts of Photo-LLaVA (docs/photo.md); the parts themselves are fetched without what they ask for.
     "photo": ["gguf>=0.10", "onnx>=1.17"],
     "quantized": ["bitsandbytes>=0.46.1"],
-    "serve": ["aiohttp>=3.11", "transformers[serving]>=5.21,<6", "uvicorn>=0.34"],
+    "serve": ["aiohttp>=3.11", "prometheus_client>=0.21", "transformers[serving]>=5.21,<6", "uvicorn>=0.34"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["train"],
     *EXTRAS["eval"],
     *EXTRAS["quantized"],
     *EXTRAS["serve"],
+    "bandit>=1.9",
     "build>=1.5",
     "mypy>=2.0",
     "pytest>=9.0",
+    "pytest-cov>=7.0",
     "pytest-xdist>=3.8",
     "readme_renderer[md]>=46",
     "ruff>=0.17",

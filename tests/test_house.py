@@ -201,7 +201,7 @@ class TestDevPy:
             dev.set_up()
 
     def test_pytests_exit_code_is_kept_and_every_check_is_run(self, monkeypatch):
-        codes = {"ruff": 1, "mypy": 0, "pytest": 3}
+        codes = {"ruff": 1, "mypy": 0, "bandit": 0, "pytest": 3}
         called = []
 
         def run(*command, **_):
@@ -210,11 +210,13 @@ class TestDevPy:
 
         monkeypatch.setattr(dev, "set_up", lambda extra: None)
         monkeypatch.setattr(dev, "run", run)
-        assert dev.test([]) == 3 and called == ["ruff", "ruff", "mypy", "pytest"]
+        assert dev.test([]) == 3 and called == ["ruff", "ruff", "mypy", "bandit", "pytest"]
         codes["pytest"] = 0
         assert dev.test([]) == 1  # ruff's
         codes["ruff"] = 0
         assert dev.test([]) == 0
+        codes["bandit"] = 1
+        assert dev.test([]) == 1
 
     def test_the_floors_are_those_of_the_packages_metadata(self):
         wanted = [Requirement(line) for line in metadata.requires("tprl_hf")]

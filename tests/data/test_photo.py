@@ -142,7 +142,7 @@ def test_rows_and_source(directory):
 def test_mistakes_name_the_value_and_the_cure(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="split 'dev'; one of train, validation, test, new_pictures, new_things"):
         photo_vqa(split="dev")
-    with pytest.raises(ValueError, match="num_samples must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="num_samples must be a whole number of at least 1; got 0"):
         photo_vqa(num_samples=0)
     monkeypatch.setenv("TPRL_PHOTO", str(tmp_path))
     if not any((photo.Path("/") / path).is_file() for path in PICTURE_FILES):

@@ -138,7 +138,9 @@ def confidence_table(rows: Sequence[Any]) -> list[list[str]]:
     for row in rows:
         one: Confidence | None = row.confidence
         if one is not None:
-            entropies = ["-" if value is None else f"{value:.3f}" for value in (one.entropy_correct, one.entropy_wrong)]
+            entropies = [
+                "-" if value is None else f"{value:.3f}" for value in (one.entropy_correct, one.entropy_wrong)
+            ]
             false = "-" if one.false_positives is None else f"{100 * one.false_positives:.1f} ({one.num_negatives})"
             lines.append([row.pruner, row.budget, f"{one.ece:.3f}", f"{one.brier:.3f}", *entropies, false])
     return [header, *lines]

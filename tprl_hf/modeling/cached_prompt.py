@@ -97,7 +97,7 @@ class CachedPrompt:
         if record is None:
             raise ValueError(
                 f"`past_key_values` holds {held} columns that this model did not prune, so that their positions are "
-                f"unknown. {ADVICE} Of PEFT's prefix tuning, which fills one, take LoRA instead."
+                f"unknown. {ADVICE}"
             )
         rows = record.fingerprint.find_rows(cache, len(record.input_ids))
         known = record.input_ids.shape[1]

@@ -23,10 +23,12 @@ class SentImage:
     Args:
         content (`bytes`, *optional*): Of its file; there once it was fetched.
         url (`str`, *optional*): Where it is fetched from.
+        detail (`str`): How much of it is kept, as OpenAI names it.
     """
 
     content: bytes | None = None
     url: str | None = None
+    detail: str = "auto"
 
     def open(self) -> Image.Image:
         """Upright and in RGB. Raises `HTTPException` 400 for what is not an image."""

@@ -1,7 +1,7 @@
 """What Photo-VQA's questions give away without the picture: `python -m tprl_hf.test_bed.photo_baseline`.
 
-The guess for a question is the most frequent answer to it in the training split, and for one that was never asked
-there the most frequent answer to its type: no model that doesn't see the picture does better but by chance.
+The guess for a question is the most frequent answer to it in the training split. For a question that was never asked
+there, it is the most frequent answer to its type, of those that the question names where it names any.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ def guess_from_text(training: Iterable[PhotoQuestion], test: Iterable[PhotoQuest
     scores = {}
     found: dict[str, list[bool]] = defaultdict(list)
     for question in test:
-        known = by_prompt.get(question.prompt) or by_type[question.question_type]
+        words = question.prompt.replace("?", "").replace(",", "").split()
+        usual = by_type[question.question_type]
+        known = (
+            by_prompt.get(question.prompt) or Counter({word: usual[word] for word in words if word in usual}) or usual
+        )
         found[question.question_type].append(known.most_common(1)[0][0] == question.answer)
     for name in QUESTION_TYPES:
         scores[name] = (sum(found[name]), len(found[name]))

@@ -83,7 +83,7 @@ def fetch_pictures(package: str, root: Path) -> None:
     if (root / copyright_file).is_file():
         return
     with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)  # apt-get downloads as a user of its own
+        os.chmod(folder, 0o755)  # apt-get downloads as a user of its own  # nosec B103
         _call(["apt-get", "download", "--quiet", package], f"the Debian package {package}", cwd=folder)
         path = next(Path(folder).glob("*.deb"))
         unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", path], check=True, capture_output=True).stdout

@@ -17,6 +17,7 @@ from tprl_hf.modeling.keep_mask import keep_top_k
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.saved_files import scratch_directory
 from tprl_hf.modeling.token_pruner import TokenPruner
+from tprl_hf.modeling.values import COUNT, KEPT_FRACTION, list_of, whole
 
 from .answer_batches import AnswerBatch, SampleEncoder, undecoded
 from .fingerprint import fingerprint
@@ -106,14 +107,15 @@ def generate_demonstrations(
     >>> demonstrations = generate_demonstrations(VisPruner(), model, processor, dataset, output_dir="demonstrations")
     ```
     """
-    schedules = [list(s) if isinstance(s, Sequence) else [s] for s in keep_ratios]
-    if not isinstance(keep_ratios[0], Sequence):
-        schedules = [[ratio for schedule in schedules for ratio in schedule]]
+    batch_size, cache_mb = COUNT("batch_size", batch_size), whole(0)("feature_cache_mb", feature_cache_mb)
+    given = list_of(lambda name, value: value, least=1)("keep_ratios", keep_ratios)
+    several = any(isinstance(one, (list, tuple)) for one in given)
+    schedules = [list_of(KEPT_FRACTION, least=1)("keep_ratios", one) for one in (given if several else [given])]
     for schedule in schedules:
         if not all(0 < later < earlier <= 1 for earlier, later in zip([1.0, *schedule], schedule, strict=False)):
             raise ValueError(f"keep_ratios are fractions that are KEPT, below 1 and descending; got {schedule}.")
     needs_attention = isinstance(teacher, TokenPruner) and teacher.needs_attention
-    encoder = SampleEncoder(model, processor, feature_cache_mb * 2**20, needs_attention)
+    encoder = SampleEncoder(model, processor, cache_mb * 2**20, needs_attention)
     source = undecoded(dataset)
     model.eval()
     # the gradient teacher needs gradients of the tokens only
