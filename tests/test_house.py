@@ -90,7 +90,8 @@ class TestMetadata:
     def test_the_extras_are_those_the_docs_name(self):
         extras = re.findall(r'^    "(\w+)": \[|^EXTRAS\["(\w+)"\]', (ROOT / "setup.py").read_text(), re.M)
         assert {a or b for a, b in extras} == {
-            *("train", "eval", "processors", "quantized", "lmms", "serve", "completion", "demo", "docs", "dev"),
+            *("train", "eval", "processors", "quantized", "lmms", "serve", "completion", "demo", "photo", "docs"),
+            "dev",
         }
 
     def test_the_oldest_python_is_the_same_everywhere(self):

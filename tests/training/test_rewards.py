@@ -29,7 +29,7 @@ def by_hand(scores, num_kept, step_mask, alpha, beta, gamma, lam, values):
         assert real == list(range(len(real)))  # none follows one that is missing
         for t in real:
             gained = scores[t + 1, s] - scores[t, s]
-            rewards[t, s] = alpha * gained + beta * (1 - num_kept[t + 1, s] / num_kept[t, s])
+            rewards[t, s] = alpha * gained + beta * (1 - int(num_kept[t + 1, s]) / int(num_kept[t, s]))
         following, value_after = 0.0, 0.0
         for t in reversed(real):
             delta = rewards[t, s] + gamma * value_after - values[t, s]
