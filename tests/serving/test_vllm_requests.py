@@ -6,6 +6,7 @@ import torch
 from tprl_hf import TPRLConfig
 from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.token_layout import Block
+from tprl_hf.pruners import DivPrune
 from tprl_hf.serving.vllm_plugin.places import full_prompt, place_columns, read_places
 from tprl_hf.serving.vllm_plugin.requests import (
     counts_of_images,
@@ -38,9 +39,16 @@ def test_the_budget_is_the_requests_else_the_servers_else_the_checkpoints(reques
 
 
 def test_a_pruner_with_its_own_budget_goes_before_the_checkpoint():
-    own = Budget(num_keep=5)
-    assert request_budget({}, {}, CONFIG, own) == own
-    assert request_budget({"num_keep": 7}, {}, CONFIG, own) == Budget(num_keep=7)
+    pruner = DivPrune(num_keep=5)
+    assert request_budget({}, {}, CONFIG, pruner) == Budget(num_keep=5)
+    assert request_budget({"num_keep": 7}, {}, CONFIG, pruner) == Budget(num_keep=7)
+    assert request_budget({}, {}, CONFIG, DivPrune()) == Budget(keep_ratio=1 / 3)
+
+
+def test_a_pruner_without_any_budget_is_refused_and_a_policy_without_one_keeps_all():
+    with pytest.raises(ValueError, match="No budget"):
+        request_budget({}, {}, TPRLConfig(), DivPrune())
+    assert request_budget({}, {}, TPRLConfig()) is None
 
 
 @pytest.mark.parametrize(
@@ -49,10 +57,10 @@ def test_a_pruner_with_its_own_budget_goes_before_the_checkpoint():
         ({"num_keep": 4, "keep_ratio": 0.5}, "Pass only one of"),
         ({"num_keep": 4, "prune": False}, "Pass only one of"),
         ({"threshold": 0.5}, "ask `tprl serve`"),
-        ({"num_keep": "4"}, "num_keep is a number; got '4'"),
-        ({"num_keep": True}, "num_keep is a number; got True"),
-        ({"prune": "no"}, "prune is true or false; got 'no'"),
-        ({"keep_ratio": 0.0}, r"lies in \(0, 1\]"),
+        ({"num_keep": "4"}, "num_keep must be a whole number"),
+        ({"num_keep": True}, "num_keep must be a whole number"),
+        ({"prune": "no"}, "prune must be True or False"),
+        ({"keep_ratio": 0.0}, r"keep_ratio must be the fraction that is KEPT, in \(0, 1\]"),
     ],
 )
 @pytest.mark.parametrize("is_server", [False, True])

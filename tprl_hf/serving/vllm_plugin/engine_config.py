@@ -117,7 +117,7 @@ class PrunedEngineConfig(VerifyAndUpdateConfig):
         family = family_of(config)
         pruner = named_pruner(config)
         server = model_config.get_multimodal_config().mm_processor_kwargs or {}
-        budget = request_budget({}, server, config, pruner.budget if pruner else None)
+        budget = request_budget({}, server, config, pruner)
         if pruner is None and budget is not None:
             refuse_untrained(config)
         model_config.hf_config = config

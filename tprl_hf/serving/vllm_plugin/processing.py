@@ -43,8 +43,7 @@ class PrunedInfo(BaseProcessingInfo):
         super().__init__(base_context(ctx))
         self.outer = ctx.model_config
         self.config = pruned_config(self.outer.hf_config)
-        pruner = named_pruner(self.config)
-        self.pruner_budget = pruner.budget if pruner else None
+        self.pruner = named_pruner(self.config)
 
     @property
     def model_id(self) -> str:
@@ -91,7 +90,7 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         request, kwargs = split_budget(inputs.hf_processor_mm_kwargs)
         if "image" in inputs.mm_data_items:
             images = self.blocks(inputs.mm_data_items, kwargs)
-            budget = request_budget(request, self.info.server_kwargs, self.info.config, self.info.pruner_budget)
+            budget = request_budget(request, self.info.server_kwargs, self.info.config, self.info.pruner)
             counts = counts_of_images(budget, images)
             self.refuse_too_long(inputs.prompt, images)
             kwargs[OURS] = {"keep": [], "question": []}
