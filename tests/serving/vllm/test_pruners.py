@@ -20,7 +20,7 @@ def base(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("pruner", ["divprune", "cdpruner", "query-similarity", "tome", "uniform", "feature-norm"])
+@pytest.mark.parametrize("pruner", ["divprune", "cdpruner", "query-similarity", "tome", "pool", "uniform", "feature-norm"])
 def test_the_same_tokens_as_with_the_pruner_in_generate(base, pruner):
     processor = load_processor(str(base))
     model = TPRLForConditionalGeneration.from_base_model(str(base), pruner=pruner, keep_ratio=0.4).eval()

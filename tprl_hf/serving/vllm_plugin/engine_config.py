@@ -23,6 +23,7 @@ PRUNERS_HERE = {
     "uniform": False,
     "feature-norm": False,
     "divprune": False,
+    "pool": False,
     "tome": False,
     "query-similarity": True,
     "cdpruner": True,
