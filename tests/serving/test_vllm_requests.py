@@ -5,10 +5,12 @@ import torch
 
 from tprl_hf import TPRLConfig
 from tprl_hf.modeling.budget import Budget
-from tprl_hf.modeling.token_layout import Block
-from tprl_hf.pruners import DivPrune
+from tprl_hf.modeling.token_layout import Block, TokenLayout
+from tprl_hf.modeling.token_pruner import PruningInputs
+from tprl_hf.pruners import PRUNERS, DivPrune
 from tprl_hf.serving.vllm_plugin.places import full_prompt, place_columns, read_places
 from tprl_hf.serving.vllm_plugin.requests import (
+    PRUNERS_HERE,
     counts_of_images,
     question_ids,
     request_budget,
@@ -103,6 +105,29 @@ def test_the_question_is_that_of_generate():
     ids = [1, 90, 92, 7, 8, 9, 93, 5, 6]
     assert question_ids(ids, 90, [1, 92, 93]) == [7, 8, 9, 5, 6]
     assert question_ids(ids, 90, [1], [92], [93]) == [7, 8, 9]
+
+
+@pytest.mark.parametrize(("name", "reads"), PRUNERS_HERE.items())
+def test_which_pruners_read_the_question(name, reads):
+    """Where one reads it and the table says no, cached tokens would be those of another question."""
+    torch.manual_seed(0)
+    layout = TokenLayout.from_stacked(TokenLayout.from_blocks([SQUARE]).stacked()[:, None])
+    inputs = PruningInputs(
+        tokens=torch.randn(1, 144, 16),
+        valid=torch.ones(1, 144, dtype=torch.bool),
+        num_visual=torch.tensor([144]),
+        layout=layout,
+        protected=None,
+        query=torch.empty(1, 3, 16),
+        query_valid=torch.ones(1, 3, dtype=torch.bool),
+        sample_keys=[0],
+    )
+    masks = []
+    for _ in range(4):
+        inputs.query = torch.randn(1, 3, 16)
+        masks.append(PRUNERS[name]().choose(inputs, Budget(num_keep=20))[0])
+        assert int(masks[-1].sum()) == 20
+    assert any(not torch.equal(mask, masks[0]) for mask in masks) == reads
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -16,18 +16,8 @@ from tprl_hf.modeling.token_pruner import TokenPruner
 from tprl_hf.pruners import PRUNERS
 
 from . import VLLM_RELEASE
-from .requests import request_budget, split_budget
+from .requests import PRUNERS_HERE, request_budget, split_budget
 
-# Pruners that read a prompt's tokens only, and whether they read its question.
-PRUNERS_HERE = {
-    "uniform": False,
-    "feature-norm": False,
-    "divprune": False,
-    "pool": False,
-    "tome": False,
-    "query-similarity": True,
-    "cdpruner": True,
-}
 # The field of a base model's config (`--hf-overrides`) that says how it is pruned.
 SETTINGS = "tprl"
 EXAMPLE = '{"architectures": ["TPRLForConditionalGeneration"], "tprl": {"pruner": "divprune", "keep_ratio": 0.333}}'

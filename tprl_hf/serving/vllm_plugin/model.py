@@ -106,7 +106,6 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
 
     # ---- choosing ----
 
-    @torch.inference_mode()
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
         if kwargs.get("tprl_keep") is None:
             return []
@@ -207,13 +206,12 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
         if self.is_original:
-            length = len(input_ids)
-            self.places[:, :length] = 0
+            self.places.zero_()  # behind the ids too, where the engine pads
             if multimodal_embeddings is not None and len(multimodal_embeddings):
                 assert is_multimodal is not None
                 width = 2 * self.axes
                 columns = torch.cat([rows[:, -width:] for rows in multimodal_embeddings])
-                self.places[:, :length][:, is_multimodal.to(self.places.device)] = read_places(columns)
+                self.places[:, : len(input_ids)][:, is_multimodal.to(self.places.device)] = read_places(columns)
                 multimodal_embeddings = [rows[:, :-width] for rows in multimodal_embeddings]
         return self.lvlm.embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 

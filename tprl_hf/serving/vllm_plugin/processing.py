@@ -74,6 +74,10 @@ class PrunedInfo(BaseProcessingInfo):
     def image_blocks(self, width: int, height: int, kwargs: Mapping[str, object]) -> list[Block]:
         """The grids that an image becomes, see [`Block`]."""
 
+    def num_positions(self, blocks: list[Block]) -> int:
+        """By how much the position of the text behind an image with these grids is larger than the image's."""
+        return sum(block.num_tokens for block in blocks)
+
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {name: None if name == "image" else 0 for name in super().get_supported_mm_limits()}
 
@@ -127,12 +131,12 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         config = self.info.config
         if config.position_ids != "original":
             return
-        length = len(prompt) + sum(block.num_tokens for blocks in images for block in blocks) - len(images)
+        length = len(prompt) - len(images) + sum(map(self.info.num_positions, images))
         longest = config.get_text_config().max_position_embeddings
         if length > longest:
             raise ValueError(
-                f"With all visual tokens this prompt has {length} tokens, and the LLM knows {longest} positions. Kept "
-                "tokens keep theirs, so that pruning does not help: send fewer or smaller images, or less text."
+                f"With all visual tokens this prompt has {length} positions, and the LLM knows {longest} positions. "
+                "Kept tokens keep theirs, so that pruning does not help: send fewer or smaller images, or less text."
             )
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs):

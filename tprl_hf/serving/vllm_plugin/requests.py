@@ -12,6 +12,16 @@ from tprl_hf.modeling.text_query import default_query_mask
 from tprl_hf.modeling.token_layout import Block
 from tprl_hf.modeling.token_pruner import TokenPruner
 
+# Pruners that read a prompt's tokens only, and whether they read its question.
+PRUNERS_HERE = {
+    "uniform": False,
+    "feature-norm": False,
+    "divprune": False,
+    "pool": False,
+    "tome": False,
+    "query-similarity": True,
+    "cdpruner": True,
+}
 BUDGET_NAMES = ("keep_ratio", "num_keep", "threshold", "prune")
 
 
