@@ -22,7 +22,7 @@ from tprl_hf.loading import load_model
 
 BUDGETS = [{"num_keep": 16}, {"num_keep": 48}, {"keep_ratio": 1 / 18}, {"keep_ratio": 2 / 9}, {"prune": False}]
 SERVER_DEFAULT = {"num_keep": 16}
-START_SECONDS = 400
+START_SECONDS = 900
 VLLM = Path(sys.executable).with_name("vllm")
 
 
