@@ -8,7 +8,7 @@ from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.token_layout import Block, TokenLayout
 from tprl_hf.modeling.token_pruner import PruningInputs
 from tprl_hf.pruners import PRUNERS, DivPrune
-from tprl_hf.serving.vllm_plugin.places import full_prompt, place_columns, read_places
+from tprl_hf.serving.vllm_plugin.places import embedded_rows, full_prompt, place_columns, read_places
 from tprl_hf.serving.vllm_plugin.requests import (
     PRUNERS_HERE,
     counts_of_images,
@@ -134,6 +134,17 @@ def test_which_pruners_read_the_question(name, reads):
 def test_places_survive_any_dtype(dtype):
     places = torch.stack([torch.arange(16384), torch.arange(16384).flip(0)])
     assert torch.equal(read_places(place_columns(places, dtype)), places)
+
+
+def test_rows_that_were_pruned_elsewhere_say_where_they_lay():
+    rows = torch.randn(300, 8)
+    mask = torch.zeros(300, dtype=torch.bool)
+    mask[[0, 7, 299]] = True
+    embedded = embedded_rows(rows, mask)
+    assert torch.equal(embedded[:, :8], rows[mask])
+    assert read_places(embedded[:, 8:10]).tolist() == [[0, 7, 299]]
+    assert read_places(embedded[:, 10:]).tolist() == [[300] * 3]
+    assert torch.equal(embedded_rows(rows, mask, "contiguous"), rows[mask])
 
 
 def test_the_full_prompt_has_every_token_where_it_was():

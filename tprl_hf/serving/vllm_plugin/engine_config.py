@@ -120,6 +120,8 @@ class PrunedEngineConfig(VerifyAndUpdateConfig):
         if not config.includes_base_model and model_config.tokenizer == model_config.model and not has_tokenizer:
             model_config.tokenizer = base_source(model_config.model, config)
             model_config.tokenizer_revision = config.base_model_revision
+            # vLLM asked before now, found no tokenizer, and took that for a model without images.
+            model_config._supports_multimodal_inputs_cache = {}
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:

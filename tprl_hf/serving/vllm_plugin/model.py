@@ -107,6 +107,8 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
     # ---- choosing ----
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
+        if kwargs.get("image_embeds") is not None:  # encoded and pruned elsewhere
+            return [rows[:, : self.config.token_dim + 2 * self.is_original] for rows in kwargs["image_embeds"]]
         if kwargs.get("tprl_keep") is None:
             return []
         ours = {name: list(kwargs.pop(name)) for name in FIELDS}
@@ -185,7 +187,10 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
         images = []
         for feature in features:
-            total = sum(block.num_tokens for block in read_blocks(feature.data["tprl_blocks"].data))
+            if "image_embeds" in feature.data:
+                total = int(read_places(feature.data["image_embeds"].data[:1, -2:]))
+            else:
+                total = sum(block.num_tokens for block in read_blocks(feature.data["tprl_blocks"].data))
             images.append((feature.mm_position.offset, feature.mm_position.length, total))
         full, starts, columns = full_prompt(input_tokens, images, self.config.image_token_id)
         if self.axes == 1:
