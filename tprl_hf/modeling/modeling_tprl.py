@@ -217,8 +217,8 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         if "position_ids" not in inputs:
             pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
         if batch.inputs.get("inputs_embeds") is not None:
-            ids, embeds = pruned.inputs.pop("input_ids"), batch.inputs["inputs_embeds"]
-            pruned.inputs["inputs_embeds"] = embed_columns(embeds, ids, pruned.columns, self.get_input_embeddings())
+            del pruned.inputs["input_ids"]
+            pruned.inputs["inputs_embeds"] = embed_columns(batch.inputs["inputs_embeds"], pruned.columns)
         needed, columns = wanted, pruned.columns
         if not compact:
             source = source_columns(columns, length)
@@ -368,8 +368,8 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         if embeds is None:
             output = self.lvlm.generate(generation_config=generation_config, **arguments)
         else:
-            ids, embedding = arguments["input_ids"], self.get_input_embeddings()
-            with embedded_as(embedding, ids, embed_columns(embeds, ids, pruned.columns, embedding)):
+            rows = embed_columns(embeds, pruned.columns)
+            with embedded_as(self.get_input_embeddings(), arguments["input_ids"], rows):
                 output = self.lvlm.generate(generation_config=generation_config, **arguments)
 
         sequences = output if torch.is_tensor(output) else output.sequences
