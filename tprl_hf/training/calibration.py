@@ -11,7 +11,8 @@ from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs
 from tprl_hf.modeling.values import COUNT, flag, number
 
-from .answer_batches import AnswerBatch, SampleEncoder, undecoded
+from .answer_batches import AnswerBatch, SampleEncoder
+from .trainer_arguments import given_dataset
 
 NUM_BISECTIONS = 20
 
@@ -48,7 +49,7 @@ def calibrate_threshold(
     keep_ratio = number(above=0, below=1, what=what)("keep_ratio", keep_ratio)
     batch_size, set_default = COUNT("batch_size", batch_size), flag("set_default", set_default)
     encoder = SampleEncoder(model, processor)
-    rows = undecoded(dataset)
+    rows = given_dataset(dataset, "dataset")
     batches = [
         encoder([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         for start in range(0, len(rows), batch_size)
