@@ -1,11 +1,19 @@
 # Short names for dev.py, which does the work.
-.PHONY: setup demo test format counts test-lmms test-processors clean
+.PHONY: setup demo test format coverage counts api test-lmms test-processors test-vllm clean
 
 setup demo test format:
 	python3 dev.py $@
 
+# All tests, and which lines and branches of the package they reach; less than 95 % fails.
+coverage:
+	python3 dev.py test --cov
+
 counts:
 	.venv/bin/python tests/counts.py
+
+# the API reference, from the docstrings, as static pages
+api: setup
+	.venv/bin/python docs/make_api.py build/api
 
 # lmms-eval pulls a torchvision that breaks torch's CPU build, hence an environment of its own, without torchvision.
 LMMS = .venv-lmms/bin/python
@@ -32,5 +40,16 @@ test-processors: .venv-processors/installed
 	$(PROCESSORS) -m pip install --quiet -e ".[dev,processors]" -c .venv-processors/constraints.txt
 	touch $@
 
+# vLLM wants other releases of what we pin, hence an environment of its own: 3.7 GB, one engine at a time.
+VLLM = .venv-vllm/bin/python
+
+test-vllm: .venv-vllm/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VLLM) -m pytest -q tests/serving/vllm
+
+.venv-vllm/installed: setup.py constraints.txt tests/serving/vllm/install.py
+	python3 -m venv .venv-vllm
+	$(VLLM) tests/serving/vllm/install.py
+	touch $@
+
 clean:
-	rm -rf .venv .venv-lmms .venv-processors build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lmms .venv-processors .venv-vllm build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -12,7 +12,6 @@ from .arguments import (
     add_loading_arguments,
     add_model_argument,
     add_pruner_arguments,
-    loading_options,
     positive_int,
 )
 
@@ -81,14 +80,13 @@ def run(arguments: argparse.Namespace) -> int:
         needs = f"tprl serve needs more packages ({error}): pip install 'tprl_hf[serve]'"
         raise ValueError(of_another_build(error) or needs) from error
     import tprl_hf
-    from tprl_hf.loading import load_model
     from tprl_hf.serving.limits import Limits
 
-    from .loading import pruner_and_budget, using_pruner
+    from .loading import load_named_model, pruner_and_budget, using_pruner
 
     # bound before the model is loaded, so that a port that is taken is told at once
     listener = bind(arguments.host, arguments.port)
-    model, processor = load_model(arguments.model, **loading_options(arguments))
+    model, processor = load_named_model(arguments)
     pruner_name, pruner, budget = pruner_and_budget(model, arguments)
     path = arguments.model or tprl_hf.embedded_checkpoint()
     name = arguments.name or (Path(path).resolve().name if Path(path).is_dir() else path)

@@ -3,7 +3,6 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedConfig
 from vllm import __version__ as vllm_version
@@ -30,6 +29,7 @@ PRUNERS_HERE = {
 }
 # The field of a base model's config (`--hf-overrides`) that says how it is pruned.
 SETTINGS = "tprl"
+EXAMPLE = '{"architectures": ["TPRLForConditionalGeneration"], "tprl": {"pruner": "divprune", "keep_ratio": 0.333}}'
 
 
 def pruned_config(config: PreTrainedConfig) -> TPRLConfig:
@@ -47,10 +47,7 @@ def pruned_config(config: PreTrainedConfig) -> TPRLConfig:
     settings = getattr(config, SETTINGS, None) or {}
     unknown = sorted(set(settings) - set(TPRLConfig().to_dict()))
     if unknown or not settings.get("pruner"):
-        raise ValueError(
-            f'To prune a base model pass --hf-overrides \'{{"architectures": ["TPRLForConditionalGeneration"], "tprl": '
-            f'{{"pruner": "divprune", "keep_ratio": 0.333}}}}\'; got {settings!r}.'
-        )
+        raise ValueError(f"To prune a base model pass --hf-overrides '{EXAMPLE}'; got {settings!r} for {SETTINGS!r}.")
     return TPRLConfig(base_config=config, **settings)
 
 
@@ -61,9 +58,9 @@ def named_pruner(config: TPRLConfig) -> TokenPruner | None:
     Raises:
         `ValueError`: for one that cannot run inside vLLM.
     """
-    if config.pruner is None:
+    if not isinstance(config.pruner, dict):  # a name has become one
         return None
-    settings: dict[str, Any] = dict(config.pruner)
+    settings = dict(config.pruner)
     name = settings.pop("name")
     if name not in PRUNERS_HERE:
         raise ValueError(
@@ -75,7 +72,7 @@ def named_pruner(config: TPRLConfig) -> TokenPruner | None:
 
 def reads_question(config: TPRLConfig) -> bool:
     """Whether the choice depends on the question, so that it is part of what tokens are cached by."""
-    if config.pruner is not None:
+    if isinstance(config.pruner, dict):
         return PRUNERS_HERE[config.pruner["name"]]
     return not config.query_agnostic
 
@@ -138,6 +135,6 @@ class PrunedEngineConfig(VerifyAndUpdateConfig):
         size = vllm_config.parallel_config.pipeline_parallel_size
         if size > 1:
             raise ValueError(
-                f"A pruned model cannot be cut into {size} pipeline stages, since later ones do not learn which tokens "
-                "were kept: use --tensor-parallel-size, or several servers."
+                f"A pruned model cannot be cut into {size} pipeline stages, since later ones do not learn which "
+                "tokens were kept: use --tensor-parallel-size, or several servers."
             )

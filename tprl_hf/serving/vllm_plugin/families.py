@@ -3,7 +3,24 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaMultiModalProcessor, LlavaProcessingInfo
+from vllm.model_executor.models.llava_next import LlavaNextMultiModalProcessor, LlavaNextProcessingInfo
+from vllm.model_executor.models.llava_onevision import (
+    LlavaOnevisionDummyInputsBuilder,
+    LlavaOnevisionMultiModalProcessor,
+    LlavaOnevisionProcessingInfo,
+)
+from vllm.model_executor.models.qwen2_5_vl import (
+    Qwen2_5_VLDummyInputsBuilder,
+    Qwen2_5_VLMultiModalProcessor,
+    Qwen2_5_VLProcessingInfo,
+)
+from vllm.model_executor.models.qwen3_vl import (
+    Qwen3VLDummyInputsBuilder,
+    Qwen3VLMultiModalProcessor,
+    Qwen3VLProcessingInfo,
+)
 from vllm.multimodal.processing import InputProcessingContext
 
 from tprl_hf.modeling.configuration_tprl import TPRLConfig
@@ -20,6 +37,71 @@ class LlavaInfo(PrunedInfo, LlavaProcessingInfo):
 
 
 class LlavaProcessor(PrunedProcessor, LlavaMultiModalProcessor):
+    pass
+
+
+class NewlineInfo(PrunedInfo):
+    """Families that show an overview, then crops as one grid whose rows end in a newline."""
+
+    def image_blocks(self, width: int, height: int, kwargs: Mapping[str, object]) -> list[Block]:
+        config, encoder = self.get_hf_config(), self.get_vision_encoder_info()
+        side = encoder.get_patch_grid_length()
+        tiles = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, encoder.get_image_size())
+        tokens, rows = self._get_num_unpadded_features(
+            original_height=height,
+            original_width=width,
+            npatches=side,
+            num_patch_height=tiles[0],
+            num_patch_width=tiles[1],
+        )
+        return [Block(side, side), Block(rows, tokens // rows, row_newline=True)]
+
+
+class LlavaNextInfo(NewlineInfo, LlavaNextProcessingInfo):
+    pass
+
+
+class LlavaNextProcessor(PrunedProcessor, LlavaNextMultiModalProcessor):
+    pass
+
+
+class LlavaOnevisionInfo(NewlineInfo, LlavaOnevisionProcessingInfo):
+    pass
+
+
+class LlavaOnevisionProcessor(PrunedProcessor, LlavaOnevisionMultiModalProcessor):
+    pass
+
+
+class GridInfo(PrunedInfo):
+    """Families whose images keep their shape: a grid of patches, some of which are merged into a token."""
+
+    def image_blocks(self, width: int, height: int, kwargs: Mapping[str, object]) -> list[Block]:
+        size, _ = self._get_vision_info(
+            image_width=width,
+            image_height=height,
+            num_frames=1,
+            image_processor=self.get_image_processor(**kwargs),
+            mm_kwargs=kwargs,
+        )
+        vision = self.get_hf_config().vision_config
+        pixels = vision.patch_size * vision.spatial_merge_size
+        return [Block(size.height // pixels, size.width // pixels)]
+
+
+class Qwen25Info(GridInfo, Qwen2_5_VLProcessingInfo):
+    pass
+
+
+class Qwen25Processor(PrunedProcessor, Qwen2_5_VLMultiModalProcessor):
+    pass
+
+
+class Qwen3Info(GridInfo, Qwen3VLProcessingInfo):
+    pass
+
+
+class Qwen3Processor(PrunedProcessor, Qwen3VLMultiModalProcessor):
     pass
 
 
@@ -46,6 +128,34 @@ class Family:
 FAMILIES = {
     "llava": Family(
         "LlavaForConditionalGeneration", LlavaInfo, LlavaProcessor, LlavaDummyInputsBuilder, towers_by_vllm_names
+    ),
+    "llava_next": Family(
+        "LlavaNextForConditionalGeneration",
+        LlavaNextInfo,
+        LlavaNextProcessor,
+        LlavaDummyInputsBuilder,
+        towers_by_vllm_names,
+    ),
+    "llava_onevision": Family(
+        "LlavaOnevisionForConditionalGeneration",
+        LlavaOnevisionInfo,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionDummyInputsBuilder,
+        towers_by_vllm_names,
+    ),
+    "qwen2_5_vl": Family(
+        "Qwen2_5_VLForConditionalGeneration",
+        Qwen25Info,
+        Qwen25Processor,
+        Qwen2_5_VLDummyInputsBuilder,
+        has_three_axes=True,
+    ),
+    "qwen3_vl": Family(
+        "Qwen3VLForConditionalGeneration",
+        Qwen3Info,
+        Qwen3Processor,
+        Qwen3VLDummyInputsBuilder,
+        has_three_axes=True,
     ),
 }
 

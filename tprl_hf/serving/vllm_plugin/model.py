@@ -41,6 +41,10 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
     in its image behind it (see `places.py`); `embed_input_ids` takes the places off, and `forward` adds them.
     """
 
+    config: Any
+    lvlm: Any
+    places: Tensor
+
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         return None  # the chat templates of these families place images themselves
@@ -50,7 +54,7 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         model_config = vllm_config.model_config
         config = self.config = pruned_config(model_config.hf_config)
         self.family = family_of(config)
-        base = copy.deepcopy(config.base_config)
+        base: Any = copy.deepcopy(config.base_config)
         if config.position_ids == "original" and not self.family.has_three_axes:
             # An answer follows the full prompt, whose length is checked; vLLM's table of angles must reach there.
             base.get_text_config().max_position_embeddings *= 2
@@ -121,8 +125,9 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
 
     def encode(self, kwargs: dict[str, Any], keys: list[tuple[int, ...]], sizes: list[int]) -> list[Tensor]:
         """Rows `[N, D]` of each image before pruning, from the cache or from tower and projector."""
-        found = {key: self.rows_cache.get(key, self.places.device) for key in keys}
-        missing = [keys.index(key) for key, rows in found.items() if rows is None]
+        cached = {key: self.rows_cache.get(key, self.places.device) for key in keys}
+        found = {key: rows for key, rows in cached.items() if rows is not None}
+        missing = [keys.index(key) for key in cached if key not in found]
         # vLLM counts kept tokens when it says how many images are encoded at once; the tower computes all.
         for batch in batches(missing, sizes, self.tower_tokens):
             rows = self.lvlm.embed_multimodal(**select_images(kwargs, batch, len(keys)))
@@ -205,6 +210,7 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
             length = len(input_ids)
             self.places[:, :length] = 0
             if multimodal_embeddings is not None and len(multimodal_embeddings):
+                assert is_multimodal is not None
                 width = 2 * self.axes
                 columns = torch.cat([rows[:, -width:] for rows in multimodal_embeddings])
                 self.places[:, :length][:, is_multimodal.to(self.places.device)] = read_places(columns)
@@ -254,7 +260,7 @@ def select_images(kwargs: dict[str, Any], which: list[int], count: int) -> dict[
     """The inputs of the images `which` among `count`."""
     if which == list(range(count)):
         return kwargs
-    selected = {}
+    selected: dict[str, Any] = {}
     for name, value in kwargs.items():
         parts = value
         if name == "pixel_values" and "image_grid_thw" in kwargs:  # the patches of all images in a row

@@ -40,7 +40,9 @@ def full_prompt(
         token of `pruned`: for all tokens of an image, that of its first.
     """
     full: list[int] = []
-    starts, columns, done = [], [], 0
+    starts: list[int] = []
+    columns: list[int] = []
+    done = 0
     for offset, kept, total in images:
         columns += range(len(full), len(full) + offset - done)
         full += pruned[done:offset]

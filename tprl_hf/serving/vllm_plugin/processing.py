@@ -31,6 +31,11 @@ OURS = "tprl"
 FIELDS = ("tprl_keep", "tprl_question", "tprl_blocks", "tprl_key")
 
 
+def without_ours(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the base model's own processor takes."""
+    return {name: value for name, value in kwargs.items() if name != OURS}
+
+
 class PrunedInfo(BaseProcessingInfo):
     """What a family's processor knows, besides what vLLM's own knows of the base model."""
 
@@ -71,7 +76,7 @@ class PrunedInfo(BaseProcessingInfo):
         """The grids that an image becomes, see [`Block`]."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {"image": None}
+        return {name: None if name == "image" else 0 for name in super().get_supported_mm_limits()}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         return {"image": self.get_max_image_tokens()}  # a request may ask for all
@@ -104,7 +109,9 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
 
     @property
     def image_token_id(self) -> int:
-        return self.info.config.image_token_id
+        token = self.info.config.image_token_id
+        assert token is not None
+        return token
 
     def blocks(self, mm_items: Mapping[str, Any], kwargs: Mapping[str, object]) -> list[list[Block]]:
         """The grids of each image."""
@@ -126,12 +133,11 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         if length > longest:
             raise ValueError(
                 f"With all visual tokens this prompt has {length} tokens, and the LLM knows {longest} positions. Kept "
-                "tokens keep their positions, so that pruning does not help: send fewer or smaller images, or less "
-                "text."
+                "tokens keep theirs, so that pruning does not help: send fewer or smaller images, or less text."
             )
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs):
-        kwargs = {name: value for name, value in hf_kwargs.items() if name != OURS}
+        kwargs = without_ours(hf_kwargs)
         output = super()._apply_hf_processor_main(mm_items, kwargs)
         if "image" in mm_items and len(mm_items["image"]):
             images = self.blocks(mm_items, kwargs)
@@ -160,14 +166,13 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        kwargs = {name: value for name, value in hf_processor_mm_kwargs.items() if name != OURS}
         ours = {name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in FIELDS}
-        return {**super()._get_mm_fields_config(hf_inputs, kwargs), **ours}
+        return {**super()._get_mm_fields_config(hf_inputs, without_ours(hf_processor_mm_kwargs)), **ours}
 
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs) -> Sequence[PromptReplacement]:
         token = self.image_token_id
         if "image" not in mm_items:
             return []
-        images = self.blocks(mm_items, hf_processor_mm_kwargs)
+        images = self.blocks(mm_items, without_ours(hf_processor_mm_kwargs))
         counts = [self.kept(blocks, hf_processor_mm_kwargs) for blocks in images]
         return [PromptReplacement("image", [token], lambda index: [token] * counts[index])]

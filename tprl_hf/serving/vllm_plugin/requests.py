@@ -37,7 +37,9 @@ def request_budget(
     Raises:
         `ValueError`: for several budgets, for values out of their range, and for a threshold.
     """
-    asked = split_budget(request)[0] or split_budget(server)[0]
+    asked, default = split_budget(request)[0], split_budget(server)[0]
+    if not asked or (asked == {"prune": True} and default.get("prune") is not False):
+        asked = default or asked
     for name, value in asked.items():
         if isinstance(value, bool) != (name == "prune") or not isinstance(value, (bool, int, float)):
             raise ValueError(f"{name} is {'true or false' if name == 'prune' else 'a number'}; got {value!r}.")

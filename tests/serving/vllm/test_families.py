@@ -1,0 +1,57 @@
+"""Tiny random models of each family: the same tokens as `generate`, for images of several sizes."""
+
+import pytest
+from PIL import Image
+
+from tests.serving.vllm.engine import Request, answers, ask, engine, generated, model_inputs, save_tiny
+from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.loading import load_model
+from tprl_hf.missing_packages import load_processor
+
+BUDGETS = [{"prune": False}, {}, {"keep_ratio": 0.3}, {"num_keep": 3}, {"num_keep": 9}]
+QUESTIONS = ["what colour is the cat ?", "where is the dog", "red left green"]
+SIZES = [(40, 30), (30, 60), (24, 24), (70, 30)]
+POLICY = {"policy_training": {"stage": "lfd"}, "policy_positions": True, "policy_budget": True, "policy_num_heads": 4}
+WAYS = [
+    ("llava_next", {}),
+    ("llava_onevision", {}),
+    ("qwen2_5_vl", {}),
+    ("qwen2_5_vl", {"position_ids": "contiguous"}),
+    ("qwen3_vl", {"num_steps": 2, "policy_steps": 2}),
+]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids=str)
+def checkpoint(request, tmp_path_factory):
+    family, settings = request.param
+    folder = tmp_path_factory.mktemp(family)
+    save_tiny(family, folder / "base")
+    model = TPRLForConditionalGeneration.from_base_model(
+        str(folder / "base"), keep_ratio=0.5, policy_dim=32, **POLICY, **settings
+    )
+    processor = load_processor(str(folder / "base"))
+    model.read_chat_template(processor)
+    model.save_pretrained(folder / "merged", save_base_model=True)
+    processor.save_pretrained(folder / "merged")
+    return folder / "merged"
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint):
+    with engine(checkpoint, max_model_len=256, max_num_seqs=8, limit_mm_per_prompt={"image": 2}) as llm:
+        yield llm
+
+
+def test_the_same_tokens_at_five_budgets(llm, checkpoint):
+    model, processor = load_model(str(checkpoint), "cpu")
+    pictures = [Image.effect_noise(size, 90).convert("RGB") for size in SIZES]
+    requests = [
+        Request(question, [picture], budget) for budget in BUDGETS for picture in pictures for question in QUESTIONS
+    ]
+    outputs = ask(llm, processor, requests)
+    wanted = generated(model, processor, requests)
+    assert answers(outputs) == wanted
+    assert len({tuple(answer) for answer in wanted}) > len(pictures)  # images, questions and budgets matter
+    for request, output in zip(requests, outputs, strict=True):
+        plan = model.prune(**model_inputs(processor, [request]), **request.budget)
+        assert output.prompt_token_ids.count(model.config.image_token_id) == int(plan.num_kept)

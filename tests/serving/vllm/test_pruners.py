@@ -1,0 +1,61 @@
+"""A base model that is no checkpoint of ours, pruned inside vLLM by one flag and without training."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from tests.serving.vllm.engine import Request, answers, ask, engine, generated, save_tiny
+from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.missing_packages import load_processor
+
+QUESTIONS = ["what colour is the cat ?", "where is the dog", "red left green"]
+ARCHITECTURE = {"architectures": ["TPRLForConditionalGeneration"]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "base"
+    save_tiny("llava", path)
+    return path
+
+
+@pytest.mark.parametrize("pruner", ["divprune", "cdpruner", "query-similarity", "tome", "uniform", "feature-norm"])
+def test_the_same_tokens_as_with_the_pruner_in_generate(base, pruner):
+    processor = load_processor(str(base))
+    model = TPRLForConditionalGeneration.from_base_model(str(base), pruner=pruner, keep_ratio=0.4).eval()
+    model.read_chat_template(processor)
+    pictures = [Image.effect_noise((30 + 8 * index, 30), 90).convert("RGB") for index in range(4)]
+    requests = [
+        Request(question, [picture], budget)
+        for budget in ({}, {"num_keep": 3}, {"prune": False})
+        for picture in pictures
+        for question in QUESTIONS
+    ]
+    flag = {**ARCHITECTURE, "tprl": {"pruner": pruner, "keep_ratio": 0.4}}
+    with engine(base, max_model_len=128, hf_overrides=flag) as llm:
+        assert answers(ask(llm, processor, requests)) == generated(model, processor, requests)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pruner": "vispruner", "keep_ratio": 0.4}, "'vispruner' does not run inside vLLM"),
+        ({"pruner": "divprune", "keep": 0.4}, "To prune a base model pass --hf-overrides"),
+        ({"keep_ratio": 0.4}, "To prune a base model pass --hf-overrides"),
+        ({"pruner": "divprune", "threshold": 0.4}, "threshold=0.4 cannot be used with vLLM"),
+    ],
+    ids=json.dumps,
+)
+def test_what_is_refused_before_the_model_is_loaded(base, settings, message):
+    with pytest.raises(ValueError, match=message), engine(base, hf_overrides={**ARCHITECTURE, "tprl": settings}):
+        pass
+
+
+def test_an_untrained_policy_is_refused(base, tmp_path):
+    model = TPRLForConditionalGeneration.from_base_model(str(base))
+    model.config.keep_ratio = 0.5
+    model.save_pretrained(tmp_path / "untrained", save_base_model=True)
+    load_processor(str(base)).save_pretrained(tmp_path / "untrained")
+    with pytest.raises(ValueError, match="has not been trained"), engine(tmp_path / "untrained"):
+        pass
