@@ -277,10 +277,8 @@ def test_requests_that_wait_share_a_call_and_each_ends_by_itself(client, checkpo
         answer = ask(client, samples[number]["prompt"], urls[number], max_tokens=None, extra_body=fields)
         return answer.choices[0].message.content.strip(), answer.usage.completion_tokens, answer.timings
 
-    a_while = {
-        "max_tokens": None,
-        "extra_body": {"generation_config": '{"min_new_tokens": 200, "max_new_tokens": 200}'},
-    }
+    long = '{"min_new_tokens": 200, "max_new_tokens": 200}'
+    a_while = {"max_tokens": None, "extra_body": {"generation_config": long}}
     urls = [data_url(sample["images"][0]) for sample in samples]
     lengths = [4, 5, 6, 7, 8, 9]
     model, processor = load_model(str(checkpoint))
