@@ -246,7 +246,7 @@ def test_it_reads_the_users_own_questions(evaluate, own_data):
         ("{", "line 1: not JSON"),
         ("[]", "line 1: expected an object"),
         ('{"prompt": "q"}', "line 1: `answer` is missing; there are: prompt"),
-        ('{"prompt": ["q"], "answer": "a"}', "`prompt` must be the question as a text; got [\"q\"]"),
+        ('{"prompt": ["q"], "answer": "a"}', '`prompt` must be the question as a text; got ["q"]'),
         ('{"prompt": "q", "answer": "a", "image": "none.png"}', "there is no image file"),
     ],
 )

@@ -45,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fractions of visual tokens to keep, in (0, 1] (default: 1/3,1/9)",
     )
     parser.add_argument("--keep-ratio", action=OldSpelling, new="--keep-ratios", dest="keep_ratios", type=keep_ratios)
+    parser.add_argument(
+        "--photo",
+        action="store_true",
+        help="with photographs: a model of 145 million parameters, whose parts are fetched the first time (280 MB)",
+    )
     add_model_argument(parser)
     parser.add_argument(
         "--output-dir", default="tprl_output/demo", metavar="DIR", help="for the pictures (default: %(default)s)"
@@ -54,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
-    from tprl_hf.data import mosaic_vqa
+    from tprl_hf.data.sources import read_source
     from tprl_hf.evaluation.answers import generate_answers
     from tprl_hf.evaluation.scores import is_correct
     from tprl_hf.pruners.by_name import make_pruner, own_pruner
@@ -62,11 +67,16 @@ def run(arguments: argparse.Namespace) -> int:
     from .loading import load_named_model, using_pruner
     from .pictures import name_of_model, write_pictures
 
+    source = "photo" if arguments.photo else "mosaic"
+    if arguments.photo and arguments.model is None:
+        from tprl_hf.test_bed.photo_checkpoint import photo_checkpoint
+
+        arguments.model = str(photo_checkpoint(note))
     model, processor = load_named_model(arguments)
     names = [*SHOWN, *(["learned"] if own_pruner(model) == "learned" else [])]
     pruners = {name: make_pruner(model, name, arguments.seed) for name in names}
     note(f"Drawing {arguments.num_samples} questions ...")
-    samples = list(mosaic_vqa(split="test", seed=arguments.seed, num_samples=arguments.num_samples))
+    samples = list(read_source(source, "test", arguments.seed, arguments.num_samples))
     budgets: dict[Setting, dict[str, Any]] = {("none", ""): {"prune": False}}
     for text, ratio in arguments.keep_ratios:
         budgets.update({(name, text): {"keep_ratio": ratio} for name in names[1:]})
@@ -102,12 +112,13 @@ def run(arguments: argparse.Namespace) -> int:
     ratios = ",".join(text for text, _ in arguments.keep_ratios)
     notes = [
         f"Visual tokens kept: {counts}.",
-        f"Questions: mosaic_vqa(split='test', seed={arguments.seed}, num_samples={arguments.num_samples}).",
+        f"Questions: {source}_vqa(split='test', seed={arguments.seed}, num_samples={arguments.num_samples}).",
         f"Prefill: a batch of {min(TIMED_PROMPTS, len(samples))} prompts, median of {REPETITIONS} rounds in which the "
         "pruners take turns, after 2 to warm up; LLM: its forward alone; whole: vision tower, pruner and LLM; "
         f"{describe_device(model)}.",
         "Outlined in orange: what the question is about. The pruners are not told.",
-        f"Command: tprl demo{f' {name_of_model(arguments.model)}' if arguments.model else ''} "
+        f"Command: tprl demo{' --photo' * arguments.photo}"
+        f"{f' {name_of_model(arguments.model)}' if arguments.model else ''} "
         f"--num-samples {arguments.num_samples} --num-shown {arguments.num_shown} "
         f"--seed {arguments.seed} --keep-ratios {ratios}{loading_words(arguments)}",
     ]

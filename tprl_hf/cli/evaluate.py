@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         default="mosaic",
         metavar="NAME|FILE",
-        help="mosaic, easy-vqa, a .jsonl file with image, prompt, answer a line, the directory of a saved dataset, or "
-        "a task of lmms-eval where that is installed (default: mosaic)",
+        help="mosaic, easy-vqa, photo, a .jsonl file with image, prompt, answer a line, the directory of a saved "
+        "dataset, or a task of lmms-eval where that is installed (default: mosaic)",
     )
     parser.add_argument("--include-path", metavar="DIR", help="folder with lmms-eval tasks of your own")
     parser.add_argument(
@@ -75,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=seeds,
         default=[7],
         metavar="N,...",
-        help="seeds of mosaic's images, each with --num-samples questions; the first is that of random (default: 7)",
+        help="seeds of the images of mosaic or photo, each with --num-samples questions; the first is that of random "
+        "(default: 7)",
     )
     parser.add_argument(
         "--random-seeds",
@@ -90,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="also time each row, from pixels to the first new token, in N rounds",
     )
-    parser.add_argument("--split", help="split of mosaic or easy-vqa (default: test)")
+    parser.add_argument("--split", help="split of mosaic, easy-vqa or photo (default: test)")
     parser.add_argument(
         "--batch-size", type=positive_int, default=48, metavar="N", help="questions at once (default: 48)"
     )
@@ -297,15 +298,15 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
     function, metric = METRICS[arguments.metric or "exact"]
     score = getattr(scores, function)
     data, split = arguments.data, arguments.split or "test"
-    if data not in ("mosaic", "easy-vqa") and arguments.split:
+    if data not in ("mosaic", "easy-vqa", "photo") and arguments.split:
         raise ValueError(f"{data} has no splits: leave out --split {split}.")
-    if data == "mosaic":
+    if data in ("mosaic", "photo"):
         number = arguments.num_samples or 2000
-        parts = [read_source("mosaic", split, seed, number) for seed in arguments.seed]
+        parts = [read_source(data, split, seed, number) for seed in arguments.seed]
         data_seeds = [seed for seed in arguments.seed for _ in range(number)]
         return concatenate_datasets(parts) if len(parts) > 1 else parts[0], data_seeds, score, metric
     if len(arguments.seed) > 1:
-        raise ValueError(f"{data} has the same questions under every --seed; only mosaic has others.")
+        raise ValueError(f"{data} has the same questions under every --seed; only mosaic and photo have others.")
     if is_source(data):
         number = arguments.num_samples or (2000 if data == "easy-vqa" else None)
         return read_source(data, split, num_samples=number), None, score, metric

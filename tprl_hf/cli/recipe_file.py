@@ -16,7 +16,7 @@ from tprl_hf.training.stages import STAGES
 from .arguments import check_writable
 from .old_recipes import renewed
 
-NAMED_SOURCES = ("mosaic", "easy-vqa")
+NAMED_SOURCES = ("mosaic", "easy-vqa", "photo")
 OURS = Path(__file__).parents[1] / "recipes"
 SECTIONS = ("base_model", "output_dir", "policy", "data")  # and one for each stage
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -160,8 +160,8 @@ def check_places(recipe: Mapping[str, Any]) -> None:
         close = difflib.get_close_matches(source, NAMED_SOURCES, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise FileNotFoundError(
-            f"There are no data {source!r}: data.{name}.source is mosaic, easy-vqa, a .jsonl file or the directory of "
-            f"a saved dataset, as seen from the recipe or from the working directory.{hint}"
+            f"There are no data {source!r}: data.{name}.source is mosaic, easy-vqa, photo, a .jsonl file or the "
+            f"directory of a saved dataset, as seen from the recipe or from the working directory.{hint}"
         )
 
 

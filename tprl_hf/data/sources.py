@@ -7,16 +7,18 @@ from datasets import Dataset, load_from_disk
 from .easy import easy_vqa
 from .jsonl import jsonl_samples
 from .mosaic import mosaic_vqa
+from .photo import photo_vqa
 from .samples import check_number
 
-KINDS = "mosaic, easy-vqa, a .jsonl file, or the directory of a saved dataset"
+KINDS = "mosaic, easy-vqa, photo, a .jsonl file, or the directory of a saved dataset"
 
 
 def is_source(name: str) -> bool:
     """Whether `name` is of one of the kinds that [`read_source`] reads."""
     if not isinstance(name, str):
         return False
-    return name in ("mosaic", "easy-vqa") or name.endswith(".jsonl") or (Path(name) / "state.json").is_file()
+    known = name in ("mosaic", "easy-vqa", "photo")
+    return known or name.endswith(".jsonl") or (Path(name) / "state.json").is_file()
 
 
 def read_source(name: str, split: str, seed: int = 0, num_samples: int | None = None) -> Dataset:
@@ -25,13 +27,13 @@ def read_source(name: str, split: str, seed: int = 0, num_samples: int | None = 
 
     Args:
         name (`str`):
-            mosaic, easy-vqa, a .jsonl file, or the directory of a saved dataset.
+            mosaic, easy-vqa, photo, a .jsonl file, or the directory of a saved dataset.
         split (`str`):
-            Of mosaic and easy-vqa.
+            Of mosaic, easy-vqa and photo.
         seed (`int`, *optional*, defaults to 0):
-            Of the images of mosaic.
+            Of the images of mosaic and photo.
         num_samples (`int`, *optional*):
-            Only the first so many. Mosaic, which is made from a seed, makes 6000 by default.
+            Only the first so many. Mosaic and photo, which are made from a seed, make 6000 by default.
 
     Returns:
         `datasets.Dataset`: Rows of `SAMPLE_FEATURES`.
@@ -46,6 +48,8 @@ def read_source(name: str, split: str, seed: int = 0, num_samples: int | None = 
         raise ValueError(f"There are no data {name!r}: a source is {KINDS}.")
     if name == "mosaic":
         return mosaic_vqa(split=split, seed=seed, num_samples=6000 if num_samples is None else num_samples)
+    if name == "photo":
+        return photo_vqa(split=split, seed=seed, num_samples=6000 if num_samples is None else num_samples)
     if name == "easy-vqa":
         return easy_vqa(split=split, num_samples=num_samples)
     if name.endswith(".jsonl"):
