@@ -117,7 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
         "pruners take turns, after 2 to warm up; LLM: its forward alone; whole: vision tower, pruner and LLM; "
         f"{describe_device(model)}.",
         "Outlined in orange: what the question is about. The pruners are not told.",
-        f"Command: tprl demo{' --photo' * arguments.photo}{f' {name_of_model(arguments.model)}' if arguments.model else ''} "
+        f"Command: tprl demo{' --photo' * arguments.photo}"
+        f"{f' {name_of_model(arguments.model)}' if arguments.model else ''} "
         f"--num-samples {arguments.num_samples} --num-shown {arguments.num_shown} "
         f"--seed {arguments.seed} --keep-ratios {ratios}{loading_words(arguments)}",
     ]
