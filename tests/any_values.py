@@ -24,7 +24,7 @@ GOOD = ("correct", "refused")
 
 CURE = re.compile(
     r"\b(must|pass|choose|leave|use|set|did you mean|write|has no|needs? |there are|list|give|change|lower|raise|"
-    r"one of|is not a multiple|hold|wants|copy|download|instead|at least|in \()",
+    r"one of|such as|is not a multiple|hold|wants|copy|download|instead|at least|in \()",
     re.I,
 )
 
@@ -206,8 +206,15 @@ def judge(
     return ("correct", "") if found is None else ("wrong", f"{arguments}: {found}")
 
 
-def assert_good(verdict: tuple[str, str]) -> None:
-    assert verdict[0] in GOOD, verdict
+def assert_good(verdict: tuple[str, str], *or_says: str) -> None:
+    """The case was correct, or refused in a clear line; as clear is one that says one of `or_says`."""
+    said = verdict[0] in ("refused", "unclear") and any(words in verdict[1] for words in or_says)
+    assert said or verdict[0] in GOOD, verdict
+
+
+def assert_reaches(verdict: tuple[str, str], words: str) -> None:
+    """The case came as far as the error that a valid one meets, which says `words`."""
+    assert verdict[0] in ("refused", "unclear") and words in verdict[1], verdict
 
 
 def some_of(values: dict[str, Any], most: int = 2, least: int = 1):

@@ -90,7 +90,8 @@ class TestMetadata:
     def test_the_extras_are_those_the_docs_name(self):
         extras = re.findall(r'^    "(\w+)": \[|^EXTRAS\["(\w+)"\]', (ROOT / "setup.py").read_text(), re.M)
         assert {a or b for a, b in extras} == {
-            *("train", "eval", "processors", "quantized", "lmms", "serve", "demo", "photo", "dev"),
+            *("train", "eval", "processors", "quantized", "lmms", "serve", "completion", "demo", "photo", "docs"),
+            "dev",
         }
 
     def test_the_oldest_python_is_the_same_everywhere(self):
@@ -228,9 +229,9 @@ class TestDevPy:
         (tmp_path / ".ci").mkdir()
         (tmp_path / ".ci" / "run").write_text((ROOT / ".ci" / "run").read_text())
         for failing in ("none", "test-newest", "test-floors", "test"):
-            (tmp_path / "dev.py").write_text(f"import sys\nprint(sys.argv[1])\nsys.exit(sys.argv[1] == {failing!r})")
+            (tmp_path / "dev.py").write_text(f"import sys\nprint(*sys.argv[1:])\nsys.exit(sys.argv[1] == {failing!r})")
             done = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, capture_output=True, text=True)
-            assert done.stdout.split() == ["test-newest", "test-floors", "test"]
+            assert done.stdout.splitlines() == ["test-newest", "test-floors", "test --cov"]
             assert (done.returncode != 0) == (failing != "none") and (failing in done.stderr) == (failing != "none")
 
 

@@ -14,6 +14,7 @@ from tests.any_values import (
     TEXTS,
     WRITABLE,
     assert_good,
+    assert_reaches,
     is_count,
     is_flag,
     is_number,
@@ -62,7 +63,7 @@ def is_count_text(text: str) -> bool:
 
 def is_threshold_text(text: str) -> bool:
     value = as_number(text)
-    return value is not None and is_number(value)
+    return value is not None and is_number(value, above=0, below=1)
 
 
 OPTIONS = {
@@ -89,7 +90,7 @@ def test_options_of_generate(option, word, capsys):
         False,
     )
     if OPTIONS[option](word):
-        assert "no-such.png" in verdict[1], verdict
+        assert_reaches(verdict, "no-such.png")
     else:
         assert_good(verdict)
 
@@ -107,7 +108,7 @@ def test_several_budgets(options, capsys):
     words = ["generate", "--image", "no-such.png", "--question", "what ?", *options]
     named = {option.split("=")[0]: option.split("=")[0] for option in options}
     verdict = judge(lambda: said(words, capsys), named, False)
-    assert verdict[0] in ("refused", "unclear") and "not allowed with argument" in verdict[1], verdict
+    assert_good(verdict, "not allowed with argument")
 
 
 # ---- recipes ----
@@ -170,7 +171,9 @@ PLACES = {
     ("demonstrations", "teacher"): lambda value: value in ("uniform", "gradient"),
 }
 OF_YAML = st.one_of(
-    WRITABLE, st.sampled_from(["1e-3", "1/2", "uniform", "contiguous", "accuracy", [0.5], ["x"], [2.0]])
+    st.sampled_from([1, 2, 0.5, 1e-3, True]),
+    WRITABLE,
+    st.sampled_from(["1e-3", "1/2", "uniform", "contiguous", "accuracy", [0.5], ["x"], [2.0]]),
 )
 
 
@@ -194,6 +197,6 @@ def test_a_setting_of_a_recipe(place, value, capsys):
             named = {place[-1]: [value, read_number(value)]}
         verdict = judge(lambda: said(["train", stage, "--config", str(path)], capsys), named, False)
     if is_valid:
-        assert "left in" in verdict[1], verdict
+        assert_reaches(verdict, "left in")
     else:
         assert_good(verdict)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.dry_run import duration
 from tprl_hf.cli.main import main
 from tprl_hf.cli.recipe_file import read_recipe
+from tprl_hf.data import mosaic_vqa
+from tprl_hf.data.samples import SAMPLE_FEATURES
 
+ROOT = Path(__file__).parents[2]
 FEW = ["--num-samples", "4", "--keep-ratios", "1/2", "--pruners", "uniform", "--max-new-tokens", "1"]
 
 
@@ -47,6 +51,32 @@ def recipe_in(folder: Path, base, **sections) -> str:
     }
     path.write_text(yaml.safe_dump({**recipe, **sections}))
     return str(path)
+
+
+# What makes a documented command as short as a test may be; training, serving and publishing have tests of their own.
+SHORTER = {
+    "demo": ["--num-samples", "2", "--num-shown", "1", "--keep-ratios", "1/9"],
+    "generate": ["--max-new-tokens", "2"],
+    "compare": ["--max-new-tokens", "2", "--pruners", "uniform,learned"],
+    "trajectory": ["--max-new-tokens", "2"],
+    "evaluate": ["--num-samples", "6", "--max-new-tokens", "2", "--random-seeds", "1", "--seed", "7"],
+    "benchmark": ["--rounds", "2", "--max-new-tokens", "2", "--pruners", "uniform,divprune"],
+    "flops": [],
+}
+# Names on the Hub and presets of billions of weights.
+LARGE = re.compile(r"llava-hf/|^benchmark llava|gqa")
+
+
+def test_the_commands_of_the_pages_run_one_after_the_other(here, image_file, capsys):
+    shutil.copy(image_file, here / "photo.png")
+    ran: list[list[str]] = []
+    for page in ("README.md", "docs/quickstart.md", "docs/evaluation.md"):
+        for line in re.findall(r"^tprl (\w.*?)(?:  +#.*)?$", (ROOT / page).read_text(encoding="utf-8"), re.M):
+            words = shlex.split(line)
+            if words[0] in SHORTER and not LARGE.search(line) and words not in ran:
+                assert main([*words, *SHORTER[words[0]]]) == 0, (line, capsys.readouterr().err)
+                ran.append(words)
+    assert {words[0] for words in ran} == SHORTER.keys() and len(ran) >= 12
 
 
 class TestEvaluate:
@@ -130,11 +160,25 @@ class TestRecipe:
         assert main(["train", "autoencoder", "--config", recipe_in(own_data, base_checkpoint, **sections)]) == 2
         assert message in capsys.readouterr().err and not (here / "run").exists()
 
-    def test_several_answers_to_a_question_are_refused(self, own_data, base_checkpoint, capsys):
-        row = {"image": "noise.png", "prompt": "word7", "answer": ["word3", "word4"]}
-        (own_data / "mine.jsonl").write_text(json.dumps(row))
-        assert main(["train", "autoencoder", "--config", recipe_in(own_data, base_checkpoint)]) == 2
-        assert "A policy learns from one: write a string instead of a list." in capsys.readouterr().err
+
+def test_a_picture_that_cannot_be_read_is_named(here, own_data, base_checkpoint, capsys):
+    """By its path; where a dataset holds the pictures themselves, by the sample's name for them."""
+    picture = (own_data / "noise.png").read_bytes()
+    (own_data / "noise.png").write_bytes(picture[: len(picture) // 2])
+    config = recipe_in(own_data, base_checkpoint)
+    mosaic_vqa("test", 0, 6).map(
+        lambda row: {"images": [{"bytes": picture[: len(picture) // 2], "path": None}], "image_id": "the-cut-one"},
+        features=SAMPLE_FEATURES,
+    ).save_to_disk("saved")
+    for words, name in [
+        (["evaluate", str(base_checkpoint), *FEW, "--data", "project/mine.jsonl"], "project/noise.png is damaged ("),
+        (["evaluate", str(base_checkpoint), *FEW, "--data", "saved"], "the-cut-one is damaged ("),
+        (["train", "autoencoder", "--config", config], "project/noise.png is damaged ("),
+        (["train", "autoencoder", "--config", config, "--set", "data.train.source=saved"], "the-cut-one is damaged ("),
+    ]:
+        shutil.rmtree("run", ignore_errors=True)
+        assert main(words) == 2
+        assert name in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(here, own_data, base_checkpoint, capsys):

@@ -141,7 +141,7 @@ def test_health_and_models(client):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"extra_body": {"keep_ratio": 2}}, r"lies in \(0, 1\]; got 2"),
+        ({"extra_body": {"keep_ratio": 2}}, r"in \(0, 1\]; got 2"),
         ({"extra_body": {"keep_ratio": "1/3"}}, "keep_ratio must be float or int; got '1/3'"),
         ({"extra_body": {"num_keep": True}}, "num_keep must be int; got True"),
         ({"extra_body": {"num_keep": 5, "threshold": 0.5}}, "Pass only one of"),
@@ -265,12 +265,15 @@ def test_metrics_and_the_log_say_what_became_of_each_request(checkpoint, samples
     assert re.fullmatch(r'chatcmpl-[-0-9a-f]+ 400 [\d.]+ s "n=2 is not served: leave it out."', lines[-1])
 
 
-def test_an_error_of_generate_reaches_the_reader_of_a_stream(client, samples):
-    beams = {"generation_config": '{"num_beams": 2, "max_new_tokens": 2}'}
-    stream = ask(client, "q", data_url(samples[0]["images"][0]), stream=True, extra_body=beams)
-    with pytest.raises(openai.APIError) as error:
-        text_of(stream)
-    assert "beam" in error.value.body
+def test_beams_are_served_but_not_streamed(client, checkpoint, samples):
+    beams = {"generation_config": '{"num_beams": 3, "max_new_tokens": 3}'}
+    url = data_url(samples[0]["images"][0])
+    asked = {"max_tokens": None, "extra_body": beams}
+    model, processor = load_model(str(checkpoint))
+    (expected,) = generate_answers(model, processor, samples[:1], num_beams=3, max_new_tokens=3)
+    assert ask(client, samples[0]["prompt"], url, **asked).choices[0].message.content.strip() == expected
+    with pytest.raises(openai.BadRequestError, match="A stream has one beam; got num_beams=3"):
+        ask(client, samples[0]["prompt"], url, stream=True, **asked)
 
 
 def test_more_tokens_than_there_are_keeps_all(client, samples):
@@ -425,5 +428,11 @@ def test_a_set_pruner_is_served_and_unknown_words_are_told(checkpoint, samples, 
         answer = ask(one, samples[0]["prompt"], url, max_tokens=MAX_TOKENS, temperature=0)
         assert answer.choices[0].message.content.strip() == expected
         ask(one, "is there a red elephant ?", url, max_tokens=1)
+        threshold = {"extra_body": {"threshold": 0.5}}  # DivPrune has no scores: an error of generate
+        with pytest.raises(openai.BadRequestError, match="pass keep_ratio or num_keep"):
+            ask(one, "is", url, **threshold)
+        with pytest.raises(openai.APIError) as error:
+            text_of(ask(one, "is", url, stream=True, **threshold))
+        assert "pass keep_ratio or num_keep" in error.value.body
     (note,) = [line for line in (tmp_path / "errors").read_text().splitlines() if "does not know" in line]
     assert "'elephant'" in note and "red" not in note

@@ -5,9 +5,12 @@ import torch
 
 from tprl_hf import TPRLConfig
 from tprl_hf.modeling.budget import Budget
-from tprl_hf.modeling.token_layout import Block
-from tprl_hf.serving.vllm_plugin.places import full_prompt, place_columns, read_places
+from tprl_hf.modeling.token_layout import Block, TokenLayout
+from tprl_hf.modeling.token_pruner import PruningInputs
+from tprl_hf.pruners import PRUNERS, DivPrune
+from tprl_hf.serving.vllm_plugin.places import embedded_rows, full_prompt, place_columns, read_places
 from tprl_hf.serving.vllm_plugin.requests import (
+    PRUNERS_HERE,
     counts_of_images,
     question_ids,
     request_budget,
@@ -38,9 +41,16 @@ def test_the_budget_is_the_requests_else_the_servers_else_the_checkpoints(reques
 
 
 def test_a_pruner_with_its_own_budget_goes_before_the_checkpoint():
-    own = Budget(num_keep=5)
-    assert request_budget({}, {}, CONFIG, own) == own
-    assert request_budget({"num_keep": 7}, {}, CONFIG, own) == Budget(num_keep=7)
+    pruner = DivPrune(num_keep=5)
+    assert request_budget({}, {}, CONFIG, pruner) == Budget(num_keep=5)
+    assert request_budget({"num_keep": 7}, {}, CONFIG, pruner) == Budget(num_keep=7)
+    assert request_budget({}, {}, CONFIG, DivPrune()) == Budget(keep_ratio=1 / 3)
+
+
+def test_a_pruner_without_any_budget_is_refused_and_a_policy_without_one_keeps_all():
+    with pytest.raises(ValueError, match="No budget"):
+        request_budget({}, {}, TPRLConfig(), DivPrune())
+    assert request_budget({}, {}, TPRLConfig()) is None
 
 
 @pytest.mark.parametrize(
@@ -49,10 +59,10 @@ def test_a_pruner_with_its_own_budget_goes_before_the_checkpoint():
         ({"num_keep": 4, "keep_ratio": 0.5}, "Pass only one of"),
         ({"num_keep": 4, "prune": False}, "Pass only one of"),
         ({"threshold": 0.5}, "ask `tprl serve`"),
-        ({"num_keep": "4"}, "num_keep is a number; got '4'"),
-        ({"num_keep": True}, "num_keep is a number; got True"),
-        ({"prune": "no"}, "prune is true or false; got 'no'"),
-        ({"keep_ratio": 0.0}, r"lies in \(0, 1\]"),
+        ({"num_keep": "4"}, "num_keep must be a whole number"),
+        ({"num_keep": True}, "num_keep must be a whole number"),
+        ({"prune": "no"}, "prune must be True or False"),
+        ({"keep_ratio": 0.0}, r"keep_ratio must be the fraction that is KEPT, in \(0, 1\]"),
     ],
 )
 @pytest.mark.parametrize("is_server", [False, True])
@@ -97,10 +107,44 @@ def test_the_question_is_that_of_generate():
     assert question_ids(ids, 90, [1], [92], [93]) == [7, 8, 9]
 
 
+@pytest.mark.parametrize(("name", "reads"), PRUNERS_HERE.items())
+def test_which_pruners_read_the_question(name, reads):
+    """Where one reads it and the table says no, cached tokens would be those of another question."""
+    torch.manual_seed(0)
+    layout = TokenLayout.from_stacked(TokenLayout.from_blocks([SQUARE]).stacked()[:, None])
+    inputs = PruningInputs(
+        tokens=torch.randn(1, 144, 16),
+        valid=torch.ones(1, 144, dtype=torch.bool),
+        num_visual=torch.tensor([144]),
+        layout=layout,
+        protected=None,
+        query=torch.empty(1, 3, 16),
+        query_valid=torch.ones(1, 3, dtype=torch.bool),
+        sample_keys=[0],
+    )
+    masks = []
+    for _ in range(4):
+        inputs.query = torch.randn(1, 3, 16)
+        masks.append(PRUNERS[name]().choose(inputs, Budget(num_keep=20))[0])
+        assert int(masks[-1].sum()) == 20
+    assert any(not torch.equal(mask, masks[0]) for mask in masks) == reads
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_places_survive_any_dtype(dtype):
     places = torch.stack([torch.arange(16384), torch.arange(16384).flip(0)])
     assert torch.equal(read_places(place_columns(places, dtype)), places)
+
+
+def test_rows_that_were_pruned_elsewhere_say_where_they_lay():
+    rows = torch.randn(300, 8)
+    mask = torch.zeros(300, dtype=torch.bool)
+    mask[[0, 7, 299]] = True
+    embedded = embedded_rows(rows, mask)
+    assert torch.equal(embedded[:, :8], rows[mask])
+    assert read_places(embedded[:, 8:10]).tolist() == [[0, 7, 299]]
+    assert read_places(embedded[:, 10:]).tolist() == [[300] * 3]
+    assert torch.equal(embedded_rows(rows, mask, "contiguous"), rows[mask])
 
 
 def test_the_full_prompt_has_every_token_where_it_was():

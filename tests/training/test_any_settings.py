@@ -79,6 +79,7 @@ OF_ROLLOUTS = {
     "reward_weights": or_none(lambda value: isinstance(value, (list, tuple)) and all(map(is_number, value))),
     "max_completion_length": is_count,
     "log_completions": is_flag,
+    "num_completions_to_print": or_none(is_count),
     "max_llm_passes": or_none(is_count),
     "num_mini_batches": is_count,
     "micro_batch_size": or_none(is_count),
@@ -139,7 +140,9 @@ CONFIGS: dict[type, dict[str, Any]] = {
 }
 WORDS = st.sampled_from(["joint", "token", "group", "none", "correct", "logprob", "accuracy"])
 RATIOS = st.sampled_from([[0.5], [2.0], [0.5, 0.0], (1 / 3, 1), [None], [True], ["1/3"], [float("nan")], [[0.5]]])
-MORE_CHOICES = st.one_of(ANYTHING, ANYTHING, ANYTHING, WORDS, RATIOS)
+MORE_CHOICES = st.one_of(
+    ANYTHING, st.integers(1, 4), st.sampled_from([1e-3, 0.5, 0, True, False, None]), WORDS, RATIOS
+)
 # of fields of transformers that ours replace, only these are ours to check
 BOOLS_OF_OURS = ("remove_unused_columns", "dataloader_pin_memory", "gradient_checkpointing")
 

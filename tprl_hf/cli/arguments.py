@@ -103,10 +103,10 @@ def question(text: str) -> str:
 
 
 def pruner_names(text: str, others: tuple[str, ...] = ()) -> list[str]:
-    """Pruners with commas between them, or one of `others`."""
+    """Pruners with commas between them, each with or without settings (`fastv:layer=3`), or one of `others`."""
     names, known = [name.strip() for name in text.split(",") if name.strip()], (*method_names(), *others)
     for name in names:
-        if name not in known:
+        if name.partition(":")[0] not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
             raise argparse.ArgumentTypeError(f"there is no pruner {name!r}; {hint}")

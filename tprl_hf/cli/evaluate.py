@@ -18,6 +18,7 @@ from .arguments import (
     positive_int,
     pruner_names,
 )
+from .evaluation_notes import ENLARGED, HALF_SIZE, MARK, RESIZE, notes_of
 from .progress import bar, note
 from .run_folder import RUNS, claim_folder, default_folder, refuse_other_run
 from .whole_files import write
@@ -37,12 +38,10 @@ METRICS = {
     "yes-no": ("yes_no_score", "POPE's accuracy: no if the first sentence has no or not, else yes"),
 }
 # The oracle needs data with boxes, and shrinking a picture is not a pruner's work, so that only this command has them.
-RESIZE = "resize"
-OTHERS = ("oracle", RESIZE, *(f"{RESIZE}+{name}" for name in (*method_names(), "oracle")))
-# The picture that `resize+NAME` prunes from has this fraction of the visual tokens.
-HALF_SIZE = 1 / 2
-# behind the names of rows whose scores were trained with boxes
-MARK = "*"
+OTHERS = (
+    *("oracle", RESIZE, ENLARGED),
+    *(f"{RESIZE}+{name}" for name in (*method_names(), "oracle") if name != "none"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pruners",
         type=functools.partial(pruner_names, others=OTHERS),
         metavar="NAME,...",
-        help=f"of {', '.join(method_names())}, oracle, resize (a smaller picture), resize+NAME (pruned from a picture "
-        "of half the tokens); none and random are always there (default: uniform, vispruner, the checkpoint's own)",
+        help=f"of {', '.join(method_names())} (also fastv:layer=3), oracle, resize (a smaller picture), "
+        "resize+NAME (pruned from a picture of half the tokens), enlarged (shrunk and enlarged again: all tokens, "
+        "less detail); none and random are always there (default: uniform, vispruner, and the checkpoint's own)",
     )
     parser.add_argument(
         "--keep-ratios",
@@ -129,6 +129,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("The plot needs matplotlib: pip install 'tprl_hf[eval]'.") from None
     from tprl_hf.evaluation.compare_pruners import append_records, compare_pruners, read_records
     from tprl_hf.evaluation.confidence import confidence_table
+    from tprl_hf.evaluation.flops import llm_shape
+    from tprl_hf.evaluation.runs_table import QUESTIONS
     from tprl_hf.evaluation.setting_costs import count_settings, time_settings
     from tprl_hf.evaluation.tables import accuracy_table, summarize, type_table
     from tprl_hf.training.answer_batches import undecoded
@@ -153,6 +155,15 @@ def run(arguments: argparse.Namespace) -> int:
     answers = folder / "answers.jsonl"
     described = describe_run(arguments, model, known_before)
     claim_folder(folder, described, arguments.overwrite)
+    # questions about one image are drawn together; a question without image stands alone
+    units = [image_id or number for number, image_id in enumerate(samples["image_id"])]
+    asked = {
+        "data": arguments.data,
+        "split": described["split"],
+        "units": list(map(str, units)),
+        "llm_layers": llm_shape(model.config).num_layers,
+    }
+    write(folder / QUESTIONS, json.dumps(asked) + "\n")
     keys = {setting.key for setting in settings}
     records_before, num_removed = read_records(answers)
     known = [record for record in records_before if record.key in keys and record.sample < len(samples)]
@@ -179,8 +190,6 @@ def run(arguments: argparse.Namespace) -> int:
             known += records
             answered.update(len(records))
 
-    # questions about one image are drawn together; a question without image stands alone
-    units = [image_id or number for number, image_id in enumerate(samples["image_id"])]
     rows = summarize(
         known, settings, samples["question_type"], units, 0.95, data_seeds, counted, times, list(samples["answer"])
     )
@@ -203,8 +212,10 @@ def make_settings(model, names: list[str], arguments: argparse.Namespace) -> lis
     for name in dict.fromkeys([*BASELINES, *names]):
         for text, ratio in arguments.keep_ratios if name != "none" else ():
             budget = {"keep_ratio": ratio}
-            if name == RESIZE:
-                settings.append(Setting(name, text, None, {"prune": False}, picture_ratio=ratio))
+            if name in (RESIZE, ENLARGED):
+                settings.append(
+                    Setting(name, text, None, {"prune": False}, picture_ratio=ratio, enlarged=name == ENLARGED)
+                )
             elif name.startswith(RESIZE):
                 if ratio >= HALF_SIZE:
                     raise ValueError(
@@ -358,64 +369,6 @@ def describe_run(arguments: argparse.Namespace, model, known_before: dict[str, A
         # an untrained policy is drawn anew each time, and no setting asks it
         "weights": fingerprint(model.lvlm if model.config.policy_training is None else model),
     }
-
-
-def notes_of(rows, described: dict[str, Any]) -> list[str]:
-    """The lines below every table."""
-    more = []
-    if any(len(row.by_pruner_seed) > 1 for row in rows):
-        first = described["seed"][0] if isinstance(described["seed"], list) else described["seed"]
-        last = first + described["random_seeds"] - 1
-        more.append(
-            f"random: mean over its seeds {first} to {last}; sd, pruner seeds: standard deviation of the accuracy "
-            "over them, in percentage points."
-        )
-    if isinstance(described["seed"], list):
-        more.append("sd, data seeds: the same over the seeds of the data, each with as many questions.")
-    if any(row.counted for row in rows):
-        more.append(
-            "tower M, pruner M, prefill M: 10^6 operations (twice the multiply-accumulates of matrix products, as "
-            "torch counts them on one question) of vision tower and projector, of choosing the tokens, and of the LLM up "
-            "to its first new token."
-        )
-    if any(row.milliseconds for row in rows):
-        more.append(
-            f"ms: from pixels to the first new token (tower, pruner, LLM) of one question, median and middle half of "
-            f"{described['time_rounds']} rounds in turns; processor time on a CPU. The picture was read before."
-        )
-    if any(row.pruner.startswith(RESIZE) for row in rows):
-        more.append(
-            "resize: the picture is shrunk until the processor makes the wanted number of tokens of it, or the "
-            "nearest that is possible; resize+NAME: NAME prunes from a picture of half the tokens. A model that was "
-            "trained on one size of picture is worse at others: that is not the fault of the lost detail alone."
-        )
-    if any(row.group_a for row in rows):
-        more.append(
-            "group A: accuracy on the questions that are correct at full size and wrong under resize at the same "
-            "budget; in parentheses how many. By this choice unpruned has 100 there and resize 0."
-        )
-    if any(row.confidence for row in rows):
-        more.append(
-            "ECE (10 bins of equal width), Brier: of the probability of the answer against its score. entropy: of the "
-            "first token, in nats, mean over correct and wrong answers. false yes: share of existence questions with "
-            "the answer no that were answered yes; in parentheses how many."
-        )
-    if any(row.pruner.endswith(MARK) for row in rows):
-        more.append(
-            "*: reads attention that was trained with boxes of the objects while this model was made. Such a row has "
-            "an unfair advantage here; do not compare it with other rows."
-        )
-    versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
-    written = described["seed"] if isinstance(described["seed"], int) else ",".join(map(str, described["seed"]))
-    return [
-        f"{described['num_samples']} questions of {described['data']}, split {described['split']}, seed {written}. "
-        f"Accuracy: {described['score']}; in brackets 95 % bootstrap intervals over images (2000 resamples).",
-        "vs. unpruned (pp): mean of the paired differences to the unpruned model on the same questions, in percentage "
-        "points.",
-        *more,
-        f"Device: {described['device']}; {versions}; weights {described['weights']}.",
-        f"Command: {described['command']}",
-    ]
 
 
 def write_results(folder: Path, rows, described: dict[str, Any]) -> None:

@@ -8,13 +8,29 @@ from collections.abc import Sequence
 import tprl_hf
 from tprl_hf.missing_packages import explain, is_ours
 
-from . import benchmark, compare, count, demo, evaluate, flops, generate, push, reproduce, serve, train, trajectory
+from . import (
+    benchmark,
+    compare,
+    completion,
+    count,
+    demo,
+    evaluate,
+    flops,
+    generate,
+    push,
+    reproduce,
+    serve,
+    table,
+    train,
+    trajectory,
+)
 from .arguments import check_arguments
 from .progress import note, set_quiet
 
 # Each has NAME, HELP, add_arguments(parser) and run(arguments) -> exit code, and imports torch only in `run`.
 COMMANDS = (
-    *(demo, generate, compare, count, trajectory, evaluate, flops, benchmark, train, reproduce, push, serve),
+    *(demo, generate, compare, count, trajectory, evaluate, table, flops, benchmark, train, reproduce, push, serve),
+    completion,
 )
 
 
@@ -58,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_quiet(arguments.quiet)
     try:
         check_arguments(arguments)
-        if "torch" not in sys.modules:  # which takes many seconds on a busy machine
+        # which takes many seconds on a busy machine
+        if "torch" not in sys.modules and arguments.run is not completion.run:
             note(f"tprl {arguments.command}: importing PyTorch and transformers ...")
         return arguments.run(arguments)
     except BrokenPipeError:  # as in `tprl demo | head`

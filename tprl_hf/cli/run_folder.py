@@ -13,7 +13,7 @@ from .whole_files import write
 RUNS = "tprl_output/evaluate"
 # not the name of the data: a file may change under its name, or move
 DEPENDS_ON = ("questions", "split", "seed", "num_samples", "max_new_tokens", "score", "settings", "weights")
-WRITTEN = ("run.json", "answers.jsonl", "results.json", "results.csv", "results.md", "results.png")
+WRITTEN = ("run.json", "questions.json", "answers.jsonl", "results.json", "results.csv", "results.md", "results.png")
 
 
 def default_folder(arguments: argparse.Namespace) -> Path:

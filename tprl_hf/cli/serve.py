@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep at most N visual tokens for each image, whatever a request asks (default: no limit)",
     )
     parser.add_argument(
+        "--max-batch",
+        type=positive_int,
+        default=8,
+        metavar="N",
+        help="waiting requests that the model answers together; 1 answers one after the other (default: 8)",
+    )
+    parser.add_argument(
         "--max-waiting", type=positive_int, default=64, metavar="N", help="requests that wait (default: 64)"
     )
     parser.add_argument(
@@ -88,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_images=arguments.max_images,
         max_tokens=arguments.max_tokens,
         max_image_tokens=arguments.max_image_tokens,
+        max_batch=arguments.max_batch,
         max_waiting=arguments.max_waiting,
         allow_remote_images=arguments.allow_remote_images,
     )

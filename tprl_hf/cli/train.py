@@ -19,6 +19,7 @@ from .arguments import add_loading_arguments, loading_options
 from .dry_run import describe
 from .old_recipes import renewed
 from .processes import is_first_process, say, signs_of_life, wait_for
+from .progress import is_quiet
 from .recipe_file import check_names, check_places, read_recipe
 from .same_data import claim_data
 from .tune_stage import tune
@@ -253,21 +254,13 @@ def load_source(section: dict[str, Any], name: str, num_samples: int | None = No
 
 def read_source(section: dict[str, Any], name: str, count: int | None) -> "Dataset":
     """The first `count` samples of one source."""
-    from datasets import List
-
     from tprl_hf.data import sources
 
     source = section.get("source", "mosaic")
     split = section.get("split", "validation" if name == "validation" else "train")
     if not sources.is_source(source):
         raise ValueError(f"There are no data {source!r}: data.{name}.source is {sources.KINDS}.")
-    dataset = sources.read_source(source, split, section.get("seed", 0), count)
-    if isinstance(dataset.features.get("answer"), List):
-        raise ValueError(
-            f"data.{name}: {source} has questions with several answers. A policy learns from one: write a string "
-            "instead of a list."
-        )
-    return dataset
+    return sources.read_source(source, split, section.get("seed", 0), count)
 
 
 def starting_model(
@@ -344,6 +337,7 @@ def train_stage(
     stage, recipe, model, processor, directory: Path, recipe_name: str, signals: "StopSignals"
 ) -> dict[str, Any]:
     from datasets import load_from_disk
+    from transformers import PrinterCallback, ProgressCallback
 
     from tprl_hf.training.whole_checkpoints import MANIFEST, damage_of, newest_whole
 
@@ -367,6 +361,9 @@ def train_stage(
     data = {"train_dataset": dataset, "eval_dataset": validation}
     trainer = trainer_class(model, config, processing_class=processor, **data, **extra)
     trainer.recipe = recipe_name
+    if is_quiet():
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
     trainer.add_callback(SaveAndStop(signals, trainer))
     checkpoint, passed_over = newest_whole(directory)
     for line in passed_over:

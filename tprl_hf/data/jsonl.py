@@ -98,7 +98,9 @@ def _images(given: dict[str, Any], place: str, folder: Path) -> list[Path]:
     names = names if isinstance(names, list) else [names]
     for name in names:
         if not isinstance(name, str):
-            raise ValueError(f"{place}: an image is named by its path; got {json.dumps(name)[:80]}.")
+            raise ValueError(
+                f"{place}: an image is named by its path; got {json.dumps(name)[:80]}. Write `image` as a text."
+            )
     paths = [folder / name for name in names]
     for image in paths:
         if not image.is_file():

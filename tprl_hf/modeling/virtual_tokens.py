@@ -31,7 +31,8 @@ def ids_of_embeddings(inputs_embeds: Tensor, embedding: nn.Module, placeholders:
         `int64 [B, L]` on the CPU, `VIRTUAL` for virtual tokens.
 
     Raises:
-        `ValueError`: where an embedding that is no token's stands behind one that is: such as an image's own.
+        `ValueError`: where an embedding that is not a token's may be that of an image: it stands behind a token, or
+            there are no placeholders at all.
     """
     with torch.no_grad():
         table = torch.arange(embedding.get_parameter("weight").shape[0], device=inputs_embeds.device)
@@ -39,17 +40,18 @@ def ids_of_embeddings(inputs_embeds: Tensor, embedding: nn.Module, placeholders:
         place = torch.searchsorted(keys, row_keys(inputs_embeds)).clamp(max=len(keys) - 1)
         ids = order[place]
         ids = ids.masked_fill((embedding(ids) != inputs_embeds).any(-1), VIRTUAL)
-        for token in placeholders:
+        known = [token for token in placeholders if token < len(keys)]
+        for token in reversed(known):  # the first, an image's, wins over a video's
             row = embedding(torch.full((), token, device=ids.device))
             ids = ids.masked_fill((inputs_embeds == row).all(-1), token)
     ids = ids.cpu()
     unknown = ids == VIRTUAL
     behind = unknown & (~unknown).cumsum(1).bool()
-    if behind.any():
-        sample, column = behind.nonzero()[0].tolist()
+    if behind.any() or (unknown.any() and not torch.isin(ids, torch.tensor([*placeholders])).any()):
+        sample, column = (behind if behind.any() else unknown).nonzero()[0].tolist()
         raise ValueError(
             f"inputs_embeds of sample {sample} has in column {column} an embedding that is not a token's, so that "
-            "nothing tells where visual tokens are: pass `input_ids`, or the embeddings of the placeholders."
+            "nothing tells where visual tokens are: pass `input_ids`, the placeholders' embeddings, or prune=False."
         )
     return ids
 

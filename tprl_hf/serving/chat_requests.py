@@ -86,6 +86,7 @@ class Question:
         seed (`int`, *optional*): Of the random numbers, where the answer is drawn.
         stops (`list[str]`): The texts that end the answer.
         timings (`bool`): Whether the answer says what took how long.
+        num_pixels (`int`): Of its images, when these were looked at.
     """
 
     body: dict[str, Any]
@@ -96,6 +97,7 @@ class Question:
     seed: int | None
     stops: list[str]
     timings: bool
+    num_pixels: int = 0
 
 
 def read_question(content: bytes | bytearray, limits: Limits) -> Question:

@@ -27,6 +27,7 @@ class Limits:
         max_images (`int`, defaults to 16): of a request.
         max_tokens (`int`, defaults to 4096): of an answer.
         max_image_tokens (`int`, *optional*): visual tokens that a request keeps, for each of its images.
+        max_batch (`int`, defaults to 8): requests that the model answers together.
         max_waiting (`int`, defaults to 64): requests that wait for their answer.
         allow_remote_images (`bool`): whether the server fetches images from the addresses that clients name.
     """
@@ -35,6 +36,7 @@ class Limits:
     max_images: int = 16
     max_tokens: int = 4096
     max_image_tokens: int | None = None
+    max_batch: int = 8
     max_waiting: int = 64
     allow_remote_images: bool = False
 

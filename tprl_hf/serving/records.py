@@ -11,6 +11,7 @@ from openai.types.completion_usage import PromptTokensDetails
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+BATCHES = (1, 2, 4, 8, 16, 32)
 MAX_NOTE = 200  # characters of a refusal in the log
 
 
@@ -26,6 +27,7 @@ class RequestRecord:
         prompt_tokens, visual_tokens (`int`): Of the prompt, visual ones before pruning.
         kept_tokens (`int`): Visual tokens that the LLM saw.
         new_tokens (`int`): Of the answer.
+        batch (`int`): Requests that were answered in the same call of the model.
         problem (`str`): Why it was refused.
         seconds (`dict[str, float]`): While it was read, waited for its turn, was prepared (its images opened, its
             prompt made), and while the model made its answer.
@@ -38,6 +40,7 @@ class RequestRecord:
     visual_tokens: int = 0
     kept_tokens: int = 0
     new_tokens: int = 0
+    batch: int = 0
     problem: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
@@ -63,6 +66,8 @@ class RequestRecord:
                 f"{self.images} images, {self.prompt_tokens} prompt tokens, {self.kept_tokens} of "
                 f"{self.visual_tokens} visual tokens kept, {self.new_tokens} new tokens"
             )
+        if self.batch > 1:
+            told.append(f"(one of {self.batch} in a call)")
         if self.problem:
             told.append(json.dumps(self.problem)[:MAX_NOTE])
         return " ".join(told)
@@ -84,6 +89,9 @@ class Metrics:
         self.seconds = Histogram(
             "tprl_request_seconds", "Time of requests", ["stage"], buckets=SECONDS, registry=self.registry
         )
+        self.batches = Histogram(
+            "tprl_batch_requests", "Requests of the call of each request", buckets=BATCHES, registry=self.registry
+        )
         self.waiting = Gauge("tprl_requests_waiting", "Requests without their answer", registry=self.registry)
         self.waiting.set_function(num_waiting)
 
@@ -92,6 +100,8 @@ class Metrics:
         self.requests.labels(str(record.status)).inc()
         for kind in ("prompt", "visual", "kept", "new"):
             self.tokens.labels(kind).inc(getattr(record, f"{kind}_tokens"))
+        if record.batch:
+            self.batches.observe(record.batch)
         for stage, seconds in {**record.seconds, "total": time.monotonic() - record.started}.items():
             self.seconds.labels(stage).observe(seconds)
         print(record.line(), file=sys.stderr, flush=True)

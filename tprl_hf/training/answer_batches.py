@@ -109,9 +109,9 @@ def reference_answer(row: Mapping[str, Any]) -> str | None:
     return max(answer, key=answer.count, default=None)
 
 
-def open_images(images: Sequence[Any]) -> list[Image.Image]:
-    """Decodes images that are still bytes or paths."""
-    return [picture_of(image) for image in images]
+def open_images(images: Sequence[Any], name: str | None = None) -> list[Image.Image]:
+    """Decodes images that are still bytes or paths; messages call those without a path `name`."""
+    return [picture_of(image, name) for image in images]
 
 
 def image_key(row: Mapping[str, Any]) -> str:
@@ -196,7 +196,7 @@ class SampleEncoder:
     def process(self, row: dict[str, Any]) -> dict[str, Any]:
         """The processor's output for one prompt, on the model's device."""
         texts = self.render(row)[:1]
-        images = open_images(images_of(row))
+        images = open_images(images_of(row), row.get("image_id"))
         inputs = self.processor(images=[images] if images else None, text=texts, return_tensors="pt")
         return dict(inputs.to(self.model.device))
 

@@ -19,10 +19,11 @@ from tprl_hf.modeling.saved_files import scratch_directory
 from tprl_hf.modeling.token_pruner import TokenPruner
 from tprl_hf.modeling.values import COUNT, KEPT_FRACTION, list_of, whole
 
-from .answer_batches import AnswerBatch, SampleEncoder, undecoded
+from .answer_batches import AnswerBatch, SampleEncoder
 from .fingerprint import fingerprint
 from .saved_masks import Masks, SavedMasks, description
 from .teachers import AnswerTeacher
+from .trainer_arguments import given_dataset
 from .whole_checkpoints import mark_whole
 
 PAPER_KEEP_RATIOS = (0.75, 0.5)
@@ -116,7 +117,7 @@ def generate_demonstrations(
             raise ValueError(f"keep_ratios are fractions that are KEPT, below 1 and descending; got {schedule}.")
     needs_attention = isinstance(teacher, TokenPruner) and teacher.needs_attention
     encoder = SampleEncoder(model, processor, cache_mb * 2**20, needs_attention)
-    source = undecoded(dataset)
+    source = given_dataset(dataset, "dataset")
     model.eval()
     # the gradient teacher needs gradients of the tokens only
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -148,8 +149,10 @@ def generate_demonstrations(
         parameter.requires_grad_(requires_grad)
     column = Dataset.from_dict({"keep_masks": keep_masks}).cast_column("keep_masks", List(List(Value("bool"))))
     demonstrations = source.add_column("keep_masks", column.data.column("keep_masks").combine_chunks())
-    if "images" in dataset.features and demonstrations.features["images"] == List(ImageFeature(decode=False)):
-        demonstrations = demonstrations.cast_column("images", List(ImageFeature()))
+    decoded = {"images": List(ImageFeature()), "image": ImageFeature()}
+    for name in demonstrations.features.keys() & decoded.keys():
+        if dataset.features[name] == decoded[name]:
+            demonstrations = demonstrations.cast_column(name, decoded[name])
     if saved is not None:
         save_whole(demonstrations, Path(str(output_dir)))
         saved.path.unlink(missing_ok=True)  # another process may have made the same

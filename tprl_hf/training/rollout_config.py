@@ -62,6 +62,7 @@ class RolloutConfig(PolicyTrainingConfig):
         "reward_weights": optional(list_of(number())),
         "max_completion_length": COUNT,
         "max_llm_passes": optional(COUNT),
+        "num_completions_to_print": optional(COUNT),
         "num_mini_batches": COUNT,
         "micro_batch_size": optional(COUNT),
     }

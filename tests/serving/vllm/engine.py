@@ -16,6 +16,7 @@ from tests.families.tiny_models import build, config_of
 
 try:
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 except ImportError:
     pytest.skip("vLLM is not installed: make test-vllm", allow_module_level=True)
 
@@ -25,9 +26,10 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # lets a test look into the engine's process
 }
 os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+# One process starts much sooner; test_served.py has them apart, as users do.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 NEW_TOKENS = 8
 
 
@@ -52,13 +54,14 @@ class Request:
 
 @contextlib.contextmanager
 def engine(path: str | Path, **settings) -> Iterator[LLM]:
-    """vLLM with the checkpoint `path`, in a process of its own."""
+    """vLLM with the checkpoint `path`, in this process."""
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 16, "seed": 0}
     llm = LLM(str(path), **{**defaults, "limit_mm_per_prompt": {"image": 1}, **settings})
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
 
 
 def ask(llm: LLM, processor, requests: list[Request], new_tokens: int = NEW_TOKENS):

@@ -111,11 +111,10 @@ def test_more_tokens_than_there_are_keeps_all(llm, loaded, samples):
     [
         ({"num_keep": 16, "keep_ratio": 0.5}, "Pass only one of"),
         ({"threshold": 0.5}, "threshold=0.5 cannot be used with vLLM"),
-        ({"keep_ratio": 2.0}, r"lies in \(0, 1\]; got 2.0"),
-        ({"num_keep": 0}, "num_keep is at least 1; got 0"),
-        ({"num_keep": "8"}, "num_keep is a number; got '8'"),
-        ({"keep_ratio": True}, "keep_ratio is a number; got True"),
-        ({"prune": 1}, "prune is true or false; got 1"),
+        ({"keep_ratio": 2.0}, r"the fraction that is KEPT, in \(0, 1\]; got 2.0"),
+        ({"num_keep": 0}, "num_keep must be a whole number of at least 1; got 0"),
+        ({"num_keep": "8"}, "num_keep must be a whole number of at least 1; got '8'"),
+        ({"prune": 1}, "prune must be True or False; got 1"),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ from PIL import Image
 from tests.serving.vllm.engine import Request, answers, ask, engine, generated, save_tiny
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.missing_packages import load_processor
+from tprl_hf.serving.vllm_plugin.requests import PRUNERS_HERE
 
 QUESTIONS = ["what colour is the cat ?", "where is the dog", "red left green"]
 ARCHITECTURE = {"architectures": ["TPRLForConditionalGeneration"]}
@@ -20,7 +21,7 @@ def base(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("pruner", ["divprune", "cdpruner", "query-similarity", "tome", "uniform", "feature-norm"])
+@pytest.mark.parametrize("pruner", PRUNERS_HERE)
 def test_the_same_tokens_as_with_the_pruner_in_generate(base, pruner):
     processor = load_processor(str(base))
     model = TPRLForConditionalGeneration.from_base_model(str(base), pruner=pruner, keep_ratio=0.4).eval()

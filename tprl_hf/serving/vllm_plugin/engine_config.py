@@ -16,17 +16,8 @@ from tprl_hf.modeling.token_pruner import TokenPruner
 from tprl_hf.pruners import PRUNERS
 
 from . import VLLM_RELEASE
-from .requests import request_budget, split_budget
+from .requests import PRUNERS_HERE, request_budget, split_budget
 
-# Pruners that read a prompt's tokens only, and whether they read its question.
-PRUNERS_HERE = {
-    "uniform": False,
-    "feature-norm": False,
-    "divprune": False,
-    "tome": False,
-    "query-similarity": True,
-    "cdpruner": True,
-}
 # The field of a base model's config (`--hf-overrides`) that says how it is pruned.
 SETTINGS = "tprl"
 EXAMPLE = '{"architectures": ["TPRLForConditionalGeneration"], "tprl": {"pruner": "divprune", "keep_ratio": 0.333}}'
@@ -117,7 +108,7 @@ class PrunedEngineConfig(VerifyAndUpdateConfig):
         family = family_of(config)
         pruner = named_pruner(config)
         server = model_config.get_multimodal_config().mm_processor_kwargs or {}
-        budget = request_budget({}, server, config, pruner.budget if pruner else None)
+        budget = request_budget({}, server, config, pruner)
         if pruner is None and budget is not None:
             refuse_untrained(config)
         model_config.hf_config = config
@@ -129,6 +120,8 @@ class PrunedEngineConfig(VerifyAndUpdateConfig):
         if not config.includes_base_model and model_config.tokenizer == model_config.model and not has_tokenizer:
             model_config.tokenizer = base_source(model_config.model, config)
             model_config.tokenizer_revision = config.base_model_revision
+            # vLLM asked before now, found no tokenizer, and took that for a model without images.
+            model_config._supports_multimodal_inputs_cache = {}
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:

@@ -88,6 +88,13 @@ class GridInfo(PrunedInfo):
         pixels = vision.patch_size * vision.spatial_merge_size
         return [Block(size.height // pixels, size.width // pixels)]
 
+    @property
+    def embedded_width(self) -> int | None:
+        return None
+
+    def num_positions(self, blocks: list[Block]) -> int:
+        return max(blocks[0].height, blocks[0].width)
+
 
 class Qwen25Info(GridInfo, Qwen2_5_VLProcessingInfo):
     pass

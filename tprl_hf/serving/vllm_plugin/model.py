@@ -106,8 +106,9 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
 
     # ---- choosing ----
 
-    @torch.inference_mode()
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
+        if kwargs.get("image_embeds") is not None:  # encoded and pruned elsewhere
+            return [rows[:, : self.config.token_dim + 2 * self.is_original] for rows in kwargs["image_embeds"]]
         if kwargs.get("tprl_keep") is None:
             return []
         ours = {name: list(kwargs.pop(name)) for name in FIELDS}
@@ -186,7 +187,10 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
         images = []
         for feature in features:
-            total = sum(block.num_tokens for block in read_blocks(feature.data["tprl_blocks"].data))
+            if "image_embeds" in feature.data:
+                total = int(read_places(feature.data["image_embeds"].data[:1, -2:]))
+            else:
+                total = sum(block.num_tokens for block in read_blocks(feature.data["tprl_blocks"].data))
             images.append((feature.mm_position.offset, feature.mm_position.length, total))
         full, starts, columns = full_prompt(input_tokens, images, self.config.image_token_id)
         if self.axes == 1:
@@ -207,13 +211,12 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
         if self.is_original:
-            length = len(input_ids)
-            self.places[:, :length] = 0
+            self.places.zero_()  # behind the ids too, where the engine pads
             if multimodal_embeddings is not None and len(multimodal_embeddings):
                 assert is_multimodal is not None
                 width = 2 * self.axes
                 columns = torch.cat([rows[:, -width:] for rows in multimodal_embeddings])
-                self.places[:, :length][:, is_multimodal.to(self.places.device)] = read_places(columns)
+                self.places[:, : len(input_ids)][:, is_multimodal.to(self.places.device)] = read_places(columns)
                 multimodal_embeddings = [rows[:, :-width] for rows in multimodal_embeddings]
         return self.lvlm.embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 

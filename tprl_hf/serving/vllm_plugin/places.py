@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Behind rows that were encoded and pruned elsewhere: a token's place, and how many tokens its image had.
+EMBEDDED_COLUMNS = 4
 # Two digits to this base are exact in any floating-point type, also in bfloat16.
 BASE = 128
 
@@ -23,6 +25,28 @@ def read_places(columns: Tensor) -> Tensor:
     """The places `int64 [A, K]` in `columns [K, 2 A]`."""
     high, low = columns.T.round().long().chunk(2)
     return high * BASE + low
+
+
+def embedded_rows(rows: Tensor, keep_mask: Tensor, position_ids: str = "original") -> Tensor:
+    """
+    An image that was encoded and pruned outside the engine, as the engine takes it. Each may have its own number of
+    tokens, so that adaptive budgets are possible.
+
+    Args:
+        rows (`[N, D]`): all tokens of the image.
+        keep_mask (`bool [N]`): which are kept.
+        position_ids (`str`): as the checkpoint's config says.
+
+    Returns:
+        `[K, D + 4]`, or `[K, D]` with contiguous positions. Pass it as `multi_modal_data={"image": [rows]}` to an
+        engine with `enable_mm_embeds`.
+    """
+    kept = rows[keep_mask]
+    if position_ids == "contiguous":
+        return kept
+    places = keep_mask.nonzero().T
+    total = torch.full_like(places, len(rows))
+    return torch.cat([kept, place_columns(places, kept.dtype), place_columns(total, kept.dtype)], dim=1)
 
 
 def full_prompt(

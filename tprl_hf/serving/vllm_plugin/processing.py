@@ -11,7 +11,7 @@ import torch
 from transformers import BatchFeature, GenerationConfig
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageProcessorItems
+from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
 from vllm.multimodal.processing import (
     BaseMultiModalProcessor,
     BaseProcessingInfo,
@@ -23,6 +23,7 @@ from tprl_hf.modeling.text_query import config_special_ids, template_ids
 from tprl_hf.modeling.token_layout import Block
 
 from .engine_config import base_context, named_pruner, pruned_config, reads_question
+from .places import EMBEDDED_COLUMNS
 from .requests import counts_of_images, question_ids, request_budget, split_budget
 
 # Under this name budget and question travel among a request's `mm_processor_kwargs`, which vLLM hashes.
@@ -43,8 +44,7 @@ class PrunedInfo(BaseProcessingInfo):
         super().__init__(base_context(ctx))
         self.outer = ctx.model_config
         self.config = pruned_config(self.outer.hf_config)
-        pruner = named_pruner(self.config)
-        self.pruner_budget = pruner.budget if pruner else None
+        self.pruner = named_pruner(self.config)
 
     @property
     def model_id(self) -> str:
@@ -75,6 +75,20 @@ class PrunedInfo(BaseProcessingInfo):
     def image_blocks(self, width: int, height: int, kwargs: Mapping[str, object]) -> list[Block]:
         """The grids that an image becomes, see [`Block`]."""
 
+    @property
+    def embedded_width(self) -> int | None:
+        """Width of rows that were encoded and pruned elsewhere; `None` where the family does not take such."""
+        extra = EMBEDDED_COLUMNS if self.config.position_ids == "original" else 0
+        width = self.config.token_dim
+        return None if width is None else width + extra
+
+    def _get_expected_hidden_size(self) -> int | None:
+        return self.embedded_width if self.ctx.get_mm_config().enable_mm_embeds else None
+
+    def num_positions(self, blocks: list[Block]) -> int:
+        """By how much the position of the text behind an image with these grids is larger than the image's."""
+        return sum(block.num_tokens for block in blocks)
+
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {name: None if name == "image" else 0 for name in super().get_supported_mm_limits()}
 
@@ -89,9 +103,12 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
 
     def apply(self, inputs, timing_ctx):
         request, kwargs = split_budget(inputs.hf_processor_mm_kwargs)
-        if "image" in inputs.mm_data_items:
+        if self.are_embedded(inputs.mm_data_items):
+            if request:
+                raise ValueError(f"Embeddings of images have been pruned: leave out {', '.join(sorted(request))}.")
+        elif "image" in inputs.mm_data_items:
             images = self.blocks(inputs.mm_data_items, kwargs)
-            budget = request_budget(request, self.info.server_kwargs, self.info.config, self.info.pruner_budget)
+            budget = request_budget(request, self.info.server_kwargs, self.info.config, self.info.pruner)
             counts = counts_of_images(budget, images)
             self.refuse_too_long(inputs.prompt, images)
             kwargs[OURS] = {"keep": [], "question": []}
@@ -113,11 +130,17 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         assert token is not None
         return token
 
+    def are_embedded(self, mm_items: Mapping[str, Any]) -> bool:
+        """Whether images come as rows that were encoded and pruned elsewhere."""
+        if "image" not in mm_items or isinstance(mm_items["image"], ImageProcessorItems):
+            return False
+        if not isinstance(mm_items["image"], ImageEmbeddingItems) or self.info.embedded_width is None:
+            raise ValueError("Send images to this model: it does not take images as embeddings.")
+        return True
+
     def blocks(self, mm_items: Mapping[str, Any], kwargs: Mapping[str, object]) -> list[list[Block]]:
         """The grids of each image."""
         images = mm_items["image"]
-        if not isinstance(images, ImageProcessorItems):
-            raise ValueError("A pruned model takes images, not image_embeds.")
         if any(images.get(index) is None for index in range(len(images))):
             raise ValueError("A uuid alone does not tell an image's size: send the image with it.")
         sizes = [images.get_image_size(index) for index in range(len(images))]
@@ -128,18 +151,18 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         config = self.info.config
         if config.position_ids != "original":
             return
-        length = len(prompt) + sum(block.num_tokens for blocks in images for block in blocks) - len(images)
+        length = len(prompt) - len(images) + sum(map(self.info.num_positions, images))
         longest = config.get_text_config().max_position_embeddings
         if length > longest:
             raise ValueError(
-                f"With all visual tokens this prompt has {length} tokens, and the LLM knows {longest} positions. Kept "
-                "tokens keep theirs, so that pruning does not help: send fewer or smaller images, or less text."
+                f"With all visual tokens this prompt has {length} positions, and the LLM knows {longest} positions. "
+                "Kept tokens keep theirs, so that pruning does not help: send fewer or smaller images, or less text."
             )
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs):
         kwargs = without_ours(hf_kwargs)
         output = super()._apply_hf_processor_main(mm_items, kwargs)
-        if "image" in mm_items and len(mm_items["image"]):
+        if "image" in mm_items and len(mm_items["image"]) and not self.are_embedded(mm_items):
             images = self.blocks(mm_items, kwargs)
             output["tprl_keep"] = torch.tensor([self.kept(blocks, hf_kwargs) for blocks in images])
             question = torch.tensor(hf_kwargs[OURS]["question"], dtype=torch.long)
@@ -173,6 +196,9 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         token = self.image_token_id
         if "image" not in mm_items:
             return []
+        if self.are_embedded(mm_items):
+            sizes = mm_items["image"]
+            return [PromptReplacement("image", [token], lambda index: [token] * sizes.get_feature_size(index))]
         images = self.blocks(mm_items, without_ours(hf_processor_mm_kwargs))
         counts = [self.kept(blocks, hf_processor_mm_kwargs) for blocks in images]
         return [PromptReplacement("image", [token], lambda index: [token] * counts[index])]

@@ -10,7 +10,18 @@ from tprl_hf.modeling.budget import Budget, keep_counts, resolve_choice
 from tprl_hf.modeling.configuration_tprl import TPRLConfig
 from tprl_hf.modeling.text_query import default_query_mask
 from tprl_hf.modeling.token_layout import Block
+from tprl_hf.modeling.token_pruner import TokenPruner
 
+# Pruners that read a prompt's tokens only, and whether they read its question.
+PRUNERS_HERE = {
+    "uniform": False,
+    "feature-norm": False,
+    "divprune": False,
+    "pool": False,
+    "tome": False,
+    "query-similarity": True,
+    "cdpruner": True,
+}
 BUDGET_NAMES = ("keep_ratio", "num_keep", "threshold", "prune")
 
 
@@ -21,7 +32,7 @@ def split_budget(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 def request_budget(
-    request: Mapping[str, Any], server: Mapping[str, Any], config: TPRLConfig, pruner_budget: Budget | None = None
+    request: Mapping[str, Any], server: Mapping[str, Any], config: TPRLConfig, pruner: TokenPruner | None = None
 ) -> Budget | None:
     """
     The budget of a request: its own, else the server's default, else the checkpoint's.
@@ -29,22 +40,22 @@ def request_budget(
     Args:
         request, server: `mm_processor_kwargs` of the request, and those that the server was started with.
         config ([`TPRLConfig`]): of the checkpoint.
-        pruner_budget ([`Budget`], *optional*): that of the pruner, if one was chosen that has its own.
+        pruner ([`TokenPruner`], *optional*): the one that stands in for the policy.
 
     Returns:
         [`Budget`] with a `keep_ratio` or `num_keep`; `None` where all tokens stay.
 
     Raises:
-        `ValueError`: for several budgets, for values out of their range, and for a threshold.
+        `ValueError`: for several budgets, for values out of range, for a threshold, and for a pruner without any.
     """
     asked, default = split_budget(request)[0], split_budget(server)[0]
     if not asked or (asked == {"prune": True} and default.get("prune") is not False):
         asked = default or asked
-    for name, value in asked.items():
-        if isinstance(value, bool) != (name == "prune") or not isinstance(value, (bool, int, float)):
-            raise ValueError(f"{name} is {'true or false' if name == 'prune' else 'a number'}; got {value!r}.")
     own = {name: asked.get(name) for name in BUDGET_NAMES}
-    choice = resolve_choice(**own, keep_mask=None, pruner_budget=pruner_budget, pruner_was_chosen=False, config=config)
+    default_budget = None if pruner is None else pruner.budget
+    choice = resolve_choice(
+        **own, keep_mask=None, pruner_budget=default_budget, pruner_was_chosen=pruner is not None, config=config
+    )
     assert choice is None or isinstance(choice, Budget)
     if choice is not None and choice.threshold is not None:
         raise ValueError(
