@@ -1,11 +1,19 @@
 # Short names for dev.py, which does the work.
-.PHONY: setup demo test format counts test-lmms test-processors test-vllm clean
+.PHONY: setup demo test format coverage counts api test-lmms test-processors test-vllm clean
 
 setup demo test format:
 	python3 dev.py $@
 
+# All tests, and which lines and branches of the package they reach; less than 95 % fails.
+coverage:
+	python3 dev.py test --cov
+
 counts:
 	.venv/bin/python tests/counts.py
+
+# the API reference, from the docstrings, as static pages
+api: setup
+	.venv/bin/python docs/make_api.py build/api
 
 # lmms-eval pulls a torchvision that breaks torch's CPU build, hence an environment of its own, without torchvision.
 LMMS = .venv-lmms/bin/python

@@ -173,10 +173,11 @@ def test(arguments: list[str]) -> int:
         run(PINNED.python, "-m", "ruff", "check", "."),
         run(PINNED.python, "-m", "ruff", "format", "--check", "."),
         run(PINNED.python, "-m", "mypy"),
+        run(PINNED.python, "-m", "bandit", "-q", "-r", "-c", "pyproject.toml", "tprl_hf", "dev.py", "setup.py"),
         run_pytest(PINNED, arguments),
     ]
     if any(codes[:-1]):
-        print("ruff or mypy found something: see above, before pytest's output", file=sys.stderr)
+        print("ruff, mypy or bandit found something: see above, before pytest's output", file=sys.stderr)
     return next((code for code in reversed(codes) if code), 0)
 
 

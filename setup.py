@@ -55,18 +55,27 @@ EXTRAS = {
     ],
     # Both bring other versions of torchvision and pillow: give each a virtual environment of its own.
     "lmms": ["lmms-eval>=0.7.3"],
+    "completion": ["shtab>=1.7"],
     "demo": ["gradio>=6"],
+    "docs": ["pdoc>=15.0"],
+    # What reads the parts of Photo-LLaVA (docs/photo.md); the parts themselves are fetched without what they ask for.
+    "photo": ["gguf>=0.10", "onnx>=1.17"],
     "quantized": ["bitsandbytes>=0.46.1"],
-    "serve": ["aiohttp>=3.11", "transformers[serving]>=5.21,<6", "uvicorn>=0.34"],
+    "serve": ["aiohttp>=3.11", "prometheus_client>=0.21", "transformers[serving]>=5.21,<6", "uvicorn>=0.34"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["train"],
     *EXTRAS["eval"],
     *EXTRAS["quantized"],
+    *EXTRAS["completion"],
+    *EXTRAS["docs"],
     *EXTRAS["serve"],
+    "bandit>=1.9",
     "build>=1.5",
+    "hypothesis>=6.150",
     "mypy>=2.0",
     "pytest>=9.0",
+    "pytest-cov>=7.0",
     "pytest-xdist>=3.8",
     "readme_renderer[md]>=46",
     "ruff>=0.17",

@@ -90,7 +90,8 @@ class TestMetadata:
     def test_the_extras_are_those_the_docs_name(self):
         extras = re.findall(r'^    "(\w+)": \[|^EXTRAS\["(\w+)"\]', (ROOT / "setup.py").read_text(), re.M)
         assert {a or b for a, b in extras} == {
-            *("train", "eval", "processors", "quantized", "lmms", "serve", "demo", "dev"),
+            *("train", "eval", "processors", "quantized", "lmms", "serve", "completion", "demo", "photo", "docs"),
+            "dev",
         }
 
     def test_the_oldest_python_is_the_same_everywhere(self):
@@ -201,7 +202,7 @@ class TestDevPy:
             dev.set_up()
 
     def test_pytests_exit_code_is_kept_and_every_check_is_run(self, monkeypatch):
-        codes = {"ruff": 1, "mypy": 0, "pytest": 3}
+        codes = {"ruff": 1, "mypy": 0, "bandit": 0, "pytest": 3}
         called = []
 
         def run(*command, **_):
@@ -210,11 +211,13 @@ class TestDevPy:
 
         monkeypatch.setattr(dev, "set_up", lambda extra: None)
         monkeypatch.setattr(dev, "run", run)
-        assert dev.test([]) == 3 and called == ["ruff", "ruff", "mypy", "pytest"]
+        assert dev.test([]) == 3 and called == ["ruff", "ruff", "mypy", "bandit", "pytest"]
         codes["pytest"] = 0
         assert dev.test([]) == 1  # ruff's
         codes["ruff"] = 0
         assert dev.test([]) == 0
+        codes["bandit"] = 1
+        assert dev.test([]) == 1
 
     def test_the_floors_are_those_of_the_packages_metadata(self):
         wanted = [Requirement(line) for line in metadata.requires("tprl_hf")]
@@ -226,9 +229,9 @@ class TestDevPy:
         (tmp_path / ".ci").mkdir()
         (tmp_path / ".ci" / "run").write_text((ROOT / ".ci" / "run").read_text())
         for failing in ("none", "test-newest", "test-floors", "test"):
-            (tmp_path / "dev.py").write_text(f"import sys\nprint(sys.argv[1])\nsys.exit(sys.argv[1] == {failing!r})")
+            (tmp_path / "dev.py").write_text(f"import sys\nprint(*sys.argv[1:])\nsys.exit(sys.argv[1] == {failing!r})")
             done = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, capture_output=True, text=True)
-            assert done.stdout.split() == ["test-newest", "test-floors", "test"]
+            assert done.stdout.splitlines() == ["test-newest", "test-floors", "test --cov"]
             assert (done.returncode != 0) == (failing != "none") and (failing in done.stderr) == (failing != "none")
 
 

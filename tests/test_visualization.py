@@ -49,6 +49,13 @@ class TestDrawKeptTokens:
             else:
                 assert interior(picture, row, column).min() > 200
 
+    def test_on_a_pale_picture_kept_and_pruned_patches_are_told_apart(self, layout):
+        white = Image.new("RGB", (4 * PATCH, 3 * PATCH), "white")
+        keep_mask = torch.tensor([True, False, False, True] * 3)
+        picture = draw_kept_tokens(white, keep_mask, *layout, width=white.width)
+        for row, column, kept in zip(*layout, keep_mask, strict=True):
+            assert (interior(picture, row, column).min() == 255) == bool(kept)
+
     def test_the_layout_says_where_a_token_lies_whatever_the_order(self, image, layout):
         keep_mask = torch.rand(12, generator=torch.manual_seed(0)) > 0.5
         order = torch.randperm(12, generator=torch.manual_seed(1))
@@ -115,6 +122,13 @@ class TestFigures:
         assert not re.search(r"https?:|<script|<link|src=|@import", page)
         (data,) = re.findall(r"data:image/png;base64,([\w+/=]+)", page)
         assert Image.open(io.BytesIO(base64.b64decode(data))).size == (352, 264)
+
+    def test_the_html_page_fits_a_phone_and_a_dark_screen(self, figure):
+        page = figures_to_html([figure], "Kept")
+        assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+        light, dark = page.split("@media (prefers-color-scheme: dark)")
+        names = [set(re.findall(r"(--\w+):", part.split("}}")[0])) for part in (light, dark)]
+        assert names[0] == names[1] >= {"--ink", "--page", "--veil", "--hatch"}  # no colour of one for the other
 
     def test_the_html_page_tells_each_patchs_fate_and_score(self, figure):
         page = figures_to_html([figure], "Kept")

@@ -102,8 +102,11 @@ def to_rgb(image: Image.Image, name: str = "The image") -> Image.Image:
     return image.convert("RGB")
 
 
-def picture_of(entry: Any) -> Image.Image:
-    """A picture as rows of a dataset have it: decoded, or still the bytes or the path of its file; see [`to_rgb`]."""
+def picture_of(entry: Any, name: str | None = None) -> Image.Image:
+    """
+    A picture as rows of a dataset have it: decoded, or still the bytes or the path of its file; see [`to_rgb`].
+    Messages call it by its path, and one without a path `name`.
+    """
     if isinstance(entry, Mapping):
-        return open_picture(entry["path"] if entry["bytes"] is None else entry["bytes"], entry["path"])
+        return open_picture(entry["path"] if entry["bytes"] is None else entry["bytes"], entry["path"] or name)
     return to_rgb(entry)

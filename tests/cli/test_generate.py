@@ -102,7 +102,7 @@ def test_pictures_are_written_where_asked(generate, tmp_path):
     ],
 )
 def test_what_does_not_fit_together_is_one_line_and_exit_code_2(generate, words, message):
-    code, out, err = generate(*words)
+    code, out, err = generate(*words, "--quiet")
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
 
 
@@ -135,19 +135,19 @@ def test_damaged_checkpoints_are_one_line_and_exit_code_2(generate, base_checkpo
     shutil.copytree(base_checkpoint, broken)
     config, weights = broken / "config.json", broken / "model.safetensors"
     config.write_text(config.read_text().replace('"intermediate_size": 48', '"intermediate_size": 50'))
-    code, _, err = generate(model=broken)
+    code, _, err = generate("--quiet", model=broken)
     assert code == 2 and f"The weights in {broken} do not fit its config.json" in err and err.count("\n") == 1
 
     weights.write_bytes(weights.read_bytes()[:20_000])
-    code, _, err = generate(model=broken)
+    code, _, err = generate("--quiet", model=broken)
     assert code == 2 and f"The weights in {broken} are truncated or damaged" in err and err.count("\n") == 1
 
     weights.unlink()
-    code, _, err = generate(model=broken)
+    code, _, err = generate("--quiet", model=broken)
     assert code == 2 and "model.safetensors" in err and err.count("\n") == 1
 
     config.write_text("{")
-    code, _, err = generate(model=broken)
+    code, _, err = generate("--quiet", model=broken)
     assert code == 2 and str(config) in err and err.count("\n") == 1
 
 

@@ -44,6 +44,11 @@ def test_version(capsys):
         (["generate", "--keep-ratio", "0.5", "--num-keep", "3"], "--num-keep: not allowed with argument --keep-ratio"),
         (["generate", "--pruner", "magic"], "invalid choice: 'magic'"),
         (["demo", "--num-samples", "-3"], "'-3' is not a whole number"),
+        (["generate", "--threshold", "5"], "'5' is not between 0 and 1: it is the keep probability"),
+        (["generate", "--question", "  "], "the question is empty"),
+        (["benchmark", "--pruners", "divprun"], "there is no pruner 'divprun'; did you mean divprune?"),
+        (["evaluate", "--pruners", "x"], "there is no pruner 'x'; choose from none, random"),
+        (["benchmark", "--rounds", "1"], "at least 2 rounds are needed"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(capsys, words, message):
@@ -58,6 +63,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(capsys, words
         ("demo --model DIR", "demo DIR"),
         ("generate --model DIR --image a --question b", "generate DIR --image a --question b"),
         ("evaluate --model DIR --num-samples 2", "evaluate --num-samples 2 DIR"),
+        ("demo --keep-ratio 1/9", "demo --keep-ratios 1/9"),
         ("benchmark DIR --keep 1/4", "benchmark DIR --keep-ratio 1/4"),
         ("benchmark --batch 2", "benchmark --batch-size 2"),
         ("benchmark --new-tokens 4", "benchmark --max-new-tokens 4"),

@@ -156,7 +156,7 @@ def test_parts_of_a_dataset_do_not_show(monkeypatch):
     "settings, message",
     [
         ({"split": "dev"}, "Unknown split 'dev'"),
-        ({"seed": -1}, "seed=-1"),
+        ({"seed": -1}, "seed must be .* at least 0; got -1"),
         ({"num_samples": 0}, "got 0"),
     ],
 )

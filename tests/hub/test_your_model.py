@@ -71,7 +71,7 @@ def here(tmp_path) -> Path:
     (questions,) = blocks("json", "Measure it on your own questions")
     (tmp_path / "questions.jsonl").write_text(questions)
     for name in ("train", "validation"):
-        (tmp_path / f"{name}.jsonl").write_text(questions.splitlines()[0])
+        (tmp_path / f"{name}.jsonl").write_text(questions)
     return tmp_path
 
 

@@ -121,13 +121,16 @@ def test_text_without_an_image_works(model):
 
 
 def test_embeddings_in_place_of_ids(model):
-    embeddings = torch.randn(1, 5, 32)
-    for call in (
-        lambda: model.prune(input_ids=None, num_keep=3),
-        lambda: model(inputs_embeds=embeddings, num_keep=3),
-        lambda: model.generate(inputs_embeds=embeddings, num_keep=3),
+    embeddings, ids = torch.randn(1, 5, 32), torch.tensor([[1, 7, 8]])
+    words = model.get_input_embeddings()(ids)
+    for call, message in (
+        (lambda: model.prune(input_ids=None, num_keep=3), "`input_ids` are needed"),
+        (lambda: model(inputs_embeds=embeddings, num_keep=3), "of sample 0 has in column 0 an embedding that is not"),
+        (lambda: model(inputs_embeds=torch.cat([words, embeddings], 1), num_keep=3), "in column 3 an embedding"),
+        (lambda: model(ids, inputs_embeds=words, num_keep=3), "pass one of them"),
+        (lambda: model.generate(inputs_embeds=embeddings, num_keep=3), "`generate` needs `input_ids`"),
     ):
-        with pytest.raises(ValueError, match="`inputs_embeds` do not"):
+        with pytest.raises(ValueError, match=message):
             call()
     assert model(inputs_embeds=embeddings).logits.shape == (1, 5, 99)  # nothing to prune, nothing to refuse
 

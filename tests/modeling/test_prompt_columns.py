@@ -221,7 +221,7 @@ def test_labels_of_placeholders_never_count():
         ("position_ids", torch.zeros(1, 3, dtype=torch.long), r"position_ids must have the shape.*got \(1, 3\)"),
         ("position_ids", torch.zeros(3, 1, 9, dtype=torch.long), r"position_ids must have the shape.*got \(3, 1, 9\)"),
         ("attention_mask", torch.ones(1, 1, 9, 9), "attention_mask must be two-dimensional"),
-        ("inputs_embeds", torch.zeros(1, 9, 32), "inputs_embeds"),
+        ("inputs_embeds", torch.ones(1, 9, 32), "inputs_embeds of sample 0 has in column 0 an embedding that is not"),
     ],
 )
 def test_other_forms_are_refused_by_name(name, value, message):
@@ -231,6 +231,19 @@ def test_other_forms_are_refused_by_name(name, value, message):
         del inputs["input_ids"]
     with pytest.raises(ValueError, match=message):
         model(**inputs, keep_mask=torch.arange(16) % 2 == 0)
+
+
+# Also of all others whose base model takes embeddings: not of PaliGemma 2, Ovis 2, Gemma 4 and Qwen 2.5 Omni.
+@pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3", "qwen2_5_vl", "gemma4_unified"])
+@torch.no_grad()
+def test_embeddings_in_place_of_ids(family):
+    base, model = wrap(family)
+    inputs = collate(family, [sample(family, 1, 1)])
+    ids = inputs.pop("input_ids")
+    embeds = model.get_input_embeddings()(ids)
+    pruned, whole = ({**inputs, **budget} for budget in ({"keep_ratio": 0.5}, {"keep_ratio": 1.0}))
+    assert far(model(inputs_embeds=embeds, **pruned).logits, model(input_ids=ids, **pruned).logits) < TOLERANCE
+    assert far(model(inputs_embeds=embeds, **whole).logits, base(input_ids=ids, **inputs).logits) < TOLERANCE
 
 
 def test_pure_functions():

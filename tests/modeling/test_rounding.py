@@ -1,7 +1,9 @@
 """What rounding of a base model in bfloat16 or float16 can do to keep masks, and what it cannot."""
 
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from tests.families.tiny_models import build, collate, sample
 from tests.families.tiny_processor import make_processor
 from tests.training.conftest import make_dataset
 from tprl_hf import TPRLForConditionalGeneration
-from tprl_hf.evaluation.compare_dtypes import Choice, compare_choices, compare_dtypes
+from tprl_hf.evaluation.compare_dtypes import Choice, as_markdown, compare_choices, compare_dtypes
 from tprl_hf.modeling import Budget
 from tprl_hf.modeling.keep_mask import keep_above_threshold, keep_top_k
 from tprl_hf.pruners import PRUNERS
@@ -121,6 +123,15 @@ def test_equal_tokens_are_chosen_by_position_whatever_the_batch(model, name):
         first, _ = pruner.choose(replace(seen, tokens=same, attention=attention), Budget(keep_ratio=1 / 3))
         again, _ = pruner.choose(replace(seen, tokens=same, attention=attention), Budget(keep_ratio=1 / 3))
     assert torch.equal(first, again) and torch.equal(first[0], first[2])
+
+
+def test_the_page_has_the_table_of_the_file():
+    docs = Path(__file__).parents[2] / "docs"
+    found = json.loads((docs / "results" / "mosaic_llava" / "dtypes.json").read_text())
+    page = (docs / "reliability.md").read_text()
+    assert found["num_samples"] == 2400 and as_markdown(found["rows"]) in page
+    assert found["command"].split()[2] in page
+    assert max(row["masks"]["farthest"] for row in found["rows"] if "gap" in row.get("masks", {})) <= 2
 
 
 def test_dtypes_are_compared_on_a_tiny_model():

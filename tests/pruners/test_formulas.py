@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from tests.families.tiny_models import build, collate, sample
 from tprl_hf.modeling import Budget, TPRLForConditionalGeneration
 from tprl_hf.modeling.token_layout import Block, TokenLayout
+from tprl_hf.modeling.token_pruner import SampleTokens
 from tprl_hf.pruners import (
     CDPruner,
     FastVPruner,
     FeatureNormPruner,
     OraclePruner,
+    PoolPruner,
     PruMerge,
     PruningInputs,
     QuerySimilarityPruner,
@@ -25,6 +27,7 @@ from tprl_hf.pruners import (
 )
 from tprl_hf.pruners.cdpruner import most_probable_set
 from tprl_hf.pruners.divprune import farthest_points
+from tprl_hf.pruners.pool import cells_of
 from tprl_hf.pruners.sparsevlm import text_raters
 from tprl_hf.pruners.tome import merge_pairs
 
@@ -326,3 +329,24 @@ def test_merged_tokens_reach_the_llm_and_leave_the_features_alone(pruner):
         whole = model(**batch, keep_ratio=1.0)
     assert torch.allclose(whole.logits, model(**batch, prune=False).logits, atol=1e-4)
     assert math.isfinite(float(whole.logits.sum()))
+
+
+def test_pool_is_average_pooling_where_the_budget_divides():
+    inputs = make_inputs(height=6, width=4)
+    kept, _ = PoolPruner().choose(inputs, Budget(num_keep=6))
+    merged = PoolPruner().merge(inputs, kept)
+    grid = inputs.tokens[0].T.view(1, -1, 6, 4)
+    expected = torch.nn.functional.avg_pool2d(grid, 2).flatten(2)[0].T
+    assert torch.allclose(merged[0, kept[0]], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 5, 7, 11, 23, 24])
+def test_every_token_is_in_one_cell_of_pool(count):
+    inputs = make_inputs(height=6, width=4)
+    sample = SampleTokens.of(inputs, 0, torch.arange(24))
+    cells = cells_of(sample, count)
+    assert cells.unique().tolist() == list(range(count))
+    kept = PoolPruner().select(sample, count)
+    assert cells[kept].tolist() == list(range(count))  # a mean has the place of one of its own
+    sizes = cells.bincount()
+    assert sizes.max() <= 2.5 * 24 / count  # as even as the grid allows

@@ -141,7 +141,7 @@ def test_health_and_models(client):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"extra_body": {"keep_ratio": 2}}, r"lies in \(0, 1\]; got 2"),
+        ({"extra_body": {"keep_ratio": 2}}, r"in \(0, 1\]; got 2"),
         ({"extra_body": {"keep_ratio": "1/3"}}, "keep_ratio must be float or int; got '1/3'"),
         ({"extra_body": {"num_keep": True}}, "num_keep must be int; got True"),
         ({"extra_body": {"num_keep": 5, "threshold": 0.5}}, "Pass only one of"),
@@ -171,12 +171,109 @@ def test_what_is_refused(client, samples, settings, message):
         ask(client, "is there a red circle ?", url, **settings)
 
 
-def test_an_error_of_generate_reaches_the_reader_of_a_stream(client, samples):
-    beams = {"generation_config": '{"num_beams": 2, "max_new_tokens": 2}'}
-    stream = ask(client, "q", data_url(samples[0]["images"][0]), stream=True, extra_body=beams)
-    with pytest.raises(openai.APIError) as error:
-        text_of(stream)
-    assert "beam" in error.value.body
+def parts_of(samples, *details):
+    """A question about the first image, which comes once for each detail."""
+    url = data_url(samples[0]["images"][0])
+    parts = [{"type": "image_url", "image_url": {"url": url} | ({"detail": one} if one else {})} for one in details]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": samples[0]["prompt"]}]}]
+
+
+@pytest.mark.parametrize(
+    ("detail", "budget", "kept"), [("low", 1 / 9, 16), ("high", None, 144), ("auto", 1 / 3, 48), (None, 1 / 3, 48)]
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_detail_is_a_budget_and_usage_says_what_was_kept(client, checkpoint, samples, detail, budget, kept, streamed):
+    model, processor = load_model(str(checkpoint))
+    wanted = {"prune": False} if budget is None else {"keep_ratio": budget}
+    (expected,) = generate_answers(model, processor, samples[:1], max_new_tokens=MAX_TOKENS, **wanted)
+    asked = {"model": "mosaic-tprl", "messages": parts_of(samples, detail), "max_tokens": MAX_TOKENS}
+    timed = {"extra_body": {"timings": True}}
+    if streamed:
+        chunks = list(client.chat.completions.create(**asked, **timed, stream=True))
+        text, last = "".join(chunk.choices[0].delta.content or "" for chunk in chunks), chunks[-1]
+    else:
+        last = client.chat.completions.create(**asked, **timed)
+        text = last.choices[0].message.content
+    assert text.strip() == expected
+    assert last.usage.prompt_tokens_details.image_tokens == 144
+    assert last.usage.prompt_tokens_details.image_tokens_kept == kept
+    assert set(last.timings) == {"read_ms", "waited_ms", "prepared_ms", "generated_ms"}
+    assert all(one >= 0 for one in last.timings.values()) and last.timings["generated_ms"] > 0
+    assert not hasattr(client.chat.completions.create(**asked), "timings")
+
+
+def test_what_detail_cannot_say_is_refused(client, samples):
+    for details, extra, message in [
+        (("low", "high"), {}, "have one detail; got high, low"),
+        (("low",), {"keep_ratio": 0.5}, "a detail other than auto, or keep_ratio, not both"),
+        (("medium",), {}, 'detail is one of auto, high, low; got "medium"'),
+    ]:
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.chat.completions.create(model="mosaic-tprl", messages=parts_of(samples, *details), extra_body=extra)
+
+
+def count(client, messages, **fields):
+    body = {"messages": messages, **fields}
+    return client.post("/chat/completions/count", body=body, cast_to=object)
+
+
+def test_a_prompt_is_counted_before_it_is_asked(client, samples, capsys, tmp_path, checkpoint):
+    for details, fields in [
+        ((None,), {}),
+        (("low", "low"), {}),
+        (("high",), {}),
+        ((None,), {"num_keep": 7}),
+        ((), {}),
+    ]:
+        told = count(client, parts_of(samples, *details), **fields)
+        usage = client.chat.completions.create(
+            model="mosaic-tprl", messages=parts_of(samples, *details), max_tokens=1, extra_body=fields
+        ).usage
+        assert told["prompt_tokens"] == usage.prompt_tokens and told["images"] == len(details)
+        found = usage.prompt_tokens_details
+        assert told["prompt_tokens_details"] == {
+            "image_tokens": found.image_tokens, "image_tokens_kept": found.image_tokens_kept
+        }  # fmt: skip
+    assert count(client, parts_of(samples, None), threshold=0.5)["prompt_tokens_details"]["image_tokens_kept"] is None
+    with pytest.raises(openai.BadRequestError, match="the model 1,024 positions"):
+        count(client, parts_of(samples, *[None] * 9))
+
+
+def test_metrics_and_the_log_say_what_became_of_each_request(checkpoint, samples, tmp_path):
+    with (
+        open(tmp_path / "errors", "w") as errors,
+        serving(str(checkpoint), "--max-image-tokens", "20", stderr=errors) as (_, client),
+    ):
+        url = data_url(samples[0]["images"][0])
+        for fields in ({}, {"prune": False}, {"num_keep": 5}, {"threshold": 0.01}):
+            usage = ask(client, samples[0]["prompt"], url, extra_body=fields, max_tokens=2).usage
+            assert usage.prompt_tokens_details.image_tokens_kept == fields.get("num_keep", 20)
+        assert count(client, parts_of(samples, "high"))["prompt_tokens_details"]["image_tokens_kept"] == 20
+        with pytest.raises(openai.BadRequestError):
+            ask(client, "red\nred", url, n=2)
+        told = client.get("/../metrics", cast_to=str)
+    assert 'tprl_requests_total{status="200"} 5.0' in told and 'tprl_requests_total{status="400"} 1.0' in told
+    assert 'tprl_tokens_total{kind="visual"} 720.0' in told and 'tprl_tokens_total{kind="kept"} 85.0' in told
+    assert 'tprl_request_seconds_count{stage="generated"} 4.0' in told and "process_resident_memory_bytes" in told
+    lines = [line for line in (tmp_path / "errors").read_text().splitlines() if line.startswith("chatcmpl-")]
+    assert len(lines) == 6
+    assert re.fullmatch(
+        r"chatcmpl-[-0-9a-f]+ 200 [\d.]+ s \(read [\d.]+, waited [\d.]+, prepared [\d.]+, generated [\d.]+\) "
+        r"1 images, \d+ prompt tokens, 20 of 144 visual tokens kept, [12] new tokens",
+        lines[0],
+    )
+    assert re.fullmatch(r'chatcmpl-[-0-9a-f]+ 400 [\d.]+ s "n=2 is not served: leave it out."', lines[-1])
+
+
+def test_beams_are_served_but_not_streamed(client, checkpoint, samples):
+    beams = {"generation_config": '{"num_beams": 3, "max_new_tokens": 3}'}
+    url = data_url(samples[0]["images"][0])
+    asked = {"max_tokens": None, "extra_body": beams}
+    model, processor = load_model(str(checkpoint))
+    (expected,) = generate_answers(model, processor, samples[:1], num_beams=3, max_new_tokens=3)
+    assert ask(client, samples[0]["prompt"], url, **asked).choices[0].message.content.strip() == expected
+    with pytest.raises(openai.BadRequestError, match="A stream has one beam; got num_beams=3"):
+        ask(client, samples[0]["prompt"], url, stream=True, **asked)
 
 
 def test_more_tokens_than_there_are_keeps_all(client, samples):
@@ -331,5 +428,11 @@ def test_a_set_pruner_is_served_and_unknown_words_are_told(checkpoint, samples, 
         answer = ask(one, samples[0]["prompt"], url, max_tokens=MAX_TOKENS, temperature=0)
         assert answer.choices[0].message.content.strip() == expected
         ask(one, "is there a red elephant ?", url, max_tokens=1)
+        threshold = {"extra_body": {"threshold": 0.5}}  # DivPrune has no scores: an error of generate
+        with pytest.raises(openai.BadRequestError, match="pass keep_ratio or num_keep"):
+            ask(one, "is", url, **threshold)
+        with pytest.raises(openai.APIError) as error:
+            text_of(ask(one, "is", url, stream=True, **threshold))
+        assert "pass keep_ratio or num_keep" in error.value.body
     (note,) = [line for line in (tmp_path / "errors").read_text().splitlines() if "does not know" in line]
     assert "'elephant'" in note and "red" not in note

@@ -12,6 +12,7 @@ def stream(pieces, stops):
     async def run():
         queue = asyncio.Queue()
         cut = CutQueue(queue, AnswerEnd(list(stops)))
+        asyncio.get_running_loop().call_later(0.01, cut.end.generated.set)
         for piece in [*pieces, None]:
             queue.put_nowait(piece)
         found = [await cut.get()]

@@ -9,6 +9,7 @@ import torch
 from tprl_hf.modeling.keep_mask import keep_entropy, keep_logprobs
 from tprl_hf.training import advantages as pure
 from tprl_hf.training.advantages import bernoulli_kl
+from tprl_hf.training.rewards import in_existing_steps, step_rewards
 from tprl_hf.training.rollouts import shift_to_budget
 
 T, S, N = 4, 6, 5
@@ -37,6 +38,57 @@ def test_generalized_advantages(steps):
             assert advantages[t, s].item() == pytest.approx(expected, abs=1e-12)
             wanted = expected + values[t, s].item() if t < length else 0.0
             assert returns[t, s].item() == pytest.approx(wanted, abs=1e-12)
+
+
+def ragged_trajectories(count):
+    """Scores and tokens left of trajectories that end when nothing is left, some at once, some never."""
+    rng = random.Random(5)
+    for _ in range(count):
+        left = [rng.randrange(0, 40)]
+        for _ in range(T):
+            left.append(rng.choice([0, left[-1], rng.randint(0, left[-1])]))
+        existing = [before > 0 for before in left[:-1]]
+        scores = [rng.gauss(0, 1)]
+        for step_exists in existing:  # a step that does not exist prunes nothing, so the score stays
+            scores.append(rng.gauss(0, 1) if step_exists else scores[-1])
+        yield scores, left, existing
+
+
+def test_step_rewards_of_ragged_trajectories():
+    trajectories = list(ragged_trajectories(200))
+    _, left, existing = (torch.tensor(columns).T for columns in zip(*trajectories, strict=True))
+    scores = torch.tensor([one[0] for one in trajectories], dtype=torch.float64).T
+    assert (existing.sum(0) < T).any() and existing.all(0).any() and (existing.sum(0) == 1).any()
+    found = step_rewards(scores, left, alpha=0.7, beta=0.3)
+    torch.testing.assert_close(in_existing_steps(found, existing), found, atol=1e-12, rtol=0)
+    for s, (score, kept, exists) in enumerate(trajectories):
+        for t in range(T):
+            expected = 0.0
+            if exists[t]:
+                expected = 0.7 * (score[t + 1] - score[t]) + 0.3 * (kept[t] - kept[t + 1]) / kept[t]
+            assert found[t, s].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_to_keep_nothing_at_once_earns_one_step():
+    at_once, halved = [[100], [0], [0], [0]], [[100], [50], [25], [12]]
+    for left, expected in ((at_once, 0.1), (halved, 0.1 * (0.5 + 0.5 + 13 / 25))):
+        rewards = step_rewards(torch.zeros(4, 1, dtype=torch.float64), torch.tensor(left), beta=0.1)
+        assert rewards.sum().item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_an_end_that_alone_is_scored_counts_in_the_last_step():
+    step_mask = torch.tensor([[True, True], [True, False], [True, False]])
+    rewards = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.6, 0.8]], dtype=torch.float64)
+    assert in_existing_steps(rewards, step_mask).tolist() == [[0.0, 0.8], [0.0, 0.0], [0.6, 0.0]]
+
+
+def test_unknown_returns_become_the_mean_of_their_group():
+    returns = torch.tensor([[1.0, 9.0, 3.0, 4.0, 5.0, 6.0]], dtype=torch.float64)
+    known = torch.tensor([True, False, True, False, False, False])
+    filled = pure.fill_with_group_mean(returns, known, 3)
+    assert filled.tolist() == [[1.0, 2.0, 3.0, 0.0, 0.0, 0.0]]
+    for compare in (pure.group_advantages, pure.leave_one_out_advantages):
+        assert not compare(filled, 3)[:, ~known].any()
 
 
 def test_lambda_1_gives_the_discounted_returns(steps):

@@ -108,8 +108,8 @@ def test_a_memory_is_drawn_from_in_proportion_to_its_probabilities(make_model, p
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"memory_size": 0}, "memory_size=0"),
-        ({"memory_weight": 1.0}, "memory_weight=1.0"),
+        ({"memory_size": 0}, "memory_size must be .* got 0"),
+        ({"memory_weight": 1.0}, "memory_weight must be .* got 1.0"),
         ({"scale_rewards": "group"}, "scale_rewards='group'"),
         ({"shared_budget": 0.5}, "shared_budget=0.5"),
     ],

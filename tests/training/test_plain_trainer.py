@@ -117,15 +117,67 @@ def inputs_alone(batch):
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
-def test_virtual_tokens_are_refused(model, family, kind):
-    """In `generate` they would be left out without a word."""
-    sizes = {"num_layers": 2, "token_dim": 32, "num_attention_heads": 4}
-    if kind == "PrefixTuningConfig":
-        sizes |= {"token_dim": 16, "num_attention_heads": 2}
-    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4, **sizes)
-    tuned, batch = peft.get_peft_model(model, config), batch_of(family, [0])
-    with pytest.raises(ValueError, match="take LoRA"):
-        tuned.generate(**inputs_alone(batch), max_new_tokens=2)
-    with pytest.raises(ValueError, match="take LoRA"):
-        tuned(**batch)
+KINDS = ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"]
+
+
+def with_virtual_tokens(model, kind, seed=0):
+    """PEFT around a model, and what it trains, the same for each seed."""
+    torch.manual_seed(seed)
+    settings = {"encoder_hidden_size": 16} if kind == "PromptEncoderConfig" else {}
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4, **settings)
+    tuned = peft.get_peft_model(model, config)
+    for parameter in tuned.prompt_encoder.parameters():
+        parameter.data.normal_(std=0.5)
+    return tuned.train()
+
+
+def loss_and_gradient(tuned, batch, **call):
+    loss = tuned(**batch, **call).loss
+    tuned.zero_grad()
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in tuned.prompt_encoder.parameters()])
+
+
+@pytest.mark.filterwarnings("ignore:Token type ids are not supported", "ignore:Position ids are not supported")
+@pytest.mark.parametrize("kind", KINDS)
+def test_virtual_tokens(model, family, kind):
+    """Of prompt tuning, P-tuning and prefix tuning: they learn and answer as around the base model."""
+    batch, call = batch_of(family, [0]), {"keep_ratio": 1.0}
+    tuned, of_base = with_virtual_tokens(model, kind), with_virtual_tokens(copy.deepcopy(model.lvlm), kind)
+    kept = loss_and_gradient(tuned, batch, **call)
+    if (
+        family != "qwen2_5_vl"
+    ):  # of which transformers forgets the positions, or fails, without input_ids or behind a cache
+        torch.testing.assert_close(kept, loss_and_gradient(of_base, batch), atol=1e-5, rtol=1e-4)
+    answers = [
+        one.eval().generate(**inputs_alone(batch), **each, max_new_tokens=3)
+        for one, each in ((tuned, call), (of_base, {}))
+    ]
+    assert torch.equal(*answers)
+    beams = tuned.generate(**inputs_alone(batch), max_new_tokens=3, num_beams=2)
+    assert beams.shape == answers[0].shape
+
+    # pruned: what is generated is what `forward` finds most likely, and a batch is its samples
+    tuned = with_virtual_tokens(model, kind)
+    loss, gradient = loss_and_gradient(tuned, batch)
+    assert (loss - kept[0]).abs() > 1e-6 and gradient.any()
+    tuned.eval()
+    one, other = (inputs_alone(batch_of(family, [seed])) for seed in (0, 3))
+    answers = tuned.generate(**one, max_new_tokens=4)
+    length = one["input_ids"].shape[1]
+    with torch.no_grad():
+        types = {n: v for n, v in one.items() if v.shape == one["input_ids"].shape and n.endswith("type_ids")}
+        longer = {n: torch.nn.functional.pad(v, (0, 4)) for n, v in types.items()}
+        whole = {**one, **longer, "input_ids": answers, "attention_mask": torch.ones_like(answers)}
+        keep_mask = model.prune(**one).keep_mask
+        assert keep_mask.sum() == len(keep_mask) / 2
+        logits = tuned(**whole, keep_mask=keep_mask).logits
+        found = logits[:, -5:-1].argmax(-1)
+        assert torch.equal(found, answers[:, length:])
+    both = tuned.generate(**inputs_alone(batch_of(family, [0, 3])), max_new_tokens=4)
+    assert torch.equal(both[0, -4:], answers[0, -4:])
+    assert torch.equal(both[1, -4:], tuned.generate(**other, max_new_tokens=4)[0, -4:])
+    assert torch.equal(both[:1, :-4][:, -length:], one["input_ids"])
+    # of the model by itself nothing is left behind
+    alone = model.generate(**one, max_new_tokens=4)
+    assert alone.shape == answers.shape and not hasattr(model, "peft_config")

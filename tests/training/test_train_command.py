@@ -73,6 +73,8 @@ def test_all_stages_from_one_recipe(recipe, tmp_path, capsys):
     needed = [*model.policy.parameters(), *model.autoencoder.encoder.parameters()]
     assert record["num_parameters"] == sum(parameter.numel() for parameter in needed)
     assert [row["step"] for row in record["stages"]["ppo"]["validation"]] == [1, 2, 2]
+    assert [row["step"] for row in record["stages"]["lfd"]["validation"]] == [0, 1, 2, 2]
+    assert reports["lfd"]["best_step"] in (0, 1, 2) and "best_step" not in reports["ppo"]
     assert record["stages"]["lfd"]["metrics"] == reports["lfd"]["metrics"]
     with pytest.raises(ValueError, match="holds no training"):
         training_record(tmp_path)
@@ -146,7 +148,7 @@ def test_a_stage_may_have_its_own_data():
         (["all", "--set", "ppo.learning_rat=1"], "ppo has no setting 'learning_rat'; did you mean 'learning_rate'?"),
         (["all", "--set", "ppo.xyzzy=1"], "there are reward_funcs, feature_cache_mb, score_batch_size, "),
         (["all", "--set", "ppo.num_mini_batches=3"], "ppo: per_device_train_batch_size * num_generations = 2"),
-        (["all", "--set", "ppo.ratio=both"], "ppo: ratio is joint or token; got 'both'"),
+        (["all", "--set", "ppo.ratio=both"], "ppo: ratio must be 'joint' or 'token'; got 'both'"),
         (["all", "--set", "ppo.reward_funcs=[nowhere:f]"], "There is no reward function 'nowhere:f'"),
         (["all", "--set", "ppo.reward_funcs=[json]"], "'json' does not name a reward function: write module:function"),
         (["all", "--set", "ppo.reward_funcs=json:loads"], "ppo.reward_funcs is a list of names"),

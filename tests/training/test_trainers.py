@@ -1,6 +1,7 @@
 """Each stage on a tiny LLaVA: from directory to directory, resumed, cut into micro-batches, and stopped by NaN."""
 
 import hashlib
+import logging
 
 import pytest
 import torch
@@ -231,15 +232,25 @@ def test_the_encoder_may_learn_with_the_policy(make_model, processor, dataset, t
     assert not any(key.startswith("autoencoder.decoder") for key in changed)
 
 
-def test_the_best_weights_are_kept_the_start_included(make_model, processor, dataset, tmp_path):
+def test_the_best_weights_are_kept_the_start_included(make_model, processor, dataset, tmp_path, caplog):
     settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
     trainer = stage("ppo", make_model, processor, dataset, str(tmp_path), **settings)
     start = weights_of(trainer.tprl_model)
     worse = iter([-1.0, -2.0, -3.0])
-    remember = trainer.remember_if_best
-    trainer.remember_if_best = lambda metrics: remember({**metrics, "eval_logprob": next(worse)})
+    trainer.measure = lambda dataset: {"logprob": next(worse), "accuracy": 50.0}
+    monitored = logging.getLogger("transformers")
+    monitored.addHandler(caplog.handler)
     trainer.train()
-    assert trainer.best["step"] == 0
+    monitored.removeHandler(caplog.handler)
+    assert trainer.best["step"] == 0 == trainer.state.best_global_step
+    measured = [
+        (entry["step"], entry["eval_logprob"]) for entry in trainer.state.log_history if "eval_logprob" in entry
+    ]
+    assert measured == [(0, -1.0), (1, -2.0), (2, -3.0)]
+    told = (
+        "TPRL PPO ended below its start: eval_logprob -1 at step 0, -3 at step 2. The model is that of the start (-1)."
+    )
+    assert told in caplog.text
     assert all(value.equal(start[key]) for key, value in weights_of(trainer.tprl_model).items())
 
 
@@ -365,11 +376,11 @@ def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_pa
 @pytest.mark.parametrize(
     ("config_class", "settings", "message"),
     [
-        (TPRLGRPOConfig, {**GRPO, "num_generations": 1}, "num_generations=1 < 2"),
+        (TPRLGRPOConfig, {**GRPO, "num_generations": 1}, r"at least 2; got 1\. GRPO compares"),
         (TPRLPPOConfig, {**PPO, "gradient_accumulation_steps": 2}, "micro_batch_size"),
-        (TPRLPPOConfig, {**PPO, "ratio": "geometric"}, "ratio is joint or token; got 'geometric'"),
-        (TPRLPPOConfig, {**PPO, "score": "f1"}, "score is correct or logprob; got 'f1'"),
-        (TPRLGRPOConfig, {**GRPO, "scale_rewards": "batch"}, "scale_rewards is group or none; got 'batch'"),
+        (TPRLPPOConfig, {**PPO, "ratio": "geometric"}, "ratio must be 'joint' or 'token'; got 'geometric'"),
+        (TPRLPPOConfig, {**PPO, "score": "f1"}, "score must be 'correct' or 'logprob'; got 'f1'"),
+        (TPRLGRPOConfig, {**GRPO, "scale_rewards": "batch"}, "scale_rewards must be 'group' or 'none'; got 'batch'"),
         (TPRLPPOConfig, {**PPO, "num_mini_batches": 3}, "4 trajectories cannot be cut"),
         (TPRLGRPOConfig, {**ROLLOUTS, "shared_budget": 0.5}, "share of buffers"),
         (
@@ -378,8 +389,8 @@ def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_pa
             "weight_by_budget=True multiplies",
         ),
         (CounterfactualConfig, {"num_flips": 0}, "at least 1"),
-        (LfDConfig, {"best_metric": "f1"}, "accuracy or logprob"),
-        (LfDConfig, {"eval_keep_ratios": [0.0]}, "that are KEPT"),
+        (LfDConfig, {"best_metric": "f1"}, "'accuracy' or 'logprob'"),
+        (LfDConfig, {"eval_keep_ratios": [0.0]}, "that is KEPT"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(config_class, settings, message, tmp_path):

@@ -16,12 +16,15 @@ from tprl_hf.training import (
     AutoencoderTrainer,
     CounterfactualConfig,
     CounterfactualTrainer,
+    GradientTeacher,
     LfDConfig,
     LfDTrainer,
     TPRLGRPOConfig,
     TPRLGRPOTrainer,
     TPRLPPOConfig,
     TPRLPPOTrainer,
+    calibrate_threshold,
+    generate_demonstrations,
 )
 from tprl_hf.training.answer_batches import SampleEncoder
 
@@ -166,6 +169,12 @@ def test_a_processor_that_is_nowhere(make_model, tmp_path):
             ValueError,
             "has no answer to compare with: 'word",
         ),
+        (
+            lambda m, p, d, a: generate_demonstrations(GradientTeacher(), m, p, d.to_iterable_dataset()),
+            TypeError,
+            "dataset is a datasets.Dataset; got IterableDataset",
+        ),
+        (lambda m, p, d, a: calibrate_threshold(m, p, list(d), 0.5), TypeError, "got list: make one with Dataset"),
         (lambda m, p, d, a: TPRLPPOTrainer(m, a).train(), ValueError, "has no train_dataset"),
         (lambda m, p, d, a: LfDTrainer(m, LfDConfig(a.output_dir, **QUIET)).train(), ValueError, "a train_dataset"),
         (lambda m, p, d, a: TPRLPPOTrainer(m, a).evaluate(), ValueError, "pass eval_dataset"),

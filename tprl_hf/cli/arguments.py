@@ -1,6 +1,7 @@
 """Options that several commands share, and the checks argparse makes of them. Imports no torch."""
 
 import argparse
+import difflib
 import os
 import sys
 from pathlib import Path
@@ -27,6 +28,11 @@ def keep_ratio(text: str) -> float:
     return value
 
 
+def keep_ratios(text: str) -> list[tuple[str, float]]:
+    """Each fraction as the user wrote it, and its value."""
+    return [(part.strip(), keep_ratio(part.strip())) for part in text.split(",")]
+
+
 def positive_int(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
@@ -34,18 +40,27 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def check_places(arguments: argparse.Namespace) -> None:
+def check_arguments(arguments: argparse.Namespace) -> None:
     """
-    Looks at the directories that a command reads and writes, before it imports and loads what takes time.
+    Looks at what a command reads and writes, and at options that exclude each other, before it loads anything.
 
     Raises:
-        `OSError`, `ValueError`: If the model's is not there or not a model's, or the output's cannot be written.
+        `OSError`, `ValueError`: If the model's directory is not there or not a model's, the output's cannot be
+            written, or there is a budget for the pruner that keeps everything.
     """
     given = vars(arguments)
+    if given.get("pruner") == "none" and "no_prune" in given:
+        refuse_budget_of_none(budget_of(arguments))
     if given.get("model") is not None:
         check_model_name(given["model"])
     if given.get("output_dir") is not None:
         check_writable(given["output_dir"])
+
+
+def refuse_budget_of_none(budget: dict[str, float]) -> None:
+    """Raises `ValueError` for a budget of the pruner that keeps everything."""
+    for option in budget:
+        raise ValueError(f"--pruner none keeps all tokens: leave out --{option.replace('_', '-')}.")
 
 
 def check_writable(directory: str | Path) -> None:
@@ -57,6 +72,47 @@ def check_writable(directory: str | Path) -> None:
         raise OSError(f"{directory} cannot be written: {place} is not a directory. Pass another one.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise OSError(f"{directory} cannot be written: this user may not write in {place}. Pass another one.")
+
+
+def rounds(text: str) -> int:
+    """A whole number of at least 2: a single round has no spread."""
+    number = positive_int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError("at least 2 rounds are needed, for a spread")
+    return number
+
+
+def keep_probability(text: str) -> float:
+    """A number between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not between 0 and 1: it is the keep probability above which a token stays, such as 0.5"
+        )
+    return value
+
+
+def question(text: str) -> str:
+    """A text with words."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the question is empty; write it in quotes")
+    return text
+
+
+def pruner_names(text: str, others: tuple[str, ...] = ()) -> list[str]:
+    """Pruners with commas between them, each with or without settings (`fastv:layer=3`), or one of `others`."""
+    names, known = [name.strip() for name in text.split(",") if name.strip()], (*method_names(), *others)
+    for name in names:
+        if name.partition(":")[0] not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
+            raise argparse.ArgumentTypeError(f"there is no pruner {name!r}; {hint}")
+    if not names:
+        raise argparse.ArgumentTypeError("no pruner is named")
+    return names
 
 
 class OldSpelling(argparse.Action):
@@ -129,7 +185,10 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     )
     budget.add_argument("--num-keep", type=positive_int, metavar="K", help="number of visual tokens to keep")
     budget.add_argument(
-        "--threshold", type=float, metavar="P", help="keep the tokens whose keep probability is larger (learned only)"
+        "--threshold",
+        type=keep_probability,
+        metavar="P",
+        help="keep the tokens whose keep probability is larger (learned only)",
     )
     budget.add_argument("--no-prune", action="store_true", help="keep all visual tokens")
 

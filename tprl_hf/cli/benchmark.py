@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,10 @@ from .arguments import (
     loading_words,
     method_names,
     positive_int,
+    pruner_names,
+    rounds,
 )
+from .progress import bar, note
 
 NAME = "benchmark"
 HELP = "time a model's vision tower, pruner, prefill and answers, unpruned and pruned"
@@ -75,10 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pruners",
+        type=lambda text: list(method_names()) if text == "all" else pruner_names(text),
         metavar="NAME,...",
         help="instead: what each of these pruners costs in the vision tower and by itself; 'all' for all of them",
     )
-    parser.add_argument("--rounds", type=positive_int, default=7, metavar="N", help="timed rounds (default: 7)")
+    parser.add_argument("--rounds", type=rounds, default=7, metavar="N", help="timed rounds (default: 7)")
     parser.add_argument("--seed", type=int, default=0, help="of random weights and prompts (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_loading_arguments(parser)
@@ -136,10 +139,12 @@ def prepare(arguments: argparse.Namespace) -> tuple[Any, Callable[[int], Any], s
     from tprl_hf.evaluation.answers import chat_inputs
     from tprl_hf.evaluation.benchmark import random_prompts
     from tprl_hf.evaluation.presets import PRESETS, preset_config
-    from tprl_hf.loading import device_named, load_model, pretrained_arguments
+    from tprl_hf.loading import device_named, pretrained_arguments
 
     if arguments.model not in PRESETS:
-        model, processor = load_model(arguments.model, **loading_options(arguments))
+        from .loading import load_named_model
+
+        model, processor = load_named_model(arguments)
         noise = np.random.default_rng(arguments.seed).integers(0, 255, (336, 336, 3), dtype=np.uint8)
         sample = {"images": [Image.fromarray(noise)], "prompt": "What color is the star?"}
         return model, lambda batch: chat_inputs(processor, [sample] * batch, model.device), "of the checkpoint"
@@ -198,9 +203,10 @@ def time_parts(model, inputs, num_keep: int, arguments: argparse.Namespace) -> d
 
     from tprl_hf.evaluation.benchmark import Spread, benchmark_calls, peak_bytes, ratio, time_in_turns
 
-    print(f"Timing {2 + arguments.rounds} rounds ...", file=sys.stderr)
     calls = benchmark_calls(model, inputs, num_keep, arguments.max_new_tokens)
-    times = time_in_turns(calls, arguments.rounds)
+    with bar((2 + arguments.rounds) * len(calls), "call", f"Timing {arguments.rounds} rounds") as done:
+        times = time_in_turns(calls, arguments.rounds, after_call=done.update)
+    note("Measuring memory ...")
     found: dict[str, Any] = {"peak_bytes": {name: peak_bytes(call) for name, call in calls.items()}}
     second = {f"{clock}_": clock for clock in SECOND_CLOCKS if clock == model.device.type}
     for prefix, clock in {"": "wall", **second}.items():
@@ -219,11 +225,8 @@ def compare(model, inputs, num_keep: int, arguments: argparse.Namespace) -> dict
     from tprl_hf.evaluation.benchmark import Spread, pruner_calls, ratio, time_in_turns
     from tprl_hf.pruners import PRUNERS
 
-    names = [*PRUNERS, "learned"] if arguments.pruners == "all" else arguments.pruners.split(",")
     pruners, refused = {}, {}
-    for name in names:
-        if name not in (*PRUNERS, "learned"):
-            raise ValueError(f"There is no pruner {name!r}; choose from {', '.join(method_names())}.")
+    for name in arguments.pruners:
         pruner = model.learned_pruner() if name == "learned" else PRUNERS[name]()
         try:
             with model.using(pruner):
@@ -231,10 +234,11 @@ def compare(model, inputs, num_keep: int, arguments: argparse.Namespace) -> dict
             pruners[name] = pruner
         except ValueError as error:
             refused[name] = str(error)
-    print(f"Timing {2 + arguments.rounds} rounds of {len(pruners)} pruners ...", file=sys.stderr)
     # not the clock on the wall, where what else the machine does would count
     clock = next((name for name in SECOND_CLOCKS if name == model.device.type), "wall")
-    timed = time_in_turns(pruner_calls(model, inputs, num_keep, pruners), arguments.rounds)
+    calls = pruner_calls(model, inputs, num_keep, pruners)
+    with bar((2 + arguments.rounds) * len(calls), "call", f"Timing {len(pruners)} pruners") as done:
+        timed = time_in_turns(calls, arguments.rounds, after_call=done.update)
     times = {name: getattr(one, clock) for name, one in timed.items()}
     rows = []
     for name in pruners:
@@ -250,7 +254,7 @@ def compare(model, inputs, num_keep: int, arguments: argparse.Namespace) -> dict
             }
         )
     return {
-        "command": f"{command_of(arguments)} --pruners {arguments.pruners}",
+        "command": f"{command_of(arguments)} --pruners {','.join(arguments.pruners)}",
         **surroundings(model),
         "num_keep": num_keep,
         "num_visual": int(model.prune(**inputs, prune=False).num_visual[0]),
@@ -295,13 +299,14 @@ def time_load(model, make_inputs, num_keep: int, arguments: argparse.Namespace) 
 
     from tprl_hf.evaluation.benchmark import answer_calls, ratio, requests_per_second, time_in_turns
 
-    print(f"Timing {1 + arguments.rounds} rounds of batches of {arguments.load} ...", file=sys.stderr)
     calls = {
         f"{name} {size}": call
         for size in arguments.load
         for name, call in answer_calls(model, make_inputs(size), num_keep, arguments.max_new_tokens).items()
     }
-    times = time_in_turns(calls, arguments.rounds, warmup=1)
+    sizes = ", ".join(map(str, arguments.load))
+    with bar((1 + arguments.rounds) * len(calls), "call", f"Timing batches of {sizes}") as done:
+        times = time_in_turns(calls, arguments.rounds, warmup=1, after_call=done.update)
     found = []
     for size in arguments.load:
         unpruned, pruned = times[f"unpruned {size}"], times[f"pruned {size}"]

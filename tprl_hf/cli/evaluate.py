@@ -2,8 +2,8 @@
 keeping."""
 
 import argparse
+import functools
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 from .arguments import (
     add_loading_arguments,
     add_model_argument,
-    keep_ratio,
-    loading_options,
+    check_writable,
+    keep_ratios,
     loading_words,
     method_names,
     positive_int,
+    pruner_names,
 )
+from .evaluation_notes import ENLARGED, HALF_SIZE, MARK, RESIZE, notes_of
+from .progress import bar, note
+from .run_folder import RUNS, claim_folder, default_folder, refuse_other_run
 from .whole_files import write
 
 if TYPE_CHECKING:
@@ -34,11 +38,10 @@ METRICS = {
     "yes-no": ("yes_no_score", "POPE's accuracy: no if the first sentence has no or not, else yes"),
 }
 # The oracle needs data with boxes, and shrinking a picture is not a pruner's work, so that only this command has them.
-RESIZE = "resize"
-# The picture that `resize+NAME` prunes from has this fraction of the visual tokens.
-HALF_SIZE = 1 / 2
-# behind the names of rows whose scores were trained with boxes
-MARK = "*"
+OTHERS = (
+    *("oracle", RESIZE, ENLARGED),
+    *(f"{RESIZE}+{name}" for name in (*method_names(), "oracle") if name != "none"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,16 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         default="mosaic",
         metavar="NAME|FILE",
-        help="mosaic, easy-vqa, a .jsonl file with image, prompt, answer a line, the directory of a saved dataset, or "
-        "a task of lmms-eval where that is installed (default: mosaic)",
+        help="mosaic, easy-vqa, photo, a .jsonl file with image, prompt, answer a line, the directory of a saved "
+        "dataset, or a task of lmms-eval where that is installed (default: mosaic)",
     )
     parser.add_argument("--include-path", metavar="DIR", help="folder with lmms-eval tasks of your own")
     parser.add_argument(
         "--pruners",
-        type=pruner_names,
+        type=functools.partial(pruner_names, others=OTHERS),
         metavar="NAME,...",
-        help=f"of {', '.join(method_names())}, oracle, resize (a smaller picture), resize+NAME (pruned from a picture "
-        "of half the tokens); none and random are always there (default: uniform, vispruner, and the checkpoint's own)",
+        help=f"of {', '.join(method_names())} (also fastv:layer=3), oracle, resize (a smaller picture), "
+        "resize+NAME (pruned from a picture of half the tokens), enlarged (shrunk and enlarged again: all tokens, "
+        "less detail); none and random are always there (default: uniform, vispruner, and the checkpoint's own)",
     )
     parser.add_argument(
         "--keep-ratios",
@@ -71,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=seeds,
         default=[7],
         metavar="N,...",
-        help="seeds of mosaic's images, each with --num-samples questions; the first is that of random (default: 7)",
+        help="seeds of the images of mosaic or photo, each with --num-samples questions; the first is that of random "
+        "(default: 7)",
     )
     parser.add_argument(
         "--random-seeds",
@@ -86,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="also time each row, from pixels to the first new token, in N rounds",
     )
-    parser.add_argument("--split", default="test", help="split of mosaic or easy-vqa (default: test)")
+    parser.add_argument("--split", help="split of mosaic, easy-vqa or photo (default: test)")
     parser.add_argument(
         "--batch-size", type=positive_int, default=48, metavar="N", help="questions at once (default: 48)"
     )
@@ -98,22 +103,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output-dir",
-        default="tprl_output/evaluate",
         metavar="DIR",
         help="for results.json, .csv, .md, .png and answers.jsonl; a run that was cut off resumes from the answers "
-        "there (default: %(default)s)",
+        f"there (default: one for each model and data, below {RUNS})",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="delete the results of an earlier run there, and start over"
     )
     add_loading_arguments(parser)
-
-
-def pruner_names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        own = name.removeprefix(f"{RESIZE}+")
-        if name != RESIZE and own not in (*method_names(), "oracle"):
-            known = ", ".join((*method_names(), "oracle", RESIZE, f"{RESIZE}+NAME"))
-            raise argparse.ArgumentTypeError(f"there is no pruner {name!r}; choose from {known}")
-    return names
 
 
 def seeds(text: str) -> list[int]:
@@ -124,53 +121,61 @@ def seeds(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def keep_ratios(text: str) -> list[tuple[str, float]]:
-    """Each fraction as the user wrote it, and its value."""
-    return [(part.strip(), keep_ratio(part.strip())) for part in text.split(",")]
-
-
 def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ValueError("The plot needs matplotlib: pip install 'tprl_hf[eval]'.") from None
-    from tqdm import tqdm
-
     from tprl_hf.evaluation.compare_pruners import append_records, compare_pruners, read_records
     from tprl_hf.evaluation.confidence import confidence_table
+    from tprl_hf.evaluation.flops import llm_shape
+    from tprl_hf.evaluation.runs_table import QUESTIONS
     from tprl_hf.evaluation.setting_costs import count_settings, time_settings
     from tprl_hf.evaluation.tables import accuracy_table, summarize, type_table
-    from tprl_hf.loading import load_model
     from tprl_hf.training.answer_batches import undecoded
 
+    from .loading import load_named_model
     from .tables import format_table
 
+    folder = Path(arguments.output_dir or default_folder(arguments))
+    check_writable(folder)
     samples, data_seeds, score, metric = load_samples(arguments)
     samples = undecoded(samples)
     if any(name.endswith("oracle") for name in arguments.pruners or ()) and not any(samples["boxes"]):
         raise ValueError(f"The oracle needs boxes, which {arguments.data} has none of.")
-    model, processor = load_model(arguments.model, **loading_options(arguments))
+    known_before = describe_data(arguments, samples, metric)
+    if not arguments.overwrite:
+        refuse_other_run(folder, known_before)
+    model, processor = load_named_model(arguments)
     names = arguments.pruners or default_pruners(model, processor, samples[0])
     settings = make_settings(model, names, arguments)
 
-    folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     answers = folder / "answers.jsonl"
-    described = describe_run(arguments, model, samples, metric)
-    claim_folder(folder, described)
+    described = describe_run(arguments, model, known_before)
+    claim_folder(folder, described, arguments.overwrite)
+    # questions about one image are drawn together; a question without image stands alone
+    units = [image_id or number for number, image_id in enumerate(samples["image_id"])]
+    asked = {
+        "data": arguments.data,
+        "split": described["split"],
+        "units": list(map(str, units)),
+        "llm_layers": llm_shape(model.config).num_layers,
+    }
+    write(folder / QUESTIONS, json.dumps(asked) + "\n")
     keys = {setting.key for setting in settings}
     records_before, num_removed = read_records(answers)
     known = [record for record in records_before if record.key in keys and record.sample < len(samples)]
     if num_removed:
-        print(f"{answers}: {num_removed} damaged lines were removed; they are answered again.", file=sys.stderr)
+        note(f"{answers}: {num_removed} damaged lines were removed; they are answered again.")
     total = len(settings) * len(samples)
-    print(f"{len(samples)} questions, {len(settings)} settings; {described['device']}", file=sys.stderr)
+    note(f"{len(samples)} questions, {len(settings)} settings; {described['device']}")
     shown = next((sample for sample in samples if sample["images"]), None)
     counted = {} if shown is None else count_settings(model, processor, shown, settings)
     rounds = arguments.time_rounds
     times = time_settings(model, processor, shown, settings, rounds) if shown is not None and rounds else {}
-    with tqdm(total=total, initial=len(known), unit="answer", file=sys.stderr) as bar:
+    with bar(total, "answer", done=len(known)) as answered:
         for records in compare_pruners(
             model,
             processor,
@@ -183,10 +188,8 @@ def run(arguments: argparse.Namespace) -> int:
         ):
             append_records(answers, records)
             known += records
-            bar.update(len(records))
+            answered.update(len(records))
 
-    # questions about one image are drawn together; a question without image stands alone
-    units = [image_id or number for number, image_id in enumerate(samples["image_id"])]
     rows = summarize(
         known, settings, samples["question_type"], units, 0.95, data_seeds, counted, times, list(samples["answer"])
     )
@@ -209,11 +212,15 @@ def make_settings(model, names: list[str], arguments: argparse.Namespace) -> lis
     for name in dict.fromkeys([*BASELINES, *names]):
         for text, ratio in arguments.keep_ratios if name != "none" else ():
             budget = {"keep_ratio": ratio}
-            if name == RESIZE:
-                settings.append(Setting(name, text, None, {"prune": False}, picture_ratio=ratio))
+            if name in (RESIZE, ENLARGED):
+                settings.append(
+                    Setting(name, text, None, {"prune": False}, picture_ratio=ratio, enlarged=name == ENLARGED)
+                )
             elif name.startswith(RESIZE):
                 if ratio >= HALF_SIZE:
-                    raise ValueError(f"{name} prunes from a picture of half the tokens: keep less than 1/2, not {text}.")
+                    raise ValueError(
+                        f"{name} prunes from a picture of half the tokens: keep less than 1/2, not {text}."
+                    )
                 own = name.removeprefix(f"{RESIZE}+")
                 method = oracle_of if own == "oracle" else make_pruner(model, own, first)
                 row = f"{RESIZE}+{row_name(model, own, method)}"
@@ -256,7 +263,7 @@ def default_pruners(model, processor, sample: dict[str, Any]) -> list[str]:
     try:
         encode_once(model, processor, [sample], VisPruner())
     except ValueError as error:
-        print(f"Without vispruner: {error}", file=sys.stderr)
+        note(f"Without vispruner: {error}")
         names.remove("vispruner")
     return names
 
@@ -270,6 +277,16 @@ def oracle_of(samples):
     return OraclePruner([sample["boxes"] for sample in samples], sizes)
 
 
+def check_task_name(data: str) -> None:
+    """Raises `ValueError` for what can only be a file or a directory, and not a task of lmms-eval."""
+    if Path(data).is_dir():
+        raise ValueError(f"{data} is not a saved dataset: it has no state.json. A .jsonl file is named itself.")
+    if Path(data).is_file():
+        raise ValueError(f"{data} is not a .jsonl file. Write one JSON object a line, and call it NAME.jsonl.")
+    if "/" in data or "." in data:
+        raise ValueError(f"There is no file or directory {data}.")
+
+
 def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, Any, str]:
     """The `datasets.Dataset` that the arguments name, each sample's seed, the score of an answer, and what it is."""
     from datasets import concatenate_datasets
@@ -280,16 +297,20 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
 
     function, metric = METRICS[arguments.metric or "exact"]
     score = getattr(scores, function)
-    if arguments.data == "mosaic":
+    data, split = arguments.data, arguments.split or "test"
+    if data not in ("mosaic", "easy-vqa", "photo") and arguments.split:
+        raise ValueError(f"{data} has no splits: leave out --split {split}.")
+    if data in ("mosaic", "photo"):
         number = arguments.num_samples or 2000
-        parts = [read_source("mosaic", arguments.split, seed, number) for seed in arguments.seed]
+        parts = [read_source(data, split, seed, number) for seed in arguments.seed]
         data_seeds = [seed for seed in arguments.seed for _ in range(number)]
         return concatenate_datasets(parts) if len(parts) > 1 else parts[0], data_seeds, score, metric
     if len(arguments.seed) > 1:
-        raise ValueError(f"{arguments.data} has the same questions under every --seed; only mosaic has others.")
-    if is_source(arguments.data):
-        number = arguments.num_samples or (2000 if arguments.data == "easy-vqa" else None)
-        return read_source(arguments.data, arguments.split, num_samples=number), None, score, metric
+        raise ValueError(f"{data} has the same questions under every --seed; only mosaic and photo have others.")
+    if is_source(data):
+        number = arguments.num_samples or (2000 if data == "easy-vqa" else None)
+        return read_source(data, split, num_samples=number), None, score, metric
+    check_task_name(data)
     if arguments.metric:
         raise ValueError(
             f"{arguments.data} is not among the data that --metric {arguments.metric} scores: leave it out."
@@ -298,17 +319,31 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
     return samples, None, score, f"{name} of the task {arguments.data}"
 
 
-def describe_run(arguments: argparse.Namespace, model, samples, metric: str) -> dict[str, Any]:
+def describe_data(arguments: argparse.Namespace, samples, metric: str) -> dict[str, Any]:
+    """What the answers depend on, as far as it is known before a model is loaded."""
+    from tprl_hf.evaluation.fingerprint import questions_digest
+
+    return {
+        "questions": questions_digest(samples),
+        "split": arguments.split or "test",
+        "seed": arguments.seed if len(arguments.seed) > 1 else arguments.seed[0],
+        "num_samples": len(samples),
+        "max_new_tokens": arguments.max_new_tokens,
+        "score": metric,
+    }
+
+
+def describe_run(arguments: argparse.Namespace, model, known_before: dict[str, Any]) -> dict[str, Any]:
     """What the numbers depend on, besides the settings."""
     import torch
     import transformers
 
     import tprl_hf
-    from tprl_hf.evaluation.fingerprint import fingerprint, questions_digest
+    from tprl_hf.evaluation.fingerprint import fingerprint
 
     from .tables import describe_device
 
-    config, num_samples = model.config.to_dict(), len(samples)
+    config, num_samples = model.config.to_dict(), known_before["num_samples"]
     ratios = ",".join(text for text, _ in arguments.keep_ratios)
     command = f"tprl evaluate{f' {arguments.model}' if arguments.model else ''} --data {arguments.data}"
     command += f" --pruners {','.join(arguments.pruners)}" if arguments.pruners else ""
@@ -317,7 +352,8 @@ def describe_run(arguments: argparse.Namespace, model, samples, metric: str) -> 
     command += f" --keep-ratios {ratios} --num-samples {num_samples // len(arguments.seed)} --seed {written}"
     command += f" --random-seeds {arguments.random_seeds}" if arguments.random_seeds > 1 else ""
     command += f" --time-rounds {arguments.time_rounds}" if arguments.time_rounds else ""
-    command += f" --split {arguments.split} --max-new-tokens {arguments.max_new_tokens}"
+    command += f" --split {arguments.split}" if arguments.split else ""
+    command += f" --max-new-tokens {arguments.max_new_tokens}"
     command += f" --metric {arguments.metric}" if arguments.metric else ""
     command += loading_words(arguments)
     return {
@@ -325,106 +361,14 @@ def describe_run(arguments: argparse.Namespace, model, samples, metric: str) -> 
         "device": describe_device(model),
         "versions": {name.__name__: name.__version__ for name in (tprl_hf, transformers, torch)},
         "data": arguments.data,
-        "questions": questions_digest(samples),
-        "split": arguments.split,
-        "seed": arguments.seed if len(arguments.seed) > 1 else arguments.seed[0],
+        **known_before,
         "random_seeds": arguments.random_seeds,
         "time_rounds": arguments.time_rounds,
-        "num_samples": num_samples,
-        "max_new_tokens": arguments.max_new_tokens,
-        "score": metric,
         "pruners": arguments.pruners or [],
         "settings": {name: config[name] for name in ("num_steps", "query_agnostic", "position_ids")},
         # an untrained policy is drawn anew each time, and no setting asks it
         "weights": fingerprint(model.lvlm if model.config.policy_training is None else model),
     }
-
-
-def claim_folder(folder: Path, described: dict[str, Any]) -> None:
-    """
-    Notes in the folder what its answers depend on.
-
-    Raises:
-        `ValueError`: If it holds answers that depend on something else.
-    """
-    path = folder / "run.json"
-    # not the name of the data: a file may change under its name, or move
-    own = {
-        name: described[name]
-        for name in ("questions", "split", "seed", "num_samples", "max_new_tokens", "score", "settings", "weights")
-    }
-    if path.exists():
-        try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            raise ValueError(f"{path} is damaged: pass another --output-dir, or delete {folder}.") from None
-        other = [
-            f"{name} {before.get(name)} instead of {value}" for name, value in own.items() if before.get(name) != value
-        ]
-        if other:
-            raise ValueError(
-                f"{folder} holds the answers of another run ({', '.join(other)}): pass another --output-dir, or "
-                "delete it."
-            )
-    write(path, json.dumps(own, indent=1) + "\n")
-
-
-def notes_of(rows, described: dict[str, Any]) -> list[str]:
-    """The lines below every table."""
-    more = []
-    if any(len(row.by_pruner_seed) > 1 for row in rows):
-        first = described["seed"][0] if isinstance(described["seed"], list) else described["seed"]
-        last = first + described["random_seeds"] - 1
-        more.append(
-            f"random: mean over its seeds {first} to {last}; sd, pruner seeds: standard deviation of the accuracy "
-            "over them, in percentage points."
-        )
-    if isinstance(described["seed"], list):
-        more.append("sd, data seeds: the same over the seeds of the data, each with as many questions.")
-    if any(row.counted for row in rows):
-        more.append(
-            "tower M, pruner M, prefill M: 10^6 operations (twice the multiply-accumulates of matrix products, counted "
-            "by torch on one question) of vision tower and projector, of choosing the tokens, and of the LLM up to its "
-            "first new token."
-        )
-    if any(row.milliseconds for row in rows):
-        more.append(
-            f"ms: from pixels to the first new token (tower, pruner, LLM) of one question, median and middle half of "
-            f"{described['time_rounds']} rounds in turns; processor time on a CPU. The picture was read before."
-        )
-    if any(row.pruner.startswith(RESIZE) for row in rows):
-        more.append(
-            "resize: the picture is shrunk until the processor makes the wanted number of tokens of it, or the nearest "
-            "that is possible; resize+NAME: NAME prunes from a picture of half the tokens. A model that was trained on "
-            "one size of picture is worse at others: that is not the fault of the lost detail alone."
-        )
-    if any(row.group_a for row in rows):
-        more.append(
-            "group A: accuracy on the questions that are correct at full size and wrong under resize at the same "
-            "budget; in parentheses how many. By this choice unpruned has 100 there and resize 0."
-        )
-    if any(row.confidence for row in rows):
-        more.append(
-            "ECE (10 bins of equal width), Brier: of the probability of the answer against its score. entropy: of the "
-            "first token, in nats, mean over correct and wrong answers. false yes: share of existence questions with "
-            "the answer no that were answered yes; in parentheses how many."
-        )
-    if any(row.pruner.endswith(MARK) for row in rows):
-        more.append(
-            "*: reads attention that was trained with boxes of the objects while this model was made. Such a row has "
-            "an unfair advantage here; do not compare it with other rows."
-        )
-    versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
-    written = described["seed"] if isinstance(described["seed"], int) else ",".join(map(str, described["seed"]))
-    return [
-        f"{described['num_samples']} questions of {described['data']}, split {described['split']}, seed {written}. "
-        f"Accuracy: {described['score']}; in brackets 95 % bootstrap intervals over images (2000 resamples).",
-        "vs. unpruned (pp): mean of the paired differences to the unpruned model on the same questions, in percentage "
-        "points.",
-        *more,
-        f"Device: {described['device']}; {versions}; weights {described['weights']}.",
-        f"Command: {described['command']}",
-    ]
 
 
 def write_results(folder: Path, rows, described: dict[str, Any]) -> None:

@@ -1,16 +1,16 @@
 """Answer a question about an image with part of its visual tokens, and show which ones were kept."""
 
 import argparse
-import sys
 
 from .arguments import (
     add_budget_arguments,
     add_loading_arguments,
     add_model_argument,
     add_pruner_arguments,
-    loading_options,
     positive_int,
+    question,
 )
+from .progress import note
 
 NAME = "generate"
 HELP = "ask your own question about your own image"
@@ -18,7 +18,7 @@ HELP = "ask your own question about your own image"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", required=True, metavar="FILE", help="the image")
-    parser.add_argument("--question", required=True, metavar="TEXT", help="the question")
+    parser.add_argument("--question", type=question, required=True, metavar="TEXT", help="the question")
     add_model_argument(parser)
     add_budget_arguments(parser)
     add_pruner_arguments(parser)
@@ -36,13 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tprl_hf.evaluation.answers import chat_inputs
     from tprl_hf.evaluation.benchmark import measure_prefill
-    from tprl_hf.loading import load_model, unknown_words_note
+    from tprl_hf.loading import unknown_words_note
     from tprl_hf.visualization import Panel
 
-    from .loading import pruner_and_budget, using_pruner
-    from .pictures import make_figures, write_pictures
+    from .loading import load_named_model, pruner_and_budget, using_pruner
+    from .pictures import make_figures, name_of_model, write_pictures
 
-    model, processor = load_model(arguments.model, **loading_options(arguments))
+    model, processor = load_named_model(arguments)
     name, pruner, budget = pruner_and_budget(model, arguments)
     inputs = chat_inputs(processor, [{"images": [image], "prompt": arguments.question}], model.device)
     with using_pruner(model, pruner):
@@ -53,25 +53,23 @@ def run(arguments: argparse.Namespace) -> int:
             "pruned": lambda: model(**inputs, **budget, logits_to_keep=1),
         }
         times = measure_prefill(model.lvlm.get_decoder(), calls, rounds=3, warmup=1)
-    note = unknown_words_note(processor, arguments.question)
-    if note is not None:
-        print(note, file=sys.stderr)
+    unknown = unknown_words_note(processor, arguments.question)
+    if unknown is not None:
+        note(unknown)
     answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     print(answer, flush=True)
-    print(
+    note(
         f"{name}: {int(plan.num_kept)} of {int(plan.num_visual)} visual tokens kept; LLM prefill "
         f"{times['pruned'].llm_ms:.1f} ms, unpruned {times['unpruned'].llm_ms:.1f} ms; with vision tower and pruner "
         f"{times['pruned'].total_ms:.1f} ms, unpruned {times['unpruned'].total_ms:.1f} ms "
-        f"(medians of 3, {model.device.type}, {str(model.dtype).removeprefix('torch.')})",
-        file=sys.stderr,
+        f"(medians of 3, {model.device.type}, {str(model.dtype).removeprefix('torch.')})"
     )
     if arguments.output_dir:
         kept = f"{name}, {int(plan.num_kept)} of {int(plan.num_visual)} kept"
         panels = [Panel("the image"), Panel(kept, "", plan.keep_mask, plan.scores)]
         title = f"{arguments.question}  {answer}"
         figures = make_figures(image, processor, inputs["pixel_values"], plan, panels, title)
-        for path in write_pictures(
-            figures, arguments.output_dir, "Kept visual tokens", [f"model: {model.name_or_path}"]
-        ):
-            print(path, file=sys.stderr)
+        lines = [f"model: {name_of_model(model.name_or_path)}"]
+        for path in write_pictures(figures, arguments.output_dir, "Kept visual tokens", lines):
+            note(str(path))
     return 0

@@ -1,17 +1,25 @@
-"""The pruner and the budget that the options of a command ask for. Imports no torch."""
+"""The model, the pruner and the budget that the options of a command ask for. Imports no torch."""
 
 import argparse
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+from tprl_hf.loading import load_model
 from tprl_hf.pruners import DEFAULT_PRUNER
 from tprl_hf.pruners.by_name import has_budget, make_pruner, own_pruner
 
-from .arguments import DEFAULT_KEEP_RATIO, budget_of
+from .arguments import DEFAULT_KEEP_RATIO, budget_of, loading_options, refuse_budget_of_none
+from .progress import note
 
 if TYPE_CHECKING:
     from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
     from tprl_hf.modeling.token_pruner import TokenPruner
+
+
+def load_named_model(arguments: argparse.Namespace) -> "tuple[TPRLForConditionalGeneration, Any]":
+    """The model that a command names, loaded as its options say, and its processor; see [`load_model`]."""
+    note(f"Loading {arguments.model or 'the embedded model'} ...")
+    return load_model(arguments.model, **loading_options(arguments))
 
 
 def pruner_and_budget(
@@ -31,9 +39,7 @@ def pruner_and_budget(
     own = own_pruner(model)
     name = arguments.pruner or own or DEFAULT_PRUNER
     if arguments.no_prune or name == "none":
-        if budget:
-            (option,) = budget
-            raise ValueError(f"--pruner none keeps all tokens: leave out --{option.replace('_', '-')}.")
+        refuse_budget_of_none(budget)
         return "none", None, {"prune": False}
     if not budget and not has_budget(model):
         budget = {"keep_ratio": DEFAULT_KEEP_RATIO}

@@ -8,11 +8,30 @@ from collections.abc import Sequence
 import tprl_hf
 from tprl_hf.missing_packages import explain, is_ours
 
-from . import benchmark, demo, evaluate, flops, generate, push, reproduce, serve, train, trajectory
-from .arguments import check_places
+from . import (
+    benchmark,
+    compare,
+    completion,
+    count,
+    demo,
+    evaluate,
+    flops,
+    generate,
+    push,
+    reproduce,
+    serve,
+    table,
+    train,
+    trajectory,
+)
+from .arguments import check_arguments
+from .progress import note, set_quiet
 
 # Each has NAME, HELP, add_arguments(parser) and run(arguments) -> exit code, and imports torch only in `run`.
-COMMANDS = (demo, generate, trajectory, evaluate, flops, benchmark, train, reproduce, push, serve)
+COMMANDS = (
+    *(demo, generate, compare, count, trajectory, evaluate, table, flops, benchmark, train, reproduce, push, serve),
+    completion,
+)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -29,9 +48,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tprl_hf {tprl_hf.__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    parser.set_defaults(quiet=False)
+    quiet = OneLineParser(add_help=False, argument_default=argparse.SUPPRESS)
+    quiet.add_argument("--quiet", action="store_true", help="print results and errors only")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        subparser = commands.add_parser(command.NAME, help=command.HELP, description=command.__doc__)
+        subparser = commands.add_parser(command.NAME, help=command.HELP, description=command.__doc__, parents=[quiet])
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser
@@ -49,8 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: 0; 2 where the user has to change something: a file, a value, an option, a package; 130 after Ctrl-C.
     """
     arguments = make_parser().parse_args(argv)
+    set_quiet(arguments.quiet)
     try:
-        check_places(arguments)
+        check_arguments(arguments)
+        # which takes many seconds on a busy machine
+        if "torch" not in sys.modules and arguments.run is not completion.run:
+            note(f"tprl {arguments.command}: importing PyTorch and transformers ...")
         return arguments.run(arguments)
     except BrokenPipeError:  # as in `tprl demo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,11 +86,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if arguments.traceback:
             raise
-        return mistake(arguments.command, str(error))
+        return mistake(arguments.command, said_plainly(error))
     except ImportError as error:
         if arguments.traceback or is_ours(error):
             raise
         return mistake(arguments.command, explain(error))
+
+
+def said_plainly(error: Exception) -> str:
+    """Its message; of an error of the system, the file first and no number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}."
+    return str(error)
 
 
 def mistake(command: str, message: str) -> int:

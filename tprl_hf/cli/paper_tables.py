@@ -35,6 +35,7 @@ class Table:
         common, short (`dict`): settings of all rows; and those of the short version, which two cores can train.
         keep_ratios (`list[str]`): budgets of the measurement.
         test (`dict`): `seeds` of the test questions, and `num_samples` of each.
+        checkpoints (`dict`): by label, checkpoints that are measured beside the rows; `embedded` is the shipped one.
         curve (`str`, *optional*): draw accuracy on validation over `step` or `llm_passes`.
         trajectories (`dict`, *optional*): draw `num_samples` test pictures in `num_steps` steps to `keep_ratio`.
         commands (`list[str]`): further `tprl` commands; `{out}` is the table's own directory.
@@ -51,6 +52,7 @@ class Table:
     short: dict[str, Any] = field(default_factory=dict)
     keep_ratios: list[str] = field(default_factory=lambda: ["1/3", "2/9", "1/9", "1/18"])
     test: dict[str, Any] = field(default_factory=lambda: {"seeds": [7, 8, 9], "num_samples": 1400})
+    checkpoints: dict[str, str] = field(default_factory=dict)
     curve: str | None = None
     trajectories: dict[str, Any] | None = None
     commands: list[str] = field(default_factory=list)

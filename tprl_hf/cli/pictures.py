@@ -46,6 +46,11 @@ def make_figures(
     return figures_by_block(seen, plan.layout, panels, title, boxes)
 
 
+def name_of_model(name: str) -> str:
+    """A model's name for pages that are shown to others: of a directory the last part, never a path of this disk."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
 def write_pictures(figures: Sequence["Figure"], directory: str | Path, title: str, notes: Sequence[str]) -> list[Path]:
     """Writes kept_tokens.png and kept_tokens.html and returns their paths."""
     from tprl_hf.visualization import draw_figures, figures_to_html

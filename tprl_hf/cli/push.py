@@ -3,8 +3,13 @@ what was measured. The directory stays as it is, and what others wrote on the ca
 
 import argparse
 import json
+import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from .progress import note
 
 NAME = "push"
 HELP = "publish a checkpoint or demonstrations on the Hub"
@@ -12,7 +17,12 @@ HELP = "publish a checkpoint or demonstrations on the Hub"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="a checkpoint, or demonstrations, as `tprl train` left them")
-    parser.add_argument("repo", metavar="REPO", help="NAME or USER/NAME; made when missing")
+    parser.add_argument("repo", type=repository, metavar="REPO", help="NAME or USER/NAME; made when missing")
+    parser.add_argument(
+        "--merged",
+        action="store_true",
+        help="with the base model's weights, for a base model that is not on the Hub",
+    )
     parser.add_argument(
         "--results",
         nargs="+",
@@ -41,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="list the files and print the card; push nothing")
 
 
+def repository(text: str) -> str:
+    """A repository's name on the Hub."""
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME or USER/NAME")
+    return text
+
+
 def benchmark(text: str) -> tuple[str, str, str]:
     """File, dataset and task of `FILE=DATASET:TASK`."""
     path, _, name = text.rpartition("=")
@@ -51,6 +68,14 @@ def benchmark(text: str) -> tuple[str, str, str]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    directory = Path(arguments.directory)
+    if not directory.is_dir():
+        raise OSError(f"There is no directory {directory}.")
+    named = [*arguments.results, *arguments.lmms_eval, *(path for path, _, _ in arguments.benchmark)]
+    for path in filter(None, [*named, arguments.latency, arguments.flops]):
+        if not Path(path).is_file():
+            raise OSError(f"There is no file {path}.")
+
     from tprl_hf.evaluation.lmms_eval.results import lmms_eval_results
     from tprl_hf.hub.publishing import publish, push_demonstrations
     from tprl_hf.modeling.checkpoint_checks import refuse_untrained
@@ -63,9 +88,6 @@ def run(arguments: argparse.Namespace) -> int:
         "commit_message": arguments.message,
         "licence": arguments.license,
     }
-    directory = Path(arguments.directory)
-    if not directory.is_dir():
-        raise OSError(f"There is no directory {directory}.")
     if any((directory / name).exists() for name in ("dataset/state.json", "state.json")):
         if arguments.dry_run:
             raise ValueError("--dry-run is for checkpoints; demonstrations are pushed at once.")
@@ -87,11 +109,28 @@ def run(arguments: argparse.Namespace) -> int:
             "base_model": arguments.base_model,
             "stages": recorded_stages(directory),
         }
-        if arguments.dry_run:
-            return show(directory, arguments.repo, {**facts, "licence": arguments.license})
-        commit = publish(directory, arguments.repo, **facts, **options)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = merge(directory, Path(scratch)) if arguments.merged else directory
+            if arguments.dry_run:
+                return show(folder, arguments.repo, {**facts, "licence": arguments.license})
+            commit = publish(folder, arguments.repo, **facts, **options)
     print(commit.commit_url)
     return 0
+
+
+def merge(directory: Path, folder: Path) -> Path:
+    """The checkpoint of `directory`, with its base model's weights, in `folder`; processor and card are copied."""
+    from tprl_hf import TPRLForConditionalGeneration
+    from tprl_hf.hub.publishing import PROCESSOR_FILES
+
+    note("Merging the base model and the policy ...")
+    model = TPRLForConditionalGeneration.from_pretrained(directory, dtype="auto")
+    model.save_pretrained(folder, save_base_model=True)
+    for path in [found for pattern in (*PROCESSOR_FILES, "README.md") for found in directory.glob(pattern)]:
+        copy = folder / path.relative_to(directory)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    return folder
 
 
 def read(path: str) -> dict[str, Any]:

@@ -1,18 +1,22 @@
 """Recipes: YAML files that say how a policy is trained. Imports no torch."""
 
 import difflib
+import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from tprl_hf.loading import check_model_name
 from tprl_hf.training.stages import STAGES
 
+from .arguments import check_writable
 from .old_recipes import renewed
 
+NAMED_SOURCES = ("mosaic", "easy-vqa", "photo")
 OURS = Path(__file__).parents[1] / "recipes"
 SECTIONS = ("base_model", "output_dir", "policy", "data")  # and one for each stage
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -95,6 +99,7 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
         if not isinstance(recipe, dict):
             raise ValueError(f"{path} is not a recipe: it has no sections.")
+        recipe = unshared(recipe)
         for override in overrides:
             apply_override(recipe, override, path)
     except yaml.YAMLError as error:
@@ -106,10 +111,65 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     recipe = {
         name: value if name in ("base_model", "output_dir") else as_number(value) for name, value in recipe.items()
     }
+    check_names(recipe.get("data", {}), ("train", "validation", *STAGES), "data")
+    for name, source in sources_in(recipe):
+        source["source"] = located(source["source"], file.parent, f"data.{name}.source")
     recipe, changes = renewed(recipe)
     for change in changes:
         warnings.warn(f"{path} is a recipe of an older version: {change}", FutureWarning, stacklevel=2)
     return recipe
+
+
+def sources_in(recipe: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each section of `data` that names a source, and the name of what it belongs to."""
+    for name, sections in recipe.get("data", {}).items():
+        for section in sections if isinstance(sections, list) else [sections]:
+            if isinstance(section, dict) and isinstance(section.get("source"), str):
+                yield name, section
+
+
+def located(source: str, folder: Path, where: str) -> str:
+    """
+    A source's path as seen from the working directory, where it lies beside the recipe.
+
+    Args:
+        source (`str`): as the recipe or an override has it.
+        folder (`Path`): that of the recipe.
+        where (`str`): the setting, for the message.
+
+    Raises:
+        `ValueError`: when there is one beside the recipe and another one in the working directory.
+    """
+    here, beside = Path(source), folder / source
+    if here.is_absolute() or not beside.exists() or (here.exists() and here.samefile(beside)):
+        return source
+    if here.exists():
+        raise ValueError(f"{where}: {beside} and {here} in the working directory are two files: write a longer path.")
+    return os.path.relpath(beside)
+
+
+def check_places(recipe: Mapping[str, Any]) -> None:
+    """Raises `OSError` or `ValueError` for directories and files of a recipe that are not there or not to be used."""
+    if isinstance(recipe.get("base_model"), str):
+        check_model_name(recipe["base_model"])
+    check_writable(recipe["output_dir"])
+    for name, section in sources_in(recipe):
+        source = section["source"]
+        if source in NAMED_SOURCES or Path(source).exists():
+            continue
+        close = difflib.get_close_matches(source, NAMED_SOURCES, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise FileNotFoundError(
+            f"There are no data {source!r}: data.{name}.source is mosaic, easy-vqa, photo, a .jsonl file or the "
+            f"directory of a saved dataset, as seen from the recipe or from the working directory.{hint}"
+        )
+
+
+def unshared(value: Any) -> Any:
+    """A copy in which sections that YAML's `*name` repeats are several, so that an override changes one of them."""
+    if isinstance(value, dict):
+        return {name: unshared(inner) for name, inner in value.items()}
+    return [unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def apply_override(recipe: dict[str, Any], override: str, path: str) -> None:

@@ -129,7 +129,7 @@ def reproduce(table: Table, runs: Sequence[Run], folder: Path, signals: "StopSig
 
 def slugs(table: Table) -> dict[str, str]:
     """Labels by names without blanks and signs."""
-    return {f"row{number}": label for number, label in enumerate(table.rows)}
+    return {f"row{number}": label for number, label in enumerate([*table.checkpoints, *table.rows])}
 
 
 def training_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -150,10 +150,13 @@ def training_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def measure(table: Table, runs: Sequence[Run], folder: Path) -> dict[str, Any]:
     """What `policy_runs` measures of the rows, on the test questions."""
+    import tprl_hf
     from tprl_hf.evaluation.policy_runs import main
 
     names = {label: slug for slug, label in slugs(table).items()}
     variants: dict[str, list[str]] = {slug: [] for slug in slugs(table)}
+    for label, name in table.checkpoints.items():
+        variants[names[label]].append(tprl_hf.embedded_checkpoint() if name == "embedded" else name)
     for one in runs:
         variants[names[one.label]].append(str(one.model))
     path = Path(runs[0].recipe["output_dir"]).parent / "measured.json"

@@ -12,7 +12,6 @@ from .arguments import (
     add_loading_arguments,
     add_model_argument,
     add_pruner_arguments,
-    loading_options,
     positive_int,
 )
 
@@ -42,6 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=positive_int, default=4096, metavar="N", help="longest answer (default: 4096)"
     )
     parser.add_argument(
+        "--max-image-tokens",
+        type=positive_int,
+        metavar="N",
+        help="keep at most N visual tokens for each image, whatever a request asks (default: no limit)",
+    )
+    parser.add_argument(
+        "--max-batch",
+        type=positive_int,
+        default=8,
+        metavar="N",
+        help="waiting requests that the model answers together; 1 answers one after the other (default: 8)",
+    )
+    parser.add_argument(
         "--max-waiting", type=positive_int, default=64, metavar="N", help="requests that wait (default: 64)"
     )
     parser.add_argument(
@@ -68,14 +80,13 @@ def run(arguments: argparse.Namespace) -> int:
         needs = f"tprl serve needs more packages ({error}): pip install 'tprl_hf[serve]'"
         raise ValueError(of_another_build(error) or needs) from error
     import tprl_hf
-    from tprl_hf.loading import load_model
     from tprl_hf.serving.limits import Limits
 
-    from .loading import pruner_and_budget, using_pruner
+    from .loading import load_named_model, pruner_and_budget, using_pruner
 
     # bound before the model is loaded, so that a port that is taken is told at once
     listener = bind(arguments.host, arguments.port)
-    model, processor = load_model(arguments.model, **loading_options(arguments))
+    model, processor = load_named_model(arguments)
     pruner_name, pruner, budget = pruner_and_budget(model, arguments)
     path = arguments.model or tprl_hf.embedded_checkpoint()
     name = arguments.name or (Path(path).resolve().name if Path(path).is_dir() else path)
@@ -83,6 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
         max_bytes=arguments.max_request_mb * 1_000_000,
         max_images=arguments.max_images,
         max_tokens=arguments.max_tokens,
+        max_image_tokens=arguments.max_image_tokens,
+        max_batch=arguments.max_batch,
         max_waiting=arguments.max_waiting,
         allow_remote_images=arguments.allow_remote_images,
     )

@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 from tprl_hf.pruners import PRUNERS
 from tprl_hf.training.stages import STAGES
 
+from . import tune_stage
 from .arguments import add_loading_arguments, loading_options
+from .dry_run import describe
 from .old_recipes import renewed
 from .processes import is_first_process, say, signs_of_life, wait_for
-from .recipe_file import check_names, read_recipe
+from .progress import is_quiet
+from .recipe_file import check_names, check_places, read_recipe
 from .same_data import claim_data
+from .tune_stage import tune
 from .whole_files import write
 
 if TYPE_CHECKING:
@@ -30,9 +34,7 @@ if TYPE_CHECKING:
 
 NAME = "train"
 HELP = "train a pruning policy by a recipe"
-DATA_SETTINGS = ("source", "split", "seed", "num_samples", "question_types")
 TEACHERS = {"gradient": "GradientTeacher", "leave-out": "LeaveOutTeacher"}
-DEMONSTRATION_SETTINGS = ("teacher", "seed", "keep_ratios", "num_samples", "batch_size", "feature_cache_mb")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,16 +48,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECTION.SETTING=VALUE",
         help="settings that replace the recipe's, such as lfd.learning_rate=1e-4 or base_model=PATH",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the recipe, print stages, steps and disk, and train nothing"
+    )
     add_loading_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     recipe = read_recipe(arguments.config, arguments.set)
-    stages = [stage for stage in STAGES if stage in recipe] if arguments.stage == "all" else [arguments.stage]
+    all_stages = [stage for stage in STAGES if stage in recipe]
+    stages = all_stages if arguments.stage == "all" else [arguments.stage]
     if arguments.stage != "all" and arguments.stage not in recipe:
         raise ValueError(f"{arguments.config} has no section {arguments.stage}.")
-    for stage in stages:  # all of them before the first one runs, which may take hours
+    check_places(recipe)
+    for stage in all_stages:  # before the first one runs, which may take hours
         check_stage(stage, recipe)
+    if arguments.dry_run:
+        print(describe(stages, recipe))
+        return 0
 
     from .stop_signals import Stopped, StopSignals
 
@@ -90,6 +100,11 @@ def run_stages(
         model, processor = starting_model(stage, recipe, loading)
         if stage == "demonstrations":
             result = make_demonstrations(stage, recipe, model, processor, directory)
+        elif stage == "tune":
+            data = training_data(stage, recipe)
+            dataset = load_data(recipe, data, recipe[stage].get("num_samples"))
+            claim_data(directory, {data: dataset})
+            result = tune(recipe, model, processor, dataset, directory, signals)
         else:
             result = train_stage(stage, recipe, model, processor, directory, name, signals)
         result = {"stage": stage, "seconds": round(time.perf_counter() - started, 1), **result}
@@ -104,15 +119,23 @@ def check_stage(stage: str, recipe: dict[str, Any]) -> None:
     """Raises `ValueError` for settings of a stage, its data or the policy that cannot be."""
     from tprl_hf import TPRLConfig
 
+    from .recipe_checks import DEMONSTRATION_CHECKS, check_section
+
     check_names(recipe.get("policy", {}), TPRLConfig().to_dict(), "policy")
+    try:
+        TPRLConfig(**recipe.get("policy", {}))
+    except ValueError as error:
+        raise ValueError(f"policy: {error}") from error
     for name in {training_data(stage, recipe), "validation"} & recipe.get("data", {}).keys():
         sources_of(recipe, name)
     if stage == "demonstrations":
-        check_names(recipe[stage], DEMONSTRATION_SETTINGS, stage)
+        check_section(recipe[stage], DEMONSTRATION_CHECKS, stage)
         name = recipe[stage].get("teacher", "vispruner")
         names = [*TEACHERS, *(method for method in PRUNERS if method != "none")]
         if name not in names:
             raise ValueError(f"There is no teacher {name!r}; choose from {', '.join(names)}.")
+    elif stage == "tune":
+        tune_stage.make_config(recipe)
     else:
         make_config(stage, recipe)
         reward_functions(stage, recipe)
@@ -203,19 +226,21 @@ def load_data(recipe: dict[str, Any], name: str, num_samples: int | None = None)
 
 def sources_of(recipe: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """The sections of `data.NAME`, each a source."""
+    from .recipe_checks import DATA_CHECKS, check_section
+
     check_names(recipe.get("data", {}), ("train", "validation", *STAGES), "data")
     sources = recipe.get("data", {}).get(name)
     sources = sources if isinstance(sources, list) and sources else [sources]
     for source in sources:
         if not isinstance(source, dict):
             raise ValueError(f"The recipe must say where its samples come from: data.{name}.source.")
-        check_names(source, DATA_SETTINGS, f"data.{name}")
+        check_section(source, DATA_CHECKS, f"data.{name}")
     return sources
 
 
 def load_source(section: dict[str, Any], name: str, num_samples: int | None = None) -> "Dataset":
     """Of the first `num_samples` samples of one source, those of the question types that the recipe wants."""
-    dataset = read_source(section, name, num_samples or section.get("num_samples"))
+    dataset = read_source(section, name, section.get("num_samples") if num_samples is None else num_samples)
     if "question_types" not in section:
         return dataset
     kinds, wanted = dataset["question_type"], section["question_types"]
@@ -229,21 +254,13 @@ def load_source(section: dict[str, Any], name: str, num_samples: int | None = No
 
 def read_source(section: dict[str, Any], name: str, count: int | None) -> "Dataset":
     """The first `count` samples of one source."""
-    from datasets import List
-
     from tprl_hf.data import sources
 
     source = section.get("source", "mosaic")
     split = section.get("split", "validation" if name == "validation" else "train")
     if not sources.is_source(source):
         raise ValueError(f"There are no data {source!r}: data.{name}.source is {sources.KINDS}.")
-    dataset = sources.read_source(source, split, section.get("seed", 0), count)
-    if isinstance(dataset.features.get("answer"), List):
-        raise ValueError(
-            f"data.{name}: {source} has questions with several answers. A policy learns from one: write a string "
-            "instead of a list."
-        )
-    return dataset
+    return sources.read_source(source, split, section.get("seed", 0), count)
 
 
 def starting_model(
@@ -252,6 +269,7 @@ def starting_model(
     """The model that a stage begins with, and its processor."""
     from transformers import set_seed
 
+    import tprl_hf
     from tprl_hf import TPRLForConditionalGeneration
     from tprl_hf.loading import pretrained_arguments
     from tprl_hf.missing_packages import load_processor
@@ -264,6 +282,9 @@ def starting_model(
                 raise ValueError(f"{stage} begins with what {before} left in {path}: run `tprl train {before}` first.")
             return TPRLForConditionalGeneration.from_pretrained(path, **how), load_processor(path)
 
+    if stage == "tune":  # of a checkpoint that has its policy
+        name = recipe.get("base_model") or tprl_hf.embedded_checkpoint()
+        return TPRLForConditionalGeneration.from_pretrained(name, **how), load_processor(name)
     base = base_directory(recipe)
     set_seed(recipe.get(stage, {}).get("seed", 42))  # the start of the new policy
     model = TPRLForConditionalGeneration.from_base_model(base, **how, **recipe.get("policy", {}))
@@ -316,6 +337,7 @@ def train_stage(
     stage, recipe, model, processor, directory: Path, recipe_name: str, signals: "StopSignals"
 ) -> dict[str, Any]:
     from datasets import load_from_disk
+    from transformers import PrinterCallback, ProgressCallback
 
     from tprl_hf.training.whole_checkpoints import MANIFEST, damage_of, newest_whole
 
@@ -339,6 +361,9 @@ def train_stage(
     data = {"train_dataset": dataset, "eval_dataset": validation}
     trainer = trainer_class(model, config, processing_class=processor, **data, **extra)
     trainer.recipe = recipe_name
+    if is_quiet():
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
     trainer.add_callback(SaveAndStop(signals, trainer))
     checkpoint, passed_over = newest_whole(directory)
     for line in passed_over:
@@ -350,7 +375,9 @@ def train_stage(
     if config.save_base_model and Path(model.config.base_model_name_or_path or "").is_dir():
         model.config.base_model_name_or_path = None  # the checkpoint holds it, and the path is of this machine only
     trainer.save_model()
+    best = trainer.state.best_global_step
     return {
+        **({} if best is None else {"best_step": best}),
         "metrics": {k.removeprefix("eval_"): v for k, v in metrics.items()},
         "log_history": trainer.state.log_history,
     }

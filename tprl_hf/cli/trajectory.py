@@ -1,7 +1,6 @@
 """Draw which visual tokens the policy keeps after each of its steps, and what the model answers with them."""
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,10 @@ from .arguments import (
     add_loading_arguments,
     add_model_argument,
     budget_of,
-    loading_options,
     positive_int,
+    question,
 )
+from .progress import note
 
 if TYPE_CHECKING:
     from tprl_hf.evaluation.trajectory import TrajectoryStep
@@ -26,7 +26,7 @@ HELP = "see the policy prune your image step by step"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="the image")
-    parser.add_argument("question", metavar="QUESTION", help="the question")
+    parser.add_argument("question", type=question, metavar="QUESTION", help="the question")
     add_model_argument(parser)
     add_budget_arguments(parser)
     parser.add_argument("--steps", type=positive_int, metavar="T", help="default: as the checkpoint was trained")
@@ -49,13 +49,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tprl_hf.evaluation.answers import chat_inputs
     from tprl_hf.evaluation.trajectory import trajectory_of
-    from tprl_hf.loading import load_model
     from tprl_hf.modeling.budget import Budget
 
+    from .loading import load_named_model
     from .pictures import write_pictures
     from .tables import format_table
 
-    model, processor = load_model(arguments.model, **loading_options(arguments))
+    model, processor = load_named_model(arguments)
     config = model.config
     own = {name: getattr(config, name) for name in ("keep_ratio", "num_keep", "threshold")}
     budget: dict[str, Any] = budget_of(arguments) or {name: value for name, value in own.items() if value is not None}
@@ -70,14 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
     for number, step in enumerate(steps):
         table.append([str(number), f"{step.num_kept} of {steps[0].num_kept}", f"{step.score:.3f}", step.answer])
     print(format_table(table))
-    print(f"score: mean log-probability of the tokens of {reference!r}, in nats; 0 is certain", file=sys.stderr)
+    note(f"score: mean log-probability of the tokens of {reference!r}, in nats; 0 is certain")
 
     inputs = chat_inputs(processor, [sample], model.device)
     plan = model.prune(**inputs, keep_mask=steps[-1].keep_mask)
     figures = figures_of(steps, plan, processor, sample)
     notes = [f"Score: mean log-probability of the tokens of {reference!r}, in nats; 0 is certain."]
     for path in write_pictures(figures, arguments.output_dir, "Kept visual tokens, step by step", notes):
-        print(path, file=sys.stderr)
+        note(str(path))
     return 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from .samples import SAMPLE_FEATURES
+from .samples import SAMPLE_FEATURES, check_number
 
 EASY_VQA_SPLITS = ("train", "test")
 EASY_VQA_COLORS = ("black", "gray", "red", "teal", "brown", "green", "blue", "yellow")
@@ -63,8 +63,8 @@ def easy_vqa(split: str = "test", num_samples: int | None = None) -> Dataset:
     Returns:
         `datasets.Dataset`: Rows of `SAMPLE_FEATURES`; `boxes` and `objects` are empty, easy-VQA has none.
     """
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1; got {num_samples}.")
+    if num_samples is not None:
+        num_samples = check_number("num_samples", num_samples, 1)
     rows = [
         {
             "images": [{"bytes": None, "path": str(image.path)}],

@@ -1,21 +1,24 @@
 """A user's own questions, from a JSON Lines file."""
 
+import difflib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
-from .samples import SAMPLE_FEATURES
+from .samples import FIELDS, SAMPLE_FEATURES, check_number
 
 
 def jsonl_samples(path: str | Path, num_samples: int | None = None) -> Dataset:
     """
     Reads samples from a file with one JSON object a line.
 
-    Each has `image` or `images` (paths, relative to the file), `prompt`, and `answer`: one string, or a list of them
-    where several are correct. `question_type`, `image_id` and `boxes` may be there; without an `image_id` samples of
-    the same files share it. A field that is `null` is as one that is not there.
+    Each has `image` or `images` (paths, relative to the file), `prompt`, and `answer`: one text or number, or a list
+    of them where several are correct. `question_type` and `image_id` (a text or a number) and `boxes` (`[x0, y0, x1,
+    y1]` each) may be there; without an `image_id` samples of the same files share it. A field that is `null` is as one
+    that is not there.
 
     Args:
         path (`str` or `Path`):
@@ -27,10 +30,13 @@ def jsonl_samples(path: str | Path, num_samples: int | None = None) -> Dataset:
         `datasets.Dataset`: Rows of `SAMPLE_FEATURES`; `answer` is a list of strings where any line has a list.
 
     Raises:
-        `ValueError`: If the file is empty, or a line is not a JSON object or lacks a field; it has its number.
+        `ValueError`: If the file is empty, or a line is not a JSON object, lacks a field or has a wrong one; it has
+            its number.
         `OSError`: If the file or an image is missing.
     """
     path = Path(path)
+    if num_samples is not None:
+        num_samples = check_number("num_samples", num_samples, 1)
     rows: list[dict[str, Any]] = []
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -61,24 +67,65 @@ def _row(line: str, place: str, folder: Path) -> dict[str, Any]:
     for name in ("prompt", "answer"):
         if name not in given:
             raise ValueError(f"{place}: `{name}` is missing; there are: {', '.join(given) or 'no fields'}.")
+    for name in given:
+        close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)
+        if name not in FIELDS and close:
+            raise ValueError(f"{place}: there is a field `{name}`; did you mean `{close[0]}`?")
     if not isinstance(given["prompt"], str):
-        raise ValueError(f"{place}: `prompt` is the question as a string; got {type(given['prompt']).__name__}.")
+        raise ValueError(f"{place}: `prompt` must be the question as a text; got {json.dumps(given['prompt'])[:80]}.")
+    paths = _images(given, place, folder)
+    answer = given["answer"]
+    if isinstance(answer, list):
+        answers = [_text("answer", one, place) for one in answer if one is not None]
+        if not answers:
+            raise ValueError(f"{place}: `answer` is an empty list: list the answers that are correct.")
+    return {
+        "images": [{"bytes": None, "path": str(image)} for image in paths],
+        "prompt": given["prompt"],
+        "answer": answers if isinstance(answer, list) else _text("answer", answer, place),
+        "question_type": _text("question_type", given.get("question_type", "all"), place),
+        "boxes": _boxes(given.get("boxes", []), place),
+        "image_id": _text("image_id", given.get("image_id", "\n".join(map(str, paths))), place),
+        "objects": [],
+    }
+
+
+def _images(given: dict[str, Any], place: str, folder: Path) -> list[Path]:
+    """The image files that a line names."""
+    if "image" in given and "images" in given:
+        raise ValueError(f"{place}: `image` and `images` are two names for one thing: leave one out.")
     names = given.get("images", given.get("image", []))
     names = names if isinstance(names, list) else [names]
     for name in names:
         if not isinstance(name, str):
-            raise ValueError(f"{place}: an image is named by its path; got {json.dumps(name)[:80]}.")
+            raise ValueError(
+                f"{place}: an image is named by its path; got {json.dumps(name)[:80]}. Write `image` as a text."
+            )
     paths = [folder / name for name in names]
     for image in paths:
         if not image.is_file():
-            raise FileNotFoundError(f"{place}: there is no image file {image}.")
-    answer = given["answer"]
-    return {
-        "images": [{"bytes": None, "path": str(image)} for image in paths],
-        "prompt": given["prompt"],
-        "answer": [str(one) for one in answer if one is not None] if isinstance(answer, list) else str(answer),
-        "question_type": str(given.get("question_type", "all")),
-        "boxes": given.get("boxes", []),
-        "image_id": str(given.get("image_id", "\n".join(map(str, paths)))),
-        "objects": [],
-    }
+            raise FileNotFoundError(f"{place}: there is no image file {image}. Write paths as seen from the file.")
+    return paths
+
+
+def _text(name: str, value: Any, place: str) -> str:
+    """A text, or a number as one."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, str) and not is_number:
+        raise ValueError(f"{place}: `{name}` must be a text or a number; got {json.dumps(value)[:80]}.")
+    return str(value)
+
+
+def _boxes(boxes: Any, place: str) -> list[list[int]]:
+    """Boxes in whole pixels."""
+    for box in boxes if isinstance(boxes, list) else [boxes]:
+        if not isinstance(box, list) or len(box) != 4 or not all(_is_pixel(edge) for edge in box):
+            raise ValueError(
+                f"{place}: `boxes` must be a list of [x0, y0, x1, y1] in whole pixels; got {json.dumps(boxes)[:80]}."
+            )
+    return [[int(edge) for edge in box] for box in boxes]
+
+
+def _is_pixel(edge: Any) -> bool:
+    is_number = isinstance(edge, (int, float)) and not isinstance(edge, bool) and abs(edge) < 2**31
+    return is_number and edge == int(edge)

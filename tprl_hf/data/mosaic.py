@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 from PIL import Image
+from tqdm import tqdm
 
-from .samples import SAMPLE_FEATURES, png_bytes
+from .samples import SAMPLE_FEATURES, check_number, png_bytes
 
 IMAGE_SIZE = 144
 CELL_SIZE = 24
@@ -381,9 +382,10 @@ def mosaic_vqa(split: str = "test", seed: int = 0, num_samples: int = 2000) -> D
     (144, 144)
     ```
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1; got {num_samples}.")
+    seed, num_samples = check_number("seed", seed, 0), check_number("num_samples", num_samples, 1)
     rows: list[dict] = []
+    # with the time that is left, where it takes more than some seconds
+    progress = tqdm(total=num_samples, desc="Drawing mosaics", unit="question", delay=3)
     for index, scene, questions in mosaic_scenes(split, seed):
         image = {"bytes": png_bytes(Image.fromarray(scene.pixels)), "path": None}
         objects = [{"name": item.name, "box": list(item.box)} for item in scene.objects]
@@ -399,8 +401,10 @@ def mosaic_vqa(split: str = "test", seed: int = 0, num_samples: int = 2000) -> D
                     "objects": objects,
                 }
             )
+        progress.update(min(len(questions), num_samples - progress.n))
         if len(rows) == num_samples:
             break
+    progress.close()
     # Arrow's offsets into bytes end at 2 GiB for each part.
     parts = [rows[start : start + ROWS_PER_PART] for start in range(0, num_samples, ROWS_PER_PART)]
     return concatenate_datasets([Dataset.from_list(part, features=SAMPLE_FEATURES) for part in parts])

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 from PIL import Image, ImageEnhance
+from tqdm import tqdm
 
 from .photo_things import KINDS, NEW_THINGS, PACKAGES, PICTURE_FILES, THINGS, WALLPAPER_FILES, WALLPAPERS, Thing
-from .samples import SAMPLE_FEATURES, png_bytes
+from .samples import SAMPLE_FEATURES, check_number, png_bytes
 
 IMAGE_SIZE = 224
 QUESTION_TYPES = ("existence", "category", "place", "relation", "comparison", "pair", "counting")
@@ -259,9 +260,7 @@ def _apart(scene: PhotoScene, rng: np.random.Generator) -> tuple[int, int, int] 
     """An axis, and two things whose centers are 20 pixels apart along it, the first one before the second."""
     axis = int(rng.integers(2))
     along = [item.center[axis] for item in scene.objects]
-    pairs = [
-        (i, j) for i, j in itertools.permutations(range(len(along)), 2) if along[j] - along[i] >= MIN_DISTANCE
-    ]
+    pairs = [(i, j) for i, j in itertools.permutations(range(len(along)), 2) if along[j] - along[i] >= MIN_DISTANCE]
     return (axis, *_pick(rng, pairs)) if pairs else None
 
 
@@ -292,7 +291,8 @@ def _comparison(scene: PhotoScene, rng: np.random.Generator) -> PhotoQuestion | 
 def _pair(scene: PhotoScene, rng: np.random.Generator) -> PhotoQuestion:
     """Two things, both there half of the time; else one of them is not, in either place."""
     i, j = (int(index) for index in rng.permutation(len(scene.objects))[:2])
-    names, present = [scene.objects[i].name, scene.objects[j].name], (i, j)
+    names = [scene.objects[i].name, scene.objects[j].name]
+    present: tuple[int, ...] = (i, j)
     if rng.random() < 0.5:
         answer = "yes"
     else:
@@ -373,9 +373,10 @@ def photo_vqa(split: str = "test", seed: int = 0, num_samples: int = 2000) -> Da
         `ValueError`: If the split is unknown, the seed negative, or `num_samples` below 1.
         `FileNotFoundError`: If the photographs are not on this machine.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1; got {num_samples}.")
+    seed, num_samples = check_number("seed", seed, 0), check_number("num_samples", num_samples, 1)
     rows: list[dict] = []
+    # with the time that is left, where it takes more than some seconds
+    progress = tqdm(total=num_samples, desc="Drawing scenes", unit="question", delay=3)
     for index, scene, questions in photo_scenes(split, seed, pictures_root()):
         image = {"bytes": png_bytes(Image.fromarray(scene.pixels)), "path": None}
         objects = [{"name": item.name, "box": list(item.box)} for item in scene.objects]
@@ -391,8 +392,10 @@ def photo_vqa(split: str = "test", seed: int = 0, num_samples: int = 2000) -> Da
                     "objects": objects,
                 }
             )
+        progress.update(min(len(questions), num_samples - progress.n))
         if len(rows) == num_samples:
             break
+    progress.close()
     # Arrow's offsets into bytes end at 2 GiB for each part.
     parts = [rows[start : start + ROWS_PER_PART] for start in range(0, num_samples, ROWS_PER_PART)]
     return concatenate_datasets([Dataset.from_list(part, features=SAMPLE_FEATURES) for part in parts])

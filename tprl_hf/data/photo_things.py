@@ -29,17 +29,14 @@ WALLPAPER_FILES = (
             "sunset_by_Aitzol_Berasategi",
         )
     ),
-    *(
-        f"mate/nature/{name}.jpg"
-        for name in ("Aqua", "Blinds", "Dune", "GreenMeadow", "RainDrops", "Storm", "Wood")
-    ),
+    *(f"mate/nature/{name}.jpg" for name in ("Aqua", "Blinds", "Dune", "GreenMeadow", "RainDrops", "Storm", "Wood")),
 )
 
 # kind -> folder -> "name: files" of each thing; things of the kind "" have no kind to be asked about.
 _TABLE: dict[str, dict[str, str]] = {
     "bird": {
-        "animals/birds": "crow: crow; crane: crowned_crane; duck: drake duck; goose: gander; chicken: chicken_profile hen; "
-        "penguin: little-penguin penguin magellanic_penguin; owl: owl; pigeon: pigeon; "
+        "animals/birds": "crow: crow; crane: crowned_crane; duck: drake duck; goose: gander; "
+        "chicken: chicken_profile hen; penguin: little-penguin penguin magellanic_penguin; owl: owl; pigeon: pigeon; "
         "parrot: adelaide-rosella rainbow-lorikeet; turkey: turkey; gull: seagull silver-gull",
     },
     "mammal": {
@@ -75,7 +72,8 @@ _TABLE: dict[str, dict[str, str]] = {
     "instrument": {
         "hobbies/music/brass": "trumpet: trumpet",
         "hobbies/music/percussion": "drum: drum_tomtom_floor",
-        "hobbies/music/string": "guitar: guitar2 guitar_classical guitar_electric guitar_electric_bass; violin: violin",
+        "hobbies/music/string": "violin: violin; "
+        "guitar: guitar2 guitar_classical guitar_electric guitar_electric_bass",
     },
     "vehicle": {
         "military/vehicles": "tank: bradley",

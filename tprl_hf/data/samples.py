@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from numbers import Integral
+from typing import Any
 
 from datasets import Features, List, Value
 from datasets import Image as ImageFeature
@@ -21,6 +23,17 @@ SAMPLE_FEATURES = Features(
         "objects": List({"name": Value("string"), "box": _BOX}),  # all that lie on the image
     }
 )
+
+
+# What a line of a user's file may say.
+FIELDS = ("image", "images", "prompt", "answer", "question_type", "image_id", "boxes")
+
+
+def check_number(name: str, value: Any, least: int) -> int:
+    """Raises `ValueError` unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+    return int(value)
 
 
 def png_bytes(image: Image.Image) -> bytes:

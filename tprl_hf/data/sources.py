@@ -7,13 +7,18 @@ from datasets import Dataset, load_from_disk
 from .easy import easy_vqa
 from .jsonl import jsonl_samples
 from .mosaic import mosaic_vqa
+from .photo import photo_vqa
+from .samples import check_number
 
-KINDS = "mosaic, easy-vqa, a .jsonl file, or the directory of a saved dataset"
+KINDS = "mosaic, easy-vqa, photo, a .jsonl file, or the directory of a saved dataset"
 
 
 def is_source(name: str) -> bool:
     """Whether `name` is of one of the kinds that [`read_source`] reads."""
-    return name in ("mosaic", "easy-vqa") or name.endswith(".jsonl") or (Path(name) / "state.json").is_file()
+    if not isinstance(name, str):
+        return False
+    known = name in ("mosaic", "easy-vqa", "photo")
+    return known or name.endswith(".jsonl") or (Path(name) / "state.json").is_file()
 
 
 def read_source(name: str, split: str, seed: int = 0, num_samples: int | None = None) -> Dataset:
@@ -22,13 +27,13 @@ def read_source(name: str, split: str, seed: int = 0, num_samples: int | None = 
 
     Args:
         name (`str`):
-            mosaic, easy-vqa, a .jsonl file, or the directory of a saved dataset.
+            mosaic, easy-vqa, photo, a .jsonl file, or the directory of a saved dataset.
         split (`str`):
-            Of mosaic and easy-vqa.
+            Of mosaic, easy-vqa and photo.
         seed (`int`, *optional*, defaults to 0):
-            Of the images of mosaic.
+            Of the images of mosaic and photo.
         num_samples (`int`, *optional*):
-            Only the first so many. Mosaic, which is made from a seed, makes 6000 by default.
+            Only the first so many. Mosaic and photo, which are made from a seed, make 6000 by default.
 
     Returns:
         `datasets.Dataset`: Rows of `SAMPLE_FEATURES`.
@@ -37,13 +42,19 @@ def read_source(name: str, split: str, seed: int = 0, num_samples: int | None = 
         `ValueError`: If it is none of these, or its samples are not as they must be.
         `OSError`: If the file or an image of it is missing.
     """
+    if num_samples is not None:
+        num_samples = check_number("num_samples", num_samples, 1)
     if not is_source(name):
         raise ValueError(f"There are no data {name!r}: a source is {KINDS}.")
     if name == "mosaic":
-        return mosaic_vqa(split=split, seed=seed, num_samples=num_samples or 6000)
+        return mosaic_vqa(split=split, seed=seed, num_samples=6000 if num_samples is None else num_samples)
+    if name == "photo":
+        return photo_vqa(split=split, seed=seed, num_samples=6000 if num_samples is None else num_samples)
     if name == "easy-vqa":
         return easy_vqa(split=split, num_samples=num_samples)
     if name.endswith(".jsonl"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"There is no file {name}.")
         return jsonl_samples(name, num_samples)
     dataset = load_from_disk(name)
     return dataset if num_samples is None else dataset.select(range(min(num_samples, len(dataset))))

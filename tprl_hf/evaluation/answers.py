@@ -36,7 +36,7 @@ def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.devi
         )
     chats = [chat_messages(sample["prompt"], len(sample["images"])) for sample in samples]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
-    images = [[picture_of(image) for image in sample["images"]] for sample in samples]
+    images = [[picture_of(image, sample.get("image_id")) for image in sample["images"]] for sample in samples]
     inputs = processor(
         images=images if any(images) else None, text=texts, padding=True, padding_side="left", return_tensors="pt"
     )

@@ -53,7 +53,12 @@ class Times:
     cuda: list[float] = field(default_factory=list)
 
 
-def time_in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int = 7, warmup: int = 2) -> dict[str, Times]:
+def time_in_turns(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int = 7,
+    warmup: int = 2,
+    after_call: Callable[[], Any] = lambda: None,
+) -> dict[str, Times]:
     """
     Times calls in turns (a, b, c, c, b, a, ...), so that a machine that slows down slows all of them, and nobody
     profits from who went before.
@@ -62,6 +67,7 @@ def time_in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int = 7, warmu
         calls (`Mapping[str, Callable]`): By name, functions without arguments.
         rounds (`int`, *optional*, defaults to 7): Timed rounds, at least 2.
         warmup (`int`, *optional*, defaults to 2): Rounds before them that are not timed.
+        after_call (`Callable`, *optional*): Called after each call, outside of its time, for progress.
 
     Returns:
         `dict[str, Times]`: In the order of `calls`.
@@ -78,6 +84,7 @@ def time_in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int = 7, warmu
                 for clock, milliseconds in time_once(calls[name]).items():
                     if number >= warmup:
                         getattr(times[name], clock).append(milliseconds)
+                after_call()
     return times
 
 

@@ -177,6 +177,27 @@ def compare_dtypes(
     return rows
 
 
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of other dtypes as a table, as docs/reliability.md has it."""
+    heads = "dtype, pruner, kept, same masks %, Jaccard, accuracy % (float32), difference pp, error, gap, safe %"
+    table = [heads.split(", "), ["---"] * 10]
+    alone = {(row["pruner"], row["budget"]): row["accuracy"]["value"] for row in rows if row["dtype"] == REFERENCE}
+    for row in rows:
+        if row["dtype"] == REFERENCE:
+            continue
+        masks, difference = row.get("masks", {}), row["difference"]
+        low, high = (f"{100 * difference[end]:+.2f}" for end in ("low", "high"))
+        cells = [row["dtype"], row["pruner"], row["budget"]]
+        cells += [f"{100 * masks['equal']:.1f}", f"{masks['jaccard']:.3f}"] if masks else ["", ""]
+        cells.append(f"{100 * row['accuracy']['value']:.1f} ({100 * alone[row['pruner'], row['budget']]:.1f})")
+        cells.append(f"{100 * difference['value']:+.2f} ({low} to {high})")
+        if "gap" in masks:
+            safe = 100 * (1 - masks["could_differ"])
+            cells += [f"{masks['rounding'][0]:.3f}", f"{masks['gap'][2]:.3f}", f"{safe:.1f}"]
+        table.append(cells + [""] * (10 - len(cells)))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
 def rounded(value: Any) -> Any:
     """Five digits of every number."""
     if isinstance(value, Mapping):
@@ -199,6 +220,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--num-samples", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--dtypes", default=",".join(OTHERS), help="default: %(default)s; CPUs are slow at float16")
     arguments = parser.parse_args()
 
     def load(dtype: torch.dtype) -> tuple[Any, Any]:
@@ -206,10 +228,10 @@ def main() -> None:
         return model.to(dtype), processor
 
     samples = undecoded(mosaic_vqa("test", arguments.seed, arguments.num_samples))
-    rows = compare_dtypes(load, samples)
+    rows = compare_dtypes(load, samples, arguments.dtypes.split(","))
     content = {
         "command": "python -m tprl_hf.evaluation.compare_dtypes dtypes.json "
-        f"--num-samples {arguments.num_samples} --seed {arguments.seed}",
+        f"--num-samples {arguments.num_samples} --seed {arguments.seed} --dtypes {arguments.dtypes}",
         "data": "mosaic",
         "split": "test",
         "seed": arguments.seed,
@@ -221,6 +243,7 @@ def main() -> None:
         "rows": rounded(rows),
     }
     arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(as_markdown(content["rows"]))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tprl_hf.modeling.token_pruner import TokenPruner
 from .answers import chat_inputs
 from .confidence import ConfidenceNotes
 from .scores import exact_score
-from .smaller_pictures import PictureShrinker
+from .smaller_pictures import PictureShrinker, enlarged
 
 Score = Callable[[str, Any], float]
 
@@ -36,6 +36,7 @@ class Setting:
         seed (`int`, *optional*): The pruner's, where it has one. Settings that differ by it alone are one row.
         picture_ratio (`float`, *optional*): The pictures are shrunk until they have this fraction of their visual
             tokens, before the tower reads them. A `keep_ratio` is still one of the tokens of the full size.
+        enlarged (`bool`): Shrunk pictures are enlarged again: they lack detail, and have all their tokens.
     """
 
     pruner: str
@@ -44,6 +45,7 @@ class Setting:
     arguments: dict[str, Any]
     seed: int | None = None
     picture_ratio: float | None = None
+    enlarged: bool = False
 
     @property
     def key(self) -> tuple[str, str, int | None]:
@@ -135,7 +137,11 @@ def compare_pruners(
         for setting in settings:
             if not missing[setting.key]:
                 continue
-            prompts = [full] if setting.picture_ratio is None else shrunk(model, shrinker, batch, setting, full)
+            prompts: Iterable[Prompts] = [full]
+            if setting.enlarged and setting.picture_ratio is not None:
+                prompts = [full_size(model, processor, [enlarged(one, setting.picture_ratio) for one in batch], None)]
+            elif setting.picture_ratio is not None:
+                prompts = shrunk(model, shrinker, batch, setting, full)
             found: dict[int, tuple[str, int, float, float]] = {}
             for part in prompts:
                 found |= answer(model, processor, batch, setting, part, **generate_kwargs)
@@ -223,6 +229,7 @@ def answer(
             **(setting.arguments if prompts.arguments is None else prompts.arguments),
             visual_features=prompts.features,
             do_sample=False,
+            num_beams=1,
             return_dict_in_generate=True,
             logits_processor=LogitsProcessorList([notes]),
             **generate_kwargs,
@@ -294,18 +301,23 @@ def read_records(path: Path) -> tuple[list[Record], int]:
     Returns:
         `tuple`: the records, and the number of lines that were removed.
     """
+    found, removed = parse_lines(path)
+    if removed:
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        unfinished.write_bytes(b"".join(line + b"\n" for line, _ in found))
+        unfinished.replace(path)
+    return [record for _, record in found], removed
+
+
+def parse_lines(path: Path) -> tuple[list[tuple[bytes, Record]], int]:
+    """The lines of a file that are records, and how many others there are; the file stays as it is."""
     if not path.exists():
         return [], 0
     # only at \n: JSON may hold other line separators, and a line may be cut inside a character
     parts = path.read_bytes().split(b"\n")
     lines, cut = parts[:-1], parts[-1]
     found = [(line, record) for line in lines if (record := parse_record(line)) is not None]
-    removed = len(lines) - len(found) + bool(cut)
-    if removed:
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-        unfinished.write_bytes(b"".join(line + b"\n" for line, _ in found))
-        unfinished.replace(path)
-    return [record for _, record in found], removed
+    return found, len(lines) - len(found) + bool(cut)
 
 
 def parse_record(line: bytes) -> Record | None:

@@ -54,8 +54,8 @@ class Confidence:
     Args:
         ece (`float`): Expected calibration error in [0, 1], see [`expected_calibration_error`].
         brier (`float`): Mean squared difference of probability and score.
-        entropy_correct, entropy_wrong (`float`, *optional*): Mean entropy of the first token in nats, of answers with a
-            score of at least 0.5 and of the others; `None` where there are none.
+        entropy_correct, entropy_wrong (`float`, *optional*): Mean entropy of the first token in nats, of answers with
+            a score of at least 0.5 and of the others; `None` where there are none.
         false_positives (`float`, *optional*): Share of existence questions with the reference "no" that were answered
             "yes"; `None` where there are no such questions.
         num_negatives (`int`): How many such questions there are.
@@ -138,7 +138,9 @@ def confidence_table(rows: Sequence[Any]) -> list[list[str]]:
     for row in rows:
         one: Confidence | None = row.confidence
         if one is not None:
-            entropies = ["-" if value is None else f"{value:.3f}" for value in (one.entropy_correct, one.entropy_wrong)]
+            entropies = [
+                "-" if value is None else f"{value:.3f}" for value in (one.entropy_correct, one.entropy_wrong)
+            ]
             false = "-" if one.false_positives is None else f"{100 * one.false_positives:.1f} ({one.num_negatives})"
             lines.append([row.pruner, row.budget, f"{one.ece:.3f}", f"{one.brier:.3f}", *entropies, false])
     return [header, *lines]

@@ -22,13 +22,11 @@ class OperationCounts:
         pruner (`int`): From the visual tokens to those that stay, including the part of the LLM that some methods run.
         prefill (`int`): The LLM, until its first new token.
         tower (`int`): Vision tower and projector.
-        early_layers (`float`): Share of the LLM's layers that the pruner runs on all visual tokens before it chooses.
     """
 
     pruner: int
     prefill: int
-    tower: int = 0
-    early_layers: float = 0.0
+    tower: int
 
 
 def count_pruner(

@@ -215,7 +215,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for run, path in enumerate(paths):
             trained = TPRLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
             what = [fingerprint(trained), trained.config.num_steps, trained.config.position_ids, *settings]
-            answered = once(directory, what, partial(answer_of_policy, trained, questions, processor, arguments))
+            # a tuned LLM answers itself; all others have the first one's
+            asked = Questions(trained, processor, dataset) if trained.config.includes_adapter else questions
+            answered = once(directory, what, partial(answer_of_policy, trained, asked, processor, arguments))
             for name, threshold in answered["thresholds"].items():
                 thresholds[f"{variant} {name}"].append(threshold)
             found |= {(variant, run, budget): answers for budget, answers in answered["answers"].items()}

@@ -6,11 +6,8 @@ from typing import Any
 
 import torch
 
-from tprl_hf.pruners.llm_attention import LLMAttentionPruner
-
 from .benchmark import Spread, time_in_turns
 from .compare_pruners import Prompts, Setting, full_size, shrunk, using
-from .flops import llm_shape
 from .operation_counts import OperationCounts, count, count_prefill, count_pruner
 from .smaller_pictures import PictureShrinker
 
@@ -30,7 +27,7 @@ def read_one(model, processor, sample: dict[str, Any], setting: Setting) -> Prom
     method = setting.pruner_for([sample])
     observer = method if method is not None and method.needs_attention else None
     full = full_size(model, processor, [sample], observer)
-    if setting.picture_ratio is None:
+    if setting.picture_ratio is None or setting.enlarged:  # which costs what the full size does
         return full
     (smaller,) = shrunk(model, PictureShrinker(model, processor), [sample], setting, full)
     return smaller
@@ -52,17 +49,17 @@ def count_settings(
     prefill: dict[int, int] = {}  # by the number of tokens kept, which is all that it depends on
     for name, setting in one_each(settings).items():
         prompts, method = read_one(model, processor, sample, setting), setting.pruner_for([sample])
-        if setting.picture_ratio not in towers:
-            options = {} if setting.picture_ratio is None else model.adapter.smaller_picture_options
+        size = None if setting.enlarged else setting.picture_ratio
+        if size not in towers:
+            options = {} if size is None else model.adapter.smaller_picture_options
             encode = functools.partial(model.encode_images, **prompts.inputs, with_attention=False, **options)
-            towers[setting.picture_ratio] = count(encode)[0]
+            towers[size] = count(encode)[0]
         budget = setting.arguments if prompts.arguments is None else prompts.arguments
         pruner, keep_mask = count_pruner(model, prompts.inputs, prompts.features, method, budget)
         num_kept = int(keep_mask.sum())
         if num_kept not in prefill:
             prefill[num_kept] = count_prefill(model, prompts.inputs, prompts.features, keep_mask)
-        early = method.layer / llm_shape(model.config).num_layers if isinstance(method, LLMAttentionPruner) else 0.0
-        counted[name] = OperationCounts(pruner, prefill[num_kept], towers[setting.picture_ratio], early)
+        counted[name] = OperationCounts(pruner, prefill[num_kept], towers[size])
     return counted
 
 
@@ -88,14 +85,13 @@ def time_settings(
         budget = setting.arguments if prompts.arguments is None else prompts.arguments
         with using(model, setting.pruner_for([sample])), torch.no_grad():
             features = model.encode_images(**prompts.inputs, **options)
-            model.generate(
-                **prompts.inputs, **budget, visual_features=features, do_sample=False, max_new_tokens=1
-            )
+            model.generate(**prompts.inputs, **budget, visual_features=features, do_sample=False, max_new_tokens=1)
 
     calls = {}
     for name, setting in one_each(settings).items():
         prompts = read_one(model, processor, sample, setting)
-        options = {} if setting.picture_ratio is None else model.adapter.smaller_picture_options
+        full = setting.picture_ratio is None or setting.enlarged
+        options = {} if full else model.adapter.smaller_picture_options
         calls[" ".join(name)] = functools.partial(answer, setting, prompts, options)
     times = time_in_turns(calls, rounds)
     clock = {"cpu": "cpu", "cuda": "cuda"}.get(model.device.type, "wall")

@@ -24,10 +24,10 @@ class PictureShrinker:
     """
     Shrinks pictures until the processor makes a given fraction of their visual tokens.
 
-    Processors differ in what they do with a small picture, and there are three kinds. Some enlarge every picture to one
-    square (LLaVA): the square is made smaller, and the tower interpolates its positions. Some take any size, in whole
-    patches (Qwen-VL, Pixtral): both sides are shrunk alike, and a lower limit is lifted. Some cut pictures into tiles
-    (LLaVA-NeXT, InternVL): fewer tiles. The result is the nearest number of tokens that can be had.
+    Processors differ in what they do with a small picture, and there are three kinds. Some enlarge every picture to
+    one square (LLaVA): the square is made smaller, and the tower interpolates its positions. Some take any size, in
+    whole patches (Qwen-VL, Pixtral): both sides are shrunk alike, and a lower limit is lifted. Some cut pictures into
+    tiles (LLaVA-NeXT, InternVL): fewer tiles. The result is the nearest number of tokens that can be had.
 
     Args:
         model ([`TPRLForConditionalGeneration`]): The model, whose placeholders are counted.
@@ -170,6 +170,14 @@ class PictureShrinker:
                 setattr(made.image_processor, setting, value)
             self.copies[name] = made
         return self.copies[name]
+
+
+def enlarged(sample: Mapping[str, Any], ratio: float) -> dict[str, Any]:
+    """A sample whose pictures were shrunk to a fraction of their pixels and enlarged again: what detail is left."""
+    pictures = [picture_of(image).convert("RGB") for image in sample["images"]]
+    smaller = [one.resize(scaled(one.size, ratio**0.5), Image.Resampling.BICUBIC) for one in pictures]
+    again = [small.resize(one.size, Image.Resampling.BICUBIC) for small, one in zip(smaller, pictures, strict=True)]
+    return {**sample, "images": again}
 
 
 def square_side(images: Any) -> int | None:

@@ -134,7 +134,8 @@ def files_to_publish(
     classes = TPRLForConditionalGeneration.pruner_classes
     files: dict[str, Path | bytes] = {name: text.encode() for name, text in code_files(config, classes).items()}
     files[CONFIG_NAME] = (json.dumps(written, indent=2, sort_keys=True) + "\n").encode()
-    for pattern in (*WEIGHT_PATTERNS, GENERATION_CONFIG_NAME, *PROCESSOR_FILES):
+    lora = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors") if config.includes_adapter else ()
+    for pattern in (*WEIGHT_PATTERNS, *lora, GENERATION_CONFIG_NAME, *PROCESSOR_FILES):
         files.update({path.relative_to(directory).as_posix(): path for path in directory.glob(pattern)})
     for number, (dataset_id, task_id) in (benchmarks or {}).items():
         name = re.sub(r"[^\w-]+", "-", f"{dataset_id} {task_id}")  # nobody's name is a path here

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .configuration_tprl import CHECKS, TPRLConfig, given_budget, refuse_contradictory_budget
-from .values import check_fields, flag, optional, wrong
+from .values import check_fields, flag, optional, shown, wrong
 
+LARGEST = 2**62  # number that a tensor takes; there are fewer tokens
 BUDGET_CHECKS = {name: CHECKS[name] for name in ("keep_ratio", "num_keep", "threshold", "min_keep", "max_keep")}
 
 
@@ -47,7 +48,7 @@ def keep_counts(num_visual: Tensor, budget: Budget) -> Tensor:
     visual tokens than `num_keep` keeps all of them.
     """
     if budget.num_keep is not None:
-        counts = torch.full_like(num_visual, budget.num_keep)
+        counts = torch.full_like(num_visual, min(budget.num_keep, LARGEST))
     elif budget.keep_ratio is not None:
         ratio = budget.keep_ratio
         counts = torch.tensor([round(ratio * n) for n in num_visual.tolist()], device=num_visual.device)
@@ -58,16 +59,16 @@ def keep_counts(num_visual: Tensor, budget: Budget) -> Tensor:
 
 def clamp_counts(counts: Tensor, num_visual: Tensor, budget: Budget) -> Tensor:
     """`counts [B]` within the budget's `min_keep` and `max_keep` and what there is."""
-    counts = counts.clamp(min=budget.min_keep)
+    counts = counts.clamp(min=min(budget.min_keep, LARGEST))
     if budget.max_keep is not None:
-        counts = counts.clamp(max=budget.max_keep)
+        counts = counts.clamp(max=min(budget.max_keep, LARGEST))
     return torch.minimum(counts, num_visual)
 
 
 def refuse_several(given: dict[str, Any]) -> None:
     """Raises `ValueError` when a call says several things about pruning."""
     if len(given) > 1:
-        listed = ", ".join(f"{name}={'...' if torch.is_tensor(v) else v}" for name, v in given.items())
+        listed = ", ".join(f"{name}={shown(v)}" for name, v in given.items())
         raise ValueError(f"Pass only one of keep_ratio, num_keep, threshold, prune and keep_mask; got {listed}.")
 
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cache_fingerprint import CacheFingerprint
+from .values import wrong
 
 # What transformers calls a cache, among arguments and in outputs: 5.24 renamed `past_key_values` to `cache`.
 CACHE_NAME = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("past_key_values", "cache"))
@@ -26,11 +27,14 @@ def cache_argument(past_key_values: Cache | None, cache: Cache | None) -> dict[s
     """The cache that a call passes by either of its names, as an argument for the base model; `{}` for none.
 
     Raises:
-        `ValueError`: when it passes both.
+        `ValueError`: when it passes both, or something else.
     """
     if past_key_values is not None and cache is not None:
         raise ValueError("`past_key_values` and `cache` are two names of one argument: pass one of them.")
     given = cache if past_key_values is None else past_key_values
+    if given is not None and not isinstance(given, Cache):
+        name = "cache" if past_key_values is None else "past_key_values"
+        raise wrong(name, given, "a Cache of transformers, such as an earlier call returned")
     return {} if given is None else {CACHE_NAME: given}
 
 
@@ -97,7 +101,7 @@ class CachedPrompt:
         if record is None:
             raise ValueError(
                 f"`past_key_values` holds {held} columns that this model did not prune, so that their positions are "
-                f"unknown. {ADVICE} Of PEFT's prefix tuning, which fills one, take LoRA instead."
+                f"unknown. {ADVICE}"
             )
         rows = record.fingerprint.find_rows(cache, len(record.input_ids))
         known = record.input_ids.shape[1]

@@ -47,6 +47,7 @@ from .hub_tprl import (
     set_code,
     update_card,
 )
+from .peft_adapter import FOLDER, has_adapter, load_own_adapter, refuse_unless_one_lora, save_adapter, without_adapter
 from .policy_linear import PolicyLinear
 from .policy_weights import load_policy, policy_in_files, policy_state, read_policy, refuse_broken
 from .saved_files import finish_saving, written_whole
@@ -176,6 +177,8 @@ class TPRLPreTrainedModel(PreTrainedModel):
                     "it again."
                 ) from error
             refuse_unless_whole(info, source, tolerant)
+            if config.includes_adapter:
+                load_own_adapter(model, source, hub_kwargs)
             return (model, info) if wants_info else model
 
         state = read_policy(source, hub_kwargs)
@@ -195,6 +198,8 @@ class TPRLPreTrainedModel(PreTrainedModel):
         load_policy(model, state, source)
         model._base_cache_dir = hub_kwargs.get("cache_dir")
         model.name_or_path = source
+        if config.includes_adapter:
+            load_own_adapter(model, source, hub_kwargs)
         model.eval()
         return (model, {}) if kwargs.get("output_loading_info") else model
 
@@ -232,7 +237,8 @@ class TPRLPreTrainedModel(PreTrainedModel):
     ):
         r"""
         Saves what is needed to get this model back: the policy with the base model's name and revision where the base
-        model is as it was loaded from there, else everything. Nothing trained is lost.
+        model is as it was loaded from there, else everything; and the LoRA that `load_adapter` put into it. Nothing
+        trained is lost.
 
         Args:
             save_directory (`str` or `os.PathLike`): where to; made when missing.
@@ -249,7 +255,8 @@ class TPRLPreTrainedModel(PreTrainedModel):
 
         Raises:
             `ValueError`: for `save_base_model=False` when the base model was changed; and for a base model whose
-                weights `from_pretrained` would not bring back: a quantised one that was changed, or with adapters.
+                weights `from_pretrained` would not bring back: a quantised one that was changed, or with adapters
+                other than one LoRA that `load_adapter` put there.
         """
         directory = Path(save_directory)
         upload = kwargs.pop("push_to_hub", False)
@@ -258,6 +265,10 @@ class TPRLPreTrainedModel(PreTrainedModel):
             return
         given = kwargs.pop("state_dict", None)
         state = self._weights() if given is None else given
+        tuned = has_adapter(self)
+        if tuned:
+            refuse_unless_one_lora(self)
+            given = state = without_adapter(state)
         whole = self._needs_base(state, save_base_model)
         if whole:
             refuse_quantised(self)
@@ -266,30 +277,48 @@ class TPRLPreTrainedModel(PreTrainedModel):
                 given = cast_base(state, base_dtype)
             kwargs.setdefault("save_original_format", False)
         config = self.config
-        before = config.includes_base_model, config.base_model_relative_path
-        config.includes_base_model = whole
+        before = config.includes_base_model, config.base_model_relative_path, config.includes_adapter
+        config.includes_base_model, config.includes_adapter = whole, tuned
         config.base_model_name_or_path = absolute_path(config.base_model_name_or_path)
         config.base_model_relative_path = relative_path(config.base_model_name_or_path, directory)
         try:
             with written_whole(directory) as scratch:
+                if tuned:
+                    save_adapter(self, Path(scratch), config.base_model_name_or_path)
                 if whole:
+                    self._hf_peft_config_loaded = False  # else only the adapter would be saved
                     super().save_pretrained(scratch, state_dict=given, **kwargs)
                 else:
                     self._save_policy(Path(scratch), state)
                 takes_code = include_code or self._auto_class is not None
                 set_code(Path(scratch), code_files(self.config, self.pruner_classes) if takes_code else {})
         finally:
-            config.includes_base_model, config.base_model_relative_path = before
+            config.includes_base_model, config.base_model_relative_path, config.includes_adapter = before
+            self._hf_peft_config_loaded = tuned
         if upload:
             hub.setdefault("repo_id", directory.name)
             self.push_to_hub(**hub, save_base_model=whole, base_dtype=base_dtype)
 
     def add_adapter(self, adapter_config, adapter_name: str | None = None) -> None:
-        """Raises `ValueError`: what it adds, a checkpoint of ours would not hold."""
+        """Raises `ValueError`: `Trainer` could not resume what it adds."""
         raise ValueError(
-            "add_adapter would train weights that save_pretrained cannot bring back: use peft.get_peft_model(model, "
-            "config), whose own save_pretrained saves the adapter, or merge_and_unload() to have one model."
+            "add_adapter would add weights that a resumed Trainer does not find again: train with "
+            "peft.get_peft_model(model, config), save that, and put it into this model with "
+            "model.load_adapter(DIRECTORY): save_pretrained then saves policy and LoRA together."
         )
+
+    def load_adapter(self, *args, is_trainable: bool = False, **kwargs) -> Any:
+        """As [`~transformers.PreTrainedModel.load_adapter`]: `save_pretrained` saves the LoRA beside the policy.
+
+        Raises:
+            `ValueError`: for `is_trainable=True`, because a `Trainer` that resumes would not find the LoRA again.
+        """
+        if is_trainable:
+            raise ValueError(
+                "load_adapter(is_trainable=True) would train weights that a resumed Trainer does not find: train "
+                "with peft.PeftModel.from_pretrained(model, DIRECTORY, is_trainable=True)."
+            )
+        return super().load_adapter(*args, **kwargs)
 
     def _weights(self) -> dict[str, Tensor]:
         """All weights, of which those that lie on a disk until they are needed can only be had by writing them."""
@@ -393,7 +422,8 @@ class TPRLPreTrainedModel(PreTrainedModel):
             refuse_untrained(self.config)
         api = HfApi(token=token)
         before = self.config.base_model_name_or_path, self.config.base_model_revision
-        save_base_model = self._needs_base(self._weights(), save_base_model)
+        weights = self._weights()
+        save_base_model = self._needs_base(without_adapter(weights) if has_adapter(self) else weights, save_base_model)
         if save_base_model:
             if not is_hub_name(before[0]):  # a path is of this machine only
                 self.config.base_model_name_or_path = self.config.base_model_revision = None
@@ -404,7 +434,7 @@ class TPRLPreTrainedModel(PreTrainedModel):
                 folder = Path(scratch)
                 self.save_pretrained(folder, save_base_model, base_dtype, True, max_shard_size=max_shard_size)
                 config = copy.copy(self.config)
-                config.includes_base_model = save_base_model
+                config.includes_base_model, config.includes_adapter = save_base_model, has_adapter(self)
                 repo_id = prepare_repo(api, repo_id, private, revision)
                 card = full_card(card_metadata(config, base_licence(api, config), tags), repo_id=repo_id)
                 card = update_card(card_on_hub(api, repo_id, revision), card, replace=False)
@@ -416,7 +446,7 @@ class TPRLPreTrainedModel(PreTrainedModel):
                     commit_description=commit_description,
                     revision=revision,
                     create_pr=create_pr,
-                    delete_patterns=list(WEIGHT_PATTERNS),
+                    delete_patterns=[*WEIGHT_PATTERNS, f"{FOLDER}/*"],
                 )
         finally:
             self.config.base_model_name_or_path, self.config.base_model_revision = before

@@ -27,6 +27,7 @@ CHECKS: dict[str, Check] = {
     "base_model_revision": optional(text),
     "base_model_relative_path": optional(text),
     "includes_base_model": flag,
+    "includes_adapter": flag,
     "keep_ratio": optional(number(above=0, most=1, what="the fraction that is KEPT, in (0, 1]", cure=KEEP_ALL)),
     "num_keep": optional(whole(1, cure="To drop an image pass keep_mask.")),
     "threshold": optional(number()),
@@ -98,6 +99,8 @@ class TPRLConfig(PreTrainedConfig):
             together. Set by `save_pretrained`.
         includes_base_model (`bool`, defaults to `True`):
             Whether the checkpoint holds the LVLM's weights too. Set by `save_pretrained`.
+        includes_adapter (`bool`, defaults to `False`):
+            Whether it holds a LoRA of the LVLM, in the folder `adapter`. Set by `save_pretrained`.
         keep_ratio (`float`, *optional*):
             Default budget: the fraction of each sample's visual tokens that is kept.
         num_keep (`int`, *optional*):
@@ -164,6 +167,7 @@ class TPRLConfig(PreTrainedConfig):
     base_model_revision: str | None = None
     base_model_relative_path: str | None = None
     includes_base_model: bool = True
+    includes_adapter: bool = False
     keep_ratio: float | int | None = None
     num_keep: int | None = None
     threshold: float | int | None = None
@@ -189,6 +193,7 @@ class TPRLConfig(PreTrainedConfig):
     num_steps: int = 1
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("text_config", None)  # of `to_dict`
         kwargs.pop("lambda_disc", None)  # older checkpoints name it, though only training reads it
         if isinstance(self.base_config, dict):
             base = dict(self.base_config)
@@ -222,13 +227,25 @@ class TPRLConfig(PreTrainedConfig):
         refuse_contradictory_budget(self)
         if isinstance(self.pruner, str):
             self.pruner = {"name": self.pruner}
-        has_name = isinstance(self.pruner, dict) and isinstance(self.pruner.get("name"), str)
+        has_name = isinstance(self.pruner, dict) and isinstance(self.pruner.get("name"), str) and self.pruner["name"]
         if self.pruner is not None and not has_name:
             raise wrong("pruner", self.pruner, "the name of a pruner, or a dict with its name and settings")
         if self.policy_training is not None and not isinstance(self.policy_training, dict):
             raise wrong("policy_training", self.policy_training, "a dict such as trainers write, or None")
         if self.latent_dim is not None:
             refuse_uneven_heads(self.latent_dim, self.policy_num_heads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the sizes of the LLM as `text_config`, where PEFT looks for them; they are not saved."""
+        values = super().to_dict()
+        if isinstance(self.base_config, PreTrainedConfig):
+            values["text_config"] = self.get_text_config().to_dict()
+        return values
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        values = super().to_diff_dict()
+        values.pop("text_config", None)
+        return values
 
     # As the base model's config: others, such as TRL, look there for the ids of placeholders.
 

@@ -122,7 +122,8 @@ def pinned_revision(api: HfApi, config: TPRLConfig) -> str | None:
     if name is None or not is_hub_name(name):
         raise ValueError(
             f"The policy's base model is {name!r}, which others cannot load: set model.config.base_model_name_or_path "
-            "to its name on the Hub, or push with save_base_model=True."
+            "to its name on the Hub (tprl push --base-model NAME), or push its weights too, with save_base_model=True "
+            "(tprl push --merged)."
         )
     return config.base_model_revision or api.model_info(name).sha
 

@@ -90,7 +90,9 @@ class LVLMAdapter:
     def smaller_picture_options(self) -> dict[str, bool]:
         """What a tower with a fixed grid is to be passed along with pictures of another size."""
         parts = self.core.children()
-        return {INTERPOLATE: True} if any(INTERPOLATE in inspect.signature(p.forward).parameters for p in parts) else {}
+        return (
+            {INTERPOLATE: True} if any(INTERPOLATE in inspect.signature(p.forward).parameters for p in parts) else {}
+        )
 
     def find_visual(self, input_ids: Tensor) -> Tensor:
         """Placeholders of images and videos, `bool` of the shape of `input_ids`."""

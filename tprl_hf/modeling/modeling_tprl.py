@@ -18,8 +18,24 @@ from .packed_rows import PackedRows
 from .prompt_output import logits_wanted, to_prompt_output
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
 from .pruned_core import PrunedCore
-from .sequence_inputs import check_call, count_no_placeholders, predicted_labels, refuse_other_forms, shifted_labels
+from .sequence_inputs import (
+    check_call,
+    count_no_placeholders,
+    predicted_labels,
+    refuse_other_forms,
+    refuse_unknown_labels,
+    shifted_labels,
+)
 from .values import flag
+from .virtual_tokens import (
+    embed_columns,
+    embedded_as,
+    is_prefix,
+    peft_around,
+    put_behind_prefix,
+    with_virtual_tokens,
+    without_prefix,
+)
 from .visual_features import VisualFeatures
 
 
@@ -130,12 +146,21 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         given = {"pixel_values": pixel_values, "position_ids": position_ids, "labels": labels}
         inputs = kwargs | {name: value for name, value in given.items() if value is not None}
+        if input_ids is not None and inputs.get("inputs_embeds") is not None:
+            raise ValueError("`input_ids` and `inputs_embeds` say the same: pass one of them.")
         check_call(input_ids, attention_mask, query_mask, visual_features, inputs)
         compact = flag("compact", compact)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
         inputs |= cache_argument(past_key_values, cache)
         cache = inputs.get(CACHE_NAME)
         filled = is_filled(cache)
+        if input_ids is not None and is_prefix(cache, input_ids, attention_mask):
+            if choice is not None and self.adapter.find_visual(input_ids.cpu()).any():
+                output = self._run(input_ids, attention_mask, inputs, choice, query_mask, visual_features, compact)
+            else:
+                inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+                output = self._output(self.lvlm(return_dict=True, **inputs))
+            return output if return_dict else output.to_tuple()
         if filled and (prune is not False or CachedPrompt.is_on(cache)):
             if input_ids is None or isinstance(choice, Tensor):
                 raise ValueError("Behind a filled cache pass the new tokens as `input_ids`, and no `keep_mask`.")
@@ -171,6 +196,10 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
                 mask = packed.valid.long().to(ids.device)
                 output = self._run(ids, mask, given, choice, given.pop("query_mask"), visual_features, False, run)
                 return packed.pack_output(output, wanted)
+        prefix = inputs.get(CACHE_NAME) if is_filled(inputs.get(CACHE_NAME)) else None
+        whole_mask = attention_mask
+        if prefix is not None and attention_mask is not None:
+            inputs, attention_mask = without_prefix(inputs, attention_mask, prefix)
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
         positions = self.adapter.forward_positions(batch.attention_mask)
         if positions is not None and "position_ids" not in inputs:
@@ -179,6 +208,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         plan = self._plan(batch, choice, query_mask)
         wanted, length = batch.inputs.pop("logits_to_keep", 0), batch.input_ids.shape[1]
         batch.inputs = count_no_placeholders(batch.inputs, batch.visual)
+        refuse_unknown_labels(batch.inputs, self.num_ids)
         pruned = self._pruned(batch, plan)
         if "labels" in batch.inputs:
             pruned.inputs["labels"] = predicted_labels(pruned.inputs["labels"], pruned.columns)
@@ -186,18 +216,24 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             pruned.inputs["shift_labels"] = shifted_labels(batch.inputs["shift_labels"], pruned.columns)
         if "position_ids" not in inputs:
             pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
+        if batch.inputs.get("inputs_embeds") is not None:
+            ids, embeds = pruned.inputs.pop("input_ids"), batch.inputs["inputs_embeds"]
+            pruned.inputs["inputs_embeds"] = embed_columns(embeds, ids, pruned.columns, self.get_input_embeddings())
         needed, columns = wanted, pruned.columns
         if not compact:
             source = source_columns(columns, length)
             wanted, needed = logits_wanted(wanted, source, columns.shape[1])
         if torch.is_tensor(needed) or 0 < needed < columns.shape[1]:
             pruned.inputs["logits_to_keep"] = needed
+        if prefix is not None and whole_mask is not None:
+            put_behind_prefix(pruned.inputs, whole_mask, prefix, "position_ids" in inputs)
         output = self._output(run(self, pruned.inputs), plan, pruned)
         if not compact:
             own = torch.zeros_like(source, dtype=torch.bool).scatter_(1, columns.clamp(min=0), True)
             own[:, 0] = (columns == 0).any(1)  # padding pointed there
             to_prompt_output(output, source, wanted, needed, own)
-        self._note(output.get(CACHE_NAME), pruned.record)
+        if prefix is None:
+            self._note(output.get(CACHE_NAME), pruned.record)
         return output
 
     def _packed_rows(self, input_ids: Tensor, inputs: dict[str, Any]) -> PackedRows | None:
@@ -245,7 +281,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         given = ("loss", "logits", CACHE_NAME, "hidden_states", "attentions")
         whole = TPRLOutput(**{name: output.get(name) for name in given})
         if plan is not None and pruned is not None:
-            device = pruned.inputs["input_ids"].device
+            device = pruned.inputs["attention_mask"].device
             whole["keep_mask"], whole["num_kept"] = plan.keep_mask.to(device), plan.num_kept.to(device)
             whole["columns"] = pruned.columns.to(device)
         return whole
@@ -280,11 +316,6 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         Returns:
             As [`~transformers.GenerationMixin.generate`]; a dict also has `keep_mask`, `num_kept` and `num_visual`.
         """
-        if "prepare_inputs_for_generation" in vars(self):  # set by PEFT, whose virtual tokens would be left out
-            raise ValueError(
-                "PEFT's prompt tuning, P-tuning and prefix tuning are not possible: their virtual tokens would not "
-                "reach the pruned prompt. Instead take LoRA."
-            )
         if inputs is not None and kwargs.get("input_ids") is not None:
             raise ValueError("`inputs` and `input_ids` are two names for the prompts: leave one out.")
         input_ids = kwargs.pop("input_ids", inputs)
@@ -307,25 +338,38 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
                 )
             record = self._read_cache(cache, input_ids, asked, kwargs, copies)
         filler = setting("pad_token_id", kwargs, *configs)
-        if self._leaves_alone(input_ids, choice, visual_features, record):
+        prompt, peft_model, embeds = input_ids, peft_around(self), None
+        if peft_model is not None and input_ids is not None:
+            mask = self._infer_attention_mask(input_ids) if asked is None else asked
+            kwargs |= {"attention_mask": mask, "query_mask": query_mask}
+            virtual = with_virtual_tokens(peft_model, input_ids, kwargs, self.get_input_embeddings(), copies)
+            input_ids, kwargs, record = virtual.input_ids, virtual.inputs, virtual.record
+            query_mask, cache, embeds = kwargs.pop("query_mask"), kwargs.get(CACHE_NAME), virtual.embeddings
+        elif self._leaves_alone(input_ids, choice, visual_features, record):
             output = self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
             if not filled:
                 self._note_unpruned_answer(cache, input_ids, asked, kwargs, output, copies, filler)
             return output
 
+        if prompt is None:
+            raise ValueError("`generate` needs `input_ids`: they say where the visual tokens are.")
         batch = self._batch(
             input_ids, kwargs.pop("attention_mask", None), visual_features, kwargs, record, self._looks(choice)
         )
         plan = self._plan(batch, choice, query_mask)
         no_cache = setting("use_cache", kwargs, *configs) is False
         pruned = self._pruned(batch, plan, same_length=copies > 1, min_padding=int(no_cache))
-        prompt, length = batch.input_ids.to(batch.device), pruned.input_ids.shape[1]
-        arguments = pruned.inputs
+        arguments, length = pruned.inputs, pruned.input_ids.shape[1]
         generation_config = convert_lengths(
             arguments, generation_config, self.generation_config, prompt.shape[1], length
         )
         wrap_for_original_prompt(arguments, prompt, length)
-        output = self.lvlm.generate(generation_config=generation_config, **arguments)
+        if embeds is None:
+            output = self.lvlm.generate(generation_config=generation_config, **arguments)
+        else:
+            ids, embedding = arguments["input_ids"], self.get_input_embeddings()
+            with embedded_as(embedding, ids, embed_columns(embeds, ids, pruned.columns, embedding)):
+                output = self.lvlm.generate(generation_config=generation_config, **arguments)
 
         sequences = output if torch.is_tensor(output) else output.sequences
         self._note_answer(cache, pruned.record, output, copies, filler)

@@ -32,6 +32,7 @@ from .text_query import config_special_ids, default_query_mask, template_ids
 from .token_autoencoder import TokenAutoencoder
 from .token_pruner import PruningInputs, TokenPruner
 from .values import flag, refuse_misspelled, wrong
+from .virtual_tokens import ids_of_embeddings, types_before_tokens
 from .visual_features import VisualFeatures
 
 logger = logging.get_logger(__name__)
@@ -150,10 +151,11 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         with_attention: bool = False,
     ) -> PromptBatch:
         if input_ids is None:
-            raise ValueError(
-                "`input_ids` are needed: they say where the visual tokens are. `inputs_embeds` do not, so that PEFT's "
-                "prompt tuning and P-tuning are not possible: take LoRA."
-            )
+            embeds = inputs.get("inputs_embeds")
+            if embeds is None:
+                raise ValueError("`input_ids` are needed: they say where the visual tokens are.")
+            input_ids = ids_of_embeddings(embeds, self.get_input_embeddings(), self.adapter.token_ids.values())
+            input_ids, inputs = input_ids.to(embeds.device), types_before_tokens(inputs, embeds.shape[1])
         if attention_mask is None:
             attention_mask = self._infer_attention_mask(input_ids)
         if attention_mask.shape != input_ids.shape:
@@ -161,7 +163,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                 f"attention_mask must be two-dimensional as input_ids, {tuple(input_ids.shape)}; got "
                 f"{tuple(attention_mask.shape)}."
             )
-        device, input_ids, attention_mask = input_ids.device, input_ids.cpu(), attention_mask.cpu()
+        device, input_ids, attention_mask = input_ids.device, input_ids.cpu(), attention_mask.cpu().long()
         visual = self.adapter.find_visual(input_ids)
         check_values(input_ids, attention_mask, visual, self.num_ids)
         attention_mask = attention_mask.long()

@@ -254,6 +254,7 @@ def ids_of(
 ) -> Tensor:
     """Ids of the pruned batch, `int64 [B, P]`, with `missing` placeholders of each modality in the padding."""
     ids = gather_columns(batch.input_ids, columns.index, columns.valid, pad_token_id)
+    ids = ids.masked_fill(ids < 0, pad_token_id)  # columns without a token
     column = torch.arange(ids.shape[1], device="cpu")
     start = torch.full((len(ids), 1), columns.num_cached, device="cpu")
     for modality, count in missing.items():

@@ -71,6 +71,18 @@ def check_values(input_ids: Tensor, attention_mask: Tensor, is_placeholder: Tens
         )
 
 
+def refuse_unknown_labels(inputs: dict[str, Any], num_ids: int) -> None:
+    """Raises `ValueError` for `labels` and `shift_labels` that are neither ids of the model nor -100."""
+    for name in ("labels", "shift_labels"):
+        labels = inputs.get(name)
+        unknown = None if labels is None else (labels != -100) & ((labels < 0) | (labels >= num_ids))
+        if labels is not None and unknown is not None and unknown.any():
+            raise ValueError(
+                f"{name} must be ids from 0 to {num_ids - 1}, or -100 for what does not count; got "
+                f"{int(labels[unknown][0])}."
+            )
+
+
 def refuse_other_than_bits(name: str, mask: Tensor) -> None:
     """Raises `ValueError` for a mask that holds anything but ones and zeros."""
     other = (mask != 0) & (mask != 1)

@@ -55,7 +55,7 @@ def default_query_mask(
         `bool [B, L]`
     """
     special = torch.isin(input_ids, torch.tensor(special_ids, device=input_ids.device, dtype=input_ids.dtype))
-    question = attention_mask.bool() & ~visual & ~special
+    question = attention_mask.bool() & ~visual & ~special & (input_ids >= 0)  # less: a column without a token
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     end = last_occurrence(input_ids, end_ids, input_ids.shape[1])
     before_end = columns < end[:, None]

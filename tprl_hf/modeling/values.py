@@ -55,10 +55,11 @@ def number(
     least: float | None = None,
     most: float | None = None,
     above: float | None = None,
+    below: float | None = None,
     what: str = "a number, and finite",
     cure: str = "",
 ) -> Check:
-    """A check for finite numbers of at least `least`, at most `most`, and above `above`; `what` says it in words."""
+    """A check for finite numbers from `least` to `most`, above `above` and below `below`; `what` says it in words."""
 
     def check(name: str, value: Any) -> float:
         given = plain(value)
@@ -67,7 +68,7 @@ def number(
         found = given if isinstance(given, int) else float(given)
         if (least is not None and found < least) or (most is not None and found > most):
             raise wrong(name, value, what, cure)
-        if above is not None and found <= above:
+        if (above is not None and found <= above) or (below is not None and found >= below):
             raise wrong(name, value, what, cure)
         return found
 

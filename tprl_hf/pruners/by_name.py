@@ -1,6 +1,8 @@
 """Pruners by the names that users write. The functions import torch, this module does not."""
 
-from typing import TYPE_CHECKING
+import inspect
+import json
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
@@ -27,16 +29,17 @@ def make_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0)
         model ([`TPRLForConditionalGeneration`]):
             The model.
         name (`str`):
-            A pruner's name: "learned", or one of [`~tprl_hf.pruners.PRUNERS`].
+            A pruner's name: "learned", or one of [`~tprl_hf.pruners.PRUNERS`], which settings may follow:
+            "fastv:layer=3".
         seed (`int`, *optional*, defaults to 0):
             Seed of the random pruner.
 
     Returns:
-        [`TokenPruner`]: The pruner with its default settings and without a budget. `None` where the model needs none
+        [`TokenPruner`]: The pruner with these settings and without a budget. `None` where the model needs none
         set: for "none", and for "learned" where its policy chooses anyway.
 
     Raises:
-        `ValueError`: For an unknown name, and for "learned" where the policy is not trained.
+        `ValueError`: For an unknown name or setting, and for "learned" where the policy is not trained.
     """
     from tprl_hf.modeling.checkpoint_checks import refuse_untrained
 
@@ -47,6 +50,49 @@ def make_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0)
     if name == "learned":
         refuse_untrained(model.config)
         return None if model.config.pruner is None else model.learned_pruner()
+    name, settings = split_settings(name)
     if name not in PRUNERS:
         raise ValueError(f"There is no pruner {name!r}; choose from learned, {', '.join(PRUNERS)}.")
-    return PRUNERS[name](**({"seed": seed} if name == "random" else {}))
+    refuse_unknown_settings(name, settings)
+    return PRUNERS[name](**({"seed": seed} if name == "random" else {}) | settings)
+
+
+def split_settings(text: str) -> tuple[str, dict[str, Any]]:
+    """
+    A pruner's name and its settings.
+
+    Example:
+
+    ```python
+    >>> split_settings("query-similarity:reduce=max"), split_settings("fastv:layer=3")
+    (('query-similarity', {'reduce': 'max'}), ('fastv', {'layer': 3}))
+    ```
+
+    Raises:
+        `ValueError`: Where a setting has no value.
+    """
+    name, *parts = text.split(":")
+    settings = {}
+    for part in parts:
+        setting, equals, value = part.partition("=")
+        if not (setting and equals and value):
+            raise ValueError(f"{text!r}: settings are written as in fastv:layer=3; got {part!r}.")
+        try:
+            settings[setting] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[setting] = value
+    return name, settings
+
+
+def refuse_unknown_settings(name: str, settings: dict[str, Any]) -> None:
+    """Raises `ValueError` for settings that a pruner does not have; a budget is not one of them."""
+    from tprl_hf.modeling.token_pruner import TokenPruner
+
+    from . import PRUNERS
+
+    budget, kept = inspect.signature(TokenPruner.__init__).parameters, PRUNERS[name].not_settings
+    parameters = inspect.signature(PRUNERS[name].__init__).parameters
+    known = [one for one in parameters if one not in (*budget, *kept, "budget", "seed")]
+    for setting in settings:
+        if setting not in known:
+            raise ValueError(f"{name} has no setting {setting!r}; it has {', '.join(known) or 'none'}.")

@@ -1,7 +1,7 @@
 """Average pooling: the grid of tokens becomes a coarser one, each of whose tokens is the mean of those it covers.
 
-The plainest way to fewer tokens after the tower, and a baseline of the field (UniPruneBench, arXiv 2511.02650, calls it
-pooling). It looks neither at the tokens nor at the question.
+The plainest way to fewer tokens after the tower, and a baseline of UniPruneBench (arXiv 2511.02650). It looks neither
+at the tokens nor at the question.
 """
 
 import torch
@@ -14,9 +14,9 @@ class PoolPruner(SetPruner):
     """Covers each image, crop and frame with as many cells as it keeps tokens; a cell becomes the mean of its tokens.
 
     Cells are as square as the budget allows: a fourth of a 12 by 12 grid are 6 by 6 cells of 2 by 2 tokens. Where the
-    budget does not divide into rows and columns, some rows of cells have one cell more. Several images, crops or frames
-    share the budget by their sizes. A mean has the place of the token in the middle of its cell. Rows for deeper LLM
-    layers (deepstack) are not averaged.
+    budget does not divide into rows and columns, some rows of cells have one cell more. Several images, crops or
+    frames share the budget by their sizes. A mean has the place of the token in the middle of its cell. Rows for
+    deeper LLM layers (deepstack) are not averaged.
 
     Args:
         **budget: see [`TokenPruner`]; no threshold.

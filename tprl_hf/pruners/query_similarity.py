@@ -2,8 +2,9 @@
 
 After TRIM (Song et al., "Less is More: A Simple yet Effective Token Reduction Method for Efficient Multi-modal LLMs",
 arXiv 2409.10994), which compares CLIP's text vector with CLIP's patch features. Most LVLMs have no text tower; here
-both live in the LLM's input space, where projectors align them only loosely. TRIM's one extra token, the mean of what
-was removed, is left out, and the budget replaces its interquartile rule.
+both live in the LLM's input space, where projectors align them only loosely. The mean over the words orders the tokens
+as the cosine to the mean of the words' directions does: TRIM's formula with that in place of the pooled text. TRIM's
+one extra token, the mean of what was removed, is left out, and the budget replaces its interquartile rule.
 """
 
 import torch.nn.functional as F

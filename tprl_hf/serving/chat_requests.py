@@ -62,6 +62,8 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 1_000
 MAX_NUM_KEEP = 2**31 - 1
 ROLES = ("assistant", "system", "user")
+# What OpenAI's `detail` of an image keeps; "auto" is what the server keeps of requests that do not say.
+DETAILS: dict[str, dict[str, Any]] = {"auto": {}, "high": {"prune": False}, "low": {"keep_ratio": 1 / 9}}
 BUDGET_TYPES: dict[str, tuple[type, ...]] = {
     "keep_ratio": (float, int),
     "num_keep": (int,),
@@ -83,6 +85,8 @@ class Question:
         budget (`dict`): Keyword arguments of `generate`, empty where the request names no budget.
         seed (`int`, *optional*): Of the random numbers, where the answer is drawn.
         stops (`list[str]`): The texts that end the answer.
+        timings (`bool`): Whether the answer says what took how long.
+        num_pixels (`int`): Of its images, when these were looked at.
     """
 
     body: dict[str, Any]
@@ -92,6 +96,8 @@ class Question:
     budget: dict[str, Any]
     seed: int | None
     stops: list[str]
+    timings: bool
+    num_pixels: int = 0
 
 
 def read_question(content: bytes | bytearray, limits: Limits) -> Question:
@@ -109,6 +115,7 @@ def read_question(content: bytes | bytearray, limits: Limits) -> Question:
     if body.get("logit_bias") is not None:
         body["logit_bias"] = read_biases(body["logit_bias"])
     budget, seed, stops = take_budget(body), take_seed(body), take_stops(body)
+    timings = body.pop("timings", None) or False
     messages = read_messages(body.pop("messages", None), limits)
     parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
     images = [part["image_url"] for part in parts if part["type"] == "image_url"]
@@ -117,7 +124,13 @@ def read_question(content: bytes | bytearray, limits: Limits) -> Question:
     text = texts_of(messages)
     if len(text) > MAX_TEXT:
         raise refuse(f"The messages have {len(text):,} characters; at most {MAX_TEXT:,} are read.")
-    return Question(body, messages, images, text, budget, seed, stops)
+    details = {image.detail for image in images}
+    if len(details) > 1:
+        raise refuse(f"The images of a request have one detail; got {', '.join(sorted(details))}.")
+    detail_budget = DETAILS[details.pop()] if details else {}
+    if budget and detail_budget:
+        raise refuse(f"Pass a detail other than auto, or {next(iter(budget))}, not both.")
+    return Question(body, messages, images, text, budget or detail_budget, seed, stops, timings)
 
 
 def shown(value: Any) -> str:
@@ -136,7 +149,7 @@ def refuse_unserved(body: dict[str, Any]) -> None:
             raise refuse(f"{name}={shown(value)} is not served: leave it out.")
     for name, bounds in NUMBERS.items():
         check_number(name, body.get(name), bounds)
-    for name, kind in (("model", str), ("stream", bool), ("user", str)):
+    for name, kind in (("model", str), ("stream", bool), ("timings", bool), ("user", str)):
         if body.get(name) is not None and not isinstance(body[name], kind):
             raise refuse(f"{name} must be {kind.__name__}; got {shown(body[name])}.")
     options = body.pop("stream_options", None)
@@ -318,14 +331,27 @@ def read_part(part: Any, limits: Limits) -> dict[str, Any]:
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": readable(part["text"])}
     if kind == "image_url":
-        url = part.get("image_url")
-        url = url.get("url") if isinstance(url, dict) else url
-        if isinstance(url, str):
-            return {"type": "image_url", "image_url": read_url(url, limits)}
+        given = part.get("image_url")
+        given = given if isinstance(given, dict) else {"url": given}
+        if isinstance(given.get("url"), str):
+            image = read_url(given["url"], limits)
+            image.detail = read_detail(given)
+            return {"type": "image_url", "image_url": image}
     raise refuse(
         'A part is {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}; got one of '
         f"type {repr(kind)[:80]}."
     )
+
+
+def read_detail(image_url: dict[str, Any]) -> str:
+    """The `detail` of an image. Raises `HTTPException` 400 for one that is not served, and for other fields."""
+    others = sorted(set(image_url) - {"url", "detail"})
+    if others:
+        raise refuse(f"An image_url has a url and a detail; {shown(others[0])} is not served.")
+    detail = "auto" if image_url.get("detail") is None else image_url["detail"]
+    if not isinstance(detail, str) or detail not in DETAILS:
+        raise refuse(f"detail is one of {', '.join(DETAILS)}; got {shown(detail)}.")
+    return detail
 
 
 def readable(text: str) -> str:

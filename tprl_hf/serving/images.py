@@ -23,10 +23,12 @@ class SentImage:
     Args:
         content (`bytes`, *optional*): Of its file; there once it was fetched.
         url (`str`, *optional*): Where it is fetched from.
+        detail (`str`): How much of it is kept, as OpenAI names it.
     """
 
     content: bytes | None = None
     url: str | None = None
+    detail: str = "auto"
 
     def open(self) -> Image.Image:
         """Upright and in RGB. Raises `HTTPException` 400 for what is not an image."""
@@ -101,9 +103,12 @@ async def download(session: aiohttp.ClientSession, url: str, max_bytes: int) -> 
     return bytes(content)
 
 
-def refuse_large(images: Sequence[SentImage], image_processor: Any) -> None:
+def count_pixels(images: Sequence[SentImage], image_processor: Any) -> int:
     """
     Looks at the headers of all images before the first one is decoded.
+
+    Returns:
+        `int`: Their pixels, as they come or as the processor scales them, whichever is more.
 
     Raises:
         `HTTPException`: 400 for what is not an image, and where all of them together have more than `MAX_PIXELS`
@@ -123,6 +128,7 @@ def refuse_large(images: Sequence[SentImage], image_processor: Any) -> None:
             f"The images of the request have {sent:,} pixels together, and {scaled:,} as the model's processor scales "
             f"them; at most {MAX_PIXELS:,} are read. Scale or cut them, or send fewer."
         )
+    return max(sent, scaled)
 
 
 def scaled_pixels(image_processor: Any, width: int, height: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 BODY_SECONDS = 30.0  # a request's body has come by then, or it is refused
@@ -25,6 +26,8 @@ class Limits:
         max_bytes (`int`, defaults to 20 million): of a request's body, and of the images fetched for it.
         max_images (`int`, defaults to 16): of a request.
         max_tokens (`int`, defaults to 4096): of an answer.
+        max_image_tokens (`int`, *optional*): visual tokens that a request keeps, for each of its images.
+        max_batch (`int`, defaults to 8): requests that the model answers together.
         max_waiting (`int`, defaults to 64): requests that wait for their answer.
         allow_remote_images (`bool`): whether the server fetches images from the addresses that clients name.
     """
@@ -32,6 +35,8 @@ class Limits:
     max_bytes: int = 20_000_000
     max_images: int = 16
     max_tokens: int = 4096
+    max_image_tokens: int | None = None
+    max_batch: int = 8
     max_waiting: int = 64
     allow_remote_images: bool = False
 
@@ -88,6 +93,9 @@ class WaitingRoom:
         except TimeoutError:
             self.num_bytes -= len(body)
             raise refuse(f"The request has not come within {BODY_SECONDS:g} seconds.", 408) from None
+        except ClientDisconnect:
+            self.num_bytes -= len(body)
+            raise refuse("The client has left.", 499) from None
         except BaseException:
             self.num_bytes -= len(body)
             raise

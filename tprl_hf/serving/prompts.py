@@ -70,6 +70,9 @@ def prepare(question: Question, model: Any, processor: Any, request_id: str) -> 
     except (ValueError, OSError, TypeError, LookupError, TemplateError) as error:
         # a placeholder without its image, or roles in an order that the template refuses
         raise refuse("The messages cannot be made into a prompt: " + " ".join(str(error).split())) from error
+    finally:
+        for message in question.messages:  # decoded images are large, and nobody looks at them again
+            message["content"] = ""
     length, positions = inputs["input_ids"].shape[-1], num_positions(model)
     if positions is not None and length >= positions:
         raise refuse(

@@ -21,6 +21,7 @@ class AnswerEnd:
     Attributes:
         client_left (`threading.Event`): Set when nobody waits for the answer any more.
         server_ends (`threading.Event`): Set when the server cannot wait for the answer any more.
+        generated (`asyncio.Event`): Set when the model has made its last token, and all about it is known.
         found (`bool`): Whether one of the texts has come.
     """
 
@@ -28,6 +29,7 @@ class AnswerEnd:
         self.stops = stops
         self.client_left = threading.Event()
         self.server_ends = threading.Event()
+        self.generated = asyncio.Event()
         self.found = False
 
     def is_late(self) -> bool:
@@ -83,11 +85,15 @@ class CutQueue:
     async def get(self) -> Any:
         while not self.ready:
             self._let_through(await self.queue.get())
+        if self.ready[0] is None:  # who reads it asks at once what the answer has cost
+            await self.end.generated.wait()
         return self.ready.pop(0)
 
     def get_nowait(self) -> Any:
         while not self.ready:
             self._let_through(self.queue.get_nowait())
+        if self.ready[0] is None and not self.end.generated.is_set():
+            raise asyncio.QueueEmpty
         return self.ready.pop(0)
 
     def _let_through(self, item: Any) -> None:

@@ -45,7 +45,7 @@ NUM_PATCHES = PATCHES_PER_SIDE**2
 TOWER_LAYERS = 9  # of twelve: things are told apart best by what leaves the ninth
 TOWER_POSITIONS = 37  # a side, of the tower's own position embeddings
 
-# "<|im_start|><image>Is there a dog?<|im_end|> yes<|im_end|>"; every answer begins with a space, as words in a text do.
+# "<|im_start|><image>Is there a dog?<|im_end|> yes<|im_end|>"; answers begin with a space, as words in a text do.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}<|im_end|>{{ ' ' }}{% elif loop.first %}<|im_start|>{% endif %}"
@@ -59,7 +59,7 @@ CHAT_TEMPLATE = (
 )
 
 
-class PartMissingError(RuntimeError):
+class PartMissingError(OSError):
     """A part that cannot be had on this machine."""
 
 
@@ -83,7 +83,7 @@ def fetch_pictures(package: str, root: Path) -> None:
     if (root / copyright_file).is_file():
         return
     with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)  # apt-get downloads as a user of its own
+        os.chmod(folder, 0o755)  # apt-get downloads as a user of its own  # nosec B103
         _call(["apt-get", "download", "--quiet", package], f"the Debian package {package}", cwd=folder)
         path = next(Path(folder).glob("*.deb"))
         unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", path], check=True, capture_output=True).stdout
@@ -124,9 +124,7 @@ def convert_llm(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     else:
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    llm = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, **arguments
-    )
+    llm = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **arguments)
     return llm, tokenizer
 
 
@@ -208,7 +206,7 @@ def join(
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<|endoftext|>"})
     tokenizer.padding_side = "left"
     image_token = tokenizer.convert_tokens_to_ids("<image>")
-    llm.resize_token_embeddings(len(tokenizer))
+    llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     llm.config.pad_token_id = tokenizer.pad_token_id
     # What transformers notes of the file that it was read from says nothing about the joined model.
     text_config = type(llm.config)(

@@ -14,6 +14,7 @@ from torch import Tensor
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.text_query import chat_messages, question_mask
 from tprl_hf.modeling.token_pruner import PruningInputs
+from tprl_hf.modeling.values import wrong
 from tprl_hf.modeling.visual_features import VisualFeatures
 from tprl_hf.pictures import picture_of
 
@@ -108,9 +109,9 @@ def reference_answer(row: Mapping[str, Any]) -> str | None:
     return max(answer, key=answer.count, default=None)
 
 
-def open_images(images: Sequence[Any]) -> list[Image.Image]:
-    """Decodes images that are still bytes or paths."""
-    return [picture_of(image) for image in images]
+def open_images(images: Sequence[Any], name: str | None = None) -> list[Image.Image]:
+    """Decodes images that are still bytes or paths; messages call those without a path `name`."""
+    return [picture_of(image, name) for image in images]
 
 
 def image_key(row: Mapping[str, Any]) -> str:
@@ -124,6 +125,18 @@ def image_key(row: Mapping[str, Any]) -> str:
         else:
             digest.update(repr(image.size).encode() + image.tobytes())
     return digest.hexdigest()
+
+
+def check_row(row: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for fields of a row that are not those of a sample."""
+    if not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
+        raise wrong("prompt", row.get("prompt"), "a question, or a list of chat messages", "Fill the column.")
+    if not isinstance(row.get("images", []), (list, tuple, type(None))):
+        raise wrong("images", row["images"], "a list of pictures", "It is empty for a question without one.")
+    answer = row.get("answer")
+    answers = answer if isinstance(answer, list) and answer else [answer]
+    if answer is not None and not all(isinstance(one, str) for one in answers):
+        raise wrong("answer", answer, "the reference answer as a text, or a list of them")
 
 
 class SampleEncoder:
@@ -167,6 +180,7 @@ class SampleEncoder:
 
     def encode(self, row: dict[str, Any]) -> EncodedSample:
         """One sample; its prompt and its features come from the caches where they can."""
+        check_row(row)
         images = image_key(row)
         key = (images, repr(row["prompt"]), reference_answer(row))
         processed: dict[str, Any] = {}
@@ -182,7 +196,7 @@ class SampleEncoder:
     def process(self, row: dict[str, Any]) -> dict[str, Any]:
         """The processor's output for one prompt, on the model's device."""
         texts = self.render(row)[:1]
-        images = open_images(images_of(row))
+        images = open_images(images_of(row), row.get("image_id"))
         inputs = self.processor(images=[images] if images else None, text=texts, return_tensors="pt")
         return dict(inputs.to(self.model.device))
 

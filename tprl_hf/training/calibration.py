@@ -10,7 +10,8 @@ from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs
 
-from .answer_batches import AnswerBatch, SampleEncoder, undecoded
+from .answer_batches import AnswerBatch, SampleEncoder
+from .trainer_arguments import given_dataset
 
 NUM_BISECTIONS = 20
 
@@ -46,7 +47,7 @@ def calibrate_threshold(
     if not 0 < keep_ratio < 1:
         raise ValueError(f"keep_ratio is the fraction of visual tokens that is kept, in (0, 1); got {keep_ratio}.")
     encoder = SampleEncoder(model, processor)
-    rows = undecoded(dataset)
+    rows = given_dataset(dataset, "dataset")
     batches = [
         encoder([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         for start in range(0, len(rows), batch_size)

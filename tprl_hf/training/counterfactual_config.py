@@ -1,7 +1,9 @@
 """Configuration of counterfactual credit."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
+
+from tprl_hf.modeling.values import Check, whole
 
 from .rollout_config import BudgetedRolloutConfig
 
@@ -31,6 +33,8 @@ class CounterfactualConfig(BudgetedRolloutConfig):
             One update from each buffer, which is what the derivation is for.
     """
 
+    checks: ClassVar[dict[str, Check]] = {"num_flips": whole(1, cure="Without a flip nothing is learned.")}
+
     rollout_keep_ratios: list[float] | None = field(default_factory=lambda: [1 / 3, 2 / 9, 1 / 9, 1 / 18])
     shared_budget: float = 0.25
     score: Literal["correct", "logprob"] = "logprob"
@@ -47,7 +51,5 @@ class CounterfactualConfig(BudgetedRolloutConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_flips < 1:
-            raise ValueError(f"num_flips is at least 1: without a flip nothing is learned; got {self.num_flips}.")
         if self.weight_by_budget and not self.rollout_keep_ratios:
             raise ValueError("weight_by_budget=True multiplies by the budgets of rollout_keep_ratios: set these too.")

@@ -17,11 +17,13 @@ from tprl_hf.modeling.keep_mask import keep_top_k
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.saved_files import scratch_directory
 from tprl_hf.modeling.token_pruner import TokenPruner
+from tprl_hf.modeling.values import COUNT, KEPT_FRACTION, list_of, whole
 
-from .answer_batches import AnswerBatch, SampleEncoder, undecoded
+from .answer_batches import AnswerBatch, SampleEncoder
 from .fingerprint import fingerprint
 from .saved_masks import Masks, SavedMasks, description
 from .teachers import AnswerTeacher
+from .trainer_arguments import given_dataset
 from .whole_checkpoints import mark_whole
 
 PAPER_KEEP_RATIOS = (0.75, 0.5)
@@ -106,15 +108,16 @@ def generate_demonstrations(
     >>> demonstrations = generate_demonstrations(VisPruner(), model, processor, dataset, output_dir="demonstrations")
     ```
     """
-    schedules = [list(s) if isinstance(s, Sequence) else [s] for s in keep_ratios]
-    if not isinstance(keep_ratios[0], Sequence):
-        schedules = [[ratio for schedule in schedules for ratio in schedule]]
+    batch_size, cache_mb = COUNT("batch_size", batch_size), whole(0)("feature_cache_mb", feature_cache_mb)
+    given = list_of(lambda name, value: value, least=1)("keep_ratios", keep_ratios)
+    several = any(isinstance(one, (list, tuple)) for one in given)
+    schedules = [list_of(KEPT_FRACTION, least=1)("keep_ratios", one) for one in (given if several else [given])]
     for schedule in schedules:
         if not all(0 < later < earlier <= 1 for earlier, later in zip([1.0, *schedule], schedule, strict=False)):
             raise ValueError(f"keep_ratios are fractions that are KEPT, below 1 and descending; got {schedule}.")
     needs_attention = isinstance(teacher, TokenPruner) and teacher.needs_attention
-    encoder = SampleEncoder(model, processor, feature_cache_mb * 2**20, needs_attention)
-    source = undecoded(dataset)
+    encoder = SampleEncoder(model, processor, cache_mb * 2**20, needs_attention)
+    source = given_dataset(dataset, "dataset")
     model.eval()
     # the gradient teacher needs gradients of the tokens only
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -146,8 +149,10 @@ def generate_demonstrations(
         parameter.requires_grad_(requires_grad)
     column = Dataset.from_dict({"keep_masks": keep_masks}).cast_column("keep_masks", List(List(Value("bool"))))
     demonstrations = source.add_column("keep_masks", column.data.column("keep_masks").combine_chunks())
-    if "images" in dataset.features and demonstrations.features["images"] == List(ImageFeature(decode=False)):
-        demonstrations = demonstrations.cast_column("images", List(ImageFeature()))
+    decoded = {"images": List(ImageFeature()), "image": ImageFeature()}
+    for name in demonstrations.features.keys() & decoded.keys():
+        if dataset.features[name] == decoded[name]:
+            demonstrations = demonstrations.cast_column(name, decoded[name])
     if saved is not None:
         save_whole(demonstrations, Path(str(output_dir)))
         saved.path.unlink(missing_ok=True)  # another process may have made the same

@@ -1,7 +1,9 @@
 """Configuration of GRPO."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from tprl_hf.modeling.values import COUNT, FRACTION, Check, whole
 
 from .rollout_config import BudgetedRolloutConfig
 
@@ -30,6 +32,12 @@ class TPRLGRPOConfig(BudgetedRolloutConfig):
             The clipped ratio is that of all bits of a step, or that of each bit.
     """
 
+    checks: ClassVar[dict[str, Check]] = {
+        "num_generations": whole(2, cure="GRPO compares the rollouts of a question."),
+        "num_steps": COUNT,
+        "lambda_disc": FRACTION,
+    }
+
     per_device_train_batch_size: int = 8
     num_generations: int = 8
     num_steps: int = 3
@@ -37,8 +45,3 @@ class TPRLGRPOConfig(BudgetedRolloutConfig):
     score_every_step: bool = True
     scale_rewards: Literal["group", "none"] = "group"
     ratio: Literal["joint", "token"] = "joint"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.num_generations < 2:
-            raise ValueError(f"GRPO compares the rollouts of a question: num_generations={self.num_generations} < 2.")

@@ -30,8 +30,11 @@ def demonstrated_steps(keep_masks: list[list[list[bool]]], inputs: PruningInputs
         a sample does not have.
 
     Raises:
-        `ValueError`: when a demonstration has another number of tokens than the sample.
+        `ValueError`: when a demonstration has another number of tokens than the sample, brings back tokens that were
+            gone, keeps none, or has anything but bits.
     """
+    if not all(isinstance(masks, (list, tuple)) and masks for masks in keep_masks):
+        raise ValueError("keep_masks must hold a step at least for each sample. Generate the demonstrations again.")
     num_steps = max(len(masks) for masks in keep_masks)
     kept = torch.zeros((num_steps, *inputs.valid.shape), dtype=torch.bool, device=inputs.valid.device)
     step_mask = torch.zeros_like(kept)
@@ -42,6 +45,12 @@ def demonstrated_steps(keep_masks: list[list[list[bool]]], inputs: PruningInputs
                 raise ValueError(
                     f"A demonstration has {len(mask)} tokens, but its sample has {num_visual} visual tokens: it was "
                     "made with another model or processor. Generate the demonstrations again."
+                )
+            before = torch.tensor(masks[step - 1]) if step else torch.ones(num_visual, dtype=torch.bool)
+            if not set(mask) <= {True, False} or not any(mask) or bool((torch.tensor(mask) > before).any()):
+                raise ValueError(
+                    f"keep_masks of sample {sample} must be bits, of which step {step} keeps some and brings none "
+                    "back that were gone. Generate the demonstrations again."
                 )
             kept[step, sample, :num_visual] = torch.tensor(mask, device=kept.device)
             step_mask[step, sample] = True

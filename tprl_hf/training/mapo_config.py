@@ -1,6 +1,9 @@
 """Configuration of MAPO."""
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from tprl_hf.modeling.values import Check, number, whole
 
 from .grpo_config import TPRLGRPOConfig
 
@@ -22,16 +25,17 @@ class TPRLMAPOConfig(TPRLGRPOConfig):
         `ValueError`: for settings that exclude each other.
     """
 
+    checks: ClassVar[dict[str, Check]] = {
+        "memory_size": whole(1, cure="Without a memory it is GRPO."),
+        "memory_weight": number(above=0, below=1, what="the least share of the memory, a number in (0, 1)"),
+    }
+
     scale_rewards: str = "none"  # type: ignore[assignment]
     memory_size: int = 8
     memory_weight: float = 0.1
 
     def __post_init__(self):
         super().__post_init__()
-        if self.memory_size < 1:
-            raise ValueError(f"memory_size={self.memory_size} remembers nothing: take 1 or more, or GRPO.")
-        if not 0 < self.memory_weight < 1:
-            raise ValueError(f"memory_weight={self.memory_weight} is the least share of the memory, in (0, 1).")
         if self.scale_rewards != "none":
             raise ValueError(
                 f"scale_rewards={self.scale_rewards!r}: MAPO compares remembered trajectories with new ones, whose "

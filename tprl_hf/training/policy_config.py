@@ -1,11 +1,25 @@
 """What all training configs have in common."""
 
 import os
-from dataclasses import dataclass, field, fields
-from typing import Literal, get_args, get_origin
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args, get_origin
 
 from transformers import TrainingArguments
 from transformers.utils import logging
+
+from tprl_hf.modeling.values import (
+    COUNT,
+    KEPT_FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Check,
+    check_fields,
+    flag,
+    list_of,
+    one_of,
+    optional,
+    whole,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -33,8 +47,18 @@ class PrunerTrainingConfig(TrainingArguments):
             checkpoint too, with its pickles and without our code and card.
 
     Raises:
-        `ValueError`: under FSDP or DeepSpeed, and for a choice that there is not.
+        `ValueError`: under FSDP or DeepSpeed, and for a setting that is not what it must be.
     """
+
+    # What each field of ours may be that is neither a bool nor a choice. Each class says it of its own.
+    checks: ClassVar[dict[str, Check]] = {
+        "feature_cache_mb": whole(0),
+        "score_batch_size": COUNT,
+        "save_base_model": optional(flag),
+        "learning_rate": NOT_NEGATIVE,
+        "num_train_epochs": POSITIVE,
+        "per_device_train_batch_size": COUNT,
+    }
 
     feature_cache_mb: int = 1024
     score_batch_size: int = 64
@@ -55,10 +79,7 @@ class PrunerTrainingConfig(TrainingArguments):
                     f"Rollouts need the networks whole in each process, and {kind} shares weights out: start with "
                     "torchrun, or with recipes/accelerate/ddp.yaml."
                 )
-        for one in fields(self):
-            if get_origin(one.type) is Literal and getattr(self, one.name) not in get_args(one.type):
-                choices = " or ".join(map(str, get_args(one.type)))
-                raise ValueError(f"{one.name} is {choices}; got {getattr(self, one.name)!r}.")
+        check_fields(self, self.all_checks())
         if self.gradient_checkpointing:
             logger.warning(
                 "gradient_checkpointing=True has no effect: no gradient goes through the LVLM, and the policy is "
@@ -66,6 +87,17 @@ class PrunerTrainingConfig(TrainingArguments):
             )
             self.gradient_checkpointing = False
         super().__post_init__()
+
+    @classmethod
+    def all_checks(cls) -> dict[str, Check]:
+        """What each field of ours may be."""
+        found: dict[str, Check] = {}
+        for base in reversed(cls.__mro__):
+            own = vars(base).get("__annotations__", {}) if issubclass(base, PrunerTrainingConfig) else {}
+            found |= {name: flag for name, kind in own.items() if kind is bool}
+            found |= {name: one_of(get_args(kind)) for name, kind in own.items() if get_origin(kind) is Literal}
+            found |= vars(base).get("checks", {})
+        return found
 
 
 @dataclass
@@ -86,12 +118,12 @@ class PolicyTrainingConfig(PrunerTrainingConfig):
             Default budget that the trained model's config names. Left as it is when `None`.
     """
 
+    checks: ClassVar[dict[str, Check]] = {
+        "eval_keep_ratios": list_of(KEPT_FRACTION, least=1),
+        "keep_ratio": optional(KEPT_FRACTION),
+    }
+
     eval_keep_ratios: list[float] = field(default_factory=lambda: [1 / 3, 2 / 9, 1 / 9])
     keep_best: bool = True
     best_metric: Literal["accuracy", "logprob"] = "logprob"
     keep_ratio: float | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not all(0 < ratio <= 1 for ratio in self.eval_keep_ratios):
-            raise ValueError(f"eval_keep_ratios are fractions that are KEPT, in (0, 1]; got {self.eval_keep_ratios}.")

@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from transformers.trainer_utils import PredictionOutput
+from transformers.utils import logging
 
 from tprl_hf import __version__
 from tprl_hf.data.digest import data_digest
@@ -23,6 +24,8 @@ from .policy_config import PolicyTrainingConfig
 from .pruner_trainer import PrunerTrainer, TrainedNetworks
 from .rollouts import policy_on_trajectories
 from .trainer_arguments import given_dataset
+
+logger = logging.get_logger(__name__)
 
 
 class PolicyNetworks(TrainedNetworks):
@@ -134,7 +137,7 @@ class PolicyTrainer(PrunerTrainer):
         score = metrics[f"eval_{name}"]
         if self.args.keep_best and score > self.best.get("score", -float("inf")):
             weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-            self.best = {"score": score, "step": self.state.global_step, "weights": weights}
+            self.best = {"score": score, "metric": name, "step": self.state.global_step, "weights": weights}
 
     def begin(self) -> None:
         super().begin()
@@ -147,8 +150,22 @@ class PolicyTrainer(PrunerTrainer):
         if self.best:
             self.model.load_state_dict(self.best["weights"])
             self.state.best_metric, self.state.best_global_step = self.best["score"], self.best["step"]
+            self.tell_the_outcome()
         self.note_training(self.best["step"] if self.best else self.state.global_step)
         super().finish()
+
+    def tell_the_outcome(self) -> None:
+        """Says so where the policy ended below its start, with both scores."""
+        name = f"eval_{self.best['metric']}"
+        measured = [(entry["step"], entry[name]) for entry in self.state.log_history if name in entry]
+        (first, start), (last, end) = measured[0], measured[-1]
+        if self.is_world_process_zero() and last > first == 0 and end < start:
+            kept = "the start" if self.best["step"] == 0 else f"step {self.best['step']}"
+            logger.warning(
+                f"{self._name} ended below its start: {name} {start:.5g} at step 0, {end:.5g} at step {last}. The "
+                f"model is that of {kept} ({self.best['score']:.5g}). Lower learning_rate={self.args.learning_rate}, "
+                "or measure more often with eval_steps."
+            )
 
     def note_training(self, num_steps: int) -> None:
         """Notes in the model's config how its policy was trained, of which `num_steps` were here."""

@@ -1,7 +1,9 @@
 """Configuration of PPO."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from tprl_hf.modeling.values import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, UNIT, Check
 
 from .rollout_config import RolloutConfig
 
@@ -34,6 +36,21 @@ class TPRLPPOConfig(RolloutConfig):
         critic_learning_rate (`float`, defaults to 3e-5):
             Of the value head; `learning_rate` is that of the policy with the shared attention.
     """
+
+    checks: ClassVar[dict[str, Check]] = {
+        "num_steps": COUNT,
+        "lambda_disc": FRACTION,
+        "alpha": NOT_NEGATIVE,
+        "beta": NOT_NEGATIVE,
+        "gamma": UNIT,
+        "lam": UNIT,
+        "num_ppo_epochs": COUNT,
+        "cliprange": POSITIVE,
+        "cliprange_value": POSITIVE,
+        "vf_coef": NOT_NEGATIVE,
+        "entropy_coef": NOT_NEGATIVE,
+        "critic_learning_rate": NOT_NEGATIVE,
+    }
 
     num_steps: int = 3
     lambda_disc: float = 0.5

@@ -15,7 +15,7 @@ from .rollouts import collect_rollouts, mean_entropy, replayed_logprobs
 class TPRLPPOTrainer(RolloutTrainer):
     """
     Trains the policy by proximal policy optimisation: trajectories of some steps, a reward for each step, advantages
-    by the value head, and a clipped update. How we read the paper is in docs/training.md.
+    by the value head, and a clipped update. How we read the paper is in docs/method.md.
 
     Args: see [`RolloutTrainer`]; `args` is a [`TPRLPPOConfig`].
 

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,6 +54,17 @@ class TrainedNetworks(nn.Module):
 def uncollated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of a dataset as a batch: they are encoded where they are used."""
     return rows
+
+
+class AtTheStart(TrainerCallback):
+    """Calls a function before the first step, when transformers has begun a new log; not in a resumed run."""
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.function()
 
 
 class StopAtNaN(TrainerCallback):
@@ -149,6 +160,7 @@ class PrunerTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.add_callback(AtTheStart(self.begin))
         self.add_callback(StopAtNaN(self))
         self.add_callback(AfterSaving(self.mark_checkpoint))
         self.add_callback(StopBeforeAnotherStep())
@@ -218,7 +230,6 @@ class PrunerTrainer(Trainer):
             self.restore(checkpoint)
         else:
             set_seed(self.args.seed)  # as after `__init__`, whatever was drawn since then
-            self.begin()
         # transformers would delete old checkpoints before the new one is marked
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.save_total_limit = limit

@@ -68,8 +68,8 @@ def step_rewards(scores: Tensor, num_kept: Tensor, alpha: float = 1.0, beta: flo
         float `[T, S]`.
     """
     task = scores[1:] - scores[:-1]
-    before = num_kept[:-1]
-    efficiency = (1 - num_kept[1:] / before.clamp(min=1)) * (before > 0)
+    left = num_kept.to(scores.dtype)
+    efficiency = (1 - left[1:] / left[:-1].clamp(min=1)) * (left[:-1] > 0)
     return alpha * task + beta * efficiency
 
 

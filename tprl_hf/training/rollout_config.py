@@ -1,7 +1,19 @@
 """What the configs of all algorithms have in common that learn from rollouts."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+from tprl_hf.modeling.values import (
+    COUNT,
+    KEPT_FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    UNIT,
+    Check,
+    list_of,
+    number,
+    optional,
+)
 
 from .policy_config import PolicyTrainingConfig
 
@@ -44,6 +56,17 @@ class RolloutConfig(PolicyTrainingConfig):
         `ValueError`: for settings that exclude each other.
     """
 
+    checks: ClassVar[dict[str, Check]] = {
+        "num_generations": COUNT,
+        "min_logprob": number(most=0, what="a number of at most 0, as logarithms of probabilities are"),
+        "reward_weights": optional(list_of(number())),
+        "max_completion_length": COUNT,
+        "max_llm_passes": optional(COUNT),
+        "num_completions_to_print": optional(COUNT),
+        "num_mini_batches": COUNT,
+        "micro_batch_size": optional(COUNT),
+    }
+
     per_device_train_batch_size: int = 64
     num_generations: int = 1
     score: Literal["correct", "logprob"] = "correct"
@@ -70,13 +93,11 @@ class RolloutConfig(PolicyTrainingConfig):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} has no meaning here: set "
                 "num_mini_batches for the size of an update and micro_batch_size for memory."
             )
-        if self.max_llm_passes is not None and self.max_llm_passes < 1:
-            raise ValueError(f"max_llm_passes is at least 1, or None for no end; got {self.max_llm_passes}.")
         trajectories = self.per_device_train_batch_size * self.num_generations
         if trajectories % self.num_mini_batches != 0:
             raise ValueError(
                 f"per_device_train_batch_size * num_generations = {trajectories} trajectories cannot be cut into "
-                f"num_mini_batches={self.num_mini_batches} equal parts."
+                f"num_mini_batches={self.num_mini_batches} equal parts: change one of the three."
             )
 
 
@@ -107,6 +128,16 @@ class BudgetedRolloutConfig(RolloutConfig):
             same budget. An image has hundreds of bits: weights above 1 are usual.
     """
 
+    checks: ClassVar[dict[str, Check]] = {
+        "rollout_keep_ratios": optional(list_of(KEPT_FRACTION, least=1)),
+        "shared_budget": UNIT,
+        "efficiency_coef": NOT_NEGATIVE,
+        "min_spread": NOT_NEGATIVE,
+        "num_iterations": COUNT,
+        "epsilon": POSITIVE,
+        "beta": NOT_NEGATIVE,
+    }
+
     rollout_keep_ratios: list[float] | None = None
     shared_budget: float = 0.0
     efficiency_coef: float = 0.1
@@ -121,8 +152,8 @@ class BudgetedRolloutConfig(RolloutConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.shared_budget <= 1 or (self.shared_budget and not self.rollout_keep_ratios):
+        if self.shared_budget and not self.rollout_keep_ratios:
             raise ValueError(
-                f"shared_budget is the share of buffers, in [0, 1], that meet rollout_keep_ratios on average; got "
-                f"{self.shared_budget} and {self.rollout_keep_ratios}."
+                f"shared_budget={self.shared_budget} is the share of buffers that share one of rollout_keep_ratios: "
+                "set these too, or shared_budget=0."
             )

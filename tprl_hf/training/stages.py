@@ -11,7 +11,8 @@ class Stage:
     One stage of a recipe. Its classes are names that `tprl_hf.training` offers, so that the table is light to import.
 
     Args:
-        config, trainer (`str`, *optional*): the pair of classes. Without them the stage makes data and no model.
+        config, trainer (`str`, *optional*): the pair of classes. Stages without them are functions: `demonstrations`
+            makes data, `tune` trains the LLM with TRL's trainer.
         starts_from (`tuple[str, ...]`): the stages whose model it starts from: the first of these that a recipe has.
             Without one it starts from a new policy.
         learns_from (`str`, *optional*): the stage whose data it learns from, instead of the recipe's `data`.
@@ -42,6 +43,7 @@ STAGES: dict[str, Stage] = {
     "grpo": Stage("TPRLGRPOConfig", "TPRLGRPOTrainer", **_RL),
     "mapo": Stage("TPRLMAPOConfig", "TPRLMAPOTrainer", **_RL),
     "counterfactual": Stage("CounterfactualConfig", "CounterfactualTrainer", **_RL),
+    "tune": Stage(starts_from=("counterfactual", "mapo", "grpo", "ppo", "lfd")),
 }
 
 

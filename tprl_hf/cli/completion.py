@@ -1,0 +1,23 @@
+"""Print the script that lets a shell complete `tprl`. For bash: tprl completion bash > FILE, then source FILE in
+~/.bashrc."""
+
+import argparse
+
+NAME = "completion"
+HELP = "print what lets bash, zsh or tcsh complete commands and options"
+SHELLS = ("bash", "zsh", "tcsh")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=SHELLS, help="your shell")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError:
+        raise ValueError("Completion needs shtab: pip install 'tprl_hf[completion]'.") from None
+    from .main import make_parser
+
+    print(shtab.complete(make_parser(), arguments.shell))
+    return 0

@@ -1,0 +1,78 @@
+"""The stage `tune` of `tprl train`: a LoRA of the LLM on pruned prompts, saved with the policy."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .processes import is_first_process, say
+from .recipe_file import check_names
+
+if TYPE_CHECKING:
+    from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+
+    from .stop_signals import StopSignals
+
+OWN = ("keep_ratios", "lora", "num_samples")
+# TRL's, where ours differ: no tracker, and no cut through a prompt, which would cut images.
+DEFAULTS = {"report_to": "none", "max_length": None, "logging_steps": 10, "save_total_limit": 2}
+
+
+def make_config(recipe: dict[str, Any]) -> Any:
+    """`trl.SFTConfig` of the section `tune`. Raises `ValueError` for names and values that it does not know."""
+    from dataclasses import fields
+
+    import torch
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    section = recipe["tune"]
+    names = [field.name for field in fields(SFTConfig)]
+    check_names(section, [*OWN, *names], "tune", [*OWN, "max_steps", "learning_rate", "per_device_train_batch_size"])
+    check_names(
+        section.get("lora") or {}, [field.name for field in fields(LoraConfig)], "tune.lora", ["r", "lora_alpha"]
+    )
+    ratios = section.get("keep_ratios")
+    if not isinstance(ratios, list) or not ratios or not all(0 < ratio <= 1 for ratio in ratios):
+        raise ValueError(f"tune.keep_ratios is a list of fractions that are KEPT, in (0, 1]; got {ratios!r}.")
+    settings = {name: value for name, value in section.items() if name not in OWN}
+    if not torch.accelerator.is_available():
+        settings.setdefault("bf16", False)  # TRL's default is True
+    try:
+        return SFTConfig(str(Path(recipe["output_dir"]) / "tune"), **{**DEFAULTS, **settings})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"tune: {error}") from error
+
+
+def tune(
+    recipe: dict[str, Any],
+    model: "TPRLForConditionalGeneration",
+    processor: Any,
+    dataset: Any,
+    directory: Path,
+    signals: "StopSignals",
+) -> dict[str, Any]:
+    """Trains the LoRA, and saves it with the policy in `directory`."""
+    from tprl_hf.training.tuning import tune_lvlm
+    from tprl_hf.training.whole_checkpoints import newest_whole
+
+    from .stop_signals import SaveAndStop
+
+    checkpoint, passed_over = newest_whole(directory)
+    for line in passed_over:
+        say(f"tune: {line}")
+    if checkpoint is not None or passed_over:
+        say(f"tune: {'starts again' if checkpoint is None else f'resumes from {checkpoint}'}")
+    section = recipe["tune"]
+    history = tune_lvlm(
+        model,
+        processor,
+        dataset,
+        make_config(recipe),
+        section["keep_ratios"],
+        section.get("lora"),
+        None if checkpoint is None else str(checkpoint),
+        [lambda trainer: SaveAndStop(signals, trainer)],
+    )
+    if is_first_process():
+        model.save_pretrained(directory, save_base_model=model.config.includes_base_model or None)
+        processor.save_pretrained(directory)
+    return {"log_history": history}

@@ -1,0 +1,269 @@
+"""Several evaluations as one table: pruners and budgets against tasks, in percent of the unpruned model."""
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from tprl_hf.pruners import PRUNERS
+from tprl_hf.pruners.by_name import split_settings
+from tprl_hf.pruners.llm_attention import LLMAttentionPruner
+
+from .compare_pruners import Record, parse_lines
+from .intervals import Estimate
+
+# What `tprl evaluate` notes of its questions beside `answers.jsonl`.
+QUESTIONS = "questions.json"
+NUM_RESAMPLES = 2000
+Name = tuple[str, str]  # of a row: pruner and budget
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    The answers of one evaluation.
+
+    Args:
+        folder (`Path`): Where it lies.
+        task (`str`): Name of the data.
+        questions (`str`): Digest of the questions; runs with the same one asked the same.
+        units (`list[str]`): The image of each question.
+        num_layers (`int`): Layers of the LLM.
+        scores (`dict`): By row, for each seed of the pruner, the score of each question, float `[S, N]`.
+        kept (`dict`): By row, mean number of tokens that the LLM saw.
+        num_visual (`float`): Mean number of visual tokens that there were.
+        unfinished (`dict`): By row, how many answers are missing; such rows have no scores.
+    """
+
+    folder: Path
+    task: str
+    questions: str
+    units: list[str]
+    num_layers: int
+    scores: dict[Name, np.ndarray]
+    kept: dict[Name, float]
+    num_visual: float
+    unfinished: dict[Name, int]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    A row on a task.
+
+    Args:
+        percent ([`Estimate`]): Of the unpruned model's mean score, in percent, with a paired interval over images.
+        accuracy (`float`): Mean score.
+        by_replicate (`list[float]`): The same percentage for each run and each seed of the pruner.
+        resampled (`np.ndarray`): The percentage in each resample.
+    """
+
+    percent: Estimate
+    accuracy: float
+    by_replicate: list[float]
+    resampled: np.ndarray
+
+
+@dataclass(frozen=True)
+class Line:
+    """
+    One row of the table.
+
+    Args:
+        pruner, budget (`str`): Its names.
+        first_layer, mean_layers (`float`): Visual tokens that enter the LLM's first layer, and the mean over its
+            layers.
+        cells (`dict[str, Cell]`): By task; where the row is not finished there is none.
+        mean ([`Estimate`], *optional*): Mean of the percentages, if there is one of every task.
+    """
+
+    pruner: str
+    budget: str
+    first_layer: float
+    mean_layers: float
+    cells: dict[str, Cell]
+    mean: Estimate | None
+
+
+def read_run(folder: Path) -> Run:
+    """
+    An evaluation's directory, finished or not.
+
+    Raises:
+        `ValueError`: If it is none, or was written by a version that noted less.
+    """
+    if not (folder / "run.json").exists():
+        raise ValueError(f"{folder} has no run.json: pass directories that `tprl evaluate --output-dir` wrote.")
+    if not (folder / QUESTIONS).exists():
+        raise ValueError(
+            f"{folder} has no {QUESTIONS}: run its command once more with the same --output-dir, which keeps the "
+            "answers."
+        )
+    asked = json.loads((folder / QUESTIONS).read_text(encoding="utf-8"))
+    digest = json.loads((folder / "run.json").read_text(encoding="utf-8"))["questions"]
+    num_samples = len(asked["units"])
+    found: dict[Name, dict[int | None, dict[int, Record]]] = {}
+    for _, record in parse_lines(folder / "answers.jsonl")[0]:  # its command may still be running
+        by_seed = found.setdefault((record.pruner, record.budget), {})
+        by_seed.setdefault(record.seed, {})[record.sample] = record
+    missing = {name: sum(num_samples - len(one) for one in by_seed.values()) for name, by_seed in found.items()}
+    whole = {name: by_seed for name, by_seed in found.items() if not missing[name]}
+    if ("none", "1") not in whole:
+        raise ValueError(f"{folder} has no unpruned answers to all questions yet: let its command finish.")
+    records = {
+        name: [one[n] for one in by_seed.values() for n in range(num_samples)] for name, by_seed in whole.items()
+    }
+    data = Path(asked["data"]).stem
+    return Run(
+        folder,
+        data if asked["split"] in ("test", None) else f"{data} {asked['split']}",
+        digest,
+        asked["units"],
+        asked["llm_layers"],
+        {name: np.array([r.score for r in own]).reshape(-1, num_samples) for name, own in records.items()},
+        {name: fmean(record.num_kept for record in own) for name, own in records.items()},
+        fmean(record.num_visual for record in records["none", "1"]),
+        {name: number for name, number in missing.items() if number},
+    )
+
+
+def join_runs(runs: Sequence[Run], confidence: float = 0.95) -> list[Line]:
+    """
+    One line for each pruner and budget of the runs, the unpruned model first and then by budget.
+
+    Runs of one task are replicates, such as policies trained under several seeds: percentages are of all their answers
+    together. The resamples of a task draw images, the same ones for all rows, so that intervals are paired.
+
+    Args:
+        runs (`Sequence[Run]`): The evaluations.
+        confidence (`float`, *optional*, defaults to 0.95): Of the intervals.
+    """
+    tasks: dict[str, list[Run]] = {}
+    for run in runs:
+        tasks.setdefault(run.task, []).append(run)
+    names = list(dict.fromkeys(name for run in runs for name in run.scores))
+    kept = {name: fmean(run.kept[name] for run in runs if name in run.scores) for name in names}
+    budgets = sorted({budget for _, budget in names}, key=lambda budget: -share_of(budget))
+    names.sort(key=lambda name: budgets.index(name[1]))  # stable: pruners stay in their order
+    cells = {task: cells_of(task, own, names, confidence) for task, own in tasks.items()}
+    lines = []
+    for name in names:
+        own = {task: by_name[name] for task, by_name in cells.items() if name in by_name}
+        mean = None
+        if len(own) == len(tasks):
+            resampled = np.mean([cell.resampled for cell in own.values()], axis=0)
+            mean = estimate(fmean(cell.percent.value for cell in own.values()), resampled, confidence, len(own))
+        early = early_layers(name[0])
+        visual = fmean(run.num_visual for run in runs if name in run.scores)
+        passes = fmean(early * run.num_visual / run.num_layers for run in runs if name in run.scores)
+        lines.append(Line(*name, visual if early else kept[name], kept[name] + passes, own, mean))
+    return lines
+
+
+def cells_of(task: str, runs: Sequence[Run], names: Sequence[Name], confidence: float) -> dict[Name, Cell]:
+    """The cells of a task's column."""
+    units: dict[tuple[str, str], int] = {}
+    places = [[units.setdefault((run.questions, unit), len(units)) for unit in run.units] for run in runs]
+    generator = np.random.default_rng(zlib.crc32(task.encode()))
+    drawn = generator.multinomial(len(units), np.full(len(units), 1 / len(units)), size=NUM_RESAMPLES)
+    cells = {}
+    for name in names:
+        having = [(run, place) for run, place in zip(runs, places, strict=True) if name in run.scores]
+        if not having:
+            continue
+        own, base = np.zeros(len(units)), np.zeros(len(units))
+        by_replicate = []
+        for run, place in having:
+            unpruned = run.scores["none", "1"].mean(0)
+            own += np.bincount(place, run.scores[name].mean(0), len(units))
+            base += np.bincount(place, unpruned, len(units))
+            by_replicate += [100 * float(scores.mean() / unpruned.mean()) for scores in run.scores[name]]
+        if not base.sum():
+            raise ValueError(f"{task}: the unpruned model has no correct answer, so there is nothing to compare with.")
+        # a resample without any correct answer says nothing
+        resampled = 100 * (drawn @ own) / np.maximum(drawn @ base, 1e-9)
+        count = sum(len(run.units) for run, _ in having)
+        percent = estimate(100 * float(own.sum() / base.sum()), resampled, confidence, count)
+        accuracy = fmean(float(run.scores[name].mean()) for run, _ in having)
+        cells[name] = Cell(percent, accuracy, by_replicate, resampled)
+    return cells
+
+
+def estimate(value: float, resampled: np.ndarray, confidence: float, count: int) -> Estimate:
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(value, float(low), float(high), count)
+
+
+def share_of(budget: str) -> float:
+    """A budget as a number: "1/3", "0.25" or "1"."""
+    over, _, under = budget.partition("/")
+    return float(over) / float(under or 1)
+
+
+def early_layers(pruner: str) -> int:
+    """How many layers of the LLM a pruner runs on all visual tokens before it chooses."""
+    name, settings = split_settings(pruner.removeprefix("resize+").rstrip("*"))
+    made = PRUNERS[name](**settings) if name in PRUNERS else None
+    return made.layer if isinstance(made, LLMAttentionPruner) else 0
+
+
+def as_texts(lines: Sequence[Line]) -> list[list[str]]:
+    """Header and rows."""
+    tasks = list(dict.fromkeys(task for line in lines for task in line.cells))
+    table = [["pruner", "keep", "tokens, first layer", "mean of layers", *tasks, "mean"]]
+    for line in lines:
+        row = [line.pruner, line.budget, f"{line.first_layer:.1f}", f"{line.mean_layers:.1f}"]
+        for task in tasks:
+            cell = line.cells.get(task)
+            if cell is None:
+                row.append("-")
+            elif line.pruner == "none":
+                row.append(f"100 ({100 * cell.accuracy:.1f})")
+            else:
+                several = f" ± {stdev(cell.by_replicate):.1f}" if len(cell.by_replicate) > 1 else ""
+                row.append(f"{cell.percent.value:.1f}{several} {bracketed(cell.percent)}")
+        whole = "-" if line.mean is None else f"{line.mean.value:.1f} {bracketed(line.mean)}"
+        table.append([*row, "100" if line.pruner == "none" else whole])
+    return table
+
+
+def bracketed(one: Estimate) -> str:
+    return f"[{one.low:.1f}, {one.high:.1f}]"
+
+
+def as_latex(table: Sequence[Sequence[str]]) -> str:
+    """A `tabular` with the rules of the package booktabs, a thin one between budgets."""
+    special = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "*": r"$^{*}$"}
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join("".join(special.get(letter, letter) for letter in cell) for cell in cells) + r" \\"
+
+    rows = [rf"\begin{{tabular}}{{ll{'r' * (len(table[0]) - 2)}}}", r"\toprule", line(table[0]), r"\midrule"]
+    for number, row in enumerate(table[1:], start=1):
+        if number > 1 and row[1] != table[number - 1][1]:
+            rows.append(r"\midrule")
+        rows.append(line(row))
+    return "\n".join([*rows, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def as_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """The numbers of the table."""
+
+    def plain(one: Estimate | None) -> Mapping[str, float] | None:
+        return None if one is None else vars(one)
+
+    return [
+        {
+            **{name: getattr(line, name) for name in ("pruner", "budget", "first_layer", "mean_layers")},
+            "percent": {task: plain(cell.percent) for task, cell in line.cells.items()},
+            "accuracy": {task: cell.accuracy for task, cell in line.cells.items()},
+            "by_replicate": {task: cell.by_replicate for task, cell in line.cells.items()},
+            "mean": plain(line.mean),
+        }
+        for line in lines
+    ]

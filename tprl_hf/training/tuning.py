@@ -1,0 +1,131 @@
+"""The LLM learns from pruned prompts (Table 5 of the TPRL paper): TRL's SFTTrainer, a LoRA of PEFT, mixed budgets."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+
+from .answer_batches import undecoded
+from .whole_checkpoints import AfterSaving, mark_whole
+
+# Of the LLM alone: vision tower, projector and policy stay as they are.
+LLM_LAYERS = r"lvlm\..*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+BUDGETS = ("keep_ratio", "num_keep", "threshold")
+
+
+class MixedBudgets(TrainerCallback):
+    """
+    Lets each optimizer step of any `Trainer` prune to a budget of its own, so that one LoRA serves all budgets.
+    Between steps, when it evaluates or saves, the model has the budget that it came with.
+
+    Args:
+        model ([`TPRLForConditionalGeneration`]): the model that is trained, without an adapter around it.
+        keep_ratios (`list[float]`): fractions that are kept, drawn with equal chances; 1 prunes nothing.
+        seed (`int`, defaults to 0): of the draws, which follow from the number of the step alone.
+
+    Raises:
+        `ValueError`: for a pruner with a budget of its own, which would go before these.
+
+    Example:
+
+    ```python
+    >>> trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=processor, peft_config=lora)
+    >>> trainer.add_callback(MixedBudgets(model, [1, 1 / 3, 1 / 9]))
+    ```
+    """
+
+    def __init__(self, model: TPRLForConditionalGeneration, keep_ratios: Sequence[float], seed: int = 0):
+        if not keep_ratios or not all(0 < ratio <= 1 for ratio in keep_ratios):
+            raise ValueError(f"keep_ratios are fractions that are KEPT, in (0, 1]; got {list(keep_ratios)}.")
+        if model.pruner.budget is not None:
+            raise ValueError(
+                f"{type(model.pruner).__name__} has a budget of its own, {model.pruner.budget}, which goes before "
+                "keep_ratios: set the pruner without one."
+            )
+        self.config, self.keep_ratios, self.seed = model.config, list(keep_ratios), seed
+        self.own = {name: getattr(model.config, name) for name in BUDGETS}
+
+    def ratio_of(self, step: int) -> float:
+        """The budget of a step."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return self.keep_ratios[int(torch.randint(len(self.keep_ratios), (1,), generator=generator))]
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.config.update({**dict.fromkeys(BUDGETS), "keep_ratio": self.ratio_of(state.global_step)})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.config.update(self.own)
+
+
+def as_chats(dataset: Dataset) -> Dataset:
+    """Rows with `images`, `prompt` and `answer` as TRL takes them: `images`, `prompt` and `completion` as messages."""
+
+    def chat(row: dict[str, Any]) -> dict[str, Any]:
+        asked = [{"role": "user", "content": row["prompt"]}]
+        return {"prompt": asked, "completion": [{"role": "assistant", "content": row["answer"]}]}
+
+    kept = ("images", "prompt", "answer")
+    others = [name for name in dataset.column_names if name not in kept]
+    rows = undecoded(dataset).map(chat, remove_columns=[*others, "answer"])
+    return rows.cast_column("images", dataset.features["images"])
+
+
+def tune_lvlm(
+    model: TPRLForConditionalGeneration,
+    processor: Any,
+    dataset: Dataset,
+    args: Any,
+    keep_ratios: Sequence[float],
+    lora: dict[str, Any] | None = None,
+    resume_from_checkpoint: str | None = None,
+    callbacks: Sequence[Any] = (),
+) -> list[dict[str, float]]:
+    """
+    Trains a LoRA of the LLM on pruned prompts, and leaves it in the model: `save_pretrained` saves policy and LoRA in
+    one directory. Vision tower, projector and policy do not change.
+
+    Args:
+        model ([`TPRLForConditionalGeneration`]): with a trained policy, or another pruner.
+        processor: its processor.
+        dataset (`datasets.Dataset`): rows with `images`, `prompt` and `answer`.
+        args (`trl.SFTConfig`): how long, how fast.
+        keep_ratios (`list[float]`): see [`MixedBudgets`]; `[1]` trains unpruned.
+        lora (`dict`, *optional*): fields of `peft.LoraConfig` that replace rank 16, alpha 32 and the linear layers of
+            the LLM.
+        resume_from_checkpoint (`str`, *optional*): a checkpoint of a run with the same settings.
+        callbacks: functions that take the trainer and give a callback.
+
+    Returns:
+        `list[dict]`: what was logged.
+    """
+    from peft import LoraConfig
+    from trl import SFTTrainer
+
+    model.read_chat_template(processor)  # tells the question from the answer
+    settings = {"r": 16, "lora_alpha": 32, "target_modules": LLM_LAYERS, **(lora or {})}
+    trainer = SFTTrainer(
+        model,
+        args,
+        train_dataset=as_chats(dataset),
+        processing_class=processor,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **settings),
+    )
+    trainer.add_callback(MixedBudgets(model, keep_ratios, args.seed))
+    trainer.add_callback(
+        AfterSaving(lambda: mark_whole(Path(args.output_dir, f"checkpoint-{trainer.state.global_step}")))
+    )
+    for make in callbacks:
+        trainer.add_callback(make(trainer))
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer.model.save_pretrained(scratch)
+        trainer.model.unload()
+        model.load_adapter(scratch)
+    model.eval()
+    return trainer.state.log_history
