@@ -31,7 +31,7 @@ from .sequence_inputs import check_call, check_values, refuse_other_than_bits
 from .text_query import config_special_ids, default_query_mask, template_ids
 from .token_autoencoder import TokenAutoencoder
 from .token_pruner import PruningInputs, TokenPruner
-from .values import flag, refuse_misspelled, wrong
+from .values import flag, optional, refuse_misspelled, wrong
 from .virtual_tokens import VIRTUAL, ids_of_embeddings, types_before_tokens
 from .visual_features import VisualFeatures
 
@@ -133,8 +133,13 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
             inputs: what the processor returned besides (`pixel_values`, `image_sizes`, `image_grid_thw`, ...).
         """
         check_call(input_ids, None, None, None, inputs)
-        wanted = self.pruner.needs_attention if with_attention is None else flag("with_attention", with_attention)
+        wanted = self._wants_attention(with_attention)
         return self.adapter.encode(input_ids, inputs, wanted)
+
+    def _wants_attention(self, with_attention: bool | None) -> bool:
+        """What a caller says, or what the pruner in use needs."""
+        given = optional(flag)("with_attention", with_attention)
+        return self.pruner.needs_attention if given is None else given
 
     @property
     def num_ids(self) -> int:
@@ -208,8 +213,8 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         Raises:
             `ValueError`: when no prompt has a visual token.
         """
-        if with_attention is None:
-            with_attention = self.pruner.needs_attention
+        check_call(input_ids, attention_mask, query_mask, visual_features, inputs)
+        with_attention = self._wants_attention(with_attention)
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, with_attention)
         if batch.features is None:
             raise ValueError("The prompts have no visual tokens: there is nothing to prune.")

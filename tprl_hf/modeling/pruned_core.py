@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cached_prompt import CACHE_NAME, cache_argument, is_filled
 from .outputs_tprl import TPRLOutput
-from .sequence_inputs import count_no_placeholders
+from .sequence_inputs import check_call, count_no_placeholders
 from .virtual_tokens import ids_of_embeddings, is_prefix
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class PrunedCore:
         inputs.pop("return_dict", None)
         choice = model._choice(*(inputs.pop(name, None) for name in CHOICES))
         query_mask, features = inputs.pop("query_mask", None), inputs.pop("visual_features", None)
+        check_call(input_ids, attention_mask, query_mask, features, inputs)
         if model._leaves_alone(input_ids, choice, features, None):
             inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
             return BaseModelOutputWithPast(last_hidden_state=last_states(model, inputs)["hidden_states"][-1])
