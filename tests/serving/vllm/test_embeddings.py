@@ -17,7 +17,7 @@ THRESHOLD = {"threshold": 0.414}
 def test_a_threshold_keeps_as_many_tokens_as_it_does_in_generate(position_ids):
     model, processor = load_model()
     model.config.position_ids = position_ids
-    requests = [Request(row["prompt"], row["images"], THRESHOLD) for row in mosaic_vqa("test", 60, seed=7)]
+    requests = [Request(row["prompt"], row["images"], THRESHOLD) for row in mosaic_vqa("test", seed=7, num_samples=60)]
     prompts, kept = [], []
     for request in requests:
         inputs = model_inputs(processor, [request])

@@ -1,6 +1,7 @@
 """A base model that is no checkpoint of ours, pruned inside vLLM by one flag and without training."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -50,6 +51,16 @@ def test_the_same_tokens_as_with_the_pruner_in_generate(base, pruner):
 )
 def test_what_is_refused_before_the_model_is_loaded(base, settings, message):
     with pytest.raises(ValueError, match=message), engine(base, hf_overrides={**ARCHITECTURE, "tprl": settings}):
+        pass
+
+
+def test_quantised_weights_are_refused(base, tmp_path):
+    shutil.copytree(base, tmp_path / "quantised")
+    file = tmp_path / "quantised" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    flag = {**ARCHITECTURE, "tprl": {"pruner": "divprune", "keep_ratio": 0.4}}
+    with pytest.raises(ValueError, match="weights are quantised"), engine(file.parent, hf_overrides=flag):
         pass
 
 

@@ -15,7 +15,7 @@ from tprl_hf.modeling.configuration_tprl import TPRLConfig
 from tprl_hf.modeling.token_pruner import TokenPruner
 from tprl_hf.pruners import PRUNERS
 
-from . import VLLM_RELEASE
+from . import ARCHITECTURE, VLLM_RELEASE
 from .requests import PRUNERS_HERE, request_budget, split_budget
 
 # The field of a base model's config (`--hf-overrides`) that says how it is pruned.
@@ -39,7 +39,7 @@ def pruned_config(config: PreTrainedConfig) -> TPRLConfig:
     unknown = sorted(set(settings) - set(TPRLConfig().to_dict()))
     if unknown or not settings.get("pruner"):
         raise ValueError(f"To prune a base model pass --hf-overrides '{EXAMPLE}'; got {settings!r} for {SETTINGS!r}.")
-    return TPRLConfig(base_config=config, **settings)
+    return TPRLConfig(base_config=config, architectures=[ARCHITECTURE], **settings)
 
 
 def named_pruner(config: TPRLConfig) -> TokenPruner | None:
@@ -106,6 +106,11 @@ class PrunedEngineConfig(VerifyAndUpdateConfig):
             )
         config = pruned_config(model_config.hf_config)
         family = family_of(config)
+        if getattr(config.base_config, "quantization_config", None) is not None:
+            raise ValueError(
+                "The base model's weights are quantised, which the plug-in does not know. Take others, "
+                "or `tprl serve`."
+            )
         pruner = named_pruner(config)
         server = model_config.get_multimodal_config().mm_processor_kwargs or {}
         budget = request_budget({}, server, config, pruner)

@@ -28,7 +28,7 @@ from .requests import counts_of_images, question_ids, request_budget, split_budg
 
 # Under this name budget and question travel among a request's `mm_processor_kwargs`, which vLLM hashes.
 OURS = "tprl"
-# Inputs of the model that are ours, one entry for each image.
+# Inputs of the model that are ours, one entry for each image. "tprl_keep" is 0 where the request is not pruned.
 FIELDS = ("tprl_keep", "tprl_question", "tprl_blocks", "tprl_key")
 
 
@@ -164,7 +164,8 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         output = super()._apply_hf_processor_main(mm_items, kwargs)
         if "image" in mm_items and len(mm_items["image"]) and not self.are_embedded(mm_items):
             images = self.blocks(mm_items, kwargs)
-            output["tprl_keep"] = torch.tensor([self.kept(blocks, hf_kwargs) for blocks in images])
+            is_pruned = bool(hf_kwargs[OURS]["keep"])
+            output["tprl_keep"] = torch.tensor([is_pruned * self.kept(blocks, hf_kwargs) for blocks in images])
             question = torch.tensor(hf_kwargs[OURS]["question"], dtype=torch.long)
             output["tprl_question"] = [question] * len(images)
             output["tprl_blocks"] = [
