@@ -247,7 +247,7 @@ OTHER_TYPES = ("int8", "uint8", "int64", "bool", "complex64")
 FINE_TYPES = ("nothing", "float16", "bfloat16", "float64")
 
 
-@several(110)
+@several(80)
 @given(
     merged=st.booleans(),
     number=st.integers(0, 10**6),
@@ -412,7 +412,7 @@ METHODS = st.sampled_from(["prune", "forward", "generate"])
 CALL_VALUES = {**{name: FIELD_VALUES[name] for name in BUDGETS}, "prune": FIELD_VALUES["query_agnostic"]}
 
 
-@several(420)
+@several(300)
 @given(method=METHODS, values=some_of(CALL_VALUES, most=2))
 def test_the_budget_of_a_call(method, values):
     said = [name for name, value in values.items() if value is not None]
@@ -422,6 +422,37 @@ def test_the_budget_of_a_call(method, values):
         lambda: run(method, batch, values), values, is_valid, lambda out: result_differs(method, out, batch, values)
     )
     assert_good(verdict)
+
+
+@functools.cache
+def learned():
+    """A model whose policy chooses; some of its tokens are kept with more than a half, some with less."""
+    torch.manual_seed(3)
+    settings = {"latent_dim": 8, "policy_dim": 8, "policy_training": {"stage": "lfd"}}
+    model = TPRLForConditionalGeneration.from_base_model(prepared()[0].lvlm, **settings).eval()
+    for parameter in model.policy.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(20.0)
+    return model
+
+
+@several(60)
+@given(threshold=st.one_of(ANYTHING, st.floats(0, 1), st.sampled_from([0, 1, 0.0, 1.0])))
+def test_a_threshold_of_the_policy_is_a_probability(threshold):
+    model, batch = learned(), prepared()[1]
+    if threshold is None:
+        return
+
+    def differs(plan):
+        expected = plan.scores > scalar(threshold)
+        for rows in torch.arange(48).split(plan.num_visual.tolist()):
+            if not expected[rows].any():
+                expected[rows[plan.scores[rows].argmax()]] = True
+        sure = (plan.scores - scalar(threshold)).abs() > 1e-6
+        return None if torch.equal(plan.keep_mask[sure], expected[sure]) else f"{plan.keep_mask}"
+
+    is_valid = is_number(threshold, least=0, most=1)
+    assert_good(judge(lambda: model.prune(**batch, threshold=threshold), {"threshold": threshold}, is_valid, differs))
 
 
 KEEP_MASKS = st.one_of(
@@ -443,7 +474,7 @@ KEEP_MASKS = st.one_of(
 )
 
 
-@several(120)
+@several(80)
 @given(method=METHODS, keep_mask=KEEP_MASKS)
 def test_the_keep_mask_of_a_call(method, keep_mask):
     batch, values = prepared()[1], {"keep_mask": keep_mask}
@@ -455,7 +486,7 @@ def test_the_keep_mask_of_a_call(method, keep_mask):
     assert_good(verdict)
 
 
-@several(180)
+@several(90)
 @given(
     method=METHODS,
     hidden=st.lists(st.integers(0, 10**6), max_size=30),
@@ -520,7 +551,7 @@ ODD = [(name, index) for name in odd_inputs() for index in range(len(odd_inputs(
 IN_PLACE = {"pixel_values": "pixel_values", "past_key_values": "past_key_values"}
 
 
-@several(220)
+@several(160)
 @given(
     method=METHODS,
     odd=st.sampled_from(ODD),

@@ -31,8 +31,8 @@ from .sequence_inputs import check_call, check_values, refuse_other_than_bits
 from .text_query import config_special_ids, default_query_mask, template_ids
 from .token_autoencoder import TokenAutoencoder
 from .token_pruner import PruningInputs, TokenPruner
-from .values import flag, refuse_misspelled, wrong
-from .virtual_tokens import ids_of_embeddings, types_before_tokens
+from .values import flag, optional, refuse_misspelled, wrong
+from .virtual_tokens import VIRTUAL, ids_of_embeddings, types_before_tokens
 from .visual_features import VisualFeatures
 
 logger = logging.get_logger(__name__)
@@ -133,8 +133,13 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
             inputs: what the processor returned besides (`pixel_values`, `image_sizes`, `image_grid_thw`, ...).
         """
         check_call(input_ids, None, None, None, inputs)
-        wanted = self.pruner.needs_attention if with_attention is None else flag("with_attention", with_attention)
+        wanted = self._wants_attention(with_attention)
         return self.adapter.encode(input_ids, inputs, wanted)
+
+    def _wants_attention(self, with_attention: bool | None) -> bool:
+        """What a caller says, or what the pruner in use needs."""
+        given = optional(flag)("with_attention", with_attention)
+        return self.pruner.needs_attention if given is None else given
 
     @property
     def num_ids(self) -> int:
@@ -149,6 +154,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         inputs: dict[str, Any],
         record: CachedPrompt | None = None,
         with_attention: bool = False,
+        has_virtual: bool = False,
     ) -> PromptBatch:
         if input_ids is None:
             embeds = inputs.get("inputs_embeds")
@@ -156,6 +162,9 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                 raise ValueError("`input_ids` are needed: they say where the visual tokens are.")
             input_ids = ids_of_embeddings(embeds, self.get_input_embeddings(), self.adapter.token_ids.values())
             input_ids, inputs = input_ids.to(embeds.device), types_before_tokens(inputs, embeds.shape[1])
+            has_virtual = True
+            if attention_mask is not None and attention_mask.shape == input_ids.shape:
+                input_ids = input_ids.masked_fill(attention_mask == 0, VIRTUAL)  # padding may look like a placeholder
         if attention_mask is None:
             attention_mask = self._infer_attention_mask(input_ids)
         if attention_mask.shape != input_ids.shape:
@@ -163,9 +172,10 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                 f"attention_mask must be two-dimensional as input_ids, {tuple(input_ids.shape)}; got "
                 f"{tuple(attention_mask.shape)}."
             )
-        device, input_ids, attention_mask = input_ids.device, input_ids.cpu(), attention_mask.cpu().long()
+        device, input_ids, attention_mask = input_ids.device, input_ids.cpu(), attention_mask.cpu()
         visual = self.adapter.find_visual(input_ids)
-        check_values(input_ids, attention_mask, visual, self.num_ids)
+        not_looked_up = visual | (input_ids == VIRTUAL) if has_virtual else visual
+        check_values(input_ids, attention_mask, not_looked_up, self.num_ids)
         attention_mask = attention_mask.long()
         batch = PromptBatch(input_ids, attention_mask, visual, visual_features, inputs, device, record)
         if batch.new.any() or (not visual.any() and self.adapter.has_pixels(inputs)):
@@ -203,8 +213,8 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         Raises:
             `ValueError`: when no prompt has a visual token.
         """
-        if with_attention is None:
-            with_attention = self.pruner.needs_attention
+        check_call(input_ids, attention_mask, query_mask, visual_features, inputs)
+        with_attention = self._wants_attention(with_attention)
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, with_attention)
         if batch.features is None:
             raise ValueError("The prompts have no visual tokens: there is nothing to prune.")

@@ -9,6 +9,7 @@ from torch import Tensor
 from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs
+from tprl_hf.modeling.values import COUNT, flag, number
 
 from .answer_batches import AnswerBatch, SampleEncoder
 from .trainer_arguments import given_dataset
@@ -44,8 +45,9 @@ def calibrate_threshold(
     Raises:
         `ValueError`: when `keep_ratio` is not a fraction, or out of reach because `min_keep` or `max_keep` bound it.
     """
-    if not 0 < keep_ratio < 1:
-        raise ValueError(f"keep_ratio is the fraction of visual tokens that is kept, in (0, 1); got {keep_ratio}.")
+    what = "the fraction of visual tokens that is KEPT, a number in (0, 1)"
+    keep_ratio = number(above=0, below=1, what=what)("keep_ratio", keep_ratio)
+    batch_size, set_default = COUNT("batch_size", batch_size), flag("set_default", set_default)
     encoder = SampleEncoder(model, processor)
     rows = given_dataset(dataset, "dataset")
     batches = [
