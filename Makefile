@@ -31,7 +31,7 @@ test-lmms: .venv-lmms/installed
 PROCESSORS = .venv-processors/bin/python
 
 test-processors: .venv-processors/installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PROCESSORS) -m pytest -q tests/test_processors.py tests/serving/test_own_processors.py \
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PROCESSORS) -m pytest -q tests/test_processors.py tests/serving/test_own_processors.py tests/evaluation/test_smaller_pictures.py \
 		tests/hub/test_your_model.py
 
 .venv-processors/installed: setup.py constraints.txt

@@ -93,6 +93,7 @@ CHECKS = {
     LLAVA: "assert model.lvlm.dtype == torch.bfloat16 and next(model.policy.parameters()).dtype == torch.float32",
     IN_4_BITS: "assert model.is_loaded_in_4bit",
 }
+SHOWN = {"generate", "compare", "evaluate", "benchmark", "flops", "train", "push"}
 SHORTER = {"train": ["--set", *SHORT], "benchmark": ["--rounds", "2", "--max-new-tokens", "2"]}
 
 
@@ -111,7 +112,7 @@ def test_the_python_of_the_page_runs_and_then_its_commands_one_after_the_other(s
     out = run("\n".join(lines))
     assert out.count("called") == len(calls) > 0
     if LLAVA in sections:
-        assert {words[0] for words in calls} == {"generate", "evaluate", "benchmark", "flops", "train", "push"}
+        assert {words[0] for words in calls} == SHOWN
         card = out[out.rindex("called push") :]
         assert "model.safetensors" in card and "base_model: llava-hf/llava-1.5-7b-hf" in card
         rows = json.loads((here / "results" / "questions" / "results.json").read_text())["rows"]

@@ -331,6 +331,14 @@ def test_merged_tokens_reach_the_llm_and_leave_the_features_alone(pruner):
     assert math.isfinite(float(whole.logits.sum()))
 
 
+def test_the_mean_over_words_is_the_cosine_to_their_mean_direction():
+    """TRIM's formula, with that direction in place of its pooled text: the same order of the tokens."""
+    inputs = make_inputs(num_samples=1)
+    words = F.normalize(inputs.query[0][inputs.query_valid[0]], dim=-1).mean(0)
+    cosines = F.cosine_similarity(inputs.tokens[0], words[None])
+    assert QuerySimilarityPruner().score(inputs)[0].argsort().tolist() == cosines.argsort().tolist()
+
+
 def test_pool_is_average_pooling_where_the_budget_divides():
     inputs = make_inputs(height=6, width=4)
     kept, _ = PoolPruner().choose(inputs, Budget(num_keep=6))

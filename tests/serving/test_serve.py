@@ -120,7 +120,7 @@ def test_the_page_runs_as_it_stands(client, samples, tmp_path, monkeypatch, caps
     samples[0]["images"][0].save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    code = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)[0]  # the others are for vLLM
     exec(compile(code.replace("http://127.0.0.1:8000/v1", str(client.base_url)), "serving.md", "exec"), {})
     assert {word.strip(".") for word in capsys.readouterr().out.lower().split()} <= {"yes", "no"}
     for line in re.findall(r"^tprl (serve.*?)(?:  +#.*)?$", page, re.M):
@@ -263,6 +263,39 @@ def test_metrics_and_the_log_say_what_became_of_each_request(checkpoint, samples
         lines[0],
     )
     assert re.fullmatch(r'chatcmpl-[-0-9a-f]+ 400 [\d.]+ s "n=2 is not served: leave it out."', lines[-1])
+
+
+def test_requests_that_wait_share_a_call_and_each_ends_by_itself(client, checkpoint, samples):
+    def asked_alone():
+        told = client.get("/../metrics", cast_to=str)
+        counts = re.findall(r'^tprl_batch_requests_(?:bucket\{le="1.0"\}|count) (.*)$', told, re.M)
+        return [float(count) for count in counts]
+
+    def made(words):
+        number, length = words
+        fields = {"generation_config": f'{{"min_new_tokens": 4, "max_new_tokens": {length}}}', "timings": True}
+        answer = ask(client, samples[number]["prompt"], urls[number], max_tokens=None, extra_body=fields)
+        return answer.choices[0].message.content.strip(), answer.usage.completion_tokens, answer.timings
+
+    long = '{"min_new_tokens": 200, "max_new_tokens": 200}'
+    a_while = {"max_tokens": None, "extra_body": {"generation_config": long}}
+    urls = [data_url(sample["images"][0]) for sample in samples]
+    lengths = [4, 5, 6, 7, 8, 9]
+    model, processor = load_model(str(checkpoint))
+    expected = [
+        generate_answers(model, processor, [sample], min_new_tokens=4, max_new_tokens=length)[0]
+        for sample, length in zip(samples, lengths, strict=True)
+    ]
+    before = asked_alone()
+    with ThreadPoolExecutor(7) as clients:
+        first = clients.submit(ask, client, "is", urls[0], **a_while)  # the others come meanwhile
+        time.sleep(0.5)
+        answers = list(clients.map(made, enumerate(lengths)))
+        first.result()
+    assert [text for text, _, _ in answers] == expected
+    assert all(tokens <= length for (_, tokens, _), length in zip(answers, lengths, strict=True))
+    alone, count = (now - then for now, then in zip(asked_alone(), before, strict=True))
+    assert count == 7 and alone < 4  # the long one, and at most the first of the others
 
 
 def test_beams_are_served_but_not_streamed(client, checkpoint, samples):

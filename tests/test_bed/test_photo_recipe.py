@@ -26,12 +26,13 @@ from transformers import (
 
 from tests.stand_ins.photographs import write_photographs
 from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.cli.main import main
 from tprl_hf.data.photo import COUNTS, QUESTION_TYPES, RELATIONS, PhotoQuestion, photo_directory, pictures_root
 from tprl_hf.data.photo_things import KINDS, NEW_THINGS, THINGS
 from tprl_hf.test_bed import photo_model, photo_parts, photo_train
 from tprl_hf.test_bed.photo_baseline import guess_from_text
 from tprl_hf.test_bed.photo_batches import ANSWER, IGNORE, NOUN, few_patches, pack, training_batches, training_scene
-from tprl_hf.test_bed.photo_checkpoint import photo_checkpoint
+from tprl_hf.test_bed.photo_checkpoint import TRAINED, photo_checkpoint
 from tprl_hf.test_bed.photo_model import freeze_and_correct, load_trained, merge, put_together, trained_weights
 from tprl_hf.test_bed.photo_parts import PartMissingError
 from tprl_hf.test_bed.photo_train import (
@@ -388,6 +389,21 @@ def test_wheel_that_pip_cannot_get_is_named_in_one_line(tmp_path):
     )
 
 
+def test_demo_with_photographs(untrained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--photo", str(untrained), "--num-samples", "7", "--num-shown", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "photo_vqa(split='test', seed=7, num_samples=7)" in printed
+    assert "85 of 256" in printed
+
+
+@pytest.mark.skipif(TRAINED.is_file(), reason="the weights are here")
+def test_demo_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--photo"]) != 0
+    assert "The trained weights of Photo-LLaVA are not here" in capsys.readouterr().err
+
+
 def test_text_alone_guesses_what_was_most_frequent():
     def asked(prompt, answer, question_type="existence"):
         return PhotoQuestion(prompt, answer, question_type, ())
@@ -395,6 +411,10 @@ def test_text_alone_guesses_what_was_most_frequent():
     training = [asked("Is there a dog?", "yes")] * 3 + [asked("Is there a cow?", "no")] * 4
     test = [asked("Is there a dog?", "yes"), asked("Is there a fox?", "no"), asked("Is there a dog?", "no")]
     assert guess_from_text(training, test)["existence"] == (2, 3)
+    training = [asked("Which is lower, the dog or the cow?", "cow", "comparison")] * 2
+    training += [asked("Which is lower, the fox or the dog?", "fox", "comparison")] * 3
+    test = [asked("Which is higher, the cow or the dog?", "cow", "comparison")]
+    assert guess_from_text(training, test)["comparison"] == (1, 1), "of the names in the question"
 
 
 def test_steps_of_the_learning_rate():

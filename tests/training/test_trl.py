@@ -203,6 +203,23 @@ def test_sft_settings(model, processor, tmp_path, change):
         assert torch.equal(again.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens(model, processor, tmp_path, kind):
+    args = settings(trl.SFTConfig, tmp_path, max_length=None, gradient_checkpointing=False)
+    trainer = trl.SFTTrainer(
+        model, args, train_dataset=rows("completion"), processing_class=processor,
+        peft_config=getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    )  # fmt: skip
+    before = [parameter.detach().clone() for parameter in trainer.model.prompt_encoder.parameters()]
+    with watched(model) as (widths, masks):
+        trainer.train()
+    full = [trainer.data_collator([row])["input_ids"].shape[1] for row in trainer.train_dataset]
+    num_virtual = 2 if kind == "PromptTuningConfig" else 0
+    assert masks and max(widths) < max(full) + num_virtual
+    after = [*trainer.model.prompt_encoder.parameters()]
+    assert any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
 def test_evaluation(model, processor, tmp_path):
     args = settings(trl.SFTConfig, tmp_path, max_length=None, per_device_eval_batch_size=2)
     data = rows("completion")

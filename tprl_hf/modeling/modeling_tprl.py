@@ -204,7 +204,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         positions = self.adapter.forward_positions(batch.attention_mask)
         if positions is not None and "position_ids" not in inputs:
             first = batch.attention_mask.argmax(1, keepdim=True)
-            batch.inputs = {**inputs, "position_ids": (positions - first).clamp(min=0)}
+            batch.inputs = {**batch.inputs, "position_ids": (positions - first).clamp(min=0)}
         plan = self._plan(batch, choice, query_mask)
         wanted, length = batch.inputs.pop("logits_to_keep", 0), batch.input_ids.shape[1]
         batch.inputs = count_no_placeholders(batch.inputs, batch.visual)
@@ -217,8 +217,8 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         if "position_ids" not in inputs:
             pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
         if batch.inputs.get("inputs_embeds") is not None:
-            ids, embeds = pruned.inputs.pop("input_ids"), batch.inputs["inputs_embeds"]
-            pruned.inputs["inputs_embeds"] = embed_columns(embeds, ids, pruned.columns, self.get_input_embeddings())
+            del pruned.inputs["input_ids"]
+            pruned.inputs["inputs_embeds"] = embed_columns(batch.inputs["inputs_embeds"], pruned.columns)
         needed, columns = wanted, pruned.columns
         if not compact:
             source = source_columns(columns, length)
@@ -353,8 +353,9 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
 
         if prompt is None:
             raise ValueError("`generate` needs `input_ids`: they say where the visual tokens are.")
+        mask, looks = kwargs.pop("attention_mask", None), self._looks(choice)
         batch = self._batch(
-            input_ids, kwargs.pop("attention_mask", None), visual_features, kwargs, record, self._looks(choice)
+            input_ids, mask, visual_features, kwargs, record, looks, has_virtual=peft_model is not None
         )
         plan = self._plan(batch, choice, query_mask)
         no_cache = setting("use_cache", kwargs, *configs) is False
@@ -367,8 +368,8 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         if embeds is None:
             output = self.lvlm.generate(generation_config=generation_config, **arguments)
         else:
-            ids, embedding = arguments["input_ids"], self.get_input_embeddings()
-            with embedded_as(embedding, ids, embed_columns(embeds, ids, pruned.columns, embedding)):
+            rows = embed_columns(embeds, pruned.columns)
+            with embedded_as(self.get_input_embeddings(), arguments["input_ids"], rows):
                 output = self.lvlm.generate(generation_config=generation_config, **arguments)
 
         sequences = output if torch.is_tensor(output) else output.sequences

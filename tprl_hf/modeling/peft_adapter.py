@@ -7,6 +7,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
 
 FOLDER = "adapter"
 WEIGHTS = "adapter_model.safetensors"
@@ -65,10 +66,8 @@ def load_own_adapter(model: Any, source: str, hub_kwargs: dict[str, Any]) -> Non
         `ImportError`: without PEFT.
         `ValueError`: when a weight of it is missing or has no place.
     """
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{source} holds a LoRA, which needs PEFT: pip install 'tprl_hf[train]'.") from error
+    if not is_peft_available():
+        raise ImportError(f"{source} holds a LoRA, which needs PEFT: pip install 'tprl_hf[train]'.")
     kwargs = {name: value for name, value in hub_kwargs.items() if name != "subfolder"}
     inside = "/".join(part for part in (hub_kwargs.get("subfolder"), FOLDER) if part)
     if os.path.isdir(source):

@@ -32,7 +32,7 @@ from .text_query import config_special_ids, default_query_mask, template_ids
 from .token_autoencoder import TokenAutoencoder
 from .token_pruner import PruningInputs, TokenPruner
 from .values import flag, optional, refuse_misspelled, wrong
-from .virtual_tokens import ids_of_embeddings, types_before_tokens
+from .virtual_tokens import VIRTUAL, ids_of_embeddings, types_before_tokens
 from .visual_features import VisualFeatures
 
 logger = logging.get_logger(__name__)
@@ -154,6 +154,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         inputs: dict[str, Any],
         record: CachedPrompt | None = None,
         with_attention: bool = False,
+        has_virtual: bool = False,
     ) -> PromptBatch:
         if input_ids is None:
             embeds = inputs.get("inputs_embeds")
@@ -161,6 +162,9 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                 raise ValueError("`input_ids` are needed: they say where the visual tokens are.")
             input_ids = ids_of_embeddings(embeds, self.get_input_embeddings(), self.adapter.token_ids.values())
             input_ids, inputs = input_ids.to(embeds.device), types_before_tokens(inputs, embeds.shape[1])
+            has_virtual = True
+            if attention_mask is not None and attention_mask.shape == input_ids.shape:
+                input_ids = input_ids.masked_fill(attention_mask == 0, VIRTUAL)  # padding may look like a placeholder
         if attention_mask is None:
             attention_mask = self._infer_attention_mask(input_ids)
         if attention_mask.shape != input_ids.shape:
@@ -168,9 +172,10 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                 f"attention_mask must be two-dimensional as input_ids, {tuple(input_ids.shape)}; got "
                 f"{tuple(attention_mask.shape)}."
             )
-        device, input_ids, attention_mask = input_ids.device, input_ids.cpu(), attention_mask.cpu().long()
+        device, input_ids, attention_mask = input_ids.device, input_ids.cpu(), attention_mask.cpu()
         visual = self.adapter.find_visual(input_ids)
-        check_values(input_ids, attention_mask, visual, self.num_ids)
+        not_looked_up = visual | (input_ids == VIRTUAL) if has_virtual else visual
+        check_values(input_ids, attention_mask, not_looked_up, self.num_ids)
         attention_mask = attention_mask.long()
         batch = PromptBatch(input_ids, attention_mask, visual, visual_features, inputs, device, record)
         if batch.new.any() or (not visual.any() and self.adapter.has_pixels(inputs)):

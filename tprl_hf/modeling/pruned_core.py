@@ -7,26 +7,31 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .cached_prompt import CACHE_NAME, is_filled
+from .cached_prompt import CACHE_NAME, cache_argument, is_filled
 from .outputs_tprl import TPRLOutput
 from .sequence_inputs import check_call, count_no_placeholders
+from .virtual_tokens import ids_of_embeddings, is_prefix
 
 if TYPE_CHECKING:
     from .modeling_tprl import TPRLForConditionalGeneration
 
 CHOICES = ("keep_ratio", "num_keep", "threshold", "prune", "keep_mask")
 OF_THE_HEAD = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep")
-# The ids of the call in progress and their labels, which TRL keeps to itself.
+# The ids or embeddings of the call in progress and their labels, which TRL keeps to itself.
 labels_of_call: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("labels_of_call", default=None)
 
 
 def note_labels(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Before a forward whose head and loss are TRL's: labels of visual tokens do not count, as in our own."""
-    input_ids, labels = kwargs.get("input_ids"), kwargs.get("labels")
-    if not kwargs.get("fused_lm_head") or input_ids is None or labels is None:
+    input_ids, embeds, labels = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "labels"))
+    given = embeds if input_ids is None else input_ids
+    if not kwargs.get("fused_lm_head") or given is None or labels is None:
         return None
+    if input_ids is None:
+        assert embeds is not None
+        input_ids = ids_of_embeddings(embeds, model.get_input_embeddings(), model.adapter.token_ids.values())
     kwargs = count_no_placeholders(kwargs, model.adapter.find_visual(input_ids.cpu()))
-    labels_of_call.set((input_ids, kwargs["labels"]))
+    labels_of_call.set((given, kwargs["labels"]))
     return args, kwargs
 
 
@@ -62,10 +67,12 @@ class PrunedCore:
             of a pruned column is that of the last kept one before it, so that each column predicts the next.
 
         Raises:
-            `ValueError`: for a filled cache, and for router logits.
+            `ValueError`: for a filled cache that is not PEFT's prefix, and for router logits.
         """
         model = self.__dict__["model"]
-        if is_filled(inputs.get(CACHE_NAME)) or is_filled(inputs.get("past_key_values")):
+        inputs |= cache_argument(inputs.pop("past_key_values", None), inputs.pop("cache", None))
+        cache = inputs.get(CACHE_NAME)
+        if is_filled(cache) and not is_prefix(cache, input_ids, attention_mask):
             raise ValueError("base_model takes whole prompts, without a cache: call the model itself.")
         inputs.pop("return_dict", None)
         choice = model._choice(*(inputs.pop(name, None) for name in CHOICES))
@@ -75,7 +82,7 @@ class PrunedCore:
             inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
             return BaseModelOutputWithPast(last_hidden_state=last_states(model, inputs)["hidden_states"][-1])
         noted = labels_of_call.get()
-        if noted is not None and noted[0] is input_ids:
+        if noted is not None and noted[0] is (inputs.get("inputs_embeds") if input_ids is None else input_ids):
             inputs["labels"] = noted[1]  # they tell the question from the answer
         output = model._run(input_ids, attention_mask, inputs, choice, query_mask, features, False, last_states)
         return BaseModelOutputWithPast(last_hidden_state=output.hidden_states[-1])

@@ -63,19 +63,17 @@ def row_keys(rows: Tensor) -> Tensor:
     return (bits * factors).sum(-1)
 
 
-def embed_columns(inputs_embeds: Tensor, input_ids: Tensor, columns: Tensor, embedding: nn.Module) -> Tensor:
+def embed_columns(inputs_embeds: Tensor, columns: Tensor) -> Tensor:
     """
-    The embeddings of a pruned prompt, `[B, P, D]`.
+    The embeddings of a pruned prompt, `[B, P, D]`; in its padding ones, which no model takes for a placeholder.
 
     Args:
         inputs_embeds (`[B, L, D]`): of the full prompt.
-        input_ids (`int64 [B, P]`): of the pruned one, with what stands in its padding.
         columns (`int64 [B, P]`): column of the full prompt of each pruned column, -1 for padding.
     """
     columns = columns.to(inputs_embeds.device)[..., None]
     kept = inputs_embeds.gather(1, columns.clamp(min=0).expand(-1, -1, inputs_embeds.shape[2]))
-    filling = embedding(input_ids.clamp(min=0).to(inputs_embeds.device))
-    return torch.where(columns >= 0, kept, filling)
+    return kept.masked_fill(columns < 0, 1.0)
 
 
 def types_before_tokens(inputs: dict[str, Any], width: int) -> dict[str, Any]:

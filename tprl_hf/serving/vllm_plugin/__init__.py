@@ -4,6 +4,10 @@
 This folder is the only place that imports vllm.
 """
 
+import logging
+
+logger = logging.getLogger(__name__)
+
 ARCHITECTURE = "TPRLForConditionalGeneration"
 # Names inside vLLM change with each minor release.
 VLLM_RELEASE = "0.32"
@@ -11,6 +15,14 @@ VLLM_RELEASE = "0.32"
 
 def register() -> None:
     """Makes vLLM know checkpoints of model type "tprl". May be called several times."""
+    import vllm
+
+    if not vllm.__version__.startswith(f"{VLLM_RELEASE}."):  # vLLM is to serve other models all the same
+        logger.warning(
+            f"tprl_hf works inside vLLM {VLLM_RELEASE}, not {vllm.__version__}, and leaves this one alone. For "
+            f'checkpoints of tprl_hf install "vllm=={VLLM_RELEASE}.*", or use `tprl serve`.'
+        )
+        return
     from transformers import AutoConfig, AutoProcessor  # noqa: F401  (once they are loaded, tprl_hf joins them)
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP

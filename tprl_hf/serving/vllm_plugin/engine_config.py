@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedConfig
-from vllm import __version__ as vllm_version
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.multimodal.processing import InputProcessingContext
@@ -15,7 +14,7 @@ from tprl_hf.modeling.configuration_tprl import TPRLConfig
 from tprl_hf.modeling.token_pruner import TokenPruner
 from tprl_hf.pruners import PRUNERS
 
-from . import VLLM_RELEASE
+from . import ARCHITECTURE
 from .requests import PRUNERS_HERE, request_budget, split_budget
 
 # The field of a base model's config (`--hf-overrides`) that says how it is pruned.
@@ -39,7 +38,7 @@ def pruned_config(config: PreTrainedConfig) -> TPRLConfig:
     unknown = sorted(set(settings) - set(TPRLConfig().to_dict()))
     if unknown or not settings.get("pruner"):
         raise ValueError(f"To prune a base model pass --hf-overrides '{EXAMPLE}'; got {settings!r} for {SETTINGS!r}.")
-    return TPRLConfig(base_config=config, **settings)
+    return TPRLConfig(base_config=config, architectures=[ARCHITECTURE], **settings)
 
 
 def named_pruner(config: TPRLConfig) -> TokenPruner | None:
@@ -99,13 +98,12 @@ class PrunedEngineConfig(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         from .families import family_of
 
-        if not vllm_version.startswith(f"{VLLM_RELEASE}."):
-            raise ValueError(
-                f"This release of tprl_hf works with vLLM {VLLM_RELEASE}, but {vllm_version} is installed: "
-                f'pip install "vllm=={VLLM_RELEASE}.*", or use `tprl serve`.'
-            )
         config = pruned_config(model_config.hf_config)
         family = family_of(config)
+        if getattr(config.base_config, "quantization_config", None) is not None:
+            raise ValueError(
+                "The base model's weights are quantised, which is not possible here: take others, or `tprl serve`."
+            )
         pruner = named_pruner(config)
         server = model_config.get_multimodal_config().mm_processor_kwargs or {}
         budget = request_budget({}, server, config, pruner)

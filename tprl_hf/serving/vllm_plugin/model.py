@@ -64,6 +64,8 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         self.pruner = named_pruner(config) or self.make_policy()
         self.axes = 3 if self.family.has_three_axes else 1
         self.is_original = config.position_ids == "original"
+        # Without pruning, positions are the base model's, which lie in three axes also where a checkpoint counts anew.
+        self.has_places = self.is_original or self.axes == 3
         size = vllm_config.scheduler_config.max_num_batched_tokens
         self.register_buffer("places", torch.zeros(self.axes, size, dtype=torch.long), persistent=False)
         self.tower_tokens = max(size, vllm_config.scheduler_config.max_num_encoder_input_tokens)
@@ -115,13 +117,14 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         layouts = [TokenLayout.from_blocks([read_blocks(blocks)]) for blocks in ours["tprl_blocks"]]
         sizes = [len(layout.image) for layout in layouts]
         rows = self.encode(kwargs, [tuple(key.tolist()) for key in ours["tprl_key"]], sizes)
-        counts = [int(count) for count in ours["tprl_keep"]]
+        counts = [int(count) or size for count, size in zip(ours["tprl_keep"], sizes, strict=True)]
         kept: list[Tensor] = [torch.empty(0)] * len(rows)
         for count in set(counts):  # a pruner takes one budget for all samples of its batch
             which = [index for index, own in enumerate(counts) if own == count]
             masks = self.choose(rows, layouts, ours["tprl_question"], which, count)
             for index, mask in zip(which, masks, strict=True):
-                kept[index] = self.with_places(rows[index], mask, layouts[index])
+                is_pruned = bool(ours["tprl_keep"][index])
+                kept[index] = self.with_places(rows[index], mask, layouts[index], is_pruned)
         return kept
 
     def encode(self, kwargs: dict[str, Any], keys: list[tuple[int, ...]], sizes: list[int]) -> list[Tensor]:
@@ -168,11 +171,13 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
                 rows[index] = torch.cat([own[:size].to(rows[index]), rows[index][:, width:]], dim=1)
         return [mask[:size] for mask, size in zip(masks, sizes.tolist(), strict=True)]
 
-    def with_places(self, rows: Tensor, mask: Tensor, layout: TokenLayout) -> Tensor:
+    def with_places(self, rows: Tensor, mask: Tensor, layout: TokenLayout, is_pruned: bool) -> Tensor:
         kept = rows[mask]
-        if not self.is_original:
+        if not self.has_places:
             return kept
-        if self.axes == 1:
+        if is_pruned and not self.is_original:
+            places = torch.zeros(self.axes, len(kept), dtype=torch.long, device=kept.device)
+        elif self.axes == 1:
             places = mask.nonzero().T
         else:
             places = torch.stack([layout.block, layout.row, layout.column]).to(mask.device)[:, mask]
@@ -182,7 +187,8 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """Positions `[3, L]` of the full prompt: each kept token at its image's start, [`forward`] adds its place."""
-        if not self.is_original:
+        is_pruned = any("tprl_keep" not in f.data or bool(f.data["tprl_keep"].data) for f in mm_features)
+        if is_pruned and not self.is_original:
             return torch.arange(len(input_tokens)).expand(3, -1).contiguous(), 0
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
         images = []
@@ -210,7 +216,7 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         *,
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
-        if self.is_original:
+        if self.has_places:
             self.places.zero_()  # behind the ids too, where the engine pads
             if multimodal_embeddings is not None and len(multimodal_embeddings):
                 assert is_multimodal is not None
@@ -228,7 +234,7 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        if self.is_original:
+        if self.has_places:
             positions = positions[: self.axes] + self.places[:, : positions.shape[1]]
             positions = positions[0] if self.axes == 1 else positions
         return self.lvlm(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)

@@ -19,16 +19,17 @@ from vllm.multimodal.processing import (
     PromptReplacement,
 )
 
+from tprl_hf.modeling.checkpoint_checks import refuse_untrained
 from tprl_hf.modeling.text_query import config_special_ids, template_ids
 from tprl_hf.modeling.token_layout import Block
 
 from .engine_config import base_context, named_pruner, pruned_config, reads_question
-from .places import EMBEDDED_COLUMNS
+from .places import BASE, EMBEDDED_COLUMNS, read_places
 from .requests import counts_of_images, question_ids, request_budget, split_budget
 
 # Under this name budget and question travel among a request's `mm_processor_kwargs`, which vLLM hashes.
 OURS = "tprl"
-# Inputs of the model that are ours, one entry for each image.
+# Inputs of the model that are ours, one entry for each image. "tprl_keep" is 0 where the request is not pruned.
 FIELDS = ("tprl_keep", "tprl_question", "tprl_blocks", "tprl_key")
 
 
@@ -106,11 +107,14 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         if self.are_embedded(inputs.mm_data_items):
             if request:
                 raise ValueError(f"Embeddings of images have been pruned: leave out {', '.join(sorted(request))}.")
+            self.refuse_other_embeddings(inputs.prompt, inputs.mm_data_items["image"])
         elif "image" in inputs.mm_data_items:
             images = self.blocks(inputs.mm_data_items, kwargs)
             budget = request_budget(request, self.info.server_kwargs, self.info.config, self.info.pruner)
+            if budget is not None and self.info.pruner is None:
+                refuse_untrained(self.info.config)
             counts = counts_of_images(budget, images)
-            self.refuse_too_long(inputs.prompt, images)
+            self.refuse_too_long(inputs.prompt, [self.info.num_positions(blocks) for blocks in images])
             kwargs[OURS] = {"keep": [], "question": []}
             if budget is not None:
                 kept = {repr(blocks): count for blocks, count in zip(images, counts, strict=True)}
@@ -146,12 +150,29 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         sizes = [images.get_image_size(index) for index in range(len(images))]
         return [self.info.image_blocks(size.width, size.height, kwargs) for size in sizes]
 
-    def refuse_too_long(self, prompt: list[int], images: list[list[Block]]) -> None:
+    def refuse_other_embeddings(self, prompt: list[int], images: ImageEmbeddingItems) -> None:
+        """Raises `ValueError` for rows that `embedded_rows` did not make: their places would lead anywhere."""
+        if self.info.config.position_ids != "original":
+            return
+        totals = []
+        for index in range(images.get_count()):
+            columns = images.get(index)[:, -EMBEDDED_COLUMNS:].float()
+            is_small = bool(((columns >= 0) & (columns < BASE) & (columns == columns.round())).all())
+            places, total = read_places(columns[:, :2])[0], read_places(columns[:, 2:])[0]
+            if not is_small or bool((places >= total).any()) or len(total.unique()) != 1:
+                raise ValueError(
+                    f"The last {EMBEDDED_COLUMNS} columns of image {index}'s embeddings do not say where its tokens "
+                    "lay: make them with tprl_hf.serving.vllm_plugin.places.embedded_rows."
+                )
+            totals.append(int(total[0]))
+        self.refuse_too_long(prompt, totals)
+
+    def refuse_too_long(self, prompt: list[int], images: list[int]) -> None:
         """Raises `ValueError` where kept tokens and text would have positions that the LLM does not know."""
         config = self.info.config
         if config.position_ids != "original":
             return
-        length = len(prompt) - len(images) + sum(map(self.info.num_positions, images))
+        length = len(prompt) - len(images) + sum(images)
         longest = config.get_text_config().max_position_embeddings
         if length > longest:
             raise ValueError(
@@ -164,7 +185,8 @@ class PrunedProcessor(BaseMultiModalProcessor[Any]):
         output = super()._apply_hf_processor_main(mm_items, kwargs)
         if "image" in mm_items and len(mm_items["image"]) and not self.are_embedded(mm_items):
             images = self.blocks(mm_items, kwargs)
-            output["tprl_keep"] = torch.tensor([self.kept(blocks, hf_kwargs) for blocks in images])
+            is_pruned = bool(hf_kwargs[OURS]["keep"])
+            output["tprl_keep"] = torch.tensor([is_pruned * self.kept(blocks, hf_kwargs) for blocks in images])
             question = torch.tensor(hf_kwargs[OURS]["question"], dtype=torch.long)
             output["tprl_question"] = [question] * len(images)
             output["tprl_blocks"] = [
