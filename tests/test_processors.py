@@ -171,8 +171,9 @@ class TestMissingPackages:
             "sys.exit(main(['serve', '--port', '0']))"
         )
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.count("\n") == 2, done.stderr
-        for line in done.stderr.splitlines():
+        lines = [line for line in done.stderr.splitlines() if not line.endswith("...")]  # what it does meanwhile
+        assert done.returncode == 2 and len(lines) == 2, done.stderr
+        for line in lines:
             assert f": error: torchvision 0.28.0 does not go with torch {torch.__version__}" in line
             assert "install both from the same index" in line
 

@@ -71,7 +71,7 @@ FIELDS = {
     "latent_dim": or_none(is_count),
     "policy_dim": is_count,
     "policy_num_heads": is_count,
-    "policy_num_layers": is_count,
+    "policy_num_layers": lambda value: is_count(value, 0),
     "policy_positions": is_flag,
     "policy_steps": or_none(is_count),
     "policy_budget": is_flag,

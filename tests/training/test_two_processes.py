@@ -93,7 +93,13 @@ def assert_as_one_process(log, base, dataset, tmp_path):
     shown = generate_demonstrations(GradientTeacher(), model, processor, dataset)
     common = {"use_cpu": True, "disable_tqdm": True, "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1}
     common |= {"per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
-    trainer = LfDTrainer(model, LfDConfig(str(tmp_path / "one"), **common), processor, shown, dataset)
+    trainer = LfDTrainer(
+        model,
+        LfDConfig(str(tmp_path / "one"), **common),
+        processing_class=processor,
+        train_dataset=shown,
+        eval_dataset=dataset,
+    )
     trainer.train()
     for name in ("loss", "eval_logprob"):
         found, alone = ([row[name] for row in rows if name in row] for rows in (log, trainer.state.log_history))

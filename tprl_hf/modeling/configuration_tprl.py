@@ -44,7 +44,7 @@ CHECKS: dict[str, Check] = {
     "latent_dim": optional(COUNT),
     "policy_dim": COUNT,
     "policy_num_heads": COUNT,
-    "policy_num_layers": COUNT,
+    "policy_num_layers": whole(0),
     "policy_positions": flag,
     "policy_steps": optional(COUNT),
     "policy_budget": flag,
@@ -142,7 +142,7 @@ class TPRLConfig(PreTrainedConfig):
         policy_num_heads (`int`, defaults to 8):
             Attention heads of the policy.
         policy_num_layers (`int`, defaults to 1):
-            Attention layers of the policy; the paper has one.
+            Attention layers of the policy; the paper has one. With 0 it is an MLP on each token alone (Table 8).
         policy_positions (`bool`, defaults to `False`):
             Tell the policy where in its image each token lies, and where in the question each word. Not in the paper.
         policy_steps (`int`, *optional*):

@@ -250,13 +250,15 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
             if merged is not None:
                 batch.replace_rows(unpad_rows(merged, inputs.num_visual), new, self.adapter)
             chosen_scores = unpad_rows(chosen_scores, inputs.num_visual).float()
-            if chosen_scores.isnan().any():
+            # one transfer, as each is waited for
+            on_cpu = torch.cat([chosen.flatten(), chosen_scores.isnan().any()[None]]).cpu()
+            if on_cpu[-1]:
                 raise ValueError(
                     f"{type(self.pruner).__name__} gave scores that are NaN: look for broken weights or features. A "
                     "score of -inf is for tokens that go first."
                 )
             scores = chosen_scores if new.all() else chosen_scores.new_ones(total).index_put((new,), chosen_scores)
-            keep_mask[new] = unpad_rows(chosen.cpu(), inputs.num_visual)
+            keep_mask[new] = unpad_rows(on_cpu[:-1].view(chosen.shape), inputs.num_visual)
         if batch.record is not None:
             decided = torch.cat(batch.record.keep_masks)
             differs = int((keep_mask[~batch.new] != decided).sum())
