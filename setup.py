@@ -70,7 +70,7 @@ EXTRAS["dev"] = [
     *EXTRAS["completion"],
     *EXTRAS["docs"],
     *EXTRAS["serve"],
-    "bandit>=1.9",
+    "bandit>=1.9.1",
     "build>=1.5",
     "hypothesis>=6.150",
     "mypy>=2.0",
