@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tprl_hf.data import QUESTION_TYPES, mosaic, mosaic_vqa
+from tprl_hf.data import QUESTION_TYPES, mosaic_vqa
 from tprl_hf.data.mosaic import COLORS, MosaicObject, MosaicScene, draw_scene, mosaic_scenes, scene_rng
 
 PATCH = 12
@@ -146,7 +146,7 @@ def test_dataset_rows():
 
 def test_parts_of_a_dataset_do_not_show(monkeypatch):
     whole = mosaic_vqa("train", num_samples=14)
-    monkeypatch.setattr(mosaic, "ROWS_PER_PART", 6)
+    monkeypatch.setattr("tprl_hf.data.scenes.ROWS_PER_PART", 6)
     parts = mosaic_vqa("train", num_samples=14)
     assert parts.data.num_rows == 14 and parts.features == whole.features
     assert [parts[i] for i in range(14)] == [whole[i] for i in range(14)]

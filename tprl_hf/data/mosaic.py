@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
-from PIL import Image
-from tqdm import tqdm
+from datasets import Dataset
 
-from .samples import SAMPLE_FEATURES, check_number, png_bytes
+from .samples import check_number
+from .scenes import random_stream, rows_of_scenes
 
 IMAGE_SIZE = 144
 CELL_SIZE = 24
@@ -41,7 +40,6 @@ RELATIONS = ("left of", "right of", "above", "below")
 QUESTION_TYPES = ("existence", "color", "shape", "relation", "counting", "reading")
 SPLITS = ("train", "validation", "test")
 MAX_COUNT = 5
-ROWS_PER_PART = 10_000  # of a dataset
 MIN_RELATION_DISTANCE = 18  # pixels between the centers along the axis asked about
 
 # Digits on 5 x 7 dots, one string a row.
@@ -336,11 +334,7 @@ def ask(scene: MosaicScene, question_type: str, rng: np.random.Generator) -> Mos
 
 def scene_rng(split: str, seed: int, index: int) -> np.random.Generator:
     """The random stream of one scene; the streams of different splits, seeds or indices have nothing in common."""
-    if split not in SPLITS:
-        raise ValueError(f"Unknown split {split!r}; one of {', '.join(SPLITS)}.")
-    if seed < 0 or index < 0:
-        raise ValueError(f"seed and index must not be negative; got seed={seed}, index={index}.")
-    return np.random.default_rng(np.random.SeedSequence([SPLITS.index(split), seed, index]))
+    return random_stream(SPLITS, split, seed, index)
 
 
 def mosaic_scenes(split: str, seed: int) -> Iterator[tuple[int, MosaicScene, list[MosaicQuestion]]]:
@@ -383,28 +377,4 @@ def mosaic_vqa(split: str = "test", seed: int = 0, num_samples: int = 2000) -> D
     ```
     """
     seed, num_samples = check_number("seed", seed, 0), check_number("num_samples", num_samples, 1)
-    rows: list[dict] = []
-    # with the time that is left, where it takes more than some seconds
-    progress = tqdm(total=num_samples, desc="Drawing mosaics", unit="question", delay=3)
-    for index, scene, questions in mosaic_scenes(split, seed):
-        image = {"bytes": png_bytes(Image.fromarray(scene.pixels)), "path": None}
-        objects = [{"name": item.name, "box": list(item.box)} for item in scene.objects]
-        for question in questions[: num_samples - len(rows)]:
-            rows.append(
-                {
-                    "images": [image],
-                    "prompt": question.prompt,
-                    "answer": question.answer,
-                    "question_type": question.question_type,
-                    "boxes": [list(scene.objects[i].box) for i in question.objects],
-                    "image_id": f"mosaic-{split}-{seed}-{index}",
-                    "objects": objects,
-                }
-            )
-        progress.update(min(len(questions), num_samples - progress.n))
-        if len(rows) == num_samples:
-            break
-    progress.close()
-    # Arrow's offsets into bytes end at 2 GiB for each part.
-    parts = [rows[start : start + ROWS_PER_PART] for start in range(0, num_samples, ROWS_PER_PART)]
-    return concatenate_datasets([Dataset.from_list(part, features=SAMPLE_FEATURES) for part in parts])
+    return rows_of_scenes(mosaic_scenes(split, seed), f"mosaic-{split}-{seed}", num_samples, "Drawing mosaics")

@@ -15,12 +15,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from PIL import Image, ImageEnhance
-from tqdm import tqdm
 
 from .photo_things import KINDS, NEW_THINGS, PACKAGES, PICTURE_FILES, THINGS, WALLPAPER_FILES, WALLPAPERS, Thing
-from .samples import SAMPLE_FEATURES, check_number, png_bytes
+from .samples import check_number
+from .scenes import random_stream, rows_of_scenes
 
 IMAGE_SIZE = 224
 QUESTION_TYPES = ("existence", "category", "place", "relation", "comparison", "pair", "counting")
@@ -31,7 +31,6 @@ RELATIONS = ("left of", "right of", "above", "below")
 COMPARISONS = ("farther left", "farther right", "higher", "lower")
 EXTREMES = ("farthest left", "farthest right", "at the top", "at the bottom")
 NO_ARTICLE = frozenset("grapes scissors corn garlic lettuce broccoli earth".split())
-ROWS_PER_PART = 10_000  # of a dataset
 STAMP_SIZE, WALLPAPER_SIZE = 110, 480  # pixels that are kept of a photograph: its longer, its shorter side
 OPAQUE = 100  # of 255
 MIN_DISTANCE = 20  # pixels between two centers along the axis asked about
@@ -332,11 +331,7 @@ def ask(scene: PhotoScene, question_type: str, rng: np.random.Generator) -> Phot
 
 def scene_rng(split: str, seed: int, index: int) -> np.random.Generator:
     """The random stream of one scene; the streams of different splits, seeds or indices have nothing in common."""
-    if split not in SPLITS:
-        raise ValueError(f"Unknown split {split!r}; one of {', '.join(SPLITS)}.")
-    if seed < 0 or index < 0:
-        raise ValueError(f"seed and index must not be negative; got seed={seed}, index={index}.")
-    return np.random.default_rng(np.random.SeedSequence([SPLITS.index(split), seed, index]))
+    return random_stream(SPLITS, split, seed, index)
 
 
 def photo_scenes(split: str, seed: int, root: Path) -> Iterator[tuple[int, PhotoScene, list[PhotoQuestion]]]:
@@ -374,28 +369,6 @@ def photo_vqa(split: str = "test", seed: int = 0, num_samples: int = 2000) -> Da
         `FileNotFoundError`: If the photographs are not on this machine.
     """
     seed, num_samples = check_number("seed", seed, 0), check_number("num_samples", num_samples, 1)
-    rows: list[dict] = []
-    # with the time that is left, where it takes more than some seconds
-    progress = tqdm(total=num_samples, desc="Drawing scenes", unit="question", delay=3)
-    for index, scene, questions in photo_scenes(split, seed, pictures_root()):
-        image = {"bytes": png_bytes(Image.fromarray(scene.pixels)), "path": None}
-        objects = [{"name": item.name, "box": list(item.box)} for item in scene.objects]
-        for question in questions[: num_samples - len(rows)]:
-            rows.append(
-                {
-                    "images": [image],
-                    "prompt": question.prompt,
-                    "answer": question.answer,
-                    "question_type": question.question_type,
-                    "boxes": [list(scene.objects[i].box) for i in question.objects],
-                    "image_id": f"photo-{split}-{seed}-{index}",
-                    "objects": objects,
-                }
-            )
-        progress.update(min(len(questions), num_samples - progress.n))
-        if len(rows) == num_samples:
-            break
-    progress.close()
-    # Arrow's offsets into bytes end at 2 GiB for each part.
-    parts = [rows[start : start + ROWS_PER_PART] for start in range(0, num_samples, ROWS_PER_PART)]
-    return concatenate_datasets([Dataset.from_list(part, features=SAMPLE_FEATURES) for part in parts])
+    return rows_of_scenes(
+        photo_scenes(split, seed, pictures_root()), f"photo-{split}-{seed}", num_samples, "Drawing scenes"
+    )
