@@ -49,16 +49,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         self.lvlm = AutoModelForImageTextToText.from_config(config.base_config) if lvlm is None else lvlm
         assert config.token_dim and config.autoencoder_dim and config.latent_dim
         self.autoencoder = TokenAutoencoder(config.token_dim, config.autoencoder_dim, config.latent_dim)
-        self.policy = PruningPolicy(
-            config.latent_dim,
-            config.token_dim,
-            config.policy_dim,
-            config.policy_num_heads,
-            config.policy_num_layers,
-            config.policy_positions,
-            config.policy_steps,
-            config.policy_budget,
-        )
+        self.policy = PruningPolicy.of(config)
         self.autoencoder.float()
         self.policy.float()
         self.adapter = adapter_for(self.lvlm)

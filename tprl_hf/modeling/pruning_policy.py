@@ -1,6 +1,7 @@
 """The pruning policy: shared attention, policy head and value head (eq. 9-13, 17-18 of the TPRL paper)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +107,20 @@ class PruningPolicy(Float32Module):
         self.policy_head = PolicyLinear(latent_dim, 1)
         self.value_mlp = ResidualMLP(latent_dim, hidden_dim)
         self.value_head = PolicyLinear(latent_dim, 1)
+
+    @classmethod
+    def of(cls, config: Any) -> "PruningPolicy":
+        """The network that a [`TPRLConfig`] describes, with new weights."""
+        return cls(
+            config.latent_dim,
+            config.token_dim,
+            config.policy_dim,
+            config.policy_num_heads,
+            config.policy_num_layers,
+            config.policy_positions,
+            config.policy_steps,
+            config.policy_budget,
+        )
 
     def forward(
         self,

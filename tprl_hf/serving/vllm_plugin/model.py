@@ -78,16 +78,7 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         config = self.config
         with set_default_torch_dtype(torch.float32):  # whatever the LLM's
             self.autoencoder = TokenAutoencoder(config.token_dim, config.autoencoder_dim, config.latent_dim)
-            self.policy = PruningPolicy(
-                config.latent_dim,
-                config.token_dim,
-                config.policy_dim,
-                config.policy_num_heads,
-                config.policy_num_layers,
-                config.policy_positions,
-                config.policy_steps,
-                config.policy_budget,
-            )
+            self.policy = PruningPolicy.of(config)
         return LearnedPruner(self.policy, self.autoencoder, config.num_steps)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
