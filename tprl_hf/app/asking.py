@@ -255,8 +255,8 @@ class Asker:
         length = inputs["input_ids"].shape[1]
         if longest is not None and length + self.max_new_tokens > longest:
             raise Refusal(
-                f"With the picture this is {length:,} tokens, and the model reads at most "
-                f"{longest - self.max_new_tokens:,}. Take a shorter question, a smaller picture, or a new conversation."
+                f"With the picture this is {length:,} tokens, and the model reads {longest - self.max_new_tokens:,}. "
+                "Shorten the question, shrink the picture, or begin a new conversation."
             )
         return inputs
 

@@ -9,6 +9,7 @@ import tprl_hf
 from tprl_hf.missing_packages import explain, is_ours
 
 from . import (
+    app,
     benchmark,
     compare,
     completion,
@@ -30,6 +31,7 @@ from .progress import note, set_quiet
 # Each has NAME, HELP, add_arguments(parser) and run(arguments) -> exit code, and imports torch only in `run`.
 COMMANDS = (
     *(demo, generate, compare, count, trajectory, evaluate, table, flops, benchmark, train, reproduce, push, serve),
+    app,
     completion,
 )
 
