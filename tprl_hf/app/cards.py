@@ -22,11 +22,12 @@ STYLE = f"""
 .tprl p {{ margin: .3rem 0; overflow-wrap: anywhere; }}
 .tprl .small {{ color: var(--quiet); font-size: 13px; }}
 .tprl .notice {{ border-left: 4px solid #e69f00; padding: .4rem .7rem; background: var(--background-fill-secondary); }}
-.tprl table {{ border-collapse: collapse; width: 100%; border: 0 !important; }}
+.tprl table {{ border-collapse: collapse; width: 100%; }}
+.tprl table, .tprl thead, .tprl tbody, .tprl tr {{ border: 0 !important; }}
 .tprl th, .tprl td {{ text-align: left; padding: .35rem .6rem .35rem 0 !important; vertical-align: top;
-  border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; overflow-wrap: anywhere; }}
+  border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; overflow-wrap: break-word; }}
 .tprl th {{ font-weight: 600; font-size: 13px; color: var(--quiet); }}
-.tprl .answer {{ font-weight: 600; }}
+.tprl .answer {{ font-weight: 600; overflow-wrap: anywhere; }}
 .tprl .bars {{ display: grid; grid-template-columns: minmax(5.5em, max-content) 1fr max-content; gap: .3rem .6rem;
   align-items: center; }}
 .tprl .track {{ display: flex; height: 1.1em; background: var(--background-fill-secondary); }}
@@ -49,7 +50,8 @@ STYLE = f"""
 .tprl .turn > .said {{ margin: 0 0 .5rem 15%; }}
 .tprl .turn .two {{ gap: .6rem; }}
 .tprl .turn .two .said {{ background: none; border: 1px solid var(--border-color-primary); }}
-@media (max-width: 40rem) {{ .tprl .two {{ grid-template-columns: 1fr; }}
+@media (max-width: 40rem) {{ .tprl .two {{ grid-template-columns: 1fr; }} .tprl table {{ font-size: 14px; }}
+  .tprl .pictures {{ grid-template-columns: 1fr 1fr; }}
   .tprl .turn .two {{ grid-template-columns: 1fr 1fr; }} }}
 """
 

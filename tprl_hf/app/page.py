@@ -20,11 +20,10 @@ MAX_FILE_MB = 20
 # Nothing is fetched from elsewhere: fonts are the reader's own.
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 MODEL_QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
-# Two columns where there is room for both; the picture stays in sight while answers are read.
 PAGE_STYLE = (
     STYLE
     + """
-footer { display: none !important; }
+footer, #problem:not(:has(.tprl)) { display: none !important; }
 .gradio-container { max-width: 82rem !important; }
 """
 )

@@ -19,10 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive_int, default=64, metavar="N", help="longest answer (default: 64)"
     )
+    parser.add_argument(
+        "--space", metavar="DIR", help="write the folder of a Space on the Hub with this page, instead of showing it"
+    )
     add_loading_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.space is not None:
+        from tprl_hf.app.space import write_space
+
+        for path in write_space(arguments.space, arguments.model):
+            print(path)
+        return 0
     try:
         from tprl_hf.app.page import launch, make_page
     except ImportError as error:
