@@ -112,8 +112,8 @@ setup(
     package_data={
         "tprl_hf": [
             "py.typed",
-            "app/README.md",
-            "app/requirements.txt",
+            "app/space/README.md",
+            "app/space/requirements.txt",
             "checkpoints/**",
             "model_cards/**",
             "recipes/**",

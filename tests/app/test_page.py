@@ -1,9 +1,14 @@
 """The page as people have it: `tprl app` in a process of its own, and a browser. `make test-app` runs it."""
 
+import contextlib
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -230,3 +235,38 @@ def test_two_people_do_not_mix(browser, address):
     assert sources[0] != sources[1]
     for person in people:
         person.context.close()
+
+
+def test_a_spaces_folder_serves_its_own_copy(browser, tmp_path):
+    from tprl_hf.app.space import write_space
+    from tprl_hf.cli.serve import bind
+
+    folder = tmp_path / "space"
+    write_space(folder)
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    # a Space tells gradio by its environment where to listen
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "PYTHONPATH": ""}
+    server = subprocess.Popen([sys.executable, "app.py"], cwd=folder, env=environment)
+    address = f"http://127.0.0.1:{port}/"
+    try:
+        wait_for(address, server)
+        page = open_page(browser, address)
+        page.click("#ask")
+        wait(page, "#answered table")
+        assert page.errors == []
+        page.context.close()
+        assert list((folder / "tprl_hf" / "app" / "__pycache__").glob("page.*"))  # it ran from there
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def wait_for(address: str, server: subprocess.Popen) -> None:
+    """Until something answers at an address."""
+    for _ in range(PATIENCE // 500):
+        assert server.poll() is None
+        with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(address):
+            return
+        time.sleep(0.5)
+    pytest.fail(f"nobody answers at {address}")

@@ -14,7 +14,7 @@ from tprl_hf.app.space import write_space
 from tprl_hf.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-APP = Path(tprl_hf.__file__).parent / "app"
+APP = Path(tprl_hf.__file__).parent / "app" / "space"
 
 
 def listed(block: str) -> set[str]:

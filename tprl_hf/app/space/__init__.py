@@ -32,7 +32,7 @@ def write_space(directory: str | Path, model: str | None = None) -> list[Path]:
         )
     unfinished = target.with_name(f"{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(HERE.parent, unfinished / "tprl_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(HERE.parents[1], unfinished / "tprl_hf", ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
         text = (HERE / name).read_text(encoding="utf-8")
         if name == "app.py" and model is not None:
