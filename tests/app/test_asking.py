@@ -114,6 +114,7 @@ def test_the_pruners_are_those_that_work_with_the_model(asker, base_checkpoint):
     assert plain.name == "tiny" and not plain.has_policy() and "parameters, float32, on cpu" in plain.describe()
     image = Image.new("RGB", (40, 30), "red")
     assert plain.count_visual(image) == 16 and fewest(16) == 1 and fewest(144) == 8
+    assert asker.default_keep(144) == 48 and plain.default_keep(16) == 5
     assert plain.ask(image, "word7", ["uniform"], 99).replies[1].num_kept == 16  # more than there are is all
     with pytest.raises(Refusal, match="no trained policy, so there are no steps"):
         plain.steps(image, "word7", 4, 2)

@@ -108,7 +108,14 @@ class Asker:
 
     def default_pruner(self) -> str:
         """The checkpoint's own, or the usual one where it has none."""
-        return own_pruner(self.model) or DEFAULT_PRUNER
+        own = own_pruner(self.model)
+        return own if own in self.pruners else DEFAULT_PRUNER
+
+    def default_keep(self, num_visual: int) -> int:
+        """How many of a picture's tokens the checkpoint would keep; a third where it does not say."""
+        config = self.model.config
+        wanted = config.num_keep or round(num_visual * (config.keep_ratio or 1 / 3))
+        return min(max(wanted, fewest(num_visual)), num_visual)
 
     def has_policy(self) -> bool:
         """Whether there are steps to look at: a trained policy."""

@@ -17,6 +17,7 @@ from .examples import example_scenes
 MOST_PRUNERS = 4  # at once
 MOST_STEPS = 6
 MAX_FILE_MB = 20
+SHOWN_BY_BROWSERS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 # Nothing is fetched from elsewhere: fonts are the reader's own.
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 MODEL_QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
@@ -38,7 +39,7 @@ def make_page(asker: Asker) -> gr.Blocks:
         files.append(str(folder / f"example {number}.png"))
         example.image.save(files[-1])
     num_visual = asker.count_visual(examples[0].image)
-    own, choices = asker.default_pruner(), asker.pruners
+    own, choices, trained_steps = asker.default_pruner(), asker.pruners, asker.model.config.num_steps
 
     with gr.Blocks(title=f"{asker.name}: kept tokens", analytics_enabled=False) as page:
         gr.Markdown(
@@ -49,10 +50,11 @@ def make_page(asker: Asker) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 picture = gr.Image(
-                    examples[0].image,
+                    files[0],
                     label="Picture",
                     type="filepath",
                     format="png",
+                    image_mode=None,
                     interactive=False,
                     height=300,
                     buttons=[],
@@ -70,7 +72,7 @@ def make_page(asker: Asker) -> gr.Blocks:
                 keep = gr.Slider(
                     fewest(num_visual),
                     num_visual,
-                    value=round(num_visual / 3),
+                    value=asker.default_keep(num_visual),
                     step=1,
                     elem_id="keep",
                     label=keep_label(num_visual),
@@ -110,25 +112,27 @@ def make_page(asker: Asker) -> gr.Blocks:
                         step_question = gr.Textbox(examples[0].question, label="Question", max_length=MAX_QUESTION)
                         num_steps = gr.Slider(
                             1,
-                            MOST_STEPS,
-                            value=max(3, asker.model.config.num_steps),
+                            max(MOST_STEPS, trained_steps),
+                            value=max(3, trained_steps),
                             step=1,
-                            label=f"Steps T (the policy was trained with {asker.model.config.num_steps})",
+                            label=f"Steps T (the policy was trained with {trained_steps})",
                         )
                         show = gr.Button("Show the steps", variant="primary", elem_id="show")
                         steps = gr.HTML(elem_id="steps")
                         step_fields = [step_question]
 
-        def show_picture(image: Image.Image, number: int, before: int) -> tuple[Any, ...]:
+        def show_picture(image: Image.Image, shown: Any, number: int, before: int) -> tuple[Any, ...]:
             """The slider follows the number of tokens of the picture; a conversation about another one ends."""
             count = asker.count_visual(image)
             low = fewest(count)
             value = min(max(low, round(number * count / before)), count)
-            return image, gr.Slider(low, count, value=value, label=keep_label(count)), count, "", [], ""
+            return shown, gr.Slider(low, count, value=value, label=keep_label(count)), count, "", [], ""
 
         def on_upload(file: str, number: int, before: int) -> tuple[Any, ...]:
             try:
-                return show_picture(read_picture(file), number, before)
+                image = read_picture(file)
+                shown = file if Path(file).suffix.lower() in SHOWN_BY_BROWSERS else image
+                return show_picture(image, shown, number, before)
             except (Refusal, PictureError) as error:
                 return gr.skip(), gr.skip(), before, notice(f"{error} The picture above stays."), gr.skip(), gr.skip()
 
@@ -154,7 +158,11 @@ def make_page(asker: Asker) -> gr.Blocks:
         def on_example(chosen: int, number: int, before: int) -> tuple[Any, ...]:
             example = examples[chosen]
             texts = [example.question, example.question, example.other_question]
-            return *show_picture(example.image, number, before), *texts, *([example.question] if step_fields else [])
+            return (
+                *show_picture(example.image, files[chosen], number, before),
+                *texts,
+                *([example.question] if step_fields else []),
+            )
 
         shown = [picture, keep, tokens, problem, said, talk]
         upload.upload(on_upload, [upload, keep, tokens], shown, **MODEL_QUEUE)
