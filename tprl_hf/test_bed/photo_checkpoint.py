@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from tprl_hf.data.photo import photo_directory
+from tprl_hf.modeling.saved_files import made_whole
 
 from .photo_model import put_together
 from .photo_parts import PartMissingError, build_untrained
@@ -44,9 +44,9 @@ def photo_checkpoint(log: Callable[[str], object] = print, trained: Path = TRAIN
     finished = photo_directory() / f"photo-llava-{digest}"
     if not finished.is_dir():
         log("Photo-LLaVA is built once: its parts are fetched (280 MB) and joined; this takes a minute or two.")
-        unfinished = finished.with_name(f"{finished.name}.{os.getpid()}")
-        put_together(build_untrained(photo_directory()), trained, unfinished)
-        unfinished.replace(finished)
+        untrained = build_untrained(photo_directory())
+        with made_whole(finished) as unfinished:
+            put_together(untrained, trained, unfinished)
     return finished
 
 
