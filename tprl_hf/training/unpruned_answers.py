@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, Features, List, Value
 from torch import Tensor
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
-from .answer_batches import AnswerBatch, EncodedSample, end_ids, images_of
+from .answer_batches import AnswerBatch, SampleEncoder, end_ids, images_of
 from .answer_scores import answer_logits, answered_prompts
 from .divergence import UnprunedAnswer, top_tokens
 from .fingerprint import fingerprint
 
 OWN_ANSWER_SCORES = ("agreement", "kl")  # those that read no label
 COLUMN = "unpruned_answer"  # of demonstrations
+COLUMN_FEATURES = {"text": Value("string"), "ids": List(Value("int32")), "settings": Value("string")}
 TOP_K = 32
 MAX_LOGITS = 2**28  # of one pass, 1 GiB: with a vocabulary of 150,000, fourteen answers of 128 tokens
 
@@ -29,9 +31,9 @@ class UnprunedAnswers:
     """
     Gives samples the LVLM's own unpruned answers as their references. Each is generated greedily, once, and kept.
 
-    Answers come from a sample's column `unpruned_answer`, from the files of `directory`, or from the LVLM. Processes
-    and runs may share a directory: each writes a file of its own and reads those of all. Answers of another LVLM, of
-    another length or to another picture or prompt are not taken.
+    Answers come from the files of `directory`, or from the LVLM; of a row of demonstrations, which has the answer but
+    not its probabilities, in one pass. Processes and runs may share a directory: each writes a file of its own and
+    reads those of all. Answers of another LVLM, of another length or to another picture or prompt are not taken.
 
     Args:
         model ([`TPRLForConditionalGeneration`]): its LVLM answers.
@@ -71,7 +73,7 @@ class UnprunedAnswers:
         self.places: dict[str, tuple[Path, int]] = {}  # of each answer, its file and the place of its line
         self.read_until: dict[Path, int] = {}
         self.own_file: Path | None = None
-        self.pictures: dict[str, str] = {}  # digests of files
+        self.pictures: dict[str, bytes] = {}  # digests of files
         self.settings_line: str | None = None
 
     def __call__(self, batch: AnswerBatch) -> AnswerBatch:
@@ -85,11 +87,8 @@ class UnprunedAnswers:
 
     def answers(self, batch: AnswerBatch) -> list[UnprunedAnswer]:
         """The LVLM's own answer to each sample of a batch."""
-        keys = [self.key(row, sample) for row, sample in zip(batch.rows, batch.samples, strict=True)]
-        found = {key: self.find(key, row) for key, row in zip(keys, batch.rows, strict=True)}
-        if None in found.values():
-            self.read_new_lines()
-            found.update({key: self.find(key) for key, answer in found.items() if answer is None})
+        keys = [self.key(row) for row in batch.rows]
+        found = self.found(keys)
         missing = [index for key, index in {key: i for i, key in enumerate(keys)}.items() if found[key] is None]
         for start in range(0, len(missing), self.batch_size):
             chunk = missing[start : start + self.batch_size]
@@ -97,6 +96,21 @@ class UnprunedAnswers:
             self.add([keys[index] for index in chunk], made)
             found.update(zip([keys[index] for index in chunk], made, strict=True))
         return [answer for key in keys if (answer := found[key]) is not None]
+
+    def add_to(self, dataset: Dataset, encoder: SampleEncoder) -> Dataset:
+        """`dataset` with a column `unpruned_answer`: text, ids, and what they depend on."""
+        column: list[dict[str, Any]] = []
+        for start in range(0, len(dataset), self.batch_size):
+            rows = [dataset[index] for index in range(start, min(start + self.batch_size, len(dataset)))]
+            keys = [self.key(row) for row in rows]
+            found = self.found(keys)
+            if None in found.values():
+                found = dict(zip(keys, self.answers(encoder(rows)), strict=True))
+            answers = [answer for key in keys if (answer := found[key]) is not None]
+            column += [{"text": one.text, "ids": one.ids.tolist(), "settings": self.settings} for one in answers]
+        of_all = Dataset.from_dict({COLUMN: column}, features=Features({COLUMN: COLUMN_FEATURES}))
+        others = dataset.remove_columns([name for name in dataset.column_names if name == COLUMN])
+        return others.add_column(COLUMN, of_all.data.column(COLUMN).combine_chunks())
 
     # ---- what is kept ----
 
@@ -108,33 +122,40 @@ class UnprunedAnswers:
                 "weights": fingerprint(self.model.lvlm),
                 "max_answer_length": self.max_answer_length,
                 "top_k": self.top_k,
+                "chat_template": hashlib.sha256(repr(self.processor.chat_template).encode()).hexdigest()[:16],
             }
             self.settings_line = json.dumps(depends_on)
         return self.settings_line
 
-    def key(self, row: Mapping[str, Any], sample: EncodedSample) -> str:
-        """Equal for the same pictures and the same tokens of the prompt."""
-        digest = hashlib.sha256(sample.prompt_ids.numpy().tobytes())
+    def key(self, row: Mapping[str, Any]) -> str:
+        """Equal for the same pictures, whatever their `image_id`, and the same prompt."""
+        digest = hashlib.sha256(repr(row["prompt"]).encode())
         for image in images_of(row):
             if not isinstance(image, Mapping):
                 digest.update(repr(image.size).encode() + image.tobytes())
             elif image["bytes"]:
-                digest.update(image["bytes"])
+                digest.update(hashlib.sha256(image["bytes"]).digest())
             else:
-                digest.update(self.digest_of_file(image["path"]).encode())
+                digest.update(self.digest_of_file(image["path"]))
         return digest.hexdigest()
 
-    def digest_of_file(self, path: str) -> str:
+    def digest_of_file(self, path: str) -> bytes:
+        """Of its bytes; each file is read once."""
         if path not in self.pictures:
             with open(path, "rb") as file:
-                self.pictures[path] = hashlib.file_digest(file, "sha256").hexdigest()
+                self.pictures[path] = hashlib.file_digest(file, "sha256").digest()
         return self.pictures[path]
 
-    def find(self, key: str, row: Mapping[str, Any] | None = None) -> UnprunedAnswer | None:
-        """The answer that a row, the memory or a file that was read has."""
-        saved = None if row is None else row.get(COLUMN)
-        if saved is not None and saved["settings"] == self.settings:
-            return UnprunedAnswer.from_json(saved)
+    def found(self, keys: Sequence[str]) -> dict[str, UnprunedAnswer | None]:
+        """The answers that are kept, by their keys."""
+        found = {key: self.find(key) for key in keys}
+        if None in found.values():
+            self.read_new_lines()
+            found.update({key: self.find(key) for key, answer in found.items() if answer is None})
+        return found
+
+    def find(self, key: str) -> UnprunedAnswer | None:
+        """The answer in memory, or in a line whose place is known."""
         if key in self.in_memory:
             return self.in_memory[key]
         if key not in self.places:
@@ -161,8 +182,7 @@ class UnprunedAnswers:
                 self.read_until[path] = start
 
     def add(self, keys: Sequence[str], answers: Sequence[UnprunedAnswer]) -> None:
-        """Keeps answers that were generated."""
-        self.num_generated += len(answers)
+        """Keeps answers."""
         if self.directory is None:
             self.in_memory.update(zip(keys, answers, strict=True))
             return
@@ -180,29 +200,36 @@ class UnprunedAnswers:
     @torch.no_grad()
     def generate(self, batch: AnswerBatch, index: Sequence[int]) -> list[UnprunedAnswer]:
         """Answers samples `index` greedily, and reads the answers once more for their distributions."""
-        prompts, keep_all = batch.prompts(index), self.keep_all(batch, index)
-        sequences = self.model.generate(
-            **prompts, keep_mask=keep_all, max_new_tokens=self.max_answer_length, do_sample=False, num_beams=1
-        )
-        ends = end_ids(self.model, self.processor)
-        ids = [until_end(row, ends) for row in sequences[:, prompts["input_ids"].shape[1] :].cpu()]
-        texts = self.processor.batch_decode(ids, skip_special_tokens=True)
-        answered = list(batch.samples)
-        for sample, answer_ids in zip(index, ids, strict=True):
-            answered[sample] = replace(batch.samples[sample], answer_ids=answer_ids)
+        ids = {sample: known for sample in index if (known := self.known_ids(batch.rows[sample])) is not None}
+        if unknown := [sample for sample in index if sample not in ids]:
+            self.num_generated += len(unknown)
+            prompts, ends = batch.prompts(unknown), end_ids(self.model, self.processor)
+            sequences = self.model.generate(
+                **prompts, keep_mask=self.keep_all(batch, unknown), max_new_tokens=self.max_answer_length,
+                do_sample=False, num_beams=1,
+            )  # fmt: skip
+            new = sequences[:, prompts["input_ids"].shape[1] :].cpu()
+            ids |= {sample: until_end(row, ends) for sample, row in zip(unknown, new, strict=True)}
+        answered = [replace(one, answer_ids=ids.get(sample)) for sample, one in enumerate(batch.samples)]
         batch = replace(batch, samples=answered)
 
         found: list[UnprunedAnswer] = []
-        rows = max(1, MAX_LOGITS // (max(map(len, ids)) * self.model.get_output_embeddings().weight.shape[0]))
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        rows = max(1, MAX_LOGITS // (max(map(len, ids.values())) * vocabulary))
         for start in range(0, len(index), rows):
             chunk = list(index[start : start + rows])
             inputs, labels = answered_prompts(self.model, batch, chunk)
             logits, labels = answer_logits(self.model, inputs, labels, self.keep_all(batch, chunk))
-            for row, label_mask in zip(logits, labels != -100, strict=True):
+            for sample, row, label_mask in zip(chunk, logits, labels != -100, strict=True):
                 top_ids, top_logprobs = top_tokens(row[label_mask], self.top_k)
-                number = len(found)
-                found.append(UnprunedAnswer(texts[number].strip(), ids[number], top_ids.cpu(), top_logprobs.cpu()))
+                text = self.processor.decode(ids[sample], skip_special_tokens=True).strip()
+                found.append(UnprunedAnswer(text, ids[sample], top_ids.cpu(), top_logprobs.cpu()))
         return found
+
+    def known_ids(self, row: Mapping[str, Any]) -> Tensor | None:
+        """The answer that a row of demonstrations has, if it is of this LVLM."""
+        saved = row.get(COLUMN)
+        return None if saved is None or saved["settings"] != self.settings else torch.tensor(saved["ids"])
 
     def keep_all(self, batch: AnswerBatch, index: Sequence[int]) -> Tensor:
         """A keep mask of all visual tokens of samples `index`, `bool [V]`."""
