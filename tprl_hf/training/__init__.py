@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for editors; at run time the table below says where a name 
     from .counterfactual_trainer import CounterfactualTrainer as CounterfactualTrainer
     from .demonstrations import budget_steps as budget_steps
     from .demonstrations import generate_demonstrations as generate_demonstrations
+    from .escalation import calibrate_escalation as calibrate_escalation
     from .grpo_config import TPRLGRPOConfig as TPRLGRPOConfig
     from .grpo_trainer import TPRLGRPOTrainer as TPRLGRPOTrainer
     from .lfd_config import LfDConfig as LfDConfig
@@ -37,6 +38,7 @@ _MODULE_OF = {
     "GradientTeacher": "teachers",
     "LeaveOutTeacher": "teachers",
     "calibrate_threshold": "calibration",
+    "calibrate_escalation": "escalation",
 }
 
 __all__ = [*_MODULE_OF]
