@@ -55,7 +55,7 @@ class Answered:
 def answer_all(
     model: Any, processor: Any, samples: Dataset, calls: Mapping[str, dict[str, Any]], max_new_tokens: int = 8
 ) -> dict[str, Answered]:
-    """Answers `samples` greedily under each of `calls`, arguments of `generate`; each image is encoded once a batch."""
+    """Answers `samples` greedily under each of `calls`, arguments of `generate`. Each image is encoded once."""
     found: dict[str, list[Any]] = {name: [[], [], 0] for name in calls}
     for start in tqdm(range(0, len(samples), BATCH_SIZE), desc="Answering", unit="batch"):
         batch = [samples[index] for index in range(start, min(start + BATCH_SIZE, len(samples)))]

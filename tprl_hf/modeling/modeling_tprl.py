@@ -311,7 +311,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             keep_ratio, num_keep, threshold, prune, keep_mask: one of them, see [`TPRLForConditionalGeneration`].
             query_mask (`bool [B, L]`, *optional*): which tokens are the question.
             visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
-            escalate ([`Escalation`], *optional*): ask again, with more tokens, the samples whose first token is unsure.
+            escalate ([`Escalation`], *optional*): ask samples again, with more tokens, whose first token is unsure.
                 Takes no cache and no streamer.
             generation_config, kwargs: as in [`~transformers.GenerationMixin.generate`]. With `past_key_values` (also
                 called `cache`) of an earlier call pass the whole conversation; tokens already in it stay as they were.

@@ -52,7 +52,7 @@ class TPRLGRPOTrainer(RolloutTrainer):
         generator = self.generator(2, buffer, args.process_index, device=args.device)
         self.rollouts = rollouts = collect_rollouts(
             model.policy, model.autoencoder, self.batch.inputs, args.num_generations, args.num_steps,
-            args.lambda_disc, generator, budgets,
+            args.lambda_disc, generator, budgets, args.draw,
         )  # fmt: skip
         step_mask, num_kept = rollouts.step_mask, rollouts.num_kept
 
