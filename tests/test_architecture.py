@@ -135,7 +135,7 @@ def test_what_the_rules_allow_is_let_through(tmp_path):
         "modeling/a.py": "import math\nimport torch\nimport transformers.utils\nfrom .keep_mask import f",
         "pruners/a.py": "import torch\nfrom tprl_hf.modeling.token_pruner import TokenPruner\nfrom .random import x",
         "cli/demo.py": "import tprl_hf\nfrom tprl_hf import visualization\nfrom tprl_hf.data import mosaic_vqa",
-        "evaluation/metrics/anls/anls.py": "from tprl_hf.evaluation.scores import anls_score",
+        "evaluation/metrics/anls/anls.py": "from tprl_hf.answer_rules import anls_score",
         "checkpoints/mosaic-llava/config.json": "{}",
     }
     for file, source in allowed.items():

@@ -59,9 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
+    from tprl_hf.answer_rules import is_correct
     from tprl_hf.data.sources import read_source
     from tprl_hf.evaluation.answers import generate_answers
-    from tprl_hf.evaluation.scores import is_correct
     from tprl_hf.pruners.by_name import make_pruner, own_pruner
 
     from .loading import load_named_model, using_pruner

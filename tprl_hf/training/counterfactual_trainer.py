@@ -125,7 +125,7 @@ class CounterfactualTrainer(RolloutTrainer):
             float32 `[S, N]`, 0 of bits that were not flipped.
         """
         args, keep_mask, sample_index = self.args, rollouts.keep_masks[1], rollouts.sample_index
-        best = torch.inf if self.reward_funcs else float(args.score == "correct")  # log-probabilities end at 0
+        best = torch.inf if self.reward_funcs else float(args.score == "correct")  # scores in nats end at 0
         variance = rollouts.variances[0]
         noise = torch.rand(variance.shape, generator=generator, device=variance.device).log()
         # the largest of log(u) / w are draws without replacement, with weights w

@@ -28,11 +28,13 @@ class RolloutConfig(PolicyTrainingConfig):
             Questions in a buffer, on each device.
         num_generations (`int`, defaults to 1):
             Trajectories of each question.
-        score (`"correct"` or `"logprob"`, defaults to `"correct"`):
-            Score(H) of eq. 5: 1 for a correct answer, else 0; or the mean log-probability of the reference answer.
-            `reward_funcs` of the trainer replace it.
+        score (`"correct"`, `"logprob"`, `"agreement"` or `"kl"`, defaults to `"correct"`):
+            Score(H) of eq. 5: 1 for a correct answer, else 0; or the mean log-probability of the reference answer. Two
+            scores read no label, and take what the LVLM itself answers unpruned for the reference: "agreement" is the
+            mean log-probability of that answer, "kl" minus the divergence from the unpruned next-token distributions
+            along it. `reward_funcs` of the trainer replace the score.
         min_logprob (`float`, defaults to -4.0):
-            The score "logprob" is clipped there, so that one hopeless answer does not outweigh all others.
+            Scores in nats are clipped there, so that one hopeless answer does not outweigh all others.
         reward_weights (`list[float]`, *optional*):
             The weight of each of `reward_funcs` in their sum; 1 without it.
         max_completion_length (`int`, defaults to 16):
@@ -69,7 +71,7 @@ class RolloutConfig(PolicyTrainingConfig):
 
     per_device_train_batch_size: int = 64
     num_generations: int = 1
-    score: Literal["correct", "logprob"] = "correct"
+    score: Literal["correct", "logprob", "agreement", "kl"] = "correct"
     min_logprob: float = -4.0
     reward_weights: list[float] | None = None
     max_completion_length: int = 16
