@@ -8,7 +8,7 @@ import torch
 from tests.training.test_trainers import GRPO, gradients_of, stage
 from tprl_hf.training import TPRLGRPOConfig, TPRLMAPOConfig
 from tprl_hf.training.plackett_luce import NOT_DRAWN, draw_ordered, ordered_logprobs
-from tprl_hf.training.rollouts import logits_at_budget, replayed_logprobs
+from tprl_hf.training.rollouts import annealed, logits_at_budget, replayed_logprobs
 
 LOGITS = torch.tensor([0.3, -1.0, 1.2, 0.0, 9.0])
 ACTION_MASK = torch.tensor([True, True, True, True, False])  # the likeliest is not to be drawn
@@ -111,3 +111,30 @@ def test_sets_need_budgets_of_their_own(settings, tmp_path):
 def test_a_memory_does_not_know_the_order(tmp_path):
     with pytest.raises(ValueError, match="MAPO remembers sets"):
         TPRLMAPOConfig(str(tmp_path), **{**GRPO, **SETS})
+
+
+def test_annealed_budgets_end_at_the_smallest():
+    ratios = [1 / 3, 1 / 18, 1 / 9]
+    assert [len(annealed(ratios, progress)) for progress in (0, 0.3, 0.34, 0.66, 0.67, 1)] == [3, 3, 2, 2, 1, 1]
+    assert annealed(ratios, 0.5) == [1 / 18, 1 / 9] and annealed(ratios, 1) == [1 / 18]
+
+
+@pytest.mark.parametrize("name", ["grpo", "counterfactual"])
+def test_a_run_anneals_its_budgets_and_resumes_so(name, make_model, processor, dataset, tmp_path):
+    settings = {"anneal_budgets": True, "shared_budget": 0.0, "max_steps": 8, "save_steps": 6}
+    settings |= {"num_mini_batches": 2, "num_iterations": 1, "keep_best": False, "save_strategy": "steps"}
+    whole = stage(name, make_model, processor, dataset, str(tmp_path), **settings)  # four buffers of two steps
+    drawn, encode = [], whole.encode_questions
+    whole.encode_questions = lambda buffer: drawn.append(encode(buffer)) or drawn[-1]
+    whole.train()
+    ratios = [budgets.keep_ratio.unique().tolist() for _, budgets in drawn]
+    assert len(ratios) == 4 and max(map(max, ratios[:2])) == 0.5 and ratios[2:] == [[0.25], [0.25]]
+    resumed = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    after = resumed.model.state_dict()
+    assert all(value.equal(after[key]) for key, value in whole.model.state_dict().items())
+
+
+def test_one_budget_is_not_annealed(tmp_path):
+    with pytest.raises(ValueError, match="set at least two"):
+        TPRLGRPOConfig(str(tmp_path), **{**GRPO, "rollout_keep_ratios": [0.5], "anneal_budgets": True})

@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # for editors; at run time the table below says where a name 
     from .lfd_trainer import LfDTrainer as LfDTrainer
     from .mapo_config import TPRLMAPOConfig as TPRLMAPOConfig
     from .mapo_trainer import TPRLMAPOTrainer as TPRLMAPOTrainer
+    from .noise_gate_config import NoiseGateConfig as NoiseGateConfig
+    from .noise_gate_trainer import NoiseGateTrainer as NoiseGateTrainer
     from .ppo_config import TPRLPPOConfig as TPRLPPOConfig
     from .ppo_trainer import TPRLPPOTrainer as TPRLPPOTrainer
     from .teachers import AnswerTeacher as AnswerTeacher

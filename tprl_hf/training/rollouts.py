@@ -1,5 +1,6 @@
 """Rollouts: the policy prunes a batch of samples step by step, by chance (eq. 2, 3 and 14 of the TPRL paper)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -178,6 +179,11 @@ def draw_budgets(
     shared = torch.rand((), generator=generator).item() < shared_budget
     chosen = torch.randint(len(keep_ratios), (1 if shared else num_samples,), generator=generator)
     return Budgets(torch.tensor(keep_ratios)[chosen].expand(num_samples), shared)
+
+
+def annealed(keep_ratios: Sequence[float], progress: float) -> list[float]:
+    """The smallest of `keep_ratios`: all of them at `progress` 0, one at the end, where it is 1."""
+    return sorted(keep_ratios)[: max(1, math.ceil(len(keep_ratios) * (1 - progress)))]
 
 
 def shift_to_budget(
