@@ -117,7 +117,7 @@ class BudgetedRolloutConfig(RolloutConfig):
             Fraction of buffers whose budget holds for the whole batch instead of for each question. Questions then
             compete for tokens, as they do under a threshold at inference.
         anneal_budgets (`bool`, defaults to `False`):
-            Draw from fewer and fewer of the budgets, the smallest ones: at the end of training from the smallest alone.
+            Draw from fewer and fewer of the budgets, the smallest ones; at the end of training from one alone.
             The largest of n leaves after 1/n of `max_steps`.
         efficiency_coef (`float`, defaults to 0.1):
             Weight of the fraction of tokens that a step removes, in the reward: TPRL's beta. Of no use at budgets.
