@@ -71,11 +71,13 @@ OF_POLICIES = {
     "keep_best": is_flag,
     "best_metric": among("accuracy", "logprob"),
     "keep_ratio": or_none(is_fraction),
+    "max_answer_length": is_count,
+    "unpruned_answers_dir": or_none(lambda value: isinstance(value, str) and bool(value.strip())),
 }
 OF_ROLLOUTS = {
     **OF_POLICIES,
     "num_generations": is_count,
-    "score": among("correct", "logprob"),
+    "score": among("correct", "logprob", "agreement", "kl"),
     "min_logprob": lambda value: is_number(value, most=0),
     "reward_weights": or_none(lambda value: isinstance(value, (list, tuple)) and all(map(is_number, value))),
     "max_completion_length": is_count,

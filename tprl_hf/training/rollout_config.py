@@ -17,6 +17,8 @@ from tprl_hf.modeling.values import (
 
 from .policy_config import PolicyTrainingConfig
 
+Score = Literal["correct", "logprob", "agreement", "kl"]
+
 
 @dataclass
 class RolloutConfig(PolicyTrainingConfig):
@@ -71,7 +73,7 @@ class RolloutConfig(PolicyTrainingConfig):
 
     per_device_train_batch_size: int = 64
     num_generations: int = 1
-    score: Literal["correct", "logprob", "agreement", "kl"] = "correct"
+    score: Score = "correct"
     min_logprob: float = -4.0
     reward_weights: list[float] | None = None
     max_completion_length: int = 16
