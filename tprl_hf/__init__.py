@@ -46,14 +46,24 @@ __all__ = [
 ]
 
 
-def embedded_checkpoint() -> str:
+def embedded_checkpoint(name: str = "mosaic") -> str:
     """
+    The directory of a small trained model of this package. `from_pretrained` of the Auto classes and of
+    `AutoProcessor` take it like any other path.
+
+    Args:
+        name (`"mosaic"` or `"photo"`, *optional*, defaults to `"mosaic"`):
+            Mosaic-LLaVA, 4 million parameters on drawn shapes, is part of the package. Photo-LLaVA, 157 million on
+            photographs, is joined on the first call from parts that are fetched (280 MB, see docs/photo.md); it needs
+            `pip install tprl_hf[photo]`.
+
     Returns:
-        `str`: The directory of the small trained LLaVA that is part of the package. `from_pretrained` of the Auto
-        classes and of `AutoProcessor` take it like any other path.
+        `str`: The directory.
 
     Raises:
+        `ValueError`: For another name.
         `FileNotFoundError`: If the installed package came without it.
+        `tprl_hf.test_bed.photo_parts.PartMissingError`: If a part of Photo-LLaVA cannot be had.
 
     Example:
 
@@ -65,6 +75,12 @@ def embedded_checkpoint() -> str:
     >>> processor = AutoProcessor.from_pretrained(tprl_hf.embedded_checkpoint())
     ```
     """
+    if name not in ("mosaic", "photo"):
+        raise ValueError(f"There is no embedded checkpoint {name!r}: pass 'mosaic' or 'photo'.")
+    if name == "photo":
+        from tprl_hf.test_bed.photo_checkpoint import photo_policy_checkpoint
+
+        return str(photo_policy_checkpoint())
     path = Path(__file__).parent / "checkpoints" / "mosaic-llava"
     if not (path / "config.json").is_file():
         raise FileNotFoundError(

@@ -69,9 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     source = "photo" if arguments.photo else "mosaic"
     if arguments.photo and arguments.model is None:
-        from tprl_hf.test_bed.photo_checkpoint import photo_checkpoint
+        from tprl_hf.test_bed.photo_checkpoint import photo_policy_checkpoint
 
-        arguments.model = str(photo_checkpoint(note))
+        arguments.model = str(photo_policy_checkpoint(note))
     model, processor = load_named_model(arguments)
     names = [*SHOWN, *(["learned"] if own_pruner(model) == "learned" else [])]
     pruners = {name: make_pruner(model, name, arguments.seed) for name in names}
