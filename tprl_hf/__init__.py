@@ -13,6 +13,7 @@ from .auto_registration import register_auto_classes
 if TYPE_CHECKING:
     from tprl_hf.modeling.checkpoint_tprl import TPRLPreTrainedModel
     from tprl_hf.modeling.configuration_tprl import TPRLConfig
+    from tprl_hf.modeling.escalation import Escalation
     from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
     from tprl_hf.modeling.pruning_policy import PruningPolicy
     from tprl_hf.modeling.token_autoencoder import TokenAutoencoder
@@ -24,6 +25,7 @@ _MODULE_OF = {
     "TPRLConfig": "tprl_hf.modeling.configuration_tprl",
     "TPRLPreTrainedModel": "tprl_hf.modeling.checkpoint_tprl",
     "TPRLForConditionalGeneration": "tprl_hf.modeling.modeling_tprl",
+    "Escalation": "tprl_hf.modeling.escalation",
     "TokenAutoencoder": "tprl_hf.modeling.token_autoencoder",
     "PruningPolicy": "tprl_hf.modeling.pruning_policy",
     "TokenPruner": "tprl_hf.modeling.token_pruner",
@@ -34,6 +36,7 @@ __all__ = [
     "TPRLConfig",
     "TPRLPreTrainedModel",
     "TPRLForConditionalGeneration",
+    "Escalation",
     "TokenAutoencoder",
     "PruningPolicy",
     "TokenPruner",

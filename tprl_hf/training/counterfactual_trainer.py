@@ -13,19 +13,17 @@ from .advantages import (
 )
 from .answer_batches import AnswerBatch
 from .counterfactual_config import CounterfactualConfig
-from .rollout_trainer import RolloutTrainer
+from .rollout_trainer import BudgetedRolloutTrainer
 from .rollouts import (
-    Budgets,
     Rollouts,
     collect_rollouts,
-    draw_budgets,
     logits_at_budget,
     logits_of_start,
     mean_entropy,
 )
 
 
-class CounterfactualTrainer(RolloutTrainer):
+class CounterfactualTrainer(BudgetedRolloutTrainer):
     """
     Trains a policy that prunes in one step, by the exact credit of single bits.
 
@@ -66,10 +64,6 @@ class CounterfactualTrainer(RolloutTrainer):
     has_start = True
     _stage = "counterfactual"
     args: CounterfactualConfig
-
-    def budgets(self, buffer: int) -> Budgets:
-        args, generator = self.args, self.generator(3, buffer, self.args.process_index)
-        return draw_budgets(args.rollout_keep_ratios, args.shared_budget, args.per_device_train_batch_size, generator)
 
     @torch.no_grad()
     def collect(self, buffer: int) -> None:

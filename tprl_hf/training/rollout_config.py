@@ -118,6 +118,9 @@ class BudgetedRolloutConfig(RolloutConfig):
         shared_budget (`float`, defaults to 0):
             Fraction of buffers whose budget holds for the whole batch instead of for each question. Questions then
             compete for tokens, as they do under a threshold at inference.
+        anneal_budgets (`bool`, defaults to `False`):
+            Draw from fewer and fewer of the budgets, the smallest ones; at the end of training from one alone.
+            The largest of n leaves after 1/n of `max_steps`.
         efficiency_coef (`float`, defaults to 0.1):
             Weight of the fraction of tokens that a step removes, in the reward: TPRL's beta. Of no use at budgets.
         min_spread (`float`, defaults to 0):
@@ -144,6 +147,7 @@ class BudgetedRolloutConfig(RolloutConfig):
 
     rollout_keep_ratios: list[float] | None = None
     shared_budget: float = 0.0
+    anneal_budgets: bool = False
     efficiency_coef: float = 0.1
     min_spread: float = 0.0
     num_iterations: int = 4
@@ -160,4 +164,9 @@ class BudgetedRolloutConfig(RolloutConfig):
             raise ValueError(
                 f"shared_budget={self.shared_budget} is the share of buffers that share one of rollout_keep_ratios: "
                 "set these too, or shared_budget=0."
+            )
+        if self.anneal_budgets and len(self.rollout_keep_ratios or []) < 2:
+            raise ValueError(
+                f"anneal_budgets=True draws from fewer and fewer of rollout_keep_ratios={self.rollout_keep_ratios}: "
+                "set at least two."
             )

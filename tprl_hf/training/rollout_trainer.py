@@ -26,8 +26,8 @@ from .rewards import (
     reward_function_scores,
     weighted_sum,
 )
-from .rollout_config import RolloutConfig
-from .rollouts import Budgets, Rollouts
+from .rollout_config import BudgetedRolloutConfig, RolloutConfig
+from .rollouts import Budgets, Rollouts, annealed, draw_budgets
 from .trainer_arguments import has_answers, needs_answers
 from .unpruned_answers import OWN_ANSWER_SCORES
 
@@ -268,3 +268,17 @@ class RolloutTrainer(PolicyTrainer):
         if state["step"] % self.updates_per_buffer != 0:
             self.batch, _ = self.encode_questions(state["step"] // self.updates_per_buffer)
             self.rollouts, self.buffer = Rollouts(**state["rollouts"]), state["buffer"]
+
+
+class BudgetedRolloutTrainer(RolloutTrainer):
+    """Base of the trainers whose rollouts may be drawn at budgets. Args: see [`RolloutTrainer`]."""
+
+    args: BudgetedRolloutConfig
+
+    def budgets(self, buffer: int) -> Budgets:
+        args, generator = self.args, self.generator(3, buffer, self.args.process_index)
+        ratios = args.rollout_keep_ratios
+        if args.anneal_budgets and ratios:
+            num_buffers = max(self.state.max_steps // self.updates_per_buffer, 1)
+            ratios = annealed(ratios, buffer / num_buffers)
+        return draw_budgets(ratios, args.shared_budget, args.per_device_train_batch_size, generator)
