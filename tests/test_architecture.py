@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "tprl_hf"
 MAX_LINES = 500
 
 # `modeling <- pruners, hub, visualization <- training, serving <- evaluation <- app <- cli`; `data` and `model_cards`
-# import nothing of ours, and only `cli` and `embedded_checkpoint` of the root use `test_bed`. A trainer publishes what it
-# saves and draws what it logs: `hub` and `visualization` lie below `training`.
+# import nothing of ours, and only `cli` and `embedded_checkpoint` of the root use `test_bed`. A trainer publishes what
+# it saves and draws what it logs: `hub` and `visualization` lie below `training`.
 MAY_IMPORT: dict[str, set[str]] = {
     "modeling": set(),
     "data": set(),
