@@ -1,16 +1,16 @@
 """One style for all pictures, plots and pages: colours that colour-blind readers tell apart, and the CSS of pages.
 
-The colours are those of Okabe and Ito, which differ for every common kind of colour blindness. Series that share a
-colour, or a page without colours, are told apart by dashes and markers. Imports no torch.
+The colours are those of Okabe and Ito, which differ for every common kind of colour blindness; their yellow is left out,
+which is too pale for lines on white. Dashes and markers tell apart what shares a colour. Imports no torch.
 """
 
 import html
 from collections.abc import Sequence
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-ORANGE, SKY, BLACK, YELLOW = "#E69F00", "#56B4E9", "#000000", "#F0E442"
+ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
 # In the order in which series of a plot take them.
-PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, YELLOW)
+PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 
 INK, GREY, RIM = "#1f2933", "#5c6874", "#c4ccd4"
 # Green and vermillion, dark enough for small letters on white; ✓ and ✗ say the same without colour.

@@ -70,6 +70,7 @@ OF_POLICIES = {
     "keep_best": is_flag,
     "best_metric": among("accuracy", "logprob"),
     "keep_ratio": or_none(is_fraction),
+    "watched_samples": lambda value: is_count(value, 0),
 }
 OF_ROLLOUTS = {
     **OF_POLICIES,

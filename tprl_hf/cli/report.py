@@ -59,10 +59,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def page_of(folders: list[Path], refresh: int | None) -> str:
     """The page of directories that exist; raises `ValueError` for those that hold something else, or too many."""
+    from tprl_hf.report.evaluation_page import evaluation_page, is_evaluation
     from tprl_hf.report.runs import read_training
     from tprl_hf.report.training_page import training_page
 
     command = f"tprl report {' '.join(folder.resolve().name for folder in folders)}"
+    evaluations = [folder for folder in folders if is_evaluation(folder)]
+    if evaluations and (len(folders) > 1 or refresh):
+        raise ValueError(f"{evaluations[0]} is an evaluation: its page is of it alone, and not live.")
+    if evaluations:
+        return evaluation_page(evaluations[0])
     if len(folders) > 2:
         raise ValueError(f"At most two training runs are drawn over each other; got {len(folders)}.")
     return training_page([read_training(folder) for folder in folders], command, refresh)

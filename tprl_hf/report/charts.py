@@ -31,7 +31,8 @@ table {{ border-collapse: collapse; font-size: .85rem; }}
 th, td {{ text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--rim);
   vertical-align: top; }}
 th {{ color: var(--grey); font-weight: 600; white-space: nowrap; }} td.number {{ white-space: nowrap; }}
-td.bar {{ min-width: 5.5rem; padding-left: .3rem; white-space: nowrap; }}
+td.bar {{ min-width: 5.5rem; padding-left: .3rem; white-space: nowrap; border-right: 6px solid var(--card);
+  background-clip: padding-box; }}
 td.words {{ overflow-wrap: anywhere; min-width: 9rem; }}
 {"".join(f".s{n} {{ stroke: var(--c{n}); }} .f{n} {{ fill: var(--c{n}); }} " for n in range(len(PALETTE)))}
 """

@@ -162,7 +162,7 @@ def read_stage(folder: Path) -> StageRun:
         seconds=seconds,
         num_bytes=disk_of(folder),
         samples=[ShownSample.from_json(one) for one in json_object(folder / SHOWN).get("samples", [])],
-        masks=json_lines(folder / MASKS),
+        masks=list({line["step"]: line for line in json_lines(folder / MASKS)}.values()),
     )
 
 

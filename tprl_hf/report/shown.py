@@ -108,6 +108,30 @@ def grids_of(pictures: "Sequence[Image.Image]", layout: "TokenLayout") -> list[S
     return found
 
 
+def shown_sample(
+    question: str,
+    reference: str | None,
+    question_type: str,
+    images: "Sequence[Image.Image]",
+    processor: Any,
+    pixel_values: Any,
+    layout: "TokenLayout",
+) -> ShownSample:
+    """
+    A sample as pages show it.
+
+    Args:
+        question (`str`), reference (`str`, *optional*), question_type (`str`): See [`ShownSample`].
+        images (`Sequence[PIL.Image.Image]`): As they were given.
+        processor ([`ProcessorMixin`]), pixel_values (`torch.Tensor`): What made the pixels of these images, and these.
+        layout ([`TokenLayout`]): Where all N tokens of the sample lie.
+    """
+    from tprl_hf.visualization import seen_pictures
+
+    grids = grids_of(seen_pictures(images, processor, pixel_values, layout), layout)
+    return ShownSample(question, reference, question_type, len(layout.row), grids)
+
+
 def as_address(image: "Image.Image") -> str:
     """A picture as a `data:` address, no wider than pages show it on sharp screens."""
     image = image.convert("RGB")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tprl_hf.style import html_page
+from tprl_hf.style import PALETTE, html_page
 
 from .charts import CHART_CSS, Series, box_chart, cell, line_chart, table
 from .runs import StageRun, TrainingRun, duration
@@ -174,7 +174,7 @@ def chart_of(
             points = {row[x_name]: row[metric] for row in stage.history if metric in row and x_name in row}
             label = readable(metric, metrics) + (f", {run}" if len(names) > 1 else "")
             dash = DASHES[names.index(run)]
-            series.append(Series(label, sorted(points.items()), number % 8, number, dash))
+            series.append(Series(label, sorted(points.items()), number % len(PALETTE), number, dash))
     x_label = {"step": "optimizer step", "llm_passes": "keep masks that the LLM has scored"}[x_name]
     return line_chart(title, series, x_label, unit)
 

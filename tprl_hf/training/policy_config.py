@@ -116,14 +116,19 @@ class PolicyTrainingConfig(PrunerTrainingConfig):
             are averages over `eval_keep_ratios`.
         keep_ratio (`float`, *optional*):
             Default budget that the trained model's config names. Left as it is when `None`.
+        watched_samples (`int`, defaults to 10):
+            So many questions of `eval_dataset`, of different pictures, are watched: each time that the policy is
+            measured their keep masks are noted, which `tprl report` shows over time. It costs no pass of the LLM.
     """
 
     checks: ClassVar[dict[str, Check]] = {
         "eval_keep_ratios": list_of(KEPT_FRACTION, least=1),
         "keep_ratio": optional(KEPT_FRACTION),
+        "watched_samples": whole(0),
     }
 
     eval_keep_ratios: list[float] = field(default_factory=lambda: [1 / 3, 2 / 9, 1 / 9])
     keep_best: bool = True
     best_metric: Literal["accuracy", "logprob"] = "logprob"
     keep_ratio: float | None = None
+    watched_samples: int = 10
