@@ -1,6 +1,6 @@
 """One style for all pictures, plots and pages: colours that colour-blind readers tell apart, and the CSS of pages.
 
-The colours are those of Okabe and Ito, which differ for every common kind of colour blindness; their yellow is left out,
+The colours are those of Okabe and Ito, which differ for every common kind of colour blindness; without their yellow,
 which is too pale for lines on white. Dashes and markers tell apart what shares a colour. Imports no torch.
 """
 

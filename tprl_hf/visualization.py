@@ -144,12 +144,23 @@ def seen_pictures(
             Where their tokens lie.
     """
     content = ~layout.protected
-    grids = torch.stack([layout.image[content], layout.block[content]], 1).unique(dim=0)
+    grids = torch.stack([layout.image[content], layout.block[content]], 1).unique(dim=0).tolist()
     # one that hands over flattened patches takes the whole image
-    if pixel_values.ndim in (4, 5) and pixel_values.shape[:-3].numel() == len(grids):
-        image_processor = processor.image_processor
-        return tile_pictures(pixel_values, image_processor.image_mean, image_processor.image_std)
-    return list(images)
+    if pixel_values.ndim not in (4, 5) or pixel_values.shape[:-3].numel() != len(grids):
+        return list(images)
+    image_processor = processor.image_processor
+    tiles = tile_pictures(pixel_values, image_processor.image_mean, image_processor.image_std)
+    sizes = [
+        (int(layout.width[inside][0]), int(layout.height[inside][0]))
+        for image, block in grids
+        for inside in [content & (layout.image == image) & (layout.block == block)]
+    ]
+    # images of several sizes are padded at the right and below to the largest of each
+    widest, highest = (max(sides) for sides in zip(*sizes, strict=True))
+    return [
+        _without_padding(tile, tile.width * width // widest, tile.height * height // highest)
+        for tile, (width, height) in zip(tiles, sizes, strict=True)
+    ]
 
 
 def figures_by_block(
@@ -369,6 +380,15 @@ def _panel_to_html(figure: Figure, panel: Panel, number: int, image: Image.Image
         f'<figure><div class="picture image{number}" style="{style}">{patches}</div>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
+
+
+def _without_padding(tile: Image.Image, width: int, height: int) -> Image.Image:
+    """The upper left part of a tile, where the rest is of one colour; else the tile."""
+    pixels = np.asarray(tile)
+    outside = np.ones(pixels.shape[:2], bool)
+    outside[:height, :width] = False
+    is_flat = len(np.unique(pixels[outside], axis=0)) <= 1
+    return tile.crop((0, 0, width, height)) if is_flat else tile
 
 
 def _draw_panel(figure: Figure, panel: Panel, width: int) -> Image.Image:

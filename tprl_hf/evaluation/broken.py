@@ -104,7 +104,7 @@ def in_turns(by_type: dict[str, list[int]]) -> list[int]:
 def picture_and_mask(
     model: Any, processor: Any, sample: dict[str, Any], setting: Setting, num_keep: int | None = None
 ) -> tuple[dict[str, Any], str]:
-    """A sample as pages show it, and its keep mask under a setting; of a smaller picture `num_keep` tokens are kept."""
+    """A sample as pages show it, and its keep mask under a setting; of a smaller picture, `num_keep` tokens."""
     inputs = chat_inputs(processor, [sample], model.device)
     arguments: dict[str, Any] = setting.arguments
     if setting.picture_ratio is not None and not setting.enlarged:
