@@ -151,7 +151,8 @@ def read_stage(folder: Path) -> StageRun:
     return StageRun(
         name=name,
         folder=folder,
-        is_finished=bool(done) or any("train_runtime" in row for row in rows),
+        # a stage of a recipe says so itself, a trainer of its own ends its log with its time
+        is_finished=bool(done) or (not settings and any("train_runtime" in row for row in rows)),
         history=rows,
         settings={**(own or {}), **rest},
         starts=starts,
