@@ -54,7 +54,7 @@ EXTRAS = {
         "torchvision>=0.21",
     ],
     # Both bring other versions of torchvision and pillow: give each a virtual environment of its own.
-    "lmms": ["lmms-eval>=0.7.3"],
+    "lmms": ["filelock<4", "lmms-eval>=0.7.3"],  # lmms-eval 0.7.3 reads a private module of filelock 3
     "completion": ["shtab>=1.7"],
     "demo": ["gradio>=6"],
     "docs": ["pdoc>=15.0"],
