@@ -19,7 +19,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.mark.parametrize("page", ["pruners.md", "evaluation.md", "prune_or_shrink.md"])
 def test_every_command_is_understood(page):
-    for line in re.findall(r"^tprl (\w.*?)(?:  +#.*)?$", (DOCS / page).read_text(), re.M):
+    for line in re.findall(r"^tprl (\w.*?)(?: > \S+)?(?:  +#.*)?$", (DOCS / page).read_text(), re.M):
         make_parser().parse_args(shlex.split(line))
 
 
