@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 # 64 prompts of LLaVA-1.5 at once; 13 of LLaVA-NeXT with its 2,880 visual tokens.
 MAX_TOKENS = 40_960
+# What a CPU reads at once: 24 instead of 64 prompts of the embedded model take a fifth less time.
+MAX_TOKENS_ON_CPU = 2_560
 
 
 def within_memory(lengths: Sequence[int], max_tokens: int, max_count: int | None = None) -> list[list[int]]:

@@ -22,8 +22,6 @@ from tprl_hf.modeling.values import (
     whole,
 )
 
-from .micro_batches import MAX_TOKENS
-
 logger = logging.get_logger(__name__)
 
 
@@ -50,8 +48,9 @@ class PrunerTrainingConfig(TrainingArguments):
             batches gain little and rounding would depend on them.
         prefetch_threads (`int`, defaults to 1):
             Threads that read, decode and process the next batch of images while the LLM works; 0 for none.
-        score_batch_size (`int`, defaults to 64), score_batch_tokens (`int`, defaults to 40,960):
-            Prompts that run through the frozen LLM together, and their tokens: at most.
+        score_batch_size (`int`, defaults to 64), score_batch_tokens (`int`, *optional*):
+            Prompts that run through the frozen LLM together, and their tokens with padding: at most. By default 2,560
+            tokens on a CPU, where more do not fit into its caches, and 40,960 on an accelerator.
         micro_batch_tokens (`int`, defaults to 32,768):
             Visual tokens that autoencoder or policy are trained on at once where a batch has no micro-batches of its
             own. Gradients do not depend on it; memory does.
@@ -77,7 +76,7 @@ class PrunerTrainingConfig(TrainingArguments):
         "encode_batch_size": optional(COUNT),
         "prefetch_threads": whole(0),
         "score_batch_size": COUNT,
-        "score_batch_tokens": COUNT,
+        "score_batch_tokens": optional(COUNT),
         "micro_batch_tokens": COUNT,
         "save_base_model": optional(flag),
         "learning_rate": NOT_NEGATIVE,
@@ -91,7 +90,7 @@ class PrunerTrainingConfig(TrainingArguments):
     encode_batch_size: int | None = None
     prefetch_threads: int = 1
     score_batch_size: int = 64
-    score_batch_tokens: int = MAX_TOKENS
+    score_batch_tokens: int | None = None
     micro_batch_tokens: int = 32_768
     save_base_model: bool | None = None
     logging_steps: float = 10

@@ -121,7 +121,7 @@ class PolicyTrainer(PrunerTrainer):
         """What is measured of each sample, pruned to `keep_mask [B, N]`: float32 `[B]` by name."""
         everyone, args = list(range(len(batch))), self.args
         scores = score_answers(
-            self.tprl_model, batch, keep_mask, everyone, args.score_batch_size, args.score_batch_tokens
+            self.tprl_model, batch, keep_mask, everyone, args.score_batch_size, self.score_batch_tokens
         )
         return {"accuracy": 100 * scores.correct.float(), "logprob": scores.logprobs}
 

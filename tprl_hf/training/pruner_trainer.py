@@ -27,7 +27,7 @@ from tprl_hf.modeling.saved_files import written_whole
 
 from .answer_batches import AnswerBatch, EncodedSample, SampleEncoder
 from .feature_cache import cache_of
-from .micro_batches import within_memory
+from .micro_batches import MAX_TOKENS, MAX_TOKENS_ON_CPU, within_memory
 from .policy_config import PrunerTrainingConfig
 from .trainer_arguments import given_args, given_dataset, given_model, given_processor, refuse_other_arguments
 from .whole_checkpoints import (
@@ -165,7 +165,9 @@ class PrunerTrainer(Trainer):
         cache = cache_of(
             model, processing_class, args.feature_cache_mb, args.feature_cache_dir, args.feature_cache_dtype
         )
-        together = args.encode_batch_size or (1 if model.device.type == "cpu" else 32)
+        on_cpu = model.device.type == "cpu"
+        self.score_batch_tokens = args.score_batch_tokens or (MAX_TOKENS_ON_CPU if on_cpu else MAX_TOKENS)
+        together = args.encode_batch_size or (1 if on_cpu else 32)
         self.encoder = SampleEncoder(
             model, processing_class, cache, encode_batch_size=together, prefetch_threads=args.prefetch_threads
         )

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
@@ -29,6 +30,20 @@ from .rewards import (
 from .rollout_config import RolloutConfig
 from .rollouts import Budgets, Rollouts
 from .trainer_arguments import needs_answers
+
+
+MAX_LOGS = 2000  # each checkpoint holds them all
+
+
+class LogBuffers(TrainerCallback):
+    """Logs after each buffer, or where there are very many, after every so many of them."""
+
+    def __init__(self, updates_per_buffer: int):
+        self.updates_per_buffer = updates_per_buffer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        num_buffers = -(-state.max_steps // self.updates_per_buffer)
+        state.logging_steps = -(-num_buffers // MAX_LOGS) * self.updates_per_buffer
 
 
 class RolloutTrainer(PolicyTrainer):
@@ -68,6 +83,8 @@ class RolloutTrainer(PolicyTrainer):
             needs_answers(self.train_dataset, "train_dataset", "score by it, or pass reward_funcs")
         if self.has_start:
             self.start_policy = copy.deepcopy(self.tprl_model.policy).requires_grad_(False)
+        if self.args.logs_buffers:
+            self.add_callback(LogBuffers(self.updates_per_buffer))
         self.batch: AnswerBatch
         self.rollouts: Rollouts | None = None
         self.num_scored = 0  # keep masks, by this process
@@ -92,7 +109,7 @@ class RolloutTrainer(PolicyTrainer):
 
     @property
     def updates_per_buffer(self) -> int:
-        return self.args.passes_per_buffer * self.args.num_mini_batches
+        return self.args.updates_per_buffer
 
     @property
     def buffers_per_epoch(self) -> int:
@@ -182,7 +199,7 @@ class RolloutTrainer(PolicyTrainer):
         if self.reward_funcs:
             return self.score_completions(batch, sample_index, self.complete(batch, keep_masks, sample_index))
         result = score_answers(
-            self.tprl_model, batch, keep_masks, sample_index, args.score_batch_size, args.score_batch_tokens
+            self.tprl_model, batch, keep_masks, sample_index, args.score_batch_size, self.score_batch_tokens
         )
         if args.score == "correct":
             return MaskScores(result.correct.float(), result.correct)
@@ -233,7 +250,7 @@ class RolloutTrainer(PolicyTrainer):
         """Answers with `keep_masks [M, N]` of samples `sample_index`: texts, and ids."""
         return generate_completions(
             self.tprl_model, self.processing_class, batch, keep_masks, sample_index, self.args.max_completion_length,
-            self.args.score_batch_size, self.args.score_batch_tokens,
+            self.args.score_batch_size, self.score_batch_tokens,
         )  # fmt: skip
 
     def measure_answers(self, batch: AnswerBatch, keep_mask: Tensor) -> dict[str, Tensor]:
