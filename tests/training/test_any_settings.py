@@ -58,7 +58,7 @@ def among(*choices: str):
 
 OF_ALL = {
     "feature_cache_mb": lambda value: is_count(value, 0),
-    "feature_cache_dir": or_none(lambda value: type(value) is str and value != ""),
+    "feature_cache_dir": or_none(lambda value: type(value) is str and value.strip() != ""),
     "feature_cache_dtype": or_none(among("bfloat16", "float16")),
     "encode_batch_size": or_none(is_count),
     "prefetch_threads": lambda value: is_count(value, 0),

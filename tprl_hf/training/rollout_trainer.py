@@ -31,7 +31,6 @@ from .rollout_config import RolloutConfig
 from .rollouts import Budgets, Rollouts
 from .trainer_arguments import needs_answers
 
-
 MAX_LOGS = 2000  # each checkpoint holds them all
 
 
