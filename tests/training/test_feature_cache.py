@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from tests.families.more import MORE
 from tests.families.tiny_models import build, collate, sample
+from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.modeling.visual_features import VisualFeatures
 from tprl_hf.training.answer_batches import SampleEncoder
 from tprl_hf.training.feature_cache import FeatureCache, cache_of, join_features
@@ -56,11 +56,8 @@ def test_a_cache_smaller_than_the_data_hits_as_often_as_it_is_large(
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "llava_next"])
 def test_what_is_read_from_disk_is_what_was_written(family, tmp_path):
-    model = MORE[family]() if family in MORE else build(family)
-    from tprl_hf import TPRLForConditionalGeneration
-
-    wrapped = TPRLForConditionalGeneration.from_base_model(model)
-    features = wrapped.encode_images(**collate(family, [sample(family, 1, 1)]))
+    model = TPRLForConditionalGeneration.from_base_model(build(family))
+    features = model.encode_images(**collate(family, [sample(family, 1, 1)]))
     path = tmp_path / "one.safetensors"
     path.write_bytes(to_bytes(features))
     assert_same(from_file(path), features)
@@ -139,7 +136,7 @@ def test_half_precision_rounds_once_whether_it_hits_or_not(dtype, make_model, pr
 def test_float16_refuses_what_it_cannot_hold(make_model, processor, dataset, tmp_path):
     features = SampleEncoder(make_model(), processor).encode(dataset[0]).features
     features.modalities["image"].rows[0, 0] = 1e5
-    with pytest.raises(ValueError, match="do not fit into torch.float16: set feature_cache_dtype to bfloat16"):
+    with pytest.raises(ValueError, match=r"do not fit into torch\.float16: set feature_cache_dtype to bfloat16"):
         FeatureCache(1, tmp_path / "a" / "b", torch.float16).rounded(features)
 
 
