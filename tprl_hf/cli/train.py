@@ -19,7 +19,7 @@ from .arguments import add_loading_arguments, loading_options
 from .dry_run import describe
 from .old_recipes import renewed
 from .processes import is_first_process, say, signs_of_life, wait_for
-from .progress import is_quiet
+from .progress import is_quiet, note
 from .recipe_file import check_names, check_places, read_recipe
 from .same_data import claim_data
 from .tune_stage import tune
@@ -71,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         with StopSignals() as signals, signs_of_life(Path(recipe["output_dir"])):
-            run_stages(stages, recipe, Path(arguments.config).stem, signals, loading_options(arguments))
+            loading = with_dtype(loading_options(arguments), recipe)
+            run_stages(stages, recipe, Path(arguments.config).stem, signals, loading)
     except Stopped as stopped:
         saved = stopped.saved or "nothing new was saved"
         print(
@@ -186,7 +187,24 @@ def precision_of(loading: dict[str, Any]) -> dict[str, Any]:
     """Of the options by which the model is loaded, those that results depend on, as settings."""
     names = ("dtype", "attn_implementation", "load_in_4bit")
     given = {name: loading[name] for name in names if loading.get(name)}
+    if given.get("dtype") == "float32":  # earlier versions, in which it was the default, did not note it
+        del given["dtype"]
     return {"loading": given} if given else {}
+
+
+def with_dtype(loading: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """The options by which the model is loaded, with the dtype of the recipe, or one that suits model and machine."""
+    import tprl_hf
+    from tprl_hf.loading import chosen_dtype
+
+    if loading["dtype"]:
+        return loading
+    if recipe.get("dtype"):
+        return {**loading, "dtype": recipe["dtype"]}
+    dtype, why = chosen_dtype(recipe.get("base_model") or tprl_hf.embedded_checkpoint(), loading["device"])
+    if is_first_process():
+        note(f"The LVLM computes in {dtype} ({why}); `dtype` in the recipe or --dtype asks for another one.")
+    return {**loading, "dtype": dtype}
 
 
 def training_data(stage: str, recipe: dict[str, Any]) -> str:
