@@ -76,7 +76,7 @@ class Speed:
 
 
 def kept_in_rollouts(config: Any) -> list[float]:
-    """The fraction of visual tokens in each keep mask that is scored for one question of a buffer, without unpruned."""
+    """The fraction of visual tokens in each keep mask that is scored at a visit of a question, without unpruned."""
     copies = config.num_generations
     budgets = getattr(config, "rollout_keep_ratios", None)
     if hasattr(config, "num_flips"):
