@@ -15,12 +15,13 @@ from tprl_hf.training.stages import STAGES
 
 from . import tune_stage
 from .arguments import add_loading_arguments, loading_options
-from .dry_run import describe
+from .dry_run import describe, duration
 from .old_recipes import renewed
 from .processes import is_first_process, say, signs_of_life, wait_for
 from .progress import is_quiet, note
 from .recipe_file import check_names, check_places, read_recipe
 from .same_data import claim_data
+from .train_plan import expected_seconds
 from .tune_stage import tune
 from .whole_files import write
 
@@ -71,8 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         with StopSignals() as signals, signs_of_life(Path(recipe["output_dir"])):
-            loading = with_dtype(loading_options(arguments), recipe)
-            run_stages(stages, recipe, Path(arguments.config).stem, signals, loading)
+            run_stages(stages, recipe, Path(arguments.config).stem, signals, loading_options(arguments))
     except Stopped as stopped:
         saved = stopped.saved or "nothing new was saved"
         print(
@@ -87,8 +87,9 @@ def run_stages(
     stages: list[str], recipe: dict[str, Any], name: str, signals: "StopSignals", loading: dict[str, Any]
 ) -> None:
     """One after the other, those that are not finished. `name` is the recipe's, `loading` how its model is loaded."""
-    folder = Path(recipe["output_dir"])
-    for stage in stages:
+    folder, loading = Path(recipe["output_dir"]), with_dtype(loading, recipe)
+    expected: dict[str, float] | None = None
+    for number, stage in enumerate(stages, start=1):
         directory = Path(recipe["output_dir"]) / stage
         claim(directory, settings_of(stage, recipe) | precision_of(loading))
         if (directory / "training.json").exists():
@@ -99,6 +100,11 @@ def run_stages(
             continue
         started = time.perf_counter()
         model, processor = starting_model(stage, recipe, loading)
+        if expected is None:
+            expected = expected_seconds(stages[number - 1 :], recipe, model, processor) if is_first_process() else {}
+            tell(describe(stages, recipe, expected))
+        about = f", about {duration(expected[stage])}" if stage in expected else ""
+        tell(f"{stage}: stage {number} of {len(stages)}{about}")
         if stage == "demonstrations":
             result = make_demonstrations(stage, recipe, model, processor, directory)
         elif stage == "tune":
@@ -114,6 +120,12 @@ def run_stages(
         wait_for(directory / "training.json", folder)  # which says that the model beside it is whole
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.get("metrics", {}).items())
         say(f"{stage}: {directory} in {result['seconds']:.0f} s. {numbers}")
+
+
+def tell(text: str) -> None:
+    """What is not a result, said once."""
+    if is_first_process():
+        note(text)
 
 
 def check_stage(stage: str, recipe: dict[str, Any]) -> None:
@@ -204,13 +216,12 @@ def with_dtype(loading: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any
     import tprl_hf
     from tprl_hf.loading import chosen_dtype
 
-    if loading["dtype"]:
+    if loading.get("dtype"):
         return loading
     if recipe.get("dtype"):
         return {**loading, "dtype": recipe["dtype"]}
-    dtype, why = chosen_dtype(recipe.get("base_model") or tprl_hf.embedded_checkpoint(), loading["device"])
-    if is_first_process():
-        note(f"The LVLM computes in {dtype} ({why}); `dtype` in the recipe or --dtype asks for another one.")
+    dtype, why = chosen_dtype(recipe.get("base_model") or tprl_hf.embedded_checkpoint(), loading.get("device"))
+    tell(f"The LVLM computes in {dtype} ({why}); `dtype` in the recipe or --dtype asks for another one.")
     return {**loading, "dtype": dtype}
 
 
