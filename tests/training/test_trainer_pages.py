@@ -111,7 +111,9 @@ def test_the_page_explains_what_is_logged_and_nothing_else(name, make_model, pro
         args = config(str(tmp_path / str(number)), **QUIET, **SETTINGS[name])
         made = trainer(make_model(), args, processing_class=processor, callbacks=[logged], **arguments)
         made.train()
+        passes = getattr(made, "num_scored", None)
         made.evaluate()
+        assert getattr(made, "num_scored", None) == passes  # measuring is not part of the cost of training
     assert documented(PAGES[name]) == logged.names
 
 
