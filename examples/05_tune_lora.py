@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 import tprl_hf
 from tprl_hf.data import mosaic_vqa
-from tprl_hf.training.tuning import LLM_LAYERS, MixedBudgets
+from tprl_hf.training import MixedBudgets
 
 steps = int(sys.argv[1]) if sys.argv[1:] else 4
 name = tprl_hf.embedded_checkpoint()  # or TPRLForConditionalGeneration.from_base_model(NAME, pruner="divprune", ...)
@@ -29,6 +29,7 @@ def to_chat(row):
 
 rows = mosaic_vqa("train", num_samples=16 * steps)
 rows = rows.map(to_chat, remove_columns=[column for column in rows.column_names if column not in ("images", "prompt")])
+layers = r"lvlm\..*language_model.*\.(q|k|v|o)_proj"  # or "all-linear", which takes the vision tower too
 trainer = SFTTrainer(
     model,
     SFTConfig(
@@ -43,7 +44,7 @@ trainer = SFTTrainer(
     ),
     train_dataset=rows,
     processing_class=processor,
-    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=LLM_LAYERS, task_type="CAUSAL_LM"),
+    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=layers, task_type="CAUSAL_LM"),
     callbacks=[MixedBudgets(model, [1, 1 / 3, 1 / 9])],  # each step prunes to one of these
 )
 trainer.train()

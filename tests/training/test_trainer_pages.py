@@ -12,9 +12,8 @@ from tests.training.conftest import POLICY, make_dataset
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.main import make_parser
 from tprl_hf.pruners import VisPruner
-from tprl_hf.training import generate_demonstrations
+from tprl_hf.training import generate_demonstrations, tune_lvlm
 from tprl_hf.training.stages import STAGES
-from tprl_hf.training.tuning import tune_lvlm
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((DOCS / "trainers").glob("*.md"))}
