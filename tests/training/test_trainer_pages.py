@@ -92,6 +92,7 @@ SETTINGS = {
     "grpo": {**MASKS, "num_iterations": 1, "num_generations": 3},
     "mapo": {**MASKS, "num_iterations": 1, "num_generations": 3, "efficiency_coef": 1.0},
     "counterfactual": {**MASKS, "num_flips": 2, "num_generations": 3},
+    "noise_gate": MASKS,
 }
 
 
@@ -99,15 +100,17 @@ SETTINGS = {
 def test_the_page_explains_what_is_logged_and_nothing_else(name, make_model, processor, tmp_path):
     logged, data = Logged(), make_dataset()
     config, trainer = STAGES[name].classes()
-    train = data
+    train = data if name != "lfd" else generate_demonstrations(VisPruner(), make_model(), processor, data)
+    without = {"train_dataset": train.remove_columns("answer"), "eval_dataset": data.remove_columns("answer")}
+    runs: list[tuple[dict, dict]] = [({}, {"train_dataset": train, "eval_dataset": data})]
     if name == "lfd":
-        train = generate_demonstrations(VisPruner(), make_model(), processor, data)
-    runs: list[dict] = [{"train_dataset": train, "eval_dataset": data}]
-    if STAGES[name].takes_rewards:  # answers are not needed then
-        without = data.remove_columns("answer")
-        runs.append({"train_dataset": without, "eval_dataset": without, "reward_funcs": [says_nothing_of_some]})
-    for number, arguments in enumerate(runs):
-        args = config(str(tmp_path / str(number)), **QUIET, **SETTINGS[name])
+        runs.append(({}, without))
+    elif name != "autoencoder":
+        runs = [({"score": "logprob"}, runs[0][1]), ({"score": "kl"}, without)]
+    if STAGES[name].takes_rewards:
+        runs.append(({}, {**without, "reward_funcs": [says_nothing_of_some]}))
+    for number, (settings, arguments) in enumerate(runs):
+        args = config(str(tmp_path / str(number)), **{**QUIET, **SETTINGS[name], **settings})
         made = trainer(make_model(), args, processing_class=processor, callbacks=[logged], **arguments)
         made.train()
         passes = getattr(made, "num_scored", None)

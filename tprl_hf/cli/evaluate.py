@@ -20,7 +20,7 @@ from .arguments import (
 )
 from .evaluation_notes import ENLARGED, HALF_SIZE, MARK, RESIZE, notes_of
 from .progress import bar, note
-from .run_folder import RUNS, claim_folder, default_folder, refuse_other_run
+from .run_folder import PAGE, RUNS, claim_folder, default_folder, refuse_other_run
 from .whole_files import write
 
 if TYPE_CHECKING:
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 NAME = "evaluate"
 HELP = "measure a model's accuracy under several pruners and budgets"
 BASELINES = ("none", "random")
-# By name, the functions of `tprl_hf.evaluation.scores` and what the tables say of them.
+# By name, the functions of `tprl_hf.answer_rules` and what the tables say of them.
 METRICS = {
     "exact": ("exact_score", "share of answers that equal a reference, letter case and a closing full stop aside"),
     "vqa": ("vqa_score", "VQAv2's accuracy: normalised, min(1, n / 3) for n of nine people"),
     "relaxed": ("relaxed_score", "ChartQA's relaxed accuracy: numbers within 5 %"),
     "anls": ("anls_score", "normalised Levenshtein similarity, 0 below 0.5"),
+    "choice": ("choice_score", "share of multiple-choice answers that name the letter of the correct option"),
     "yes-no": ("yes_no_score", "POPE's accuracy: no if the first sentence has no or not, else yes"),
 }
 # The oracle needs data with boxes, and shrinking a picture is not a pruner's work, so that only this command has them.
@@ -104,8 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-dir",
         metavar="DIR",
-        help="for results.json, .csv, .md, .png and answers.jsonl; a run that was cut off resumes from the answers "
-        f"there (default: one for each model and data, below {RUNS})",
+        help="for results.html, .json, .csv, .md, .png and answers.jsonl; a run that was cut off resumes from the "
+        f"answers there (default: one for each model and data, below {RUNS})",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="delete the results of an earlier run there, and start over"
@@ -127,12 +128,14 @@ def run(arguments: argparse.Namespace) -> int:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ValueError("The plot needs matplotlib: pip install 'tprl_hf[eval]'.") from None
+    from tprl_hf.evaluation.broken import broken_questions
     from tprl_hf.evaluation.compare_pruners import append_records, compare_pruners, read_records
     from tprl_hf.evaluation.confidence import confidence_table
     from tprl_hf.evaluation.flops import llm_shape
     from tprl_hf.evaluation.runs_table import QUESTIONS
     from tprl_hf.evaluation.setting_costs import count_settings, time_settings
     from tprl_hf.evaluation.tables import accuracy_table, summarize, type_table
+    from tprl_hf.report.evaluation_page import BROKEN, evaluation_page
     from tprl_hf.training.answer_batches import undecoded
 
     from .loading import load_named_model
@@ -194,10 +197,12 @@ def run(arguments: argparse.Namespace) -> int:
         known, settings, samples["question_type"], units, 0.95, data_seeds, counted, times, list(samples["answer"])
     )
     write_results(folder, rows, described)
+    write(folder / BROKEN, json.dumps(broken_questions(model, processor, samples, settings, known)) + "\n")
+    write(folder / PAGE, evaluation_page(folder))
     for table in (accuracy_table(rows), type_table(rows), confidence_table(rows)):
         print(format_table(table))
     print("\n".join(notes_of(rows, described)))
-    print(f"Written: {folder}/results.json, .csv, .md, .png and answers.jsonl")
+    print(f"Written: {folder}/results.html, .json, .csv, .md, .png and answers.jsonl")
     print(f"Took {time.perf_counter() - started:.0f} s")
     return 0
 
@@ -291,12 +296,12 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
     """The `datasets.Dataset` that the arguments name, each sample's seed, the score of an answer, and what it is."""
     from datasets import concatenate_datasets
 
+    from tprl_hf import answer_rules
     from tprl_hf.data.sources import is_source, read_source
-    from tprl_hf.evaluation import scores
     from tprl_hf.evaluation.lmms_eval.samples import lmms_eval_samples
 
     function, metric = METRICS[arguments.metric or "exact"]
-    score = getattr(scores, function)
+    score = getattr(answer_rules, function)
     data, split = arguments.data, arguments.split or "test"
     if data not in ("mosaic", "easy-vqa", "photo") and arguments.split:
         raise ValueError(f"{data} has no splits: leave out --split {split}.")
@@ -309,7 +314,10 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
         raise ValueError(f"{data} has the same questions under every --seed; only mosaic and photo have others.")
     if is_source(data):
         number = arguments.num_samples or (2000 if data == "easy-vqa" else None)
-        return read_source(data, split, num_samples=number), None, score, metric
+        samples = read_source(data, split, num_samples=number)
+        if "answer" not in samples.column_names:
+            raise ValueError(f"{data} has no `answer`, which evaluate compares with: add the correct answers.")
+        return samples, None, score, metric
     check_task_name(data)
     if arguments.metric:
         raise ValueError(
@@ -378,7 +386,7 @@ def write_results(folder: Path, rows, described: dict[str, Any]) -> None:
     from tprl_hf.evaluation.confidence import confidence_table
     from tprl_hf.evaluation.tables import accuracy_table, as_csv, as_markdown, plot_accuracy, type_table
 
-    content = {**described, "rows": [asdict(row) for row in rows]}
+    content = {**described, "notes": notes_of(rows, described), "rows": [asdict(row) for row in rows]}
     write(folder / "results.json", json.dumps(content, indent=1) + "\n")
     write(folder / "results.csv", as_csv(rows))
     tables = (accuracy_table(rows), type_table(rows), confidence_table(rows))
