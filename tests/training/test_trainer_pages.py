@@ -82,7 +82,7 @@ def says_nothing_of_some(prompts, completions, **columns):
     return [None if number % 3 == 0 else float(len(text)) for number, text in enumerate(completions)]
 
 
-QUIET = {"disable_tqdm": True, "use_cpu": True, "max_steps": 4, "logging_steps": 1, "save_strategy": "no"}
+QUIET = {"disable_tqdm": True, "use_cpu": True, "max_steps": 2, "logging_steps": 1, "save_strategy": "no"}
 MASKS = {"per_device_train_batch_size": 4, "num_mini_batches": 1, "eval_keep_ratios": [0.5]}
 # What makes a tiny random model log everything.
 SETTINGS = {
@@ -90,7 +90,13 @@ SETTINGS = {
     "lfd": {"eval_keep_ratios": [0.5]},
     "ppo": {**MASKS, "num_ppo_epochs": 1},
     "grpo": {**MASKS, "num_iterations": 1, "num_generations": 3},
-    "mapo": {**MASKS, "num_iterations": 1, "num_generations": 3, "efficiency_coef": 1.0},
+    "mapo": {
+        **MASKS,
+        "per_device_train_batch_size": 8,
+        "num_iterations": 1,
+        "num_generations": 3,
+        "efficiency_coef": 1.0,
+    },
     "counterfactual": {**MASKS, "num_flips": 2, "num_generations": 3},
     "noise_gate": MASKS,
 }
