@@ -38,10 +38,10 @@ def shown(value: Any) -> list[dict[str, Any]]:
     """What a notebook shows of the value that a cell ends with."""
     if value is None:
         return []
-    data: dict[str, Any] = {"text/plain": [repr(value).split(" at 0x")[0]]}
+    data: dict[str, Any] = {"text/plain": [re.sub(r" at 0x\w+", "", repr(value))]}
     if hasattr(value, "_repr_png_"):
         data["image/png"] = base64.b64encode(value._repr_png_()).decode()
-    return [{"output_type": "display_data", "metadata": {}, "data": data}]
+    return [{"output_type": "execute_result", "metadata": {}, "data": data}]
 
 
 def run_cell(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
@@ -58,14 +58,8 @@ def run_cell(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
     return [*stream, *shown(value)]
 
 
-def make(name: str, outputs_of: Any = run_cell) -> dict[str, Any]:
-    """
-    The notebook of `name`, as `json.load` reads one.
-
-    Args:
-        name (`str`): of the script, without its ending.
-        outputs_of: runs a cell among the names that earlier cells made, and gives its outputs.
-    """
+def make(name: str) -> dict[str, Any]:
+    """The notebook of the script `name`, without its ending; as `json.load` reads one."""
     names: dict[str, Any] = {"__name__": "__main__"}
     cells: list[dict[str, Any]] = []
     for kind, text in cells_of((FOLDER / f"{name}.py").read_text(encoding="utf-8")):
@@ -73,7 +67,10 @@ def make(name: str, outputs_of: Any = run_cell) -> dict[str, Any]:
         cell = {"cell_type": kind, "id": f"cell-{len(cells)}", "metadata": {}, "source": lines}
         if kind == "code":
             number = sum(one["cell_type"] == "code" for one in cells) + 1
-            cell |= {"execution_count": number, "outputs": outputs_of(text, names)}
+            cell |= {"execution_count": number, "outputs": run_cell(text, names)}
+            for output in cell["outputs"]:
+                if output["output_type"] == "execute_result":
+                    output["execution_count"] = number
         cells.append(cell)
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
