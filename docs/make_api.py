@@ -9,7 +9,7 @@ import pdoc
 # What users import. Rooms whose `__all__` lists the public names show these, wherever they are defined.
 MODULES = (
     *("tprl_hf", "tprl_hf.modeling", "tprl_hf.pruners", "tprl_hf.data", "tprl_hf.training", "tprl_hf.hub.publishing"),
-    *("tprl_hf.evaluation.compare_pruners", "tprl_hf.evaluation.scores", "tprl_hf.evaluation.flops"),
+    *("tprl_hf.evaluation.compare_pruners", "tprl_hf.answer_rules", "tprl_hf.evaluation.flops"),
     *("tprl_hf.evaluation.benchmark", "tprl_hf.loading", "tprl_hf.pictures", "tprl_hf.visualization"),
 )
 

@@ -13,6 +13,7 @@ from .auto_registration import register_auto_classes
 if TYPE_CHECKING:
     from tprl_hf.modeling.checkpoint_tprl import TPRLPreTrainedModel
     from tprl_hf.modeling.configuration_tprl import TPRLConfig
+    from tprl_hf.modeling.escalation import Escalation
     from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
     from tprl_hf.modeling.pruning_policy import PruningPolicy
     from tprl_hf.modeling.token_autoencoder import TokenAutoencoder
@@ -24,6 +25,7 @@ _MODULE_OF = {
     "TPRLConfig": "tprl_hf.modeling.configuration_tprl",
     "TPRLPreTrainedModel": "tprl_hf.modeling.checkpoint_tprl",
     "TPRLForConditionalGeneration": "tprl_hf.modeling.modeling_tprl",
+    "Escalation": "tprl_hf.modeling.escalation",
     "TokenAutoencoder": "tprl_hf.modeling.token_autoencoder",
     "PruningPolicy": "tprl_hf.modeling.pruning_policy",
     "TokenPruner": "tprl_hf.modeling.token_pruner",
@@ -34,6 +36,7 @@ __all__ = [
     "TPRLConfig",
     "TPRLPreTrainedModel",
     "TPRLForConditionalGeneration",
+    "Escalation",
     "TokenAutoencoder",
     "PruningPolicy",
     "TokenPruner",
@@ -43,14 +46,24 @@ __all__ = [
 ]
 
 
-def embedded_checkpoint() -> str:
+def embedded_checkpoint(name: str = "mosaic") -> str:
     """
+    The directory of a small trained model of this package. `from_pretrained` of the Auto classes and of
+    `AutoProcessor` take it like any other path.
+
+    Args:
+        name (`"mosaic"` or `"photo"`, *optional*, defaults to `"mosaic"`):
+            Mosaic-LLaVA, 4 million parameters on drawn shapes, is part of the package. Photo-LLaVA, 157 million on
+            photographs, is joined on the first call from parts that are fetched (280 MB, see docs/photo.md); it needs
+            `pip install tprl_hf[photo]`.
+
     Returns:
-        `str`: The directory of the small trained LLaVA that is part of the package. `from_pretrained` of the Auto
-        classes and of `AutoProcessor` take it like any other path.
+        `str`: The directory.
 
     Raises:
+        `ValueError`: For another name.
         `FileNotFoundError`: If the installed package came without it.
+        `tprl_hf.test_bed.photo_parts.PartMissingError`: If a part of Photo-LLaVA cannot be had.
 
     Example:
 
@@ -62,6 +75,12 @@ def embedded_checkpoint() -> str:
     >>> processor = AutoProcessor.from_pretrained(tprl_hf.embedded_checkpoint())
     ```
     """
+    if name not in ("mosaic", "photo"):
+        raise ValueError(f"There is no embedded checkpoint {name!r}: pass 'mosaic' or 'photo'.")
+    if name == "photo":
+        from tprl_hf.test_bed.photo_checkpoint import photo_policy_checkpoint
+
+        return str(photo_policy_checkpoint())
     path = Path(__file__).parent / "checkpoints" / "mosaic-llava"
     if not (path / "config.json").is_file():
         raise FileNotFoundError(

@@ -154,6 +154,7 @@ PLACES = {
     ("policy", "position_ids"): lambda value: value in ("original", "contiguous"),
     ("data", "train", "num_samples"): or_none(is_written_count),
     ("data", "train", "seed"): lambda value: is_written_count(value, 0),
+    ("data", "train", "labels"): is_flag,
     ("lfd", "train_encoder"): is_flag,
     ("lfd", "learning_rate"): lambda value: is_written_number(value, least=0),
     ("lfd", "num_train_epochs"): lambda value: is_written_number(value, above=0),
@@ -168,6 +169,7 @@ PLACES = {
     ("demonstrations", "batch_size"): is_written_count,
     ("demonstrations", "num_samples"): or_none(is_written_count),
     ("demonstrations", "seed"): lambda value: is_written_count(value, 0),
+    ("demonstrations", "score"): lambda value: value in ("logprob", "agreement"),
     ("demonstrations", "teacher"): lambda value: value in ("uniform", "gradient"),
 }
 OF_YAML = st.one_of(

@@ -222,10 +222,10 @@ def test_any_torn_line_is_answered_again(evaluate, tmp_path, torn, removed):
 
 
 def test_scores_are_those_of_the_answers(evaluate, tmp_path, monkeypatch):
+    from tprl_hf import answer_rules
     from tprl_hf.data import mosaic_vqa
-    from tprl_hf.evaluation import scores
 
-    monkeypatch.setattr(scores, "exact_score", lambda answer, reference: reference == "yes")
+    monkeypatch.setattr(answer_rules, "exact_score", lambda answer, reference: reference == "yes")
     evaluate()
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     correct = [sample["answer"] == "yes" for sample in mosaic_vqa(split="test", seed=7, num_samples=8)]
@@ -245,7 +245,7 @@ def test_it_reads_the_users_own_questions(evaluate, own_data):
         ("", "has no samples"),
         ("{", "line 1: not JSON"),
         ("[]", "line 1: expected an object"),
-        ('{"prompt": "q"}', "line 1: `answer` is missing; there are: prompt"),
+        ('{"prompt": "q"}', "broken.jsonl has no `answer`, which evaluate compares with"),
         ('{"prompt": ["q"], "answer": "a"}', '`prompt` must be the question as a text; got ["q"]'),
         ('{"prompt": "q", "answer": "a", "image": "none.png"}', "there is no image file"),
     ],

@@ -76,6 +76,14 @@ def test_a_dry_run_says_how_long_it_takes_and_trains_nothing(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_all_is_the_papers_and_more_is_the_rest(tmp_path, capsys):
+    listed = {}
+    for word in ("all", "more"):
+        assert main(["reproduce", word, "--runs-dir", str(tmp_path), "--dry-run"]) == 0
+        listed[word] = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if "trained" in line]
+    assert "table7" in listed["all"] and "teachers" in listed["more"] and not {*listed["all"]} & {*listed["more"]}
+
+
 def test_from_nothing_to_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
     def small(name):
         table = read_table(name)

@@ -202,7 +202,7 @@ def test_our_metrics_are_the_fields(texts):
     from lmms_eval.tasks.chartqa.utils import relaxed_correctness
     from lmms_eval.tasks.vqav2.utils import vqav2_process_results
 
-    from tprl_hf.evaluation.scores import anls_score, normalize_vqa, relaxed_score, vqa_score
+    from tprl_hf.answer_rules import anls_score, normalize_vqa, relaxed_score, vqa_score
 
     official = EvalAIAnswerProcessor()
     for text, other in pairwise(texts):

@@ -9,8 +9,7 @@ from pathlib import Path
 import evaluate
 import pytest
 
-from tprl_hf.evaluation import metrics
-from tprl_hf.evaluation.scores import (
+from tprl_hf.answer_rules import (
     anls_score,
     box_iou,
     edit_distance,
@@ -21,6 +20,7 @@ from tprl_hf.evaluation.scores import (
     vqa_score,
     yes_no_score,
 )
+from tprl_hf.evaluation import metrics
 
 
 @pytest.mark.parametrize(

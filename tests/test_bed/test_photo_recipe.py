@@ -32,7 +32,7 @@ from tprl_hf.data.photo_things import KINDS, NEW_THINGS, THINGS
 from tprl_hf.test_bed import photo_model, photo_parts, photo_train
 from tprl_hf.test_bed.photo_baseline import guess_from_text
 from tprl_hf.test_bed.photo_batches import ANSWER, IGNORE, NOUN, few_patches, pack, training_batches, training_scene
-from tprl_hf.test_bed.photo_checkpoint import TRAINED, photo_checkpoint
+from tprl_hf.test_bed.photo_checkpoint import TRAINED, photo_checkpoint, photo_policy_checkpoint
 from tprl_hf.test_bed.photo_model import freeze_and_correct, load_trained, merge, put_together, trained_weights
 from tprl_hf.test_bed.photo_parts import PartMissingError
 from tprl_hf.test_bed.photo_train import (
@@ -368,6 +368,29 @@ def test_checkpoint_is_built_once_and_again_for_other_weights(untrained, model, 
     put_together(untrained, weights, tmp_path / "by_hand")
     a, b = (load_file(path / "model.safetensors") for path in (second, tmp_path / "by_hand"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@torch.no_grad()
+def test_policy_finds_the_base_that_was_built(untrained, model, processor, tmp_path, scenes, monkeypatch):
+    monkeypatch.setenv("TPRL_PHOTO", str(tmp_path))
+    (tmp_path / "untrained").symlink_to(untrained)
+    freeze_and_correct(model, seed=0)
+    weights, policy = tmp_path / "trained.safetensors", tmp_path / "policy"
+    photo_model.save_trained(model, weights)
+    with pytest.raises(PartMissingError, match="policy of Photo-LLaVA is not here"):
+        photo_policy_checkpoint(print, weights, policy)
+    built = photo_checkpoint(print, weights)
+    saved = TPRLForConditionalGeneration.from_base_model(built, policy_training={"stage": "lfd"}, keep_ratio=1 / 9)
+    saved.save_pretrained(policy)
+    path = photo_policy_checkpoint(print, weights, policy)
+    assert photo_policy_checkpoint(print, weights, policy) == path
+    assert not (path / "model.safetensors").samefile(policy / "model.safetensors")
+    loaded = AutoModelForImageTextToText.from_pretrained(path)
+    assert loaded.config.base_model_name_or_path == str(built) and not loaded.config.includes_base_model
+    text = prompt_of(AutoProcessor.from_pretrained(path), scenes[0].questions[0])
+    single = processor(images=Image.fromarray(scenes[0].pixels), text=text, return_tensors="pt")
+    assert torch.equal(loaded(**single).logits, saved(**single).logits)
+    assert int(loaded.prune(**single).num_kept) == 28
 
 
 def test_what_cannot_be_had_is_named_in_one_line(tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from tprl_hf.training import (
     AutoencoderConfig,
     CounterfactualConfig,
     LfDConfig,
+    NoiseGateConfig,
     TPRLGRPOConfig,
     TPRLMAPOConfig,
     TPRLPPOConfig,
@@ -70,12 +71,14 @@ OF_POLICIES = {
     "keep_best": is_flag,
     "best_metric": among("accuracy", "logprob"),
     "keep_ratio": or_none(is_fraction),
+    "max_answer_length": is_count,
+    "unpruned_answers_dir": or_none(lambda value: isinstance(value, str) and bool(value.strip())),
     "watched_samples": lambda value: is_count(value, 0),
 }
 OF_ROLLOUTS = {
     **OF_POLICIES,
     "num_generations": is_count,
-    "score": among("correct", "logprob"),
+    "score": among("correct", "logprob", "agreement", "kl"),
     "min_logprob": lambda value: is_number(value, most=0),
     "reward_weights": or_none(lambda value: isinstance(value, (list, tuple)) and all(map(is_number, value))),
     "max_completion_length": is_count,
@@ -89,6 +92,7 @@ BUDGETED = {
     **OF_ROLLOUTS,
     "rollout_keep_ratios": or_none(is_ratios),
     "shared_budget": is_unit,
+    "anneal_budgets": is_flag,
     "efficiency_coef": is_rate,
     "min_spread": is_rate,
     "num_iterations": is_count,
@@ -103,6 +107,7 @@ GRPO = {
     "score_every_step": is_flag,
     "scale_rewards": among("group", "none"),
     "ratio": among("joint", "token"),
+    "draw": among("bits", "sets"),
 }
 CONFIGS: dict[type, dict[str, Any]] = {
     AutoencoderConfig: OF_ALL,
@@ -128,6 +133,7 @@ CONFIGS: dict[type, dict[str, Any]] = {
     TPRLMAPOConfig: {
         **GRPO,
         "scale_rewards": among("none"),
+        "draw": among("bits"),
         "shared_budget": lambda value: is_unit(value) and scalar(value) == 0,
         "memory_size": is_count,
         "memory_weight": lambda value: is_number(value, above=0, below=1),
@@ -138,8 +144,13 @@ CONFIGS: dict[type, dict[str, Any]] = {
         "weight_by_budget": is_flag,
         "scale_advantages": is_flag,
     },
+    NoiseGateConfig: {
+        **OF_ROLLOUTS,
+        "rollout_keep_ratios": is_ratios,
+        "score": among("logprob", "agreement", "kl"),
+    },
 }
-WORDS = st.sampled_from(["joint", "token", "group", "none", "correct", "logprob", "accuracy"])
+WORDS = st.sampled_from(["joint", "token", "group", "none", "correct", "logprob", "kl", "accuracy", "bits", "sets"])
 RATIOS = st.sampled_from([[0.5], [2.0], [0.5, 0.0], (1 / 3, 1), [None], [True], ["1/3"], [float("nan")], [[0.5]]])
 MORE_CHOICES = st.one_of(
     ANYTHING, st.integers(1, 4), st.sampled_from([1e-3, 0.5, 0, True, False, None]), WORDS, RATIOS
@@ -176,12 +187,19 @@ def goes_together(config_class: type, values: dict[str, Any]) -> bool:
     """Whether fields that are valid alone contradict each other."""
     of = {name: values.get(name, getattr(config_class, name, None)) for name in CONFIGS[config_class]}
     if config_class is CounterfactualConfig and "rollout_keep_ratios" not in values:
-        of["rollout_keep_ratios"] = [1 / 3]
+        of["rollout_keep_ratios"] = [1 / 3, 1 / 9]
     if "num_mini_batches" in of:
         trajectories = scalar(of["per_device_train_batch_size"]) * scalar(of["num_generations"])
         if trajectories % scalar(of["num_mini_batches"]):
             return False
     if "shared_budget" in of and scalar(of["shared_budget"]) and not of["rollout_keep_ratios"]:
+        return False
+    if scalar(of.get("anneal_budgets", False)) and len(of["rollout_keep_ratios"] or []) < 2:
+        return False
+    exact = (
+        of.get("rollout_keep_ratios") and not scalar(of.get("shared_budget", 0)) and scalar(of.get("lambda_disc")) == 1
+    )
+    if of.get("draw") == "sets" and not exact:
         return False
     return not (scalar(of.get("weight_by_budget", False)) and not of["rollout_keep_ratios"])
 
@@ -206,7 +224,7 @@ def test_a_config(case):
     is_valid = all_good(values, CONFIGS[config_class]) and goes_together(config_class, values)
     named = {**values}
     if all_good(values, CONFIGS[config_class]):  # a contradiction may name what was not set
-        named.update(dict.fromkeys(("rollout_keep_ratios", "num_mini_batches", "shared_budget"), "="))
+        named.update(dict.fromkeys(("rollout_keep_ratios", "num_mini_batches", "shared_budget", "draw"), "="))
 
     def differs(config):
         other = [name for name, value in values.items() if getattr(config, name) != plain(value)]

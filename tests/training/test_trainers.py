@@ -20,6 +20,8 @@ from tprl_hf.training import (
     GradientTeacher,
     LfDConfig,
     LfDTrainer,
+    NoiseGateConfig,
+    NoiseGateTrainer,
     TPRLGRPOConfig,
     TPRLGRPOTrainer,
     TPRLMAPOConfig,
@@ -87,6 +89,9 @@ def stage(name, make_model, processor, dataset, output_dir, **settings):
     if name == "counterfactual":
         config = CounterfactualConfig(output_dir, **{**COUNTERFACTUAL, **settings})
         return CounterfactualTrainer(make_model(policy_budget=True), config, **data)
+    if name == "noise_gate":
+        config = NoiseGateConfig(output_dir, **{**ROLLOUTS, "rollout_keep_ratios": [0.5, 0.25], **settings})
+        return NoiseGateTrainer(make_model(policy_budget=True), config, **data)
     config = TPRLPPOConfig(output_dir, **{**PPO, "score": "logprob", **settings})
     return TPRLPPOTrainer(make_model(), config, **data)
 
@@ -126,7 +131,7 @@ def test_from_directory_to_directory(base, processor, dataset, make_model, tmp_p
     assert all(final.state_dict()[name].equal(value) for name, value in weights_of(model).items())
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo", "mapo", "counterfactual"])
+@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo", "mapo", "counterfactual", "noise_gate"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name, make_model, processor, dataset, tmp_path):
     # a buffer lasts 4 steps: step 6 is in the middle of the second
     settings = {"max_steps": 7, "save_steps": 6, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 2}
@@ -195,7 +200,7 @@ def test_a_batch_of_8_gives_the_gradient_of_8_batches_of_1(name, make_model, pro
         torch.testing.assert_close(value, whole[key], atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo", "mapo", "counterfactual"])
+@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo", "mapo", "counterfactual", "noise_gate"])
 def test_nan_stops_with_the_data_saved(name, make_model, processor, dataset, tmp_path):
     trainer = (
         stage(name, make_model, processor, dataset, str(tmp_path), max_steps=4, keep_best=False)
@@ -211,7 +216,7 @@ def test_nan_stops_with_the_data_saved(name, make_model, processor, dataset, tmp
 
 
 def test_only_the_policy_learns(make_model, processor, dataset, tmp_path):
-    for name in ("lfd", "ppo", "grpo", "mapo", "counterfactual"):
+    for name in ("lfd", "ppo", "grpo", "mapo", "counterfactual", "noise_gate"):
         trainer = stage(name, make_model, processor, dataset, str(tmp_path / name), max_steps=2, keep_best=False)
         before, frozen = weights_of(trainer.tprl_model), hash_of(trainer.tprl_model.lvlm)
         trainer.train()
@@ -402,7 +407,7 @@ def test_the_config_says_how_the_policy_was_trained(make_model, processor, datas
     trainer = stage("autoencoder", make_model, processor, dataset, str(tmp_path / "autoencoder"), max_steps=1)
     trainer.train()
     assert trainer.tprl_model.config.policy_training is None
-    for name in ("lfd", "ppo", "grpo", "mapo", "counterfactual"):
+    for name in ("lfd", "ppo", "grpo", "mapo", "counterfactual", "noise_gate"):
         path = str(tmp_path / name)
         settings = {"max_steps": 2, "save_steps": 1, "keep_best": False}
         trainer = stage(name, make_model, processor, dataset, path, **settings)

@@ -54,8 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     image = open_picture(arguments.image)
 
+    from tprl_hf.answer_rules import is_correct
     from tprl_hf.evaluation.answers import chat_inputs
-    from tprl_hf.evaluation.scores import is_correct
     from tprl_hf.loading import unknown_words_note
     from tprl_hf.visualization import Panel
 

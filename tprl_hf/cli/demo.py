@@ -59,9 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
+    from tprl_hf.answer_rules import is_correct
     from tprl_hf.data.sources import read_source
     from tprl_hf.evaluation.answers import generate_answers
-    from tprl_hf.evaluation.scores import is_correct
     from tprl_hf.pruners.by_name import make_pruner, own_pruner
 
     from .loading import load_named_model, using_pruner
@@ -69,9 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     source = "photo" if arguments.photo else "mosaic"
     if arguments.photo and arguments.model is None:
-        from tprl_hf.test_bed.photo_checkpoint import photo_checkpoint
+        from tprl_hf.test_bed.photo_checkpoint import photo_policy_checkpoint
 
-        arguments.model = str(photo_checkpoint(note))
+        arguments.model = str(photo_policy_checkpoint(note))
     model, processor = load_named_model(arguments)
     names = [*SHOWN, *(["learned"] if own_pruner(model) == "learned" else [])]
     pruners = {name: make_pruner(model, name, arguments.seed) for name in names}

@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 NAME = "evaluate"
 HELP = "measure a model's accuracy under several pruners and budgets"
 BASELINES = ("none", "random")
-# By name, the functions of `tprl_hf.evaluation.scores` and what the tables say of them.
+# By name, the functions of `tprl_hf.answer_rules` and what the tables say of them.
 METRICS = {
     "exact": ("exact_score", "share of answers that equal a reference, letter case and a closing full stop aside"),
     "vqa": ("vqa_score", "VQAv2's accuracy: normalised, min(1, n / 3) for n of nine people"),
     "relaxed": ("relaxed_score", "ChartQA's relaxed accuracy: numbers within 5 %"),
     "anls": ("anls_score", "normalised Levenshtein similarity, 0 below 0.5"),
+    "choice": ("choice_score", "share of multiple-choice answers that name the letter of the correct option"),
     "yes-no": ("yes_no_score", "POPE's accuracy: no if the first sentence has no or not, else yes"),
 }
 # The oracle needs data with boxes, and shrinking a picture is not a pruner's work, so that only this command has them.
@@ -295,12 +296,12 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
     """The `datasets.Dataset` that the arguments name, each sample's seed, the score of an answer, and what it is."""
     from datasets import concatenate_datasets
 
+    from tprl_hf import answer_rules
     from tprl_hf.data.sources import is_source, read_source
-    from tprl_hf.evaluation import scores
     from tprl_hf.evaluation.lmms_eval.samples import lmms_eval_samples
 
     function, metric = METRICS[arguments.metric or "exact"]
-    score = getattr(scores, function)
+    score = getattr(answer_rules, function)
     data, split = arguments.data, arguments.split or "test"
     if data not in ("mosaic", "easy-vqa", "photo") and arguments.split:
         raise ValueError(f"{data} has no splits: leave out --split {split}.")
@@ -313,7 +314,10 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
         raise ValueError(f"{data} has the same questions under every --seed; only mosaic and photo have others.")
     if is_source(data):
         number = arguments.num_samples or (2000 if data == "easy-vqa" else None)
-        return read_source(data, split, num_samples=number), None, score, metric
+        samples = read_source(data, split, num_samples=number)
+        if "answer" not in samples.column_names:
+            raise ValueError(f"{data} has no `answer`, which evaluate compares with: add the correct answers.")
+        return samples, None, score, metric
     check_task_name(data)
     if arguments.metric:
         raise ValueError(

@@ -103,9 +103,14 @@ class Run:
 
 
 def table_names() -> list[str]:
-    """Figures first, then tables, in the paper's order."""
+    """The paper's figures, its tables, both in their order, and then ours."""
     names = [path.stem for path in FOLDER.glob("*.yaml") if path.stem != MINUTES]
-    return sorted(names, key=lambda name: (not name.startswith("fig"), len(name), name))
+    return sorted(names, key=lambda name: (not name.startswith("fig"), not of_the_paper(name), name))
+
+
+def of_the_paper(name: str) -> bool:
+    """Whether a table is one of the paper's."""
+    return name.startswith(("fig", "table"))
 
 
 def read_table(name: str) -> Table:
@@ -114,7 +119,7 @@ def read_table(name: str) -> Table:
         `ValueError`: for a table that there is not.
     """
     if name not in table_names():
-        raise ValueError(f"There is no table {name!r}; there are {', '.join(table_names())}, and all.")
+        raise ValueError(f"There is no table {name!r}; there are {', '.join(table_names())}; all and more.")
     content = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     check_names(content, [each for each in Table.__dataclass_fields__ if each != "name"], f"{name}.yaml")
     return Table(name=name, **content)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tprl_hf.modeling.values import COUNT, Check, optional, text, whole
+from tprl_hf.modeling.values import COUNT, Check, flag, one_of, optional, text, whole
 
 from .recipe_file import check_names
 
@@ -19,6 +19,7 @@ DATA_CHECKS: dict[str, Check] = {
     "seed": whole(0),
     "num_samples": optional(COUNT),
     "question_types": as_it_is,
+    "labels": flag,
 }
 DEMONSTRATION_CHECKS: dict[str, Check] = {
     "teacher": text,
@@ -27,6 +28,8 @@ DEMONSTRATION_CHECKS: dict[str, Check] = {
     "num_samples": optional(COUNT),
     "batch_size": COUNT,
     "feature_cache_mb": whole(0),
+    "score": one_of(("logprob", "agreement")),
+    "max_answer_length": COUNT,
 }
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .paper_tables import Run, Table, minutes_left, read_table, runs_of, table_names
+from .paper_tables import Run, Table, minutes_left, of_the_paper, read_table, runs_of, table_names
 from .processes import say
 from .whole_files import write
 
@@ -27,7 +27,9 @@ PACKAGES = ("tprl_hf", "torch", "transformers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("tables", nargs="+", metavar="TABLE", help=f"{', '.join(table_names())}, or all")
+    parser.add_argument(
+        "tables", nargs="+", metavar="TABLE", help=f"{', '.join(table_names())}; all of the paper, or beyond it: more"
+    )
     parser.add_argument("--runs-dir", default="runs/paper", metavar="DIR", help="for training (default: %(default)s)")
     parser.add_argument(
         "--output-dir", default="docs/results/paper", metavar="DIR", help="for the results (default: %(default)s)"
@@ -49,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    names = table_names() if arguments.tables == ["all"] else arguments.tables
+    groups = {"all": [name for name in table_names() if of_the_paper(name)]}
+    groups["more"] = [name for name in table_names() if name not in groups["all"]]
+    names = list(dict.fromkeys(name for word in arguments.tables for name in groups.get(word, [word])))
     tables = [read_table(name) for name in names]
     folder = Path(arguments.runs_dir)
     runs = {table.name: runs_of(table, folder, arguments.full, arguments.set) for table in tables}

@@ -4,7 +4,6 @@ first where that takes seconds. Under `torchrun` all processes train, the first 
 
 import argparse
 import json
-import os
 import signal
 import sys
 import time
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
 NAME = "train"
 HELP = "train a pruning policy by a recipe"
+LABELS = ("answer", "boxes", "objects")  # columns that `labels: false` of a source leaves out
 TEACHERS = {"gradient": "GradientTeacher", "leave-out": "LeaveOutTeacher"}
 
 
@@ -153,10 +153,17 @@ def make_config(stage: str, recipe: dict[str, Any]) -> Any:
     names = [field.name for field in fields(config_class)]
     ours = [name for name in names if name not in {field.name for field in fields(TrainingArguments)}]
     check_names(settings, [*names, *not_of_config], stage, [*not_of_config, *ours])
+    if "unpruned_answers_dir" in names:  # what one stage has generated, the next one reads
+        settings = {"unpruned_answers_dir": answers_folder(recipe), **settings}
     try:
         return config_class(output_dir=str(Path(recipe["output_dir"]) / stage), **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{stage}: {error}") from error
+
+
+def answers_folder(recipe: dict[str, Any]) -> str:
+    """Where the LVLM's own unpruned answers are kept, for all stages."""
+    return str(Path(recipe["output_dir"]) / "unpruned_answers")
 
 
 def reward_functions(stage: str, recipe: dict[str, Any]) -> list[Any]:
@@ -215,12 +222,10 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
 
 def load_data(recipe: dict[str, Any], name: str, num_samples: int | None = None) -> "Dataset":
     """The samples of `data.NAME`, the first `num_samples` of them; of several sources, shuffled together."""
-    from datasets import concatenate_datasets
-
     sources = sources_of(recipe, name)
     if len(sources) == 1:
         return load_source(sources[0], name, num_samples)
-    mixture = concatenate_datasets([load_source(source, name) for source in sources]).shuffle(seed=0)
+    mixture = as_one([load_source(source, name) for source in sources]).shuffle(seed=0)
     return mixture if num_samples is None else mixture.select(range(min(num_samples, len(mixture))))
 
 
@@ -241,15 +246,35 @@ def sources_of(recipe: dict[str, Any], name: str) -> list[dict[str, Any]]:
 def load_source(section: dict[str, Any], name: str, num_samples: int | None = None) -> "Dataset":
     """Of the first `num_samples` samples of one source, those of the question types that the recipe wants."""
     dataset = read_source(section, name, section.get("num_samples") if num_samples is None else num_samples)
+    labelled = section.get("labels", True)
     if "question_types" not in section:
-        return dataset
+        return dataset if labelled else without_labels(dataset)
     kinds, wanted = dataset["question_type"], section["question_types"]
     known = sorted(set(kinds))
     if not isinstance(wanted, list) or not wanted or not set(wanted) <= set(known):
         raise ValueError(
             f"data.{name} has no questions of types {wanted}, but of {', '.join(known)}: list some of them."
         )
-    return dataset.select([i for i, kind in enumerate(kinds) if kind in wanted])
+    dataset = dataset.select([i for i, kind in enumerate(kinds) if kind in wanted])
+    return dataset if labelled else without_labels(dataset)
+
+
+def without_labels(dataset: "Dataset") -> "Dataset":
+    """The samples without what is known of their answers."""
+    return dataset.remove_columns([name for name in LABELS if name in dataset.column_names])
+
+
+def as_one(parts: list["Dataset"]) -> "Dataset":
+    """The samples of several sources; where one has lists of answers, all get lists."""
+    from datasets import List, Value, concatenate_datasets
+
+    lists = List(Value("string"))
+    if any(part.features.get("answer") == lists for part in parts):
+        for number, part in enumerate(parts):
+            if part.features.get("answer") == Value("string"):
+                answers = [[one] for one in part["answer"]]
+                parts[number] = part.remove_columns("answer").add_column("answer", answers, feature=lists)
+    return concatenate_datasets(parts)
 
 
 def read_source(section: dict[str, Any], name: str, count: int | None) -> "Dataset":
@@ -296,19 +321,17 @@ def base_directory(recipe: dict[str, Any]) -> str:
     import tprl_hf
     from tprl_hf.loading import model_type
     from tprl_hf.missing_packages import load_processor
-    from tprl_hf.modeling.saved_files import allow_as_umask
+    from tprl_hf.modeling.saved_files import made_whole
 
     base = recipe.get("base_model") or tprl_hf.embedded_checkpoint()
     if model_type(base) != tprl_hf.TPRLConfig.model_type:
         return str(base)
     directory = Path(recipe["output_dir"]) / "base"
     if is_first_process() and not directory.exists():
-        unfinished = directory.with_name(f"base.{os.getpid()}")
         model = tprl_hf.TPRLForConditionalGeneration.from_pretrained(base)
-        load_processor(base).save_pretrained(unfinished)
-        model.lvlm.save_pretrained(unfinished)
-        allow_as_umask(unfinished)
-        unfinished.rename(directory)
+        with made_whole(directory) as unfinished:
+            load_processor(base).save_pretrained(unfinished)
+            model.lvlm.save_pretrained(unfinished)
     wait_for(directory, directory.parent)
     return str(directory)
 
@@ -327,9 +350,8 @@ def make_demonstrations(stage, recipe, model, processor, directory: Path) -> dic
     data = training_data(stage, recipe)
     dataset = load_data(recipe, data, settings.pop("num_samples", None))
     claim_data(directory, {data: dataset})
-    made = training.generate_demonstrations(
-        teacher, model, processor, dataset, output_dir=str(directory / "dataset"), **settings
-    )
+    settings |= {"output_dir": str(directory / "dataset"), "unpruned_answers_dir": answers_folder(recipe)}
+    made = training.generate_demonstrations(teacher, model, processor, dataset, **settings)
     return {"teacher": name, "num_samples": len(made)}
 
 

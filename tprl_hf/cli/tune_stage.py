@@ -71,6 +71,7 @@ def tune(
         section.get("lora"),
         None if checkpoint is None else str(checkpoint),
         [lambda trainer: SaveAndStop(signals, trainer)],
+        str(Path(recipe["output_dir"]) / "unpruned_answers"),
     )
     if is_first_process():
         model.save_pretrained(directory, save_base_model=model.config.includes_base_model or None)

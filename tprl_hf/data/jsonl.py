@@ -16,9 +16,9 @@ def jsonl_samples(path: str | Path, num_samples: int | None = None) -> Dataset:
     Reads samples from a file with one JSON object a line.
 
     Each has `image` or `images` (paths, relative to the file), `prompt`, and `answer`: one text or number, or a list
-    of them where several are correct. `question_type` and `image_id` (a text or a number) and `boxes` (`[x0, y0, x1,
-    y1]` each) may be there; without an `image_id` samples of the same files share it. A field that is `null` is as one
-    that is not there.
+    of them where several are correct. A file may do without `answer`, in all its lines. `question_type` and `image_id`
+    (a text or a number) and `boxes` (`[x0, y0, x1, y1]` each) may be there; without an `image_id` samples of the same
+    files share it. A field that is `null` is as one that is not there.
 
     Args:
         path (`str` or `Path`):
@@ -27,7 +27,8 @@ def jsonl_samples(path: str | Path, num_samples: int | None = None) -> Dataset:
             Only the first so many.
 
     Returns:
-        `datasets.Dataset`: Rows of `SAMPLE_FEATURES`; `answer` is a list of strings where any line has a list.
+        `datasets.Dataset`: Rows of `SAMPLE_FEATURES`; `answer` is a list of strings where any line has a list, and is
+        not there where no line has one.
 
     Raises:
         `ValueError`: If the file is empty, or a line is not a JSON object, lacks a field or has a wrong one; it has
@@ -38,6 +39,7 @@ def jsonl_samples(path: str | Path, num_samples: int | None = None) -> Dataset:
     if num_samples is not None:
         num_samples = check_number("num_samples", num_samples, 1)
     rows: list[dict[str, Any]] = []
+    unlabelled: list[int] = []  # lines
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -46,9 +48,19 @@ def jsonl_samples(path: str | Path, num_samples: int | None = None) -> Dataset:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip() and (num_samples is None or len(rows) < num_samples):
             rows.append(_row(line, f"{path}, line {number}", path.parent))
+            unlabelled += [number] if rows[-1]["answer"] is None else []
     if not rows:
         raise ValueError(f"{path} has no samples.")
     features = dict(SAMPLE_FEATURES)
+    if len(unlabelled) == len(rows):
+        del features["answer"]
+        rows = [{name: value for name, value in row.items() if name != "answer"} for row in rows]
+        return Dataset.from_list(rows, features=Features(features))
+    if unlabelled:
+        raise ValueError(
+            f"{path}, line {unlabelled[0]}: `answer` is missing, but {len(rows) - len(unlabelled)} other lines have "
+            "one: give one to each line, or to none."
+        )
     if any(isinstance(row["answer"], list) for row in rows):
         features["answer"] = List(Value("string"))
         for row in rows:
@@ -64,9 +76,8 @@ def _row(line: str, place: str, folder: Path) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ValueError(f"{place}: expected an object with `images`, `prompt` and `answer`, got {line[:80]}.")
     given = {name: value for name, value in given.items() if value is not None}
-    for name in ("prompt", "answer"):
-        if name not in given:
-            raise ValueError(f"{place}: `{name}` is missing; there are: {', '.join(given) or 'no fields'}.")
+    if "prompt" not in given:
+        raise ValueError(f"{place}: `prompt` is missing; there are: {', '.join(given) or 'no fields'}.")
     for name in given:
         close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)
         if name not in FIELDS and close:
@@ -74,20 +85,25 @@ def _row(line: str, place: str, folder: Path) -> dict[str, Any]:
     if not isinstance(given["prompt"], str):
         raise ValueError(f"{place}: `prompt` must be the question as a text; got {json.dumps(given['prompt'])[:80]}.")
     paths = _images(given, place, folder)
-    answer = given["answer"]
-    if isinstance(answer, list):
-        answers = [_text("answer", one, place) for one in answer if one is not None]
-        if not answers:
-            raise ValueError(f"{place}: `answer` is an empty list: list the answers that are correct.")
     return {
         "images": [{"bytes": None, "path": str(image)} for image in paths],
         "prompt": given["prompt"],
-        "answer": answers if isinstance(answer, list) else _text("answer", answer, place),
+        "answer": None if "answer" not in given else _answer(given["answer"], place),
         "question_type": _text("question_type", given.get("question_type", "all"), place),
         "boxes": _boxes(given.get("boxes", []), place),
         "image_id": _text("image_id", given.get("image_id", "\n".join(map(str, paths))), place),
         "objects": [],
     }
+
+
+def _answer(answer: Any, place: str) -> str | list[str]:
+    """The correct answer, or several."""
+    if not isinstance(answer, list):
+        return _text("answer", answer, place)
+    answers = [_text("answer", one, place) for one in answer if one is not None]
+    if not answers:
+        raise ValueError(f"{place}: `answer` is an empty list: list the answers that are correct.")
+    return answers
 
 
 def _images(given: dict[str, Any], place: str, folder: Path) -> list[Path]:

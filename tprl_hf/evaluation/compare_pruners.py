@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
+from tprl_hf.answer_rules import exact_score
 from tprl_hf.modeling.token_pruner import TokenPruner
 
 from .answers import chat_inputs
 from .confidence import ConfidenceNotes
-from .scores import exact_score
 from .smaller_pictures import PictureShrinker, enlarged
 
 Score = Callable[[str, Any], float]
@@ -114,7 +114,7 @@ def compare_pruners(
             The rows of the comparison.
         batch_size (`int`, *optional*, defaults to 48):
             Samples that are answered at once. Answers do not depend on it beyond rounding.
-        score (`Callable`, *optional*, defaults to [`~tprl_hf.evaluation.scores.exact_score`]):
+        score (`Callable`, *optional*, defaults to [`~tprl_hf.answer_rules.exact_score`]):
             From the answer and the sample's reference, or references, to a number in [0, 1].
         known (`Sequence[Record]`, *optional*):
             What an earlier, interrupted comparison found; it is not computed again.

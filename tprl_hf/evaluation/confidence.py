@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from .scores import says_yes
+from tprl_hf.answer_rules import says_yes
 
 if TYPE_CHECKING:
     from .compare_pruners import Record

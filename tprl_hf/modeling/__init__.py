@@ -3,6 +3,7 @@
 from .budget import Budget
 from .checkpoint_tprl import TPRLPreTrainedModel
 from .configuration_tprl import TPRLConfig
+from .escalation import Escalation
 from .family_adapters import adapter_for
 from .lvlm_adapters import LVLMAdapter
 from .modeling_tprl import TPRLForConditionalGeneration
@@ -18,6 +19,7 @@ from .visual_features import VisualFeatures
 __all__ = [
     "Block",
     "Budget",
+    "Escalation",
     "LVLMAdapter",
     "LearnedPruner",
     "PolicyOutput",

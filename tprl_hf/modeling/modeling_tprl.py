@@ -12,6 +12,7 @@ from .budget import Budget
 from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument, is_filled
 from .columns import restore_prompt, source_columns
 from .conversation_tprl import TPRLConversationModel
+from .escalation import Escalation, generate_escalated, refuse_with_escalation
 from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
 from .outputs_tprl import PrunePlan, TPRLOutput
 from .packed_rows import PackedRows
@@ -298,6 +299,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         keep_mask: Tensor | None = None,
         query_mask: Tensor | None = None,
         visual_features: VisualFeatures | None = None,
+        escalate: Escalation | None = None,
         **kwargs,
     ) -> Any:
         r"""
@@ -309,18 +311,30 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             keep_ratio, num_keep, threshold, prune, keep_mask: one of them, see [`TPRLForConditionalGeneration`].
             query_mask (`bool [B, L]`, *optional*): which tokens are the question.
             visual_features ([`VisualFeatures`], *optional*): from [`encode_images`], in place of pixels.
+            escalate ([`Escalation`], *optional*): ask samples again, with more tokens, whose first token is unsure.
+                Takes no cache and no streamer.
             generation_config, kwargs: as in [`~transformers.GenerationMixin.generate`]. With `past_key_values` (also
                 called `cache`) of an earlier call pass the whole conversation; tokens already in it stay as they were.
                 `mm_encoder_outputs`, such as a draft model gets from its target, are taken as they are.
 
         Returns:
-            As [`~transformers.GenerationMixin.generate`]; a dict also has `keep_mask`, `num_kept` and `num_visual`.
+            As [`~transformers.GenerationMixin.generate`]; a dict also has `keep_mask`, `num_kept` and `num_visual`;
+            with `escalate` it has `sequences` and these, `is_escalated` and `num_read`, the tokens of both looks.
         """
         if inputs is not None and kwargs.get("input_ids") is not None:
             raise ValueError("`inputs` and `input_ids` are two names for the prompts: leave one out.")
         input_ids = kwargs.pop("input_ids", inputs)
         check_call(input_ids, kwargs.get("attention_mask"), query_mask, visual_features, kwargs)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)
+        if escalate is not None:
+            refuse_with_escalation(escalate, input_ids, choice, kwargs, generation_config, self.generation_config)
+            assert isinstance(choice, Budget) and input_ids is not None
+            looks = {"keep_ratio": keep_ratio, "num_keep": num_keep, "prune": prune}
+            escalated = generate_escalated(
+                self, input_ids, escalate, choice, looks, generation_config, query_mask, visual_features, kwargs
+            )
+            as_dict = setting("return_dict_in_generate", kwargs, generation_config, self.generation_config)
+            return escalated if as_dict else escalated.sequences
         if kwargs.get("mm_encoder_outputs") is not None:  # of the model whose draft this one is
             if prune or any(value is not None for value in (keep_ratio, num_keep, threshold, keep_mask)):
                 raise ValueError("`mm_encoder_outputs` are not pruned: with a budget pass pixels.")

@@ -13,6 +13,7 @@ from .visual_features import VisualFeatures
 # What a call may say besides the inputs of the base model.
 OUR_ARGUMENTS = (
     *("keep_ratio", "num_keep", "threshold", "prune", "keep_mask", "query_mask", "visual_features", "compact"),
+    "escalate",
 )
 PASS_TENSORS = "Pass what the processor returns with return_tensors='pt'."
 # Where samples of a packed row begin, for kernels that are told so: pruning moves these places.

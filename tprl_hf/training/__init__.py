@@ -16,12 +16,15 @@ if TYPE_CHECKING:  # for editors; at run time the table below says where a name 
     from .counterfactual_trainer import CounterfactualTrainer as CounterfactualTrainer
     from .demonstrations import budget_steps as budget_steps
     from .demonstrations import generate_demonstrations as generate_demonstrations
+    from .escalation import calibrate_escalation as calibrate_escalation
     from .grpo_config import TPRLGRPOConfig as TPRLGRPOConfig
     from .grpo_trainer import TPRLGRPOTrainer as TPRLGRPOTrainer
     from .lfd_config import LfDConfig as LfDConfig
     from .lfd_trainer import LfDTrainer as LfDTrainer
     from .mapo_config import TPRLMAPOConfig as TPRLMAPOConfig
     from .mapo_trainer import TPRLMAPOTrainer as TPRLMAPOTrainer
+    from .noise_gate_config import NoiseGateConfig as NoiseGateConfig
+    from .noise_gate_trainer import NoiseGateTrainer as NoiseGateTrainer
     from .ppo_config import TPRLPPOConfig as TPRLPPOConfig
     from .ppo_trainer import TPRLPPOTrainer as TPRLPPOTrainer
     from .teachers import AnswerTeacher as AnswerTeacher
@@ -37,6 +40,7 @@ _MODULE_OF = {
     "GradientTeacher": "teachers",
     "LeaveOutTeacher": "teachers",
     "calibrate_threshold": "calibration",
+    "calibrate_escalation": "escalation",
 }
 
 __all__ = [*_MODULE_OF]

@@ -18,6 +18,7 @@ from tprl_hf.modeling.values import wrong
 from tprl_hf.modeling.visual_features import VisualFeatures
 from tprl_hf.pictures import picture_of
 
+from .divergence import UnprunedAnswer
 from .feature_cache import FeatureCache, join_features
 
 MAX_CACHED_TEXTS = 100_000
@@ -29,17 +30,19 @@ class EncodedSample:
 
     Args:
         prompt_ids (`int64 [L]`): the prompt with all its placeholders.
-        answer_ids (`int64 [A]`): the reference answer, with the token that ends it; that token alone without one.
+        answer_ids (`int64 [A]`, *optional*): the reference answer, with the token that ends it.
         query_mask (`bool [L]`): the question in the prompt.
         types (`int64 [L]` each): further inputs that run along the prompt.
         features: of its images.
+        unpruned ([`UnprunedAnswer`], *optional*): where the reference is what the LVLM itself answers unpruned.
     """
 
     prompt_ids: Tensor
-    answer_ids: Tensor
+    answer_ids: Tensor | None
     query_mask: Tensor
     types: dict[str, Tensor]
     features: VisualFeatures
+    unpruned: UnprunedAnswer | None = None
 
 
 @dataclass
@@ -127,6 +130,12 @@ def image_key(row: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def end_ids(model: TPRLForConditionalGeneration, processor: Any) -> list[int]:
+    """The tokens that end an answer."""
+    end = model.generation_config.eos_token_id
+    return end if isinstance(end, list) else [processor.tokenizer.eos_token_id if end is None else end]
+
+
 def check_row(row: Mapping[str, Any]) -> None:
     """Raises `ValueError` for fields of a row that are not those of a sample."""
     if not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
@@ -165,7 +174,7 @@ class SampleEncoder:
         self.processor = processor
         self.with_attention = with_attention
         self.cache = FeatureCache(cache_bytes)
-        self.texts: dict[tuple, tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]] = {}
+        self.texts: dict[tuple, tuple[Tensor, Tensor | None, Tensor, dict[str, Tensor]]] = {}
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> AnswerBatch:
         samples = [self.encode(row) for row in rows]
@@ -213,21 +222,21 @@ class SampleEncoder:
 
     def encode_text(
         self, row: dict[str, Any], processed: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, dict[str, Tensor]]:
         """Ids of prompt and answer, which of the prompt's are the question, and what else runs along the prompt."""
         prompt_ids = processed["input_ids"].cpu()
         rest = {name: value for name, value in processed.items() if name not in ("input_ids", "attention_mask")}
         types = {n: v[0].cpu() for n, v in rest.items() if torch.is_tensor(v) and v.shape == prompt_ids.shape}
-        tokenizer = self.processor.tokenizer
-        answer_ids = tokenizer(self.render(row)[1], add_special_tokens=False).input_ids
-        end = self.model.generation_config.eos_token_id
-        ends = end if isinstance(end, list) else [tokenizer.eos_token_id if end is None else end]
+        chat = chat_messages(row["prompt"], len(images_of(row)))
+        query_mask = question_mask(self.processor, [chat], prompt_ids)
+        if reference_answer(row) is None:
+            return prompt_ids[0], None, query_mask[0], types
+        answer_ids = self.processor.tokenizer(self.render(row)[1], add_special_tokens=False).input_ids
+        ends = end_ids(self.model, self.processor)
         if any(token in ends for token in answer_ids):  # what a template writes behind it is not the answer
             answer_ids = answer_ids[: next(i for i, token in enumerate(answer_ids) if token in ends) + 1]
         else:
             answer_ids = [*answer_ids, ends[0]]
-        chat = chat_messages(row["prompt"], len(images_of(row)))
-        query_mask = question_mask(self.processor, [chat], prompt_ids)
         return prompt_ids[0], torch.tensor(answer_ids), query_mask[0], types
 
     @torch.no_grad()

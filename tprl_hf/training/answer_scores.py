@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
-from .answer_batches import AnswerBatch, left_pad, reference_answer
+from .answer_batches import AnswerBatch, EncodedSample, left_pad
+from .divergence import mean_divergence, stacked_targets
 
 
 @dataclass
@@ -20,10 +21,22 @@ class AnswerScores:
         logprobs (float32 `[S]`): mean log-probability of the reference answer's tokens, its end included.
         correct (`bool [S]`): every token of the reference answer is the most likely one, so that greedy decoding gives
             exactly this answer.
+        divergence (float32 `[S]`, *optional*): where the reference is the LVLM's own unpruned answer, `KL(unpruned ||
+            pruned)` of the next-token distributions along it, see [`~tprl_hf.training.divergence.mean_divergence`].
     """
 
     logprobs: Tensor
     correct: Tensor
+    divergence: Tensor | None = None
+
+    def by_name(self, score: str) -> Tensor:
+        """What the setting `score` of a config asks for, float32 `[S]`; higher is better."""
+        if score == "correct":
+            return self.correct.float()
+        if score == "kl":
+            assert self.divergence is not None
+            return -self.divergence
+        return self.logprobs  # of the dataset's answer, or of the LVLM's own
 
 
 def answered_prompts(
@@ -38,20 +51,23 @@ def answered_prompts(
     Raises:
         `ValueError`: for a sample without a reference answer.
     """
-    for row in batch.rows:
-        if reference_answer(row) is None:
+    samples, answers = [batch.samples[index] for index in sample_index], []
+    for index, sample in zip(sample_index, samples, strict=True):
+        if sample.answer_ids is None:
             raise ValueError(
-                f"A sample has no answer to compare with: {str(row['prompt'])[:60]!r}. Give it an `answer`."
+                f"A sample has no answer to compare with: {str(batch.rows[index]['prompt'])[:60]!r}. Give it an "
+                "`answer`, or set score='agreement', which compares with what the LVLM itself answers unpruned."
             )
-    samples = [batch.samples[index] for index in sample_index]
-    labels = left_pad([torch.cat([torch.full_like(s.prompt_ids, -100), s.answer_ids]) for s in samples], -100)
+        answers.append(sample.answer_ids)
+    pairs = list(zip(samples, answers, strict=True))
+    labels = left_pad([torch.cat([torch.full_like(s.prompt_ids, -100), answer]) for s, answer in pairs], -100)
     answer_type = model.adapter.answer_token_type
     inputs = {
-        "input_ids": left_pad([torch.cat([s.prompt_ids, s.answer_ids]) for s in samples]),
-        "attention_mask": left_pad([torch.ones(len(s.prompt_ids) + len(s.answer_ids)).long() for s in samples]),
+        "input_ids": left_pad([torch.cat([s.prompt_ids, answer]) for s, answer in pairs]),
+        "attention_mask": left_pad([torch.ones(len(s.prompt_ids) + len(answer)).long() for s, answer in pairs]),
     }
     for name in samples[0].types:
-        rows = [torch.cat([s.types[name], torch.full_like(s.answer_ids, answer_type)]) for s in samples]
+        rows = [torch.cat([s.types[name], torch.full_like(answer, answer_type)]) for s, answer in pairs]
         inputs[name] = left_pad(rows)
     on_device = {name: value.to(model.device) for name, value in inputs.items()}
     return {**on_device, "visual_features": batch.features.take(list(sample_index))}, labels
@@ -66,13 +82,22 @@ def answer_logits(
     return logits[:, -length - 1 : -1].float(), labels[:, -length:].to(logits.device)
 
 
-def score_logits(logits: Tensor, labels: Tensor) -> AnswerScores:
-    """Scores of answers from their logits `[S, A, vocab]` and labels `[S, A]`."""
+def score_logits(logits: Tensor, labels: Tensor, samples: Sequence[EncodedSample] = ()) -> AnswerScores:
+    """
+    Scores of answers from their logits `[S, A, vocab]` and labels `[S, A]`; gradients pass.
+
+    Args:
+        samples: those that the answers are of, for the divergence where they have the LVLM's own answers.
+    """
     label_mask = labels != -100
     token = labels.clamp(min=0)[..., None]
     logprobs = logits.log_softmax(-1).gather(-1, token).squeeze(-1).masked_fill(~label_mask, 0.0)
     correct = ((logits.argmax(-1) == labels) | ~label_mask).all(1)
-    return AnswerScores(logprobs.sum(1) / label_mask.sum(1), correct)
+    scores = AnswerScores(logprobs.sum(1) / label_mask.sum(1), correct)
+    unpruned = [sample.unpruned for sample in samples if sample.unpruned is not None]
+    if unpruned:
+        scores.divergence = mean_divergence(logits, label_mask, *stacked_targets(unpruned, logits.device))
+    return scores
 
 
 @torch.no_grad()
@@ -100,13 +125,18 @@ def score_answers(
     order = keep_mask.sum(1).argsort(stable=True).tolist()
     logprobs = torch.zeros(len(sample_index), device=keep_mask.device)
     correct = torch.zeros(len(sample_index), dtype=torch.bool, device=keep_mask.device)
+    is_own = bool(batch.samples) and all(sample.unpruned is not None for sample in batch.samples)
+    divergence = torch.zeros_like(logprobs) if is_own else None
     for start in range(0, len(sample_index), batch_size):
         chunk = order[start : start + batch_size]
         samples = [sample_index[index] for index in chunk]
         inputs, labels = answered_prompts(model, batch, samples)
-        scores = score_logits(*answer_logits(model, inputs, labels, keep_mask[chunk][valid[samples]]))
+        logits, labels = answer_logits(model, inputs, labels, keep_mask[chunk][valid[samples]])
+        scores = score_logits(logits, labels, [batch.samples[index] for index in samples] if is_own else ())
         logprobs[chunk], correct[chunk] = scores.logprobs, scores.correct
-    return AnswerScores(logprobs, correct)
+        if divergence is not None and scores.divergence is not None:
+            divergence[chunk] = scores.divergence
+    return AnswerScores(logprobs, correct, divergence)
 
 
 def gradient_saliency(model: TPRLForConditionalGeneration, batch: AnswerBatch, keep_mask: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Completion:
 
     Args:
         question, answer (`str`): what was asked, and what was answered.
-        reference (`str`, *optional*): the answer of the dataset.
+        reference (`str`, *optional*): the answer of the dataset, or of the LVLM itself where that is the reference.
         num_kept, num_visual (`int`): of the visual tokens.
         score (`float`): what the keep mask earned.
         picture (`PIL.Image.Image`, *optional*): the kept tokens over the images; of a question without images none.
@@ -78,9 +78,10 @@ def completions_of(
     found = []
     for keep_mask, sample, answer, score in zip(keep_masks, sample_index, answers, scores.tolist(), strict=True):
         row, valid = batch.rows[sample], batch.inputs.valid[sample]
-        kept = keep_mask[valid]
+        kept, unpruned = keep_mask[valid], batch.samples[sample].unpruned
+        reference = reference_answer(row) if unpruned is None else unpruned.text
         completion = Completion(
-            question_of(row["prompt"]), answer, reference_answer(row), int(kept.sum()), int(valid.sum()), score
+            question_of(row["prompt"]), answer, reference, int(kept.sum()), int(valid.sum()), score
         )
         if len(kept):
             layout = batch.inputs.layout[torch.tensor(sample)][valid]

@@ -1,11 +1,11 @@
 """Configuration of counterfactual credit."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from tprl_hf.modeling.values import Check, whole
 
-from .rollout_config import BudgetedRolloutConfig
+from .rollout_config import BudgetedRolloutConfig, Score
 
 
 @dataclass
@@ -37,7 +37,7 @@ class CounterfactualConfig(BudgetedRolloutConfig):
 
     rollout_keep_ratios: list[float] | None = field(default_factory=lambda: [1 / 3, 2 / 9, 1 / 9, 1 / 18])
     shared_budget: float = 0.25
-    score: Literal["correct", "logprob"] = "logprob"
+    score: Score = "logprob"
     efficiency_coef: float = 0.0
     min_spread: float = 0.02
     num_flips: int = 24

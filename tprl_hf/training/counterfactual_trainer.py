@@ -13,19 +13,17 @@ from .advantages import (
 )
 from .answer_batches import AnswerBatch
 from .counterfactual_config import CounterfactualConfig
-from .rollout_trainer import RolloutTrainer
+from .rollout_trainer import BudgetedRolloutTrainer
 from .rollouts import (
-    Budgets,
     Rollouts,
     collect_rollouts,
-    draw_budgets,
     logits_at_budget,
     logits_of_start,
     mean_entropy,
 )
 
 
-class CounterfactualTrainer(RolloutTrainer):
+class CounterfactualTrainer(BudgetedRolloutTrainer):
     """
     Trains a policy that prunes in one step, by the exact credit of single bits.
 
@@ -66,10 +64,6 @@ class CounterfactualTrainer(RolloutTrainer):
     has_start = True
     _stage = "counterfactual"
     args: CounterfactualConfig
-
-    def budgets(self, buffer: int) -> Budgets:
-        args, generator = self.args, self.generator(3, buffer, self.args.process_index)
-        return draw_budgets(args.rollout_keep_ratios, args.shared_budget, args.per_device_train_batch_size, generator)
 
     @torch.no_grad()
     def collect(self, buffer: int) -> None:
@@ -125,7 +119,7 @@ class CounterfactualTrainer(RolloutTrainer):
             float32 `[S, N]`, 0 of bits that were not flipped.
         """
         args, keep_mask, sample_index = self.args, rollouts.keep_masks[1], rollouts.sample_index
-        best = torch.inf if self.reward_funcs else float(args.score == "correct")  # log-probabilities end at 0
+        best = torch.inf if self.reward_funcs else float(args.score == "correct")  # scores in nats end at 0
         variance = rollouts.variances[0]
         noise = torch.rand(variance.shape, generator=generator, device=variance.device).log()
         # the largest of log(u) / w are draws without replacement, with weights w

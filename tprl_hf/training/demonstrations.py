@@ -15,15 +15,16 @@ from tprl_hf.data.digest import data_digest
 from tprl_hf.modeling.budget import Budget, keep_counts
 from tprl_hf.modeling.keep_mask import keep_top_k
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
-from tprl_hf.modeling.saved_files import scratch_directory
+from tprl_hf.modeling.saved_files import put_first, scratch_directory
 from tprl_hf.modeling.token_pruner import TokenPruner
-from tprl_hf.modeling.values import COUNT, KEPT_FRACTION, list_of, whole
+from tprl_hf.modeling.values import COUNT, KEPT_FRACTION, list_of, one_of, whole
 
 from .answer_batches import AnswerBatch, SampleEncoder
 from .fingerprint import fingerprint
 from .saved_masks import Masks, SavedMasks, description
 from .teachers import AnswerTeacher
-from .trainer_arguments import given_dataset
+from .trainer_arguments import given_dataset, needs_answers
+from .unpruned_answers import UnprunedAnswers
 from .whole_checkpoints import mark_whole
 
 PAPER_KEEP_RATIOS = (0.75, 0.5)
@@ -76,28 +77,39 @@ def generate_demonstrations(
     output_dir: str | None = None,
     batch_size: int = 16,
     feature_cache_mb: int = 1024,
+    score: str = "logprob",
+    max_answer_length: int = 128,
+    unpruned_answers_dir: str | None = None,
 ) -> Dataset:
     r"""
     Lets a teacher prune each sample step by step.
 
     Args:
-        teacher ([`TokenPruner`] or [`AnswerTeacher`]): any pruner, or one that knows the reference answer.
+        teacher ([`TokenPruner`] or [`AnswerTeacher`]): any pruner, or one that knows the reference answer. That is the
+            column `answer`, or what `score` makes of it.
         model ([`TPRLForConditionalGeneration`]): whose frozen LVLM the samples are encoded with.
         processor: its processor.
-        dataset (`datasets.Dataset`): rows with `images`, `prompt` and `answer`.
+        dataset (`datasets.Dataset`): rows with `images`, `prompt` and, for a teacher that knows the answer, `answer`.
         keep_ratios (`list[float]`, defaults to 0.75 and 0.5): fraction of the visual tokens that is KEPT after each
             step, descending: the paper's 25 % and 50 % pruned. Several such lists take turns, sample by sample.
         output_dir (`str`, *optional*): where the result is saved. Until then the masks of each batch are added to
             `OUTPUT_DIR.unfinished.jsonl`, from which the same call resumes if it was cut off.
         batch_size (`int`, defaults to 16): samples at a time.
         feature_cache_mb (`int`, defaults to 1024): room for visual features, in MiB.
+        score (`"logprob"` or `"agreement"`, defaults to `"logprob"`): "agreement" needs no labels. The reference is
+            what the frozen LVLM itself answers unpruned, as in training with the scores "agreement" and "kl". (The
+            divergence of "kl" has no gradient where all tokens are kept, so a teacher cannot start from it.)
+        max_answer_length (`int`, defaults to 128): tokens of the longest such answer.
+        unpruned_answers_dir (`str`, *optional*): where such answers are kept, `OUTPUT_DIR.unpruned_answers` by
+            default. Later stages find them there, or in the result.
 
     Returns:
         `datasets.Dataset`: the rows of `dataset` with `keep_masks`, a list over steps of lists over the sample's
-        visual tokens.
+        visual tokens; with `score="agreement"` also `unpruned_answer`.
 
     Raises:
-        `ValueError`: when the ratios are not fractions in descending order.
+        `ValueError`: when the ratios are not fractions in descending order, and for rows without the answer that the
+            teacher reads.
 
     Example:
 
@@ -115,9 +127,16 @@ def generate_demonstrations(
     for schedule in schedules:
         if not all(0 < later < earlier <= 1 for earlier, later in zip([1.0, *schedule], schedule, strict=False)):
             raise ValueError(f"keep_ratios are fractions that are KEPT, below 1 and descending; got {schedule}.")
+    score = one_of(("logprob", "agreement"))("score", score)
+    if isinstance(teacher, AnswerTeacher) and score == "logprob":
+        needs_answers(dataset, "dataset", "the teacher reads it; set score='agreement' for teaching without labels")
     needs_attention = isinstance(teacher, TokenPruner) and teacher.needs_attention
     encoder = SampleEncoder(model, processor, cache_mb * 2**20, needs_attention)
     source = given_dataset(dataset, "dataset")
+    unpruned_answers = None
+    if score == "agreement":
+        beside = None if output_dir is None else f"{Path(output_dir)}.unpruned_answers"
+        unpruned_answers = UnprunedAnswers(model, processor, unpruned_answers_dir or beside, max_answer_length)
     model.eval()
     # the gradient teacher needs gradients of the tokens only
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -131,6 +150,8 @@ def generate_demonstrations(
             "batch_size": batch_size,
             "weights": fingerprint(model.lvlm),
         }
+        if unpruned_answers is not None:
+            depends_on["unpruned_answers"] = unpruned_answers.settings
         saved = SavedMasks(Path(f"{Path(output_dir)}.unfinished.jsonl"), depends_on)
     keep_masks: list[Masks] = []
     for start in tqdm(range(0, len(source), batch_size), desc="Demonstrations", unit="batch"):
@@ -138,6 +159,7 @@ def generate_demonstrations(
         new = None if saved is None else saved.of(samples)
         if new is None:
             batch = encoder([source[index] for index in samples])
+            batch = batch if unpruned_answers is None else unpruned_answers(batch)
             demonstrated = demonstrate(teacher, model, batch, schedules)
             turns = [demonstrated[index % len(schedules)] for index in samples]
             rows = enumerate(zip(turns, batch.inputs.valid, strict=True))
@@ -149,6 +171,8 @@ def generate_demonstrations(
         parameter.requires_grad_(requires_grad)
     column = Dataset.from_dict({"keep_masks": keep_masks}).cast_column("keep_masks", List(List(Value("bool"))))
     demonstrations = source.add_column("keep_masks", column.data.column("keep_masks").combine_chunks())
+    if unpruned_answers is not None:
+        demonstrations = unpruned_answers.add_to(demonstrations, encoder)
     decoded = {"images": List(ImageFeature()), "image": ImageFeature()}
     for name in demonstrations.features.keys() & decoded.keys():
         if dataset.features[name] == decoded[name]:
@@ -167,4 +191,4 @@ def save_whole(dataset: Dataset, directory: Path) -> None:
         mark_whole(new)
         if directory.exists():
             directory.rename(old)
-        new.rename(directory)
+        put_first(new, directory)

@@ -30,6 +30,13 @@ class TPRLGRPOConfig(BudgetedRolloutConfig):
             the group's other returns, as in RLOO, which is the former's numerator times `n / (n - 1)`.
         ratio (`"joint"` or `"token"`, defaults to `"joint"`):
             The clipped ratio is that of all bits of a step, or that of each bit.
+        draw (`"bits"` or `"sets"`, defaults to `"bits"`):
+            Draw each bit by itself, or sets of tokens without replacement: every rollout then keeps exactly as many as
+            its budget says, as in TwigVLM++ (arXiv 2503.14075 v3). Sets need `rollout_keep_ratios`, `lambda_disc=1`
+            and no shared budget.
+
+    Raises:
+        `ValueError`: for settings that exclude each other.
     """
 
     checks: ClassVar[dict[str, Check]] = {
@@ -45,3 +52,12 @@ class TPRLGRPOConfig(BudgetedRolloutConfig):
     score_every_step: bool = True
     scale_rewards: Literal["group", "none"] = "group"
     ratio: Literal["joint", "token"] = "joint"
+    draw: Literal["bits", "sets"] = "bits"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.draw == "sets" and (not self.rollout_keep_ratios or self.shared_budget or self.lambda_disc != 1):
+            raise ValueError(
+                f'draw="sets" keeps as many tokens as a budget says: set rollout_keep_ratios, shared_budget=0 and '
+                f"lambda_disc=1; got {self.rollout_keep_ratios}, {self.shared_budget} and {self.lambda_disc}."
+            )

@@ -16,11 +16,9 @@ from .advantages import (
 )
 from .grpo_config import TPRLGRPOConfig
 from .rewards import in_existing_steps, step_rewards
-from .rollout_trainer import RolloutTrainer
+from .rollout_trainer import BudgetedRolloutTrainer
 from .rollouts import (
-    Budgets,
     collect_rollouts,
-    draw_budgets,
     logits_at_budget,
     logits_of_start,
     mean_entropy,
@@ -28,7 +26,7 @@ from .rollouts import (
 )
 
 
-class TPRLGRPOTrainer(RolloutTrainer):
+class TPRLGRPOTrainer(BudgetedRolloutTrainer):
     """
     Trains the policy by group-relative policy optimisation: a question is pruned several times, and each rollout is
     compared with the others of its question. No value head is needed; a divergence from the start holds the policy.
@@ -41,10 +39,6 @@ class TPRLGRPOTrainer(RolloutTrainer):
     _stage = "grpo"
     args: TPRLGRPOConfig
 
-    def budgets(self, buffer: int) -> Budgets:
-        args, generator = self.args, self.generator(3, buffer, self.args.process_index)
-        return draw_budgets(args.rollout_keep_ratios, args.shared_budget, args.per_device_train_batch_size, generator)
-
     @torch.no_grad()
     def collect(self, buffer: int) -> None:
         args, model = self.args, self.tprl_model
@@ -52,7 +46,7 @@ class TPRLGRPOTrainer(RolloutTrainer):
         generator = self.generator(2, buffer, args.process_index, device=args.device)
         self.rollouts = rollouts = collect_rollouts(
             model.policy, model.autoencoder, self.batch.inputs, args.num_generations, args.num_steps,
-            args.lambda_disc, generator, budgets,
+            args.lambda_disc, generator, budgets, args.draw,
         )  # fmt: skip
         step_mask, num_kept = rollouts.step_mask, rollouts.num_kept
 

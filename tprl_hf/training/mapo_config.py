@@ -11,8 +11,9 @@ from .grpo_config import TPRLGRPOConfig
 @dataclass
 class TPRLMAPOConfig(TPRLGRPOConfig):
     r"""
-    Configuration of [`TPRLMAPOTrainer`]. It has all fields of [`TPRLGRPOConfig`] but two: advantages are never scaled
-    by the spread of a group, and questions do not share a budget, because a memory belongs to a question's own.
+    Configuration of [`TPRLMAPOTrainer`]. It has the fields of [`TPRLGRPOConfig`], but advantages are never scaled by
+    the spread of a group; questions do not share a budget, because a memory belongs to a question's own; and bits are
+    drawn, because a memory does not know the order in which a set was drawn.
 
     Args:
         memory_size (`int`, defaults to 8):
@@ -41,6 +42,8 @@ class TPRLMAPOConfig(TPRLGRPOConfig):
                 f"scale_rewards={self.scale_rewards!r}: MAPO compares remembered trajectories with new ones, whose "
                 'spread they do not share. Use "none".'
             )
+        if self.draw != "bits":
+            raise ValueError(f'draw={self.draw!r}: MAPO remembers sets, not the order of their draw. Use "bits".')
         if self.shared_budget:
             raise ValueError(
                 f"shared_budget={self.shared_budget}: what MAPO remembers belongs to a question's own budget. Use 0."

@@ -18,6 +18,7 @@ from tprl_hf.modeling.values import (
     list_of,
     one_of,
     optional,
+    text,
     whole,
 )
 
@@ -113,9 +114,15 @@ class PolicyTrainingConfig(PrunerTrainingConfig):
             `eval_strategy` says how often it is measured in between.
         best_metric (`"accuracy"` or `"logprob"`, defaults to `"logprob"`):
             What "best" means: accuracy, or the mean log-probability of the reference answer, which is less noisy. Both
-            are averages over `eval_keep_ratios`.
+            are averages over `eval_keep_ratios`. Where the reference is the LVLM's own unpruned answer they are called
+            `agreement` and `agreement_logprob`; with `score="kl"` the smallest `kl` is best in place of `"logprob"`.
         keep_ratio (`float`, *optional*):
             Default budget that the trained model's config names. Left as it is when `None`.
+        max_answer_length (`int`, defaults to 128):
+            Tokens of the longest answer that the LVLM itself gives unpruned, which is the reference where there are no
+            labels; a longer one ends there.
+        unpruned_answers_dir (`str`, *optional*):
+            Where these answers are kept, `OUTPUT_DIR/unpruned_answers` by default. Runs and stages may share it.
         watched_samples (`int`, defaults to 10):
             So many questions of `eval_dataset`, of different pictures, are watched: each time that the policy is
             measured their keep masks are noted, which `tprl report` shows over time. It costs no pass of the LLM.
@@ -124,6 +131,8 @@ class PolicyTrainingConfig(PrunerTrainingConfig):
     checks: ClassVar[dict[str, Check]] = {
         "eval_keep_ratios": list_of(KEPT_FRACTION, least=1),
         "keep_ratio": optional(KEPT_FRACTION),
+        "max_answer_length": COUNT,
+        "unpruned_answers_dir": optional(text),
         "watched_samples": whole(0),
     }
 
@@ -131,4 +140,6 @@ class PolicyTrainingConfig(PrunerTrainingConfig):
     keep_best: bool = True
     best_metric: Literal["accuracy", "logprob"] = "logprob"
     keep_ratio: float | None = None
+    max_answer_length: int = 128
+    unpruned_answers_dir: str | None = None
     watched_samples: int = 10

@@ -23,10 +23,19 @@ from .answer_scores import score_answers
 from .policy_config import PolicyTrainingConfig
 from .pruner_trainer import PrunerTrainer, TrainedNetworks
 from .rollouts import policy_on_trajectories
-from .trainer_arguments import given_dataset
+from .trainer_arguments import given_dataset, has_answers
+from .unpruned_answers import UnprunedAnswers
 from .watched import ChosenTokens, masks_line, watched_numbers, write_watched
 
 logger = logging.get_logger(__name__)
+
+# What is measured in place of these where the reference is the LVLM's own unpruned answer.
+OF_OWN_ANSWER = {"accuracy": "agreement", "logprob": "agreement_logprob"}
+
+
+def rises(metric: str) -> int:
+    """1 for metrics that rise when a policy gets better, -1 for those that fall."""
+    return -1 if metric == "kl" else 1
 
 
 class PolicyNetworks(TrainedNetworks):
@@ -52,6 +61,13 @@ class PolicyTrainer(PrunerTrainer):
     def __init__(self, model: TPRLForConditionalGeneration | str | os.PathLike, args: Any = None, **arguments: Any):
         super().__init__(model, args, **arguments)
         args, model = self.args, self.tprl_model
+        self.unpruned_answers = UnprunedAnswers(
+            model,
+            self.processing_class,
+            args.unpruned_answers_dir or os.path.join(args.output_dir, "unpruned_answers"),
+            args.max_answer_length,
+            batch_size=args.score_batch_size,
+        )
         if args.keep_ratio is not None:
             model.config.keep_ratio = args.keep_ratio
         self.best: dict[str, Any] = {}
@@ -74,7 +90,8 @@ class PolicyTrainer(PrunerTrainer):
 
         Returns:
             `dict`: `accuracy@R` and `logprob@R` for each budget R, and their means `accuracy` and `logprob`. An answer
-            is correct when greedy decoding gives exactly the reference.
+            is correct when greedy decoding gives exactly the reference. Without labels the reference is what the LVLM
+            itself answers unpruned: `agreement`, `agreement_logprob` and `kl`, in the same way.
         """
         metrics, chosen = self.measure_masks(dataset)
         self.chosen.append((dataset, chosen))
@@ -86,7 +103,7 @@ class PolicyTrainer(PrunerTrainer):
 
     def measure_masks(self, dataset: Dataset) -> tuple[dict[str, float], list[ChosenTokens]]:
         """What `measure` gives, and what was chosen of the samples of this process."""
-        model, ratios = self.tprl_model, self.args.eval_keep_ratios
+        model, ratios, reads_labels = self.tprl_model, self.args.eval_keep_ratios, self.reads_labels(dataset)
         pruner = model.learned_pruner()
         sums: dict[str, Tensor] = {}  # of each metric, [R]
         found: list[ChosenTokens] = []
@@ -96,6 +113,7 @@ class PolicyTrainer(PrunerTrainer):
         for start in range(0, len(mine), batch_size):
             numbers = mine[start : start + batch_size]
             batch = self.encoder([dataset[i] for i in numbers])
+            batch = batch if reads_labels else self.unpruned_answers(batch)
             chosen, scores = [], []
             for column, ratio in enumerate(ratios):
                 budget = Budget(keep_ratio=ratio, min_keep=model.config.min_keep)
@@ -116,9 +134,16 @@ class PolicyTrainer(PrunerTrainer):
             metrics |= {f"{name}@{ratio:.3f}": of_ratios[column].item() for name, of_ratios in means.items()}
         return metrics, found
 
+    def reads_labels(self, dataset: Dataset) -> bool:
+        """Whether a dataset is measured by its column `answer`; else by what the LVLM itself answers unpruned."""
+        return has_answers(dataset)
+
     def measure_answers(self, batch: AnswerBatch, keep_mask: Tensor) -> dict[str, Tensor]:
         """What is measured of each sample, pruned to `keep_mask [B, N]`: float32 `[B]` by name."""
         scores = score_answers(self.tprl_model, batch, keep_mask, list(range(len(batch))), self.args.score_batch_size)
+        if scores.divergence is not None:
+            same = 100 * scores.correct.float()
+            return {"agreement": same, "agreement_logprob": scores.logprobs, "kl": scores.divergence}
         return {"accuracy": 100 * scores.correct.float(), "logprob": scores.logprobs}
 
     @torch.no_grad()
@@ -158,12 +183,17 @@ class PolicyTrainer(PrunerTrainer):
 
     def remember_if_best(self, metrics: dict[str, float]) -> None:
         self.last_measured = self.state.global_step
-        # without reference answers the rewards are all that is measured
-        name = self.args.best_metric if f"eval_{self.args.best_metric}" in metrics else "reward"
+        # without labels the LVLM's own answers or the rewards are all that is measured
+        name = next(one for one in self.best_metrics if f"eval_{one}" in metrics)
         score = metrics[f"eval_{name}"]
-        if self.args.keep_best and score > self.best.get("score", -float("inf")):
+        if self.args.keep_best and ("score" not in self.best or rises(name) * (score - self.best["score"]) > 0):
             weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
             self.best = {"score": score, "metric": name, "step": self.state.global_step, "weights": weights}
+
+    @property
+    def best_metrics(self) -> tuple[str, ...]:
+        """By what "best" is told: by the first of these that is measured."""
+        return (self.args.best_metric, OF_OWN_ANSWER[self.args.best_metric], "reward")
 
     def begin(self) -> None:
         super().begin()
@@ -185,7 +215,11 @@ class PolicyTrainer(PrunerTrainer):
         name = f"eval_{self.best['metric']}"
         measured = [(entry["step"], entry[name]) for entry in self.state.log_history if name in entry]
         (first, start), (last, end) = measured[0], measured[-1]
-        if self.is_world_process_zero() and last > first == 0 and end < start:
+        if (
+            self.is_world_process_zero()
+            and last > first == 0
+            and rises(name.removeprefix("eval_")) * (end - start) < 0
+        ):
             kept = "the start" if self.best["step"] == 0 else f"step {self.best['step']}"
             logger.warning(
                 f"{self._name} ended below its start: {name} {start:.5g} at step 0, {end:.5g} at step {last}. The "

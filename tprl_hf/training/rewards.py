@@ -17,6 +17,7 @@ from torch import Tensor
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
 from .answer_batches import AnswerBatch, images_of, open_images
+from .answer_rewards import ANSWER_REWARDS
 
 Rewards = Sequence[float | None]
 # As in TRL: f(prompts, completions, **columns), one number for each completion, or None where it says nothing of it.
@@ -31,23 +32,27 @@ class MaskScores:
         scores (float32 `[S]`): what a policy earns with them; NaN where no reward function said anything.
         correct (`bool [S]`, *optional*): whether greedy decoding gives the reference answer. Not known where reward
             functions score, as nobody needs it then.
+        reads_labels (`bool`, defaults to `True`): the reference is the dataset's, not the LVLM's own unpruned answer.
         by_function (`dict`): what each reward function gave, by its name, float32 `[S]` each; NaN for `None`.
     """
 
     scores: Tensor
     correct: Tensor | None = None
     by_function: dict[str, Tensor] = field(default_factory=dict)
+    reads_labels: bool = True
 
     def take(self, index: slice | Tensor) -> "MaskScores":
         """Of the masks `index`."""
         correct = None if self.correct is None else self.correct[index]
-        return MaskScores(self.scores[index], correct, {k: v[index] for k, v in self.by_function.items()})
+        by_function = {name: values[index] for name, values in self.by_function.items()}
+        return MaskScores(self.scores[index], correct, by_function, self.reads_labels)
 
     def metrics(self) -> dict[str, Tensor]:
         """Means by their names in the log."""
         found = {"objective/score": self.scores.nanmean()}
         if self.correct is not None:
-            found["objective/accuracy"] = self.correct.float().mean()
+            name = "accuracy" if self.reads_labels else "agreement"
+            found[f"objective/{name}"] = self.correct.float().mean()
         if self.scores.isnan().any():
             found["objective/is_scored"] = (~self.scores.isnan()).float().mean()
         return {**found, **{f"rewards/{name}/mean": values.nanmean() for name, values in self.by_function.items()}}
@@ -90,14 +95,18 @@ def load_reward(name: str) -> RewardFunction:
     The reward function that a recipe names.
 
     Args:
-        name (`str`): `"module:function"`; the module is looked for in the current directory first.
+        name (`str`): one of [`~tprl_hf.training.answer_rewards`]; or `"module:function"`, whose module is looked for
+            in the current directory first.
 
     Raises:
         `ValueError`: when there is no such module or function.
     """
-    module, colon, function = name.partition(":")
+    if name in ANSWER_REWARDS:
+        return ANSWER_REWARDS[name]
+    module, colon, function = name.partition(":") if isinstance(name, str) else ("", "", "")
     if not (colon and module and function):
-        raise ValueError(f"{name!r} does not name a reward function: write module:function.")
+        ours = ", ".join(ANSWER_REWARDS)
+        raise ValueError(f"{name!r} does not name a reward function: write module:function, or one of ours: {ours}.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -17,6 +17,8 @@ from tprl_hf.modeling.values import (
 
 from .policy_config import PolicyTrainingConfig
 
+Score = Literal["correct", "logprob", "agreement", "kl"]
+
 
 @dataclass
 class RolloutConfig(PolicyTrainingConfig):
@@ -28,11 +30,13 @@ class RolloutConfig(PolicyTrainingConfig):
             Questions in a buffer, on each device.
         num_generations (`int`, defaults to 1):
             Trajectories of each question.
-        score (`"correct"` or `"logprob"`, defaults to `"correct"`):
-            Score(H) of eq. 5: 1 for a correct answer, else 0; or the mean log-probability of the reference answer.
-            `reward_funcs` of the trainer replace it.
+        score (`"correct"`, `"logprob"`, `"agreement"` or `"kl"`, defaults to `"correct"`):
+            Score(H) of eq. 5: 1 for a correct answer, else 0; or the mean log-probability of the reference answer. Two
+            scores read no label, and take what the LVLM itself answers unpruned for the reference: "agreement" is the
+            mean log-probability of that answer, "kl" minus the divergence from the unpruned next-token distributions
+            along it. `reward_funcs` of the trainer replace the score.
         min_logprob (`float`, defaults to -4.0):
-            The score "logprob" is clipped there, so that one hopeless answer does not outweigh all others.
+            Scores in nats are clipped there, so that one hopeless answer does not outweigh all others.
         reward_weights (`list[float]`, *optional*):
             The weight of each of `reward_funcs` in their sum; 1 without it.
         max_completion_length (`int`, defaults to 16):
@@ -69,7 +73,7 @@ class RolloutConfig(PolicyTrainingConfig):
 
     per_device_train_batch_size: int = 64
     num_generations: int = 1
-    score: Literal["correct", "logprob"] = "correct"
+    score: Score = "correct"
     min_logprob: float = -4.0
     reward_weights: list[float] | None = None
     max_completion_length: int = 16
@@ -114,6 +118,9 @@ class BudgetedRolloutConfig(RolloutConfig):
         shared_budget (`float`, defaults to 0):
             Fraction of buffers whose budget holds for the whole batch instead of for each question. Questions then
             compete for tokens, as they do under a threshold at inference.
+        anneal_budgets (`bool`, defaults to `False`):
+            Draw from fewer and fewer of the budgets, the smallest ones; at the end of training from one alone.
+            The largest of n leaves after 1/n of `max_steps`.
         efficiency_coef (`float`, defaults to 0.1):
             Weight of the fraction of tokens that a step removes, in the reward: TPRL's beta. Of no use at budgets.
         min_spread (`float`, defaults to 0):
@@ -140,6 +147,7 @@ class BudgetedRolloutConfig(RolloutConfig):
 
     rollout_keep_ratios: list[float] | None = None
     shared_budget: float = 0.0
+    anneal_budgets: bool = False
     efficiency_coef: float = 0.1
     min_spread: float = 0.0
     num_iterations: int = 4
@@ -156,4 +164,9 @@ class BudgetedRolloutConfig(RolloutConfig):
             raise ValueError(
                 f"shared_budget={self.shared_budget} is the share of buffers that share one of rollout_keep_ratios: "
                 "set these too, or shared_budget=0."
+            )
+        if self.anneal_budgets and len(self.rollout_keep_ratios or []) < 2:
+            raise ValueError(
+                f"anneal_budgets=True draws from fewer and fewer of rollout_keep_ratios={self.rollout_keep_ratios}: "
+                "set at least two."
             )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -25,9 +26,10 @@ from .rewards import (
     reward_function_scores,
     weighted_sum,
 )
-from .rollout_config import RolloutConfig
-from .rollouts import Budgets, Rollouts
-from .trainer_arguments import needs_answers
+from .rollout_config import BudgetedRolloutConfig, RolloutConfig
+from .rollouts import Budgets, Rollouts, annealed, draw_budgets
+from .trainer_arguments import has_answers, needs_answers
+from .unpruned_answers import OWN_ANSWER_SCORES
 
 
 class RolloutTrainer(PolicyTrainer):
@@ -63,8 +65,10 @@ class RolloutTrainer(PolicyTrainer):
         super().__init__(model, args, **arguments)
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [])
         self.reward_weights = check_rewards(self.reward_funcs, self.args.reward_weights)
-        if not self.reward_funcs:
-            needs_answers(self.train_dataset, "train_dataset", "score by it, or pass reward_funcs")
+        if not self.reward_funcs and self.args.score not in OWN_ANSWER_SCORES:
+            needs_answers(
+                self.train_dataset, "train_dataset", "score by it, set score='agreement', or pass reward_funcs"
+            )
         if self.has_start:
             self.start_policy = copy.deepcopy(self.tprl_model.policy).requires_grad_(False)
         self.batch: AnswerBatch
@@ -162,6 +166,8 @@ class RolloutTrainer(PolicyTrainer):
     def encode_questions(self, buffer: int) -> tuple[AnswerBatch, Budgets]:
         """The questions of a buffer, told their budgets, and these budgets."""
         batch, budgets = self.encoder(self.questions(buffer)), self.budgets(buffer)
+        if self.args.score in OWN_ANSWER_SCORES and not self.reward_funcs:
+            batch = self.unpruned_answers(batch)
         if budgets.keep_ratio is not None:
             budgets = replace(budgets, keep_ratio=budgets.keep_ratio.to(self.args.device))
         return replace(batch, inputs=replace(batch.inputs, keep_ratio=budgets.keep_ratio)), budgets
@@ -178,9 +184,8 @@ class RolloutTrainer(PolicyTrainer):
             by_function = {name: values.to(args.device) for name, values in rewards.items()}
             return MaskScores(weighted_sum(by_function, self.reward_weights), by_function=by_function)
         result = score_answers(self.tprl_model, batch, keep_masks, sample_index, args.score_batch_size)
-        if args.score == "correct":
-            return MaskScores(result.correct.float(), result.correct)
-        return MaskScores(result.logprobs.clamp(min=args.min_logprob), result.correct)
+        scores = result.by_name(args.score).clamp(min=args.min_logprob)
+        return MaskScores(scores, result.correct, reads_labels=args.score not in OWN_ANSWER_SCORES)
 
     def complete(
         self, batch: AnswerBatch, keep_masks: Tensor, sample_index: list[int]
@@ -190,6 +195,16 @@ class RolloutTrainer(PolicyTrainer):
             self.tprl_model, self.processing_class, batch, keep_masks, sample_index, self.args.max_completion_length,
             self.args.score_batch_size,
         )  # fmt: skip
+
+    def reads_labels(self, dataset: Dataset) -> bool:
+        # where reward functions score, those without labels are measured by them
+        by_own_answer = self.args.score in OWN_ANSWER_SCORES or not has_answers(dataset)
+        return bool(self.reward_funcs) or not by_own_answer
+
+    @property
+    def best_metrics(self) -> tuple[str, ...]:
+        least = ("kl",) if self.args.score == "kl" and self.args.best_metric == "logprob" else ()
+        return (*least, *super().best_metrics)
 
     def measure_answers(self, batch: AnswerBatch, keep_mask: Tensor) -> dict[str, Tensor]:
         if self.reward_funcs and reference_answer(batch.rows[0]) is None:
@@ -253,3 +268,17 @@ class RolloutTrainer(PolicyTrainer):
         if state["step"] % self.updates_per_buffer != 0:
             self.batch, _ = self.encode_questions(state["step"] // self.updates_per_buffer)
             self.rollouts, self.buffer = Rollouts(**state["rollouts"]), state["buffer"]
+
+
+class BudgetedRolloutTrainer(RolloutTrainer):
+    """Base of the trainers whose rollouts may be drawn at budgets. Args: see [`RolloutTrainer`]."""
+
+    args: BudgetedRolloutConfig
+
+    def budgets(self, buffer: int) -> Budgets:
+        args, generator = self.args, self.generator(3, buffer, self.args.process_index)
+        ratios = args.rollout_keep_ratios
+        if args.anneal_budgets and ratios:
+            num_buffers = max(self.state.max_steps // self.updates_per_buffer, 1)
+            ratios = annealed(ratios, buffer / num_buffers)
+        return draw_budgets(ratios, args.shared_budget, args.per_device_train_batch_size, generator)

@@ -1,7 +1,9 @@
 """Rollouts: the policy prunes a batch of samples step by step, by chance (eq. 2, 3 and 14 of the TPRL paper)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from tprl_hf.modeling.token_autoencoder import TokenAutoencoder
 from tprl_hf.modeling.token_pruner import PruningInputs
 
 from .advantages import mean_over_steps, mean_over_tokens
+from .plackett_luce import NOT_DRAWN, draw_ordered, ordered_logprobs
 
 
 def take_inputs(inputs: PruningInputs, index: Tensor) -> PruningInputs:
@@ -98,8 +101,10 @@ class Rollouts:
         action_mask (`bool [T, S, N]`): bits that the policy drew; none in steps that a trajectory does not have.
         shifts (float32 `[T, S]`): added to the logits, to draw at a budget; 0 without one.
         targets (float32 `[T, S]`): tokens that a trajectory's own budget lets the policy keep; 0 without one.
-        logprobs (float32 `[T, S, N]`): of the bits that were drawn.
+        logprobs (float32 `[T, S, N]`): of the bits that were drawn, or of each token of a set when it was drawn.
         values (float32 `[T, S]`): of the states before each step.
+        ranks (int64 `[T, S, N]`, *optional*): where sets were drawn and not bits, the order of the draw, see
+            [`~tprl_hf.training.plackett_luce.draw_ordered`].
     """
 
     sample_index: Tensor
@@ -109,6 +114,7 @@ class Rollouts:
     targets: Tensor
     logprobs: Tensor
     values: Tensor
+    ranks: Tensor | None = None
 
     @property
     def step_mask(self) -> Tensor:
@@ -117,7 +123,7 @@ class Rollouts:
 
     @property
     def keep_probs(self) -> Tensor:
-        """Probability that a bit would be drawn as True, whatever it was drawn as, `[T, S, N]`."""
+        """Probability that a bit would be drawn as True, whatever it was drawn as, `[T, S, N]`; not of sets."""
         probs = self.logprobs.exp()
         return torch.where(self.keep_masks[1:], probs, 1 - probs)
 
@@ -140,8 +146,9 @@ class Rollouts:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """All fields by name: what a checkpoint holds of a buffer."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """All fields that there are, by name: what a checkpoint holds of a buffer."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass
@@ -172,6 +179,11 @@ def draw_budgets(
     shared = torch.rand((), generator=generator).item() < shared_budget
     chosen = torch.randint(len(keep_ratios), (1 if shared else num_samples,), generator=generator)
     return Budgets(torch.tensor(keep_ratios)[chosen].expand(num_samples), shared)
+
+
+def annealed(keep_ratios: Sequence[float], progress: float) -> list[float]:
+    """The smallest of `keep_ratios`: all of them at `progress` 0, one at the end, where it is 1."""
+    return sorted(keep_ratios)[: max(1, math.ceil(len(keep_ratios) * (1 - progress)))]
 
 
 def shift_to_budget(
@@ -209,12 +221,14 @@ def budget_of_step(
     step: int,
     num_steps: int,
     discount: float,
+    is_exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """
     What a step's budget adds to `logits [S, N]`, and how many of the tokens in `action_mask` it keeps on average.
 
     Args:
         valid, keep_mask, action_mask (`bool [S, N]`): tokens at the start, before the step, and in the policy's hands.
+        is_exact (`bool`, defaults to `False`): the number is that of a set, and whole.
 
     Returns:
         `Rollouts.shifts` and `Rollouts.targets` of the step, float32 `[S]` each.
@@ -224,6 +238,8 @@ def budget_of_step(
         return zero, zero
     shares = budgets.keep_ratio[sample_index] ** ((step + 1) / num_steps)
     targets = (valid.sum(1) * shares - (keep_mask & ~action_mask).sum(1)).clamp(min=1.0)
+    if is_exact:
+        targets = torch.minimum(targets.round(), action_mask.sum(1))
     shift = shift_to_budget(logits, action_mask, targets, discount, budgets.shared)
     return shift, zero if budgets.shared else targets
 
@@ -238,6 +254,7 @@ def collect_rollouts(
     lambda_disc: float,
     generator: torch.Generator,
     budgets: Budgets | None = None,
+    draw: Literal["bits", "sets"] = "bits",
 ) -> Rollouts:
     """
     Prunes each of B samples `num_generations` times; the rollouts of a sample lie beside each other.
@@ -249,6 +266,8 @@ def collect_rollouts(
         generator (`torch.Generator`): the only source of chance.
         budgets ([`Budgets`], *optional*): draw at these budgets: after step t of T, `keep_ratio ** ((t + 1) / T)` of
             the tokens are left on average.
+        draw (`"bits"` or `"sets"`, defaults to `"bits"`): each bit by itself; or, at budgets, a set without
+            replacement, so that exactly so many are left.
 
     Returns:
         [`Rollouts`]
@@ -259,6 +278,7 @@ def collect_rollouts(
     rows = take_inputs(inputs, sample_index)
     keep_mask = rows.valid
     keep_masks, action_masks, shifts, all_targets, logprobs, values = [keep_mask], [], [], [], [], []
+    all_ranks: list[Tensor] = []
     for step in range(num_steps):
         if step == 0:
             output = policy_on_trajectories(policy, codes, inputs, sample_index, [keep_mask])
@@ -268,11 +288,18 @@ def collect_rollouts(
         action_mask = keep_mask & ~rows.layout.protected
         discount = lambda_disc**step
         shift, targets = budget_of_step(
-            output.logits, rows.valid, keep_mask, action_mask, budgets, sample_index, step, num_steps, discount
-        )
+            output.logits, rows.valid, keep_mask, action_mask, budgets, sample_index, step, num_steps, discount,
+            is_exact=draw == "sets",
+        )  # fmt: skip
         logits = output.logits + shift[:, None]
-        drawn = sample_keep_mask(logits, action_mask, discount, generator) | (keep_mask & ~action_mask)
-        logprobs.append(keep_logprobs(logits, drawn, action_mask, discount))
+        if draw == "sets":
+            ranks = draw_ordered(logits, action_mask, targets, generator)
+            drawn = (ranks != NOT_DRAWN) | (keep_mask & ~action_mask)
+            logprobs.append(ordered_logprobs(logits, action_mask, ranks))
+            all_ranks.append(ranks)
+        else:
+            drawn = sample_keep_mask(logits, action_mask, discount, generator) | (keep_mask & ~action_mask)
+            logprobs.append(keep_logprobs(logits, drawn, action_mask, discount))
         keep_mask = drawn
         keep_masks.append(keep_mask)
         action_masks.append(action_mask)
@@ -287,6 +314,7 @@ def collect_rollouts(
         torch.stack(all_targets),
         torch.stack(logprobs),
         torch.stack(values),
+        torch.stack(all_ranks) if all_ranks else None,
     )
 
 
@@ -357,7 +385,10 @@ def logits_at_budget(rollouts: Rollouts, logits: Tensor, lambda_disc: float) -> 
 
 
 def replayed_logprobs(rollouts: Rollouts, logits: Tensor, lambda_disc: float) -> Tensor:
-    """Log-probabilities of the drawn bits under `logits [T, S, N]` at budget, with the same discounts, `[T, S, N]`."""
+    """Log-probabilities of what was drawn under `logits [T, S, N]` at budget, with the same discounts, `[T, S, N]`."""
+    if rollouts.ranks is not None:
+        of_steps = zip(logits, rollouts.action_mask, rollouts.ranks, strict=True)
+        return torch.stack([ordered_logprobs(x, action_mask, ranks) for x, action_mask, ranks in of_steps])
     steps = zip(logits, rollouts.keep_masks[1:], rollouts.action_mask, strict=True)
     return torch.stack(
         [keep_logprobs(x, kept, action_mask, lambda_disc**t) for t, (x, kept, action_mask) in enumerate(steps)]
@@ -365,7 +396,10 @@ def replayed_logprobs(rollouts: Rollouts, logits: Tensor, lambda_disc: float) ->
 
 
 def mean_entropy(rollouts: Rollouts, logits: Tensor, lambda_disc: float) -> Tensor:
-    """Entropy of each trajectory's bits under `logits [T, S, N]`, mean over bits and steps: nats, `[S]`."""
+    """
+    Entropy of each trajectory's bits under `logits [T, S, N]`, mean over bits and steps: nats, `[S]`. Of sets it is
+    that of bits at the same budget.
+    """
     steps = zip(logits, rollouts.action_mask, strict=True)
     entropies = [keep_entropy(x, action_mask, lambda_disc**t) for t, (x, action_mask) in enumerate(steps)]
     return mean_over_steps(mean_over_tokens(torch.stack(entropies), rollouts.action_mask), rollouts.step_mask)
@@ -391,7 +425,9 @@ def logits_of_start(
     logits = policy_on_trajectories(start, codes, inputs, rollouts.sample_index, rollouts.keep_masks[:-1]).logits
     if budgets.keep_ratio is None:
         return logits
-    targets = (rollouts.keep_probs * rollouts.action_mask).sum(-1)  # (T, S)
+    targets = rollouts.targets  # (T, S)
+    if rollouts.ranks is None:  # also of budgets that questions share
+        targets = (rollouts.keep_probs * rollouts.action_mask).sum(-1)
     shifts = [
         shift_to_budget(logits[step], action_mask, targets[step], lambda_disc**step, budgets.shared)
         for step, action_mask in enumerate(rollouts.action_mask)

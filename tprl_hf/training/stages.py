@@ -43,7 +43,8 @@ STAGES: dict[str, Stage] = {
     "grpo": Stage("TPRLGRPOConfig", "TPRLGRPOTrainer", **_RL),
     "mapo": Stage("TPRLMAPOConfig", "TPRLMAPOTrainer", **_RL),
     "counterfactual": Stage("CounterfactualConfig", "CounterfactualTrainer", **_RL),
-    "tune": Stage(starts_from=("counterfactual", "mapo", "grpo", "ppo", "lfd")),
+    "noise_gate": Stage("NoiseGateConfig", "NoiseGateTrainer", starts_from=("lfd", "autoencoder")),
+    "tune": Stage(starts_from=("counterfactual", "mapo", "grpo", "ppo", "noise_gate", "lfd")),
 }
 
 

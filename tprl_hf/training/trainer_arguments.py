@@ -144,7 +144,23 @@ def given_dataset(dataset: Any, name: str) -> Any:
     return undecoded(dataset)
 
 
+def num_answers(dataset: Dataset) -> int:
+    """How many rows of a dataset have an answer."""
+    if "answer" not in dataset.column_names:
+        return 0
+    answers = dataset.select_columns("answer").with_format("arrow")[:]["answer"]
+    return len(answers) - answers.null_count
+
+
+def has_answers(dataset: Dataset) -> bool:
+    """Whether any row of a dataset has an answer."""
+    return num_answers(dataset) > 0
+
+
 def needs_answers(dataset: Any, name: str, cure: str) -> None:
-    """Raises `ValueError` for a dataset without the column `answer`."""
-    if isinstance(dataset, Dataset) and "answer" not in dataset.column_names:
-        raise ValueError(f"{name} has no column 'answer', only {', '.join(dataset.column_names)}: {cure}.")
+    """Raises `ValueError` for a dataset whose rows do not all have an `answer`."""
+    if not isinstance(dataset, Dataset) or (count := num_answers(dataset)) == len(dataset):
+        return
+    if count:
+        raise ValueError(f"{len(dataset) - count} of {len(dataset)} rows of {name} have no `answer`: {cure}.")
+    raise ValueError(f"{name} has no column 'answer', only {', '.join(dataset.column_names)}: {cure}.")

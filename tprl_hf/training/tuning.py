@@ -11,7 +11,9 @@ from transformers import TrainerCallback
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
-from .answer_batches import undecoded
+from .answer_batches import SampleEncoder, reference_answer, undecoded
+from .trainer_arguments import has_answers, needs_answers
+from .unpruned_answers import COLUMN, UnprunedAnswers
 from .whole_checkpoints import AfterSaving, mark_whole
 
 # Of the LLM alone: vision tower, projector and policy stay as they are.
@@ -68,12 +70,22 @@ def as_chats(dataset: Dataset) -> Dataset:
 
     def chat(row: dict[str, Any]) -> dict[str, Any]:
         asked = [{"role": "user", "content": row["prompt"]}]
-        return {"prompt": asked, "completion": [{"role": "assistant", "content": row["answer"]}]}
+        return {"prompt": asked, "completion": [{"role": "assistant", "content": reference_answer(row)}]}
 
     kept = ("images", "prompt", "answer")
     others = [name for name in dataset.column_names if name not in kept]
     rows = undecoded(dataset).map(chat, remove_columns=[*others, "answer"])
     return rows.cast_column("images", dataset.features["images"])
+
+
+def with_own_answers(
+    model: TPRLForConditionalGeneration, processor: Any, dataset: Dataset, directory: str | Path
+) -> Dataset:
+    """`dataset` with what the LVLM answers unpruned as its column `answer`; answers are kept in `directory`."""
+    model.eval()
+    answered = UnprunedAnswers(model, processor, directory).add_to(undecoded(dataset), SampleEncoder(model, processor))
+    answers = [row["text"] for row in answered[COLUMN]]
+    return dataset.remove_columns(sorted({"answer"} & {*dataset.column_names})).add_column("answer", answers)
 
 
 def tune_lvlm(
@@ -85,6 +97,7 @@ def tune_lvlm(
     lora: dict[str, Any] | None = None,
     resume_from_checkpoint: str | None = None,
     callbacks: Sequence[Any] = (),
+    unpruned_answers_dir: str | None = None,
 ) -> list[dict[str, float]]:
     """
     Trains a LoRA of the LLM on pruned prompts, and leaves it in the model: `save_pretrained` saves policy and LoRA in
@@ -93,13 +106,16 @@ def tune_lvlm(
     Args:
         model ([`TPRLForConditionalGeneration`]): with a trained policy, or another pruner.
         processor: its processor.
-        dataset (`datasets.Dataset`): rows with `images`, `prompt` and `answer`.
+        dataset (`datasets.Dataset`): rows with `images`, `prompt` and `answer`; without labels the LLM learns what it
+            answers unpruned itself.
         args (`trl.SFTConfig`): how long, how fast.
         keep_ratios (`list[float]`): see [`MixedBudgets`]; `[1]` trains unpruned.
         lora (`dict`, *optional*): fields of `peft.LoraConfig` that replace rank 16, alpha 32 and the linear layers of
             the LLM.
         resume_from_checkpoint (`str`, *optional*): a checkpoint of a run with the same settings.
         callbacks: functions that take the trainer and give a callback.
+        unpruned_answers_dir (`str`, *optional*): where such answers are kept; in `unpruned_answers` of the run's
+            directory by default.
 
     Returns:
         `list[dict]`: what was logged.
@@ -108,6 +124,11 @@ def tune_lvlm(
     from trl import SFTTrainer
 
     model.read_chat_template(processor)  # tells the question from the answer
+    if has_answers(dataset):
+        needs_answers(dataset, "dataset", "remove the rows without, or the column")
+    else:
+        directory = unpruned_answers_dir or Path(args.output_dir) / "unpruned_answers"
+        dataset = with_own_answers(model, processor, dataset, directory)
     settings = {"r": 16, "lora_alpha": 32, "target_modules": LLM_LAYERS, **(lora or {})}
     trainer = SFTTrainer(
         model,

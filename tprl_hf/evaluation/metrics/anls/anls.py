@@ -1,7 +1,7 @@
 """ANLS, as an `evaluate.Metric`: `evaluate.load` takes the path of this file, without a network."""
 
+from tprl_hf.answer_rules import anls_score
 from tprl_hf.evaluation import answer_metric
-from tprl_hf.evaluation.scores import anls_score
 
 
 class ANLS(answer_metric.AnswerMetric):

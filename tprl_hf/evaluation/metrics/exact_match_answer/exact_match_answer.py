@@ -1,7 +1,7 @@
 """Exact match, as an `evaluate.Metric`: `evaluate.load` takes the path of this file, without a network."""
 
+from tprl_hf.answer_rules import exact_score
 from tprl_hf.evaluation import answer_metric
-from tprl_hf.evaluation.scores import exact_score
 
 
 class ExactMatchAnswer(answer_metric.AnswerMetric):

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from tprl_hf.evaluation.scores import box_iou
+from tprl_hf.answer_rules import box_iou
 
 DESCRIPTION = """Share of boxes whose intersection over union with the reference is at least 0.5 (RefCOCO)."""
 KWARGS = """

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from tprl_hf.evaluation.scores import says_yes
+from tprl_hf.answer_rules import says_yes
 
 DESCRIPTION = (
     """Object hallucination: yes-no questions about what is in the image, with "yes" as the positive class."""

@@ -1,7 +1,7 @@
 """Relaxed accuracy, as an `evaluate.Metric`: `evaluate.load` takes the path of this file, without a network."""
 
+from tprl_hf.answer_rules import relaxed_score
 from tprl_hf.evaluation import answer_metric
-from tprl_hf.evaluation.scores import relaxed_score
 
 
 class RelaxedAccuracy(answer_metric.AnswerMetric):

@@ -1,7 +1,7 @@
 """VQA accuracy, as an `evaluate.Metric`: `evaluate.load` takes the path of this file, without a network."""
 
+from tprl_hf.answer_rules import vqa_score
 from tprl_hf.evaluation import answer_metric
-from tprl_hf.evaluation.scores import vqa_score
 
 
 class VQAAccuracy(answer_metric.AnswerMetric):
