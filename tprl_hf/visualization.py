@@ -146,10 +146,9 @@ def seen_pictures(
     content = ~layout.protected
     grids = torch.stack([layout.image[content], layout.block[content]], 1).unique(dim=0).tolist()
     # one that hands over flattened patches takes the whole image
-    if pixel_values.ndim not in (4, 5) or pixel_values.shape[:-3].numel() != len(grids):
+    spatial = pixel_values.ndim in (4, 5) and pixel_values.shape[-3] == 3
+    if not spatial or pixel_values.shape[:-3].numel() != len(grids):
         return list(images)
-    image_processor = processor.image_processor
-    tiles = tile_pictures(pixel_values, image_processor.image_mean, image_processor.image_std)
     sizes = [
         (int(layout.width[inside][0]), int(layout.height[inside][0]))
         for image, block in grids
@@ -157,9 +156,15 @@ def seen_pictures(
     ]
     # images of several sizes are padded at the right and below to the largest of each
     widest, highest = (max(sides) for sides in zip(*sizes, strict=True))
+    height, width = pixel_values.shape[-2:]
+    if not 1 / 3 < (width / widest) / (height / highest) < 3:  # patches beside each other, in a strip
+        return list(images)
+    settings = vars(processor.image_processor)
+    normalised = settings.get("do_normalize", True)
+    mean, std = (settings["image_mean"], settings["image_std"]) if normalised else ([0.0] * 3, [1.0] * 3)
     return [
         _without_padding(tile, tile.width * width // widest, tile.height * height // highest)
-        for tile, (width, height) in zip(tiles, sizes, strict=True)
+        for tile, (width, height) in zip(tile_pictures(pixel_values, mean, std), sizes, strict=True)
     ]
 
 
