@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tprl_hf"
 MAX_LINES = 500
 
-# `modeling <- pruners, hub, visualization <- report <- training, serving <- evaluation <- cli`; `data` and
+# `modeling <- pruners, hub, visualization <- report <- training, serving <- evaluation <- app <- cli`; `data` and
 # `model_cards` import nothing of ours, and only `cli` and `embedded_checkpoint` of the root use `test_bed`. A trainer
 # publishes what it saves and draws what it logs: `hub` and `visualization` lie below `training`. So does `report`,
 # which says how the files look that its pages are made of.
@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the root: `tprl_hf/__init__.py`, what it needs to offer our classes to transformers, and loading by name
     "": {"", "modeling", "pruners", "test_bed"},
 }
+MAY_IMPORT["app"] = {"", "modeling", "pruners", "data", "evaluation", "visualization"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT}
 # What modeling may import from outside: it travels with the weights and must run where only these are.
 MODELING_NEEDS = {"torch", "transformers", "huggingface_hub", "safetensors"}  # the last two come with transformers

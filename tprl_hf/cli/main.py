@@ -9,6 +9,7 @@ import tprl_hf
 from tprl_hf.missing_packages import explain, is_ours
 
 from . import (
+    app,
     benchmark,
     compare,
     completion,
@@ -32,6 +33,7 @@ from .progress import note, set_quiet
 COMMANDS = (
     *(
         demo,
+        app,
         generate,
         compare,
         count,
