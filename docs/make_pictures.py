@@ -36,7 +36,8 @@ def write_kept_tokens(path: Path) -> None:
     from tprl_hf.cli.main import main as tprl
 
     with tempfile.TemporaryDirectory() as scratch:
-        if tprl(["demo", "--num-shown", "2", "--output-dir", scratch]):
+        # the two that are shown are among the first questions, however many are answered
+        if tprl(["demo", "--num-samples", "12", "--num-shown", "2", "--output-dir", scratch]):
             raise SystemExit(1)
         shutil.copy(Path(scratch) / "kept_tokens.png", path)
 
