@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
+# What transformers says of weights that do not fit.
+UNFIT_WEIGHTS = ("ignore_mismatched_sizes", "loading state_dict", "conversion of the weights")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -156,6 +158,8 @@ def load_model(
     except SafetensorError as error:
         raise ValueError(f"The weights in {path} are truncated or damaged ({error}): download them again.") from error
     except RuntimeError as error:
+        if not any(words in str(error) for words in UNFIT_WEIGHTS):  # such as too little memory
+            raise
         raise ValueError(
             f"The weights in {path} do not fit its config.json ({error}): download both again."
         ) from error

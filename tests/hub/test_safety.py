@@ -8,14 +8,17 @@ import shutil
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.families.tiny_models import build
 from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
+from tprl_hf.cli.main import main
+from tprl_hf.loading import load_model
 from tprl_hf.model_cards import without_paths
 from tprl_hf.model_cards.render import inline_code, plain_text
 from tprl_hf.modeling import TPRLProcessor
-from tprl_hf.modeling.checkpoint_checks import refuse_unsafe_name
+from tprl_hf.modeling.checkpoint_checks import MOST_POLICIES, refuse_unsafe_name
 from tprl_hf.modeling.hub_tprl import BEGIN, END, full_card, is_hub_name, update_card
 
 load = TPRLForConditionalGeneration.from_pretrained
@@ -178,7 +181,94 @@ def test_a_base_config_that_transformers_does_not_know(folder):
             load(folder / kind)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attn_implementation": "someone/kernel"},
+        {"_attn_implementation": "kernels-community/flash-attn2:forward"},
+        {"_attn_implementation_internal": {"": "sdpa", "text_config": "paged|someone/kernel"}},
+        {"experts_implementation": "someone/experts"},
+        {"base_config": {"text_config": {"attn_implementation": "someone/kernel"}}},
+        {"text_config": {"attn_implementation": {"": "someone/kernel"}}, "vision_config": {}},
+    ],
+)
+def test_a_config_names_no_kernels(folder, fields):
+    """A kernel is code of a repository that nobody asked for; transformers would load some of them."""
+    for kind, calls in {
+        "policy": [
+            lambda: load(folder / "policy"),
+            lambda: AutoModelForImageTextToText.from_pretrained(folder / "policy"),
+        ],
+        "merged": [lambda: load(folder / "merged"), lambda: from_base_model(folder / "merged")],
+        "base": [lambda: load(folder / "policy"), lambda: from_base_model(folder / "base")],
+    }.items():
+        before = (folder / kind / "config.json").read_text()
+        config = json.loads(before)
+        for name, value in fields.items():
+            config[name] = {**config.get(name, {}), **value} if isinstance(config.get(name), dict) else value
+        if "base_config" in fields:  # the other fields of its parts stay
+            config["base_config"] = {**json.loads(before).get("base_config", {}), **fields["base_config"]}
+        (folder / kind / "config.json").write_text(json.dumps(config))
+        for call in calls:
+            with pytest.raises((OSError, ValueError), match=rf"config\.json in .*{kind} asks for the kernel '.*/.*'"):
+                call()
+        (folder / kind / "config.json").write_text(before)
+
+
+def test_what_is_no_kernel_is_taken(folder):
+    change(folder / "policy", attn_implementation="eager")
+    assert load(folder / "policy").lvlm.config.text_config._attn_implementation == "eager"
+    asked = load(folder / "policy", attn_implementation="sdpa")
+    assert asked.lvlm.config.text_config._attn_implementation == "sdpa"
+
+
 # ---- which base model ----
+
+
+def policies_on_one_another(folder, number, last):
+    """Copies of the policy, each with the next one as its base model, and `last` as that of the last one."""
+    places = [folder / f"policy{i}" for i in range(number)]
+    for place, base in zip(places, [*places[1:], last or places[0]], strict=True):
+        shutil.copytree(folder / "policy", place)
+        change(place, base_model_name_or_path=str(base), base_model_relative_path=None)
+    return places[0]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_policies_that_name_each_other(folder, capsys, number):
+    first = policies_on_one_another(folder, number, last=None)
+    Image.new("RGB", (24, 24)).save(folder / "a.png")
+    for call in (
+        lambda: load(first),
+        lambda: AutoModelForImageTextToText.from_pretrained(first),
+        lambda: from_base_model(first),
+        lambda: AutoProcessor.from_pretrained(first),
+        lambda: TPRLProcessor.from_pretrained(first),
+        lambda: load_model(str(first)),
+        lambda: load(folder / "policy", base_model=first),
+    ):
+        with pytest.raises(OSError, match="is a policy, its base model is a policy again, and so on without an end"):
+            call()
+    assert main(["generate", str(first), "--image", str(folder / "a.png"), "--question", "What is this?"]) == 2
+    assert "so on without an end" in capsys.readouterr().err
+    # a live model that names them is saved with all its weights, as one whose base model is not on this machine
+    model = from_base_model(build("llava"), base_model_name_or_path=str(first), latent_dim=8)
+    model.save_pretrained(folder / "saved")
+    assert load(folder / "saved").config.includes_base_model
+
+
+def test_a_policy_of_a_policy(folder):
+    """The LVLM at the end of a row of policies, which is not longer than anybody needs."""
+    first = policies_on_one_another(folder, 3, last=folder / "base")
+    expected = load(folder / "policy").lvlm.state_dict()
+    assert all(map(torch.equal, load(first).lvlm.state_dict().values(), expected.values()))
+    shutil.rmtree(folder / "policy1")
+    with pytest.raises(OSError, match=r"The base model of .*policy0 is not in .*policy1"):
+        load(first)
+    for place in (folder / "policy0", folder / "policy2"):
+        shutil.rmtree(place)
+    with pytest.raises(OSError, match="without an end"):
+        load(policies_on_one_another(folder, MOST_POLICIES + 2, last=folder / "base"))
 
 
 def test_a_base_of_another_shape(folder):

@@ -256,6 +256,8 @@ def test_pure_functions():
     ]
     whole = torch.arange(4).expand(2, -1)
     assert take_columns(values, source_columns(whole, 4)) is values  # nothing is copied where nothing moved
+    nothing = source_columns(columns[:, :0], 7)
+    assert nothing.tolist() == [[-1] * 7] * 2 and take_columns(values[:, :0], nothing).tolist() == [[[0.0]] * 7] * 2
     packed = PackedRows.of(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]), (2, 5))
     assert packed.valid.sum(1).tolist() == [3, 2, 5]
     numbers = torch.arange(10).view(2, 5)

@@ -1,8 +1,12 @@
 """Saving over an older checkpoint: cut off at any moment, one of the two is there, and whole."""
 
 import os
+import platform
 import shutil
 import stat
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from tests.training.cut_off import Fault, run, save_another
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.train import base_directory
 from tprl_hf.modeling.checkpoint_tprl import policy_state
+from tprl_hf.modeling.saved_files import made_whole
 
 POLICY = {"latent_dim": 8, "policy_num_heads": 4, "policy_dim": 16, "policy_training": {"stage": "lfd"}}
 KEEP_RATIO = {"old": 0.5, "new": 0.25}
@@ -78,6 +83,33 @@ def test_a_full_disk_leaves_the_old_or_the_new(two, tmp_path):
         else:
             assert ended.code == 0
     assert set(found) == {"old", "new"}
+
+
+def test_of_several_that_make_a_directory_the_first_one_counts(tmp_path):
+    """Two commands that start in one new folder, and a third one that was killed there."""
+    place, killed = tmp_path / "run" / "base", tmp_path / "run" / f".writing-{platform.node()}-{ended_process()}-abc"
+    killed.mkdir(parents=True)
+    both_have_written = threading.Barrier(2)
+
+    def make(name):
+        with made_whole(place) as new:
+            new.mkdir()
+            (new / "model.safetensors").write_text(name)
+            both_have_written.wait(timeout=30)
+        return (place / "model.safetensors").read_text()
+
+    with ThreadPoolExecutor(2) as pool:
+        found = set(pool.map(make, ("one", "another")))
+    assert len(found) == 1 and found < {"one", "another"}
+    assert [path.name for path in place.parent.iterdir()] == ["base"]
+    with pytest.raises(OSError, match="No such file"), made_whole(place):
+        pass  # nothing was written
+
+
+def ended_process():
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    return process.pid
 
 
 def test_weights_without_a_successor_go_when_all_else_is_in_its_place(two, tmp_path):

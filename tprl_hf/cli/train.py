@@ -4,7 +4,6 @@ first where that takes seconds. Under `torchrun` all processes train, the first 
 
 import argparse
 import json
-import os
 import signal
 import sys
 import time
@@ -322,19 +321,17 @@ def base_directory(recipe: dict[str, Any]) -> str:
     import tprl_hf
     from tprl_hf.loading import model_type
     from tprl_hf.missing_packages import load_processor
-    from tprl_hf.modeling.saved_files import allow_as_umask
+    from tprl_hf.modeling.saved_files import made_whole
 
     base = recipe.get("base_model") or tprl_hf.embedded_checkpoint()
     if model_type(base) != tprl_hf.TPRLConfig.model_type:
         return str(base)
     directory = Path(recipe["output_dir"]) / "base"
     if is_first_process() and not directory.exists():
-        unfinished = directory.with_name(f"base.{os.getpid()}")
         model = tprl_hf.TPRLForConditionalGeneration.from_pretrained(base)
-        load_processor(base).save_pretrained(unfinished)
-        model.lvlm.save_pretrained(unfinished)
-        allow_as_umask(unfinished)
-        unfinished.rename(directory)
+        with made_whole(directory) as unfinished:
+            load_processor(base).save_pretrained(unfinished)
+            model.lvlm.save_pretrained(unfinished)
     wait_for(directory, directory.parent)
     return str(directory)
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from .checkpoint_checks import cached, find_base
+from .checkpoint_checks import cached, find_base, refuse_endless
 from .configuration_tprl import TPRLConfig
 
 ROW = 64  # words of 8 bytes whose sum is weighted by where it lies
@@ -64,6 +64,7 @@ def weight_files(name: str | None, revision: str | None, cache_dir: Any = None) 
     try:
         if name is None or cached(name, CONFIG_NAME, hub_kwargs) is None:
             return []
+        refuse_endless(name, hub_kwargs)
         config, _ = PreTrainedConfig.get_config_dict(name, **hub_kwargs)
         if config.get("model_type") == TPRLConfig.model_type and config.get("includes_base_model") is False:
             ours = TPRLConfig.from_pretrained(name, **hub_kwargs)
@@ -73,7 +74,7 @@ def weight_files(name: str | None, revision: str | None, cache_dir: Any = None) 
             return [single]
         index = cached(name, SAFE_WEIGHTS_INDEX_NAME, hub_kwargs)
         return [] if index is None else get_checkpoint_shard_files(name, index, **hub_kwargs)[0]
-    except OSError:  # a directory that is gone, or a name that is in no cache
+    except OSError:  # a directory that is gone, a name that is in no cache, policies that name each other
         return []
 
 

@@ -12,6 +12,9 @@ from transformers.utils.hub import extract_commit_hash
 from .configuration_tprl import TPRLConfig
 
 POLICY_PREFIXES = ("autoencoder.", "policy.")  # of the weights that are ours
+MOST_POLICIES = 8  # of which each names the next one as its base model
+# Fields of a config, at any depth, that may name a repository whose code transformers would load.
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 # Two base models with equal values of these have weights of the same shape, words added to the vocabulary aside.
 SHAPE_FIELDS = (
     *("model_type", "hidden_size", "embed_dim", "intermediate_size", "num_hidden_layers", "depth"),
@@ -22,6 +25,12 @@ SHAPE_FIELDS = (
 def cached(source: str, name: str, hub_kwargs: dict[str, Any]) -> str | None:
     """The local path of a checkpoint's file; `None` when it has none of this name."""
     return cached_file(source, name, **hub_kwargs, _raise_exceptions_for_missing_entries=False)
+
+
+def fields_of(source: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What config.json of a checkpoint says; nothing when it has none."""
+    path = cached(source, CONFIG_NAME, hub_kwargs)
+    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def refuse_unsafe_name(name: Any, said_by: str) -> None:
@@ -60,10 +69,12 @@ def check_weight_files(
 
     Raises:
         `OSError`: when there are none in safetensors.
-        `ValueError`: when config or index name a file elsewhere, or one that is not a safetensors file.
+        `ValueError`: when config or index name a file elsewhere, or one that is not a safetensors file; or when the
+            config names a kernel.
     """
-    config = cached(source, CONFIG_NAME, hub_kwargs)
-    named = json.loads(Path(config).read_text(encoding="utf-8")).get("transformers_weights") if config else None
+    fields = fields_of(source, hub_kwargs)
+    refuse_kernels(fields, source)
+    named = fields.get("transformers_weights")
     if named is not None:
         raise ValueError(
             f"config.json in {source} names the weights {named!r} (transformers_weights), which is refused: weights "
@@ -85,6 +96,32 @@ def check_weight_files(
         if not shard.endswith(".safetensors"):
             raise ValueError(f"{index_name} in {source} names {shard!r}: only safetensors files are read.")
     return sorted({shard for weight, shard in weight_map.items() if weight.startswith(POLICY_PREFIXES)})
+
+
+def kernels_named(fields: Any) -> list[str]:
+    """Repositories that a config, or a part of one, names for the code of attention or experts."""
+    if isinstance(fields, list):
+        return [name for part in fields for name in kernels_named(part)]
+    if not isinstance(fields, dict):
+        return []
+    found = []
+    for field, value in fields.items():
+        if field.strip("_").removesuffix("_internal") in IMPLEMENTATIONS:
+            values = value.values() if isinstance(value, dict) else [value]
+            found += [one for one in values if isinstance(one, str) and "/" in one]
+        else:
+            found += kernels_named(value)
+    return found
+
+
+def refuse_kernels(fields: dict[str, Any], source: str) -> None:
+    """Raises `ValueError` where the config in `source` asks for a kernel, which is code of a repository."""
+    for name in kernels_named(fields):
+        raise ValueError(
+            f"config.json in {source} asks for the kernel {name!r}, which is code of another repository, and is "
+            "refused. If you trust it, remove the entry and pass attn_implementation, or load the base model yourself "
+            "and pass it as base_model=MODEL."
+        )
 
 
 def refuse_untrained(config: TPRLConfig) -> None:
@@ -131,6 +168,30 @@ def find_base(config: TPRLConfig, source: str) -> str | None:
             "or set base_model_name_or_path in its config.json."
         )
     return name
+
+
+def refuse_endless(name: str, hub_kwargs: dict[str, Any]) -> None:
+    """
+    Follows the base model `name` until it is more than a policy of another one.
+
+    Raises:
+        `OSError`: when it never is, because policies name each other or themselves.
+    """
+    names = [name]
+    while len(names) <= MOST_POLICIES:
+        fields = fields_of(names[-1], hub_kwargs)
+        if fields.get("model_type") != TPRLConfig.model_type or fields.get("includes_base_model", True):
+            return
+        config = TPRLConfig.from_pretrained(names[-1], **hub_kwargs)
+        following = find_base(config, names[-1])
+        if following is None:
+            return
+        names.append(following)
+        hub_kwargs = {**hub_kwargs, "revision": config.base_model_revision}
+    raise OSError(
+        f"{names[0]} is a policy, its base model is a policy again, and so on without an end: "
+        f"{', '.join(names[:4])}, ..."
+    )
 
 
 def no_safetensors(source: str, what: str) -> OSError:

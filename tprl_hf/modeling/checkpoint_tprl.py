@@ -27,7 +27,10 @@ from .checkpoint_checks import (
     POLICY_PREFIXES,
     absolute_path,
     check_weight_files,
+    fields_of,
     find_base,
+    refuse_endless,
+    refuse_kernels,
     refuse_other_base,
     refuse_other_formats,
     refuse_untrained,
@@ -182,6 +185,7 @@ class TPRLPreTrainedModel(PreTrainedModel):
             return (model, info) if wants_info else model
 
         state = read_policy(source, hub_kwargs)
+        refuse_kernels(fields_of(source, hub_kwargs), source)
         if base_model is None and config.base_model_name_or_path is None:
             raise ValueError(
                 f"{source} holds a policy only and does not say for which base model: pass base_model=NAME_OR_PATH."
@@ -218,6 +222,7 @@ class TPRLPreTrainedModel(PreTrainedModel):
         hub_kwargs = {key: base_kwargs[key] for key in HUB_NAMES if base_kwargs.get(key) is not None}
         try:
             check_weight_files(name, hub_kwargs, base_kwargs.get("variant"), are_needed=False)
+            refuse_endless(name, hub_kwargs)
             base = AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
             return base.lvlm if isinstance(base, cls) else base
         except OSError as error:

@@ -137,5 +137,7 @@ def take_columns(values: Tensor, source: Tensor, dim: int = 1) -> Tensor:
     source = source.to(values.device).view(shape)
     wanted = [*values.shape]
     wanted[dim] = source.shape[dim]
+    if values.shape[dim] == 0:  # nothing was kept
+        return values.new_zeros(wanted)
     taken = values.gather(dim, source.clamp(min=0).expand(wanted))
     return taken.masked_fill(source < 0, 0) if bool((source < 0).any()) else taken

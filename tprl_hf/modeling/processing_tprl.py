@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoProcessor, ProcessorMixin
 
-from .checkpoint_checks import find_base
+from .checkpoint_checks import find_base, refuse_endless
 from .configuration_tprl import TPRLConfig
 
 
@@ -33,4 +33,8 @@ class TPRLProcessor(ProcessorMixin):
         if config.base_model_revision is not None:
             kwargs["revision"] = config.base_model_revision
         kwargs["trust_remote_code"] = False  # code beside a base model that a config names is never run
-        return AutoProcessor.from_pretrained(find_base(config, str(pretrained_model_name_or_path)), **kwargs)
+        base = find_base(config, str(pretrained_model_name_or_path))
+        if base is not None:
+            hub_kwargs = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
+            refuse_endless(base, hub_kwargs)
+        return AutoProcessor.from_pretrained(base, **kwargs)

