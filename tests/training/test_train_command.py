@@ -92,6 +92,20 @@ def test_all_stages_from_one_recipe(recipe, tmp_path, capsys):
     assert main(["train", "lfd", "--config", str(recipe), "--set", "lfd.max_steps=3"]) == 2
     assert "other settings" in capsys.readouterr().err
 
+    # what is damaged or gone is said, with what to do
+    run = tmp_path / "run"
+    (run / "lfd/training.json").unlink()
+    (shard,) = (run / "demonstrations/dataset").glob("*.arrow")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    for change, message in (
+        (lambda: None, f"{run}/demonstrations/dataset is damaged: "),
+        ((run / "demonstrations/training.json").unlink, "which is not there: run `tprl train demonstrations` first"),
+        (lambda: (run / "lfd/settings.json").write_text("{"), f"delete {run}/lfd to run this stage again"),
+    ):
+        change()
+        assert main(["train", "lfd", "--config", str(recipe)]) == 2
+        assert message in capsys.readouterr().err
+
 
 def test_stages_that_are_overwritten(recipe, base, tmp_path, capsys):
     words = ["--config", str(recipe)]
