@@ -1,5 +1,5 @@
 # Short names for dev.py, which does the work.
-.PHONY: setup demo test format coverage counts api test-lmms test-processors test-vllm clean
+.PHONY: setup demo test format coverage counts api test-app test-lmms test-processors test-vllm clean
 
 setup demo test format:
 	python3 dev.py $@
@@ -27,6 +27,18 @@ test-lmms: .venv-lmms/installed
 	$(LMMS) -m pip uninstall --quiet --yes torchvision
 	touch $@
 
+# gradio wants pillow below 13, hence an environment of its own. The browser is the one that the system has.
+APP = .venv-app/bin/python
+
+test-app: .venv-app/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(APP) -m pytest -q tests/app
+
+.venv-app/installed: setup.py constraints.txt
+	python3 -m venv .venv-app
+	grep -v '^pillow' constraints.txt > .venv-app/constraints.txt
+	$(APP) -m pip install --quiet -e ".[demo]" playwright pytest -c .venv-app/constraints.txt
+	touch $@
+
 # torchvision must be of the same build as torch, which the pins cannot promise: the newest pair of one index.
 PROCESSORS = .venv-processors/bin/python
 
@@ -52,4 +64,4 @@ test-vllm: .venv-vllm/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lmms .venv-processors .venv-vllm build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-app .venv-lmms .venv-processors .venv-vllm build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

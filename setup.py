@@ -53,10 +53,11 @@ EXTRAS = {
         "timm>=1.0.23",
         "torchvision>=0.21",
     ],
-    # Both bring other versions of torchvision and pillow: give each a virtual environment of its own.
+    # These bring other versions of torchvision and pillow: give each a virtual environment of its own. The first
+    # gradio that takes huggingface_hub 2 is 6.29; it wants pillow below 13.
     "lmms": ["filelock<4", "lmms-eval>=0.7.3"],  # lmms-eval 0.7.3 reads a private module of filelock 3
+    "demo": ["gradio>=6.29,<7"],
     "completion": ["shtab>=1.7"],
-    "demo": ["gradio>=6"],
     "docs": ["pdoc>=15.0"],
     # What reads the parts of Photo-LLaVA (docs/photo.md); the parts themselves are fetched without what they ask for.
     "photo": ["gguf>=0.10", "onnx>=1.17"],
@@ -108,7 +109,16 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["tprl_hf", "tprl_hf.*"]),
-    package_data={"tprl_hf": ["py.typed", "checkpoints/**", "model_cards/**", "recipes/**"]},
+    package_data={
+        "tprl_hf": [
+            "py.typed",
+            "app/space/README.md",
+            "app/space/requirements.txt",
+            "checkpoints/**",
+            "model_cards/**",
+            "recipes/**",
+        ]
+    },
     install_requires=INSTALL,
     extras_require=EXTRAS,
     entry_points={

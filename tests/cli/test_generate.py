@@ -57,6 +57,7 @@ def test_the_answer_is_what_the_model_says(generate, base_checkpoint, image_file
         ([], "divprune: 5 of 16 visual tokens kept"),
         (["--keep-ratio", "1/4", "--pruner", "random"], "random: 4 of 16 visual tokens kept"),
         (["--num-keep", "7", "--pruner", "uniform"], "uniform: 7 of 16 visual tokens kept"),
+        (["--num-keep", "7", "--pruner", "fastv"], "fastv: 7 of 16 visual tokens kept"),
         (["--no-prune"], "none: 16 of 16 visual tokens kept"),
         (["--pruner", "none"], "none: 16 of 16 visual tokens kept"),
     ],

@@ -10,7 +10,7 @@ from tprl_hf.cli.arguments import loading_options, loading_words
 from tprl_hf.cli.main import COMMANDS, main, make_parser
 from tprl_hf.loading import check_model_name, load_model
 
-LOADING = ["demo", "generate", "compare", "evaluate", "trajectory", "benchmark", "train", "serve"]
+LOADING = ["demo", "generate", "compare", "evaluate", "trajectory", "benchmark", "train", "serve", "app"]
 REQUIRED = {
     "generate": ["--image", "a.png", "--question", "q"],
     "train": ["all", "--config", "paper"],

@@ -38,3 +38,24 @@ def test_a_call_without_the_llm_is_refused_and_leaves_no_hook():
     assert not llm._forward_hooks and not llm._forward_pre_hooks
     with pytest.raises(ValueError, match="rounds must be at least 2, got 1"):
         measure_prefill(llm, {}, rounds=1)
+
+
+def test_what_a_pruner_runs_of_the_llm_is_not_the_llms_share():
+    """FastV and SparseVLM run its first layers, and stop it there."""
+    llm = torch.nn.Sequential(Slow(), torch.nn.Identity())
+
+    class Stopped(Exception):
+        pass
+
+    def call():
+        def stop(*_):
+            raise Stopped
+
+        hook = llm[1].register_forward_hook(stop)
+        with pytest.raises(Stopped):
+            llm(0.03)
+        hook.remove()
+        llm(0.002)
+
+    times = measure_prefill(llm, {"peeks": call}, rounds=3, warmup=0)["peeks"]
+    assert 2 <= times.llm_ms < 30 and times.total_ms >= 32

@@ -73,6 +73,7 @@ OF_POLICIES = {
     "keep_ratio": or_none(is_fraction),
     "max_answer_length": is_count,
     "unpruned_answers_dir": or_none(lambda value: isinstance(value, str) and bool(value.strip())),
+    "watched_samples": lambda value: is_count(value, 0),
 }
 OF_ROLLOUTS = {
     **OF_POLICIES,

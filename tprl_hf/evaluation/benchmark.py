@@ -126,7 +126,8 @@ def measure_prefill(
     Times forward calls by [`time_in_turns`], and the LLM inside them.
 
     Args:
-        llm (`torch.nn.Module`): The module whose share is told apart. It must run once in each call.
+        llm (`torch.nn.Module`): The module whose share is told apart. It must run to its end once in each call; where
+            a pruner runs a part of it before, that is the pruner's share.
         calls (`Mapping[str, Callable]`): By name, functions without arguments that run one forward.
         rounds (`int`, *optional*, defaults to 7): Timed rounds, at least 2.
         warmup (`int`, *optional*, defaults to 2): Rounds before them that are not timed.
@@ -135,23 +136,28 @@ def measure_prefill(
         `dict[str, PrefillTime]`: Medians by name, in the order of `calls`.
 
     Raises:
-        `ValueError`: If a call does not run `llm` exactly once, or `rounds` is below 2.
+        `ValueError`: If a call does not run `llm` to its end exactly once, or `rounds` is below 2.
     """
-    marks: list[float] = []
+    starts: list[float] = []
+    ends: list[float] = []
     llm_times: dict[str, list[float]] = {name: [] for name in calls}
 
-    def mark(*_: Any) -> None:
+    def mark(marks: list[float]) -> None:
         synchronize()
         marks.append(1000 * time.perf_counter())
 
     def run(name: str) -> None:
-        marks.clear()
+        starts.clear()
+        ends.clear()
         calls[name]()
-        if len(marks) != 2:
-            raise ValueError(f"The call {name!r} ran the LLM {len(marks) // 2} times instead of once.")
-        llm_times[name].append(marks[1] - marks[0])
+        if len(ends) != 1:
+            raise ValueError(f"The call {name!r} ran the LLM {len(ends)} times instead of once.")
+        llm_times[name].append(ends[0] - starts[-1])
 
-    hooks = [llm.register_forward_pre_hook(mark), llm.register_forward_hook(mark)]
+    hooks = [
+        llm.register_forward_pre_hook(lambda *_: mark(starts)),
+        llm.register_forward_hook(lambda *_: mark(ends)),
+    ]
     try:
         times = time_in_turns({name: functools.partial(run, name) for name in calls}, rounds, warmup)
     finally:

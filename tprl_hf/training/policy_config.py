@@ -123,6 +123,9 @@ class PolicyTrainingConfig(PrunerTrainingConfig):
             labels; a longer one ends there.
         unpruned_answers_dir (`str`, *optional*):
             Where these answers are kept, `OUTPUT_DIR/unpruned_answers` by default. Runs and stages may share it.
+        watched_samples (`int`, defaults to 10):
+            So many questions of `eval_dataset`, of different pictures, are watched: each time that the policy is
+            measured their keep masks are noted, which `tprl report` shows over time. It costs no pass of the LLM.
     """
 
     checks: ClassVar[dict[str, Check]] = {
@@ -130,6 +133,7 @@ class PolicyTrainingConfig(PrunerTrainingConfig):
         "keep_ratio": optional(KEPT_FRACTION),
         "max_answer_length": COUNT,
         "unpruned_answers_dir": optional(text),
+        "watched_samples": whole(0),
     }
 
     eval_keep_ratios: list[float] = field(default_factory=lambda: [1 / 3, 2 / 9, 1 / 9])
@@ -138,3 +142,4 @@ class PolicyTrainingConfig(PrunerTrainingConfig):
     keep_ratio: float | None = None
     max_answer_length: int = 128
     unpruned_answers_dir: str | None = None
+    watched_samples: int = 10

@@ -24,6 +24,7 @@ from tprl_hf.modeling.saved_files import written_whole
 
 from .answer_batches import SampleEncoder
 from .policy_config import PrunerTrainingConfig
+from .run_log import RunLog, start_facts
 from .trainer_arguments import given_args, given_dataset, given_model, given_processor, refuse_other_arguments
 from .whole_checkpoints import (
     AfterSaving,
@@ -150,6 +151,7 @@ class PrunerTrainer(Trainer):
         self.last_inputs: Any = None
         self.recipe: str | None = None
         self.being_written: Path | None = None  # a checkpoint that is not marked whole yet
+        self.run_log = RunLog(args.output_dir, start_facts(self._stage, args))
         super().__init__(
             model=self.networks(model, args),
             args=args,
@@ -160,6 +162,7 @@ class PrunerTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.add_callback(self.run_log)
         self.add_callback(AtTheStart(self.begin))
         self.add_callback(StopAtNaN(self))
         self.add_callback(AfterSaving(self.mark_checkpoint))

@@ -67,7 +67,7 @@ class RolloutTrainer(PolicyTrainer):
         self.reward_weights = check_rewards(self.reward_funcs, self.args.reward_weights)
         if not self.reward_funcs and self.args.score not in OWN_ANSWER_SCORES:
             needs_answers(
-                self.train_dataset, "train_dataset", "score by it, set score='agreement', or pass reward_funcs"
+                self.train_dataset, "train_dataset", "score by it, or pass reward_funcs, or set score='agreement'"
             )
         if self.has_start:
             self.start_policy = copy.deepcopy(self.tprl_model.policy).requires_grad_(False)
