@@ -54,7 +54,7 @@ def training_page(runs: Sequence[TrainingRun], command: str, refresh: int | None
     """
     names = distinct_names(runs)
     pictures = ShownPictures()
-    title = "Training run " + " and ".join(names)
+    title = f"Training run{'s' * (len(runs) > 1)} {' and '.join(names)}"
     notes = [f"Command: {command}"]
     if len(runs) > 1:
         notes.insert(0, f"Whole lines are {names[0]}, dashed ones {names[1]}.")
@@ -178,9 +178,9 @@ def chart_of(
     for number, metric in enumerate(metrics):
         for run, stage in stages.items():
             points = {row[x_name]: row[metric] for row in stage.history if metric in row and x_name in row}
-            label = readable(metric, metrics) + (f", {run}" if len(names) > 1 else "")
-            dash = DASHES[names.index(run)]
-            series.append(Series(label, sorted(points.items()), number % len(PALETTE), number, dash))
+            label, dash = readable(metric, metrics), DASHES[names.index(run)]
+            name = f"{label}, {run}" if len(names) > 1 else label
+            series.append(Series(name, sorted(points.items()), number % len(PALETTE), number, dash, label=label))
     x_label = {"step": "optimizer step", "llm_passes": "keep masks that the LLM has scored"}[x_name]
     return line_chart(title, series, x_label, unit)
 
