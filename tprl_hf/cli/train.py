@@ -21,6 +21,7 @@ from .processes import is_first_process, say, signs_of_life, wait_for
 from .progress import is_quiet, note
 from .recipe_file import check_names, check_places, read_recipe
 from .same_data import claim_data
+from .start_over import delete_stages
 from .train_plan import expected_seconds
 from .tune_stage import tune
 from .whole_files import write
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 NAME = "train"
 HELP = "train a pruning policy by a recipe"
 LABELS = ("answer", "boxes", "objects")  # columns that `labels: false` of a source leaves out
+TAKEN_FROM = "taken_from.json"  # which TPRL checkpoint the base model in a run's folder was part of
 TEACHERS = {"gradient": "GradientTeacher", "leave-out": "LeaveOutTeacher"}
 
 
@@ -52,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check the recipe, print stages, steps and disk, and train nothing"
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="delete what an earlier run left of these stages, and start over"
+    )
     add_loading_arguments(parser)
 
 
@@ -67,6 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(describe(stages, recipe))
         return 0
+
+    if arguments.overwrite:
+        delete_stages(stages, recipe)
 
     from .stop_signals import Stopped, StopSignals
 
@@ -244,7 +252,8 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
             before.pop("policy", None)  # earlier versions noted it
         if before != json.loads(json.dumps(settings)):
             raise ValueError(
-                f"{directory} was made with other settings, see {path}: pass --set output_dir=ANOTHER, or delete it."
+                f"{directory} was made with other settings, see {path}: pass --set output_dir=ANOTHER, or --overwrite "
+                "to delete it."
             )
     write(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
@@ -356,11 +365,17 @@ def base_directory(recipe: dict[str, Any]) -> str:
     if model_type(base) != tprl_hf.TPRLConfig.model_type:
         return str(base)
     directory = Path(recipe["output_dir"]) / "base"
+    named = recipe.get("base_model")  # none for the embedded one, which lies elsewhere on each machine
+    if (directory / TAKEN_FROM).is_file():
+        before = json.loads((directory / TAKEN_FROM).read_text())
+        if before != named:
+            raise ValueError(f"{directory} is part of {before}, but the recipe names {named}: delete {directory}.")
     if is_first_process() and not directory.exists():
         model = tprl_hf.TPRLForConditionalGeneration.from_pretrained(base)
         with made_whole(directory) as unfinished:
             load_processor(base).save_pretrained(unfinished)
             model.lvlm.save_pretrained(unfinished)
+            (unfinished / TAKEN_FROM).write_text(json.dumps(named))
     wait_for(directory, directory.parent)
     return str(directory)
 

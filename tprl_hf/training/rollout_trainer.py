@@ -269,7 +269,9 @@ class RolloutTrainer(PolicyTrainer):
 
     def measure_answers(self, batch: AnswerBatch, keep_mask: Tensor) -> dict[str, Tensor]:
         if self.reward_funcs and reference_answer(batch.rows[0]) is None:
+            trained_with = self.num_scored
             rewards = self.score_masks(batch, keep_mask, list(range(len(batch)))).scores
+            self.num_scored = trained_with  # `llm_passes` counts what training costs, not what measuring does
             return {"reward": rewards.nan_to_num()}
         return super().measure_answers(batch, keep_mask)
 
