@@ -116,7 +116,7 @@ class TestCheckout:
             pytest.skip("not a git checkout")
         for name in filter(None, tracked.stdout.split("\0")):
             path = ROOT / name
-            if not path.is_file() or path.suffix in {".png", ".safetensors"}:
+            if not path.is_file() or path.suffix in {".gif", ".png", ".safetensors"}:
                 continue
             assert not private.search(path.read_text(encoding="utf-8")), name
 
