@@ -36,7 +36,8 @@ def write_kept_tokens(path: Path) -> None:
     from tprl_hf.cli.main import main as tprl
 
     with tempfile.TemporaryDirectory() as scratch:
-        if tprl(["demo", "--num-shown", "2", "--output-dir", scratch]):
+        # the two that are shown are among the first questions, however many are answered
+        if tprl(["demo", "--num-samples", "12", "--num-shown", "2", "--output-dir", scratch]):
             raise SystemExit(1)
         shutil.copy(Path(scratch) / "kept_tokens.png", path)
 
@@ -66,34 +67,33 @@ def budget_frames(budgets: Sequence[float] = BUDGETS) -> list[Image.Image]:
     pair = pair_of_questions(list(mosaic_vqa("test", seed=7, num_samples=120)))
     frames = []
     for budget in budgets:
-        panels = []
+        pages = []
         for sample in pair:
             inputs = chat_inputs(processor, [sample])
             pruned: dict[str, Any] = {"prune": False} if budget == 1 else {"keep_ratio": budget}
             plan = model.prune(**inputs, **pruned)
             sequence = model.generate(**inputs, **pruned, do_sample=False, max_new_tokens=8)[0]
             answer = processor.decode(sequence[inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-            panels.append(
-                Panel(sample["prompt"], answer, plan.keep_mask, is_correct=is_correct(answer, sample["answer"]))
-            )
-        kept, total = int(plan.num_kept), int(plan.num_visual)
-        seen = seen_pictures(pair[0]["images"], processor, inputs["pixel_values"], plan.layout)
-        page = draw_figures(figures_by_block(seen, plan.layout, panels), SCALE)
-        frames.append(with_bar(page, kept, total))
+            panel = Panel("answer", answer, plan.keep_mask, is_correct=is_correct(answer, sample["answer"]))
+            seen = seen_pictures(sample["images"], processor, inputs["pixel_values"], plan.layout)
+            pages.append(draw_figures(figures_by_block(seen, plan.layout, [panel], sample["prompt"]), SCALE))
+        frames.append(with_bar(pages, int(plan.num_kept), int(plan.num_visual)))
     return frames
 
 
-def with_bar(page: Image.Image, kept: int, total: int) -> Image.Image:
-    """A page with a bar above it: the tokens that the LLM reads, of all."""
+def with_bar(pages: Sequence[Image.Image], kept: int, total: int) -> Image.Image:
+    """Pages beside each other with a bar above them: the tokens that the LLM reads, of all."""
     from tprl_hf.style import BLUE, INK, PAPER, RIM
 
     margin, high = round(18 * SCALE), round(44 * SCALE)
-    frame = Image.new("RGB", (page.width, page.height + high), PAPER)
-    frame.paste(page, (0, high))
+    width, height = sum(page.width for page in pages), max(page.height for page in pages) + high
+    frame = Image.new("RGB", (width, height), PAPER)
+    for number, page in enumerate(pages):  # a question of two lines makes its page higher
+        frame.paste(page, (sum(one.width for one in pages[:number]), height - page.height))
     pen = ImageDraw.Draw(frame)
     font = ImageFont.load_default(15 * SCALE)
     pen.text((margin, round(10 * SCALE)), f"The LLM reads {kept} of {total} visual tokens", font=font, fill=INK)
-    left, right, top, bottom = margin, page.width - margin, high - round(8 * SCALE), high + round(4 * SCALE)
+    left, right, top, bottom = margin, width - margin, high - round(8 * SCALE), high + round(4 * SCALE)
     pen.rectangle([left, top, right, bottom], outline=RIM)
     pen.rectangle([left, top, left + round((right - left) * kept / total), bottom], fill=BLUE)
     return frame

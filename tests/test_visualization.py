@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.families.stock_processors import STOCK, save
 from tests.families.tiny_models import build
+from tests.families.tiny_processor import make_processor
 from tests.test_processors import absent
 from tprl_hf.evaluation.answers import chat_inputs
 from tprl_hf.missing_packages import load_processor
@@ -191,6 +192,21 @@ class TestFiguresByBlock:
         figures = figures_by_block(frames, layout, [Panel("kept", keep_mask=torch.arange(36) < 12)])
         assert [figure.image.tobytes() for figure in figures] == [frame.tobytes() for frame in frames]
         assert [int(figure.panels[0].keep_mask.sum()) for figure in figures] == [12, 0, 0]
+
+
+@pytest.mark.parametrize("shape", [(12, 96), (1, 12, 96), (12, 3, 4, 4), (1, 3, 4, 48), (1, 1, 8, 8)])
+def test_of_flattened_patches_the_whole_image_is_drawn(image, shape):
+    """Patches one by one, beside each other in a strip, or of other channels are no picture."""
+    layout = TokenLayout.from_blocks([[Block(3, 4)]])
+    assert seen_pictures([image], make_processor(), torch.zeros(shape), layout) == [image]
+
+
+def test_pixels_that_were_not_normalised_are_drawn_as_they_are(image):
+    processor = make_processor()
+    processor.image_processor.do_normalize = False
+    pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 255
+    (seen,) = seen_pictures([image], processor, pixels, TokenLayout.from_blocks([[Block(3, 4)]]))
+    assert seen.tobytes() == image.tobytes()
 
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]

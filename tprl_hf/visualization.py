@@ -146,10 +146,9 @@ def seen_pictures(
     content = ~layout.protected
     grids = torch.stack([layout.image[content], layout.block[content]], 1).unique(dim=0).tolist()
     # one that hands over flattened patches takes the whole image
-    if pixel_values.ndim not in (4, 5) or pixel_values.shape[:-3].numel() != len(grids):
+    spatial = pixel_values.ndim in (4, 5) and pixel_values.shape[-3] == 3
+    if not spatial or pixel_values.shape[:-3].numel() != len(grids):
         return list(images)
-    image_processor = processor.image_processor
-    tiles = tile_pictures(pixel_values, image_processor.image_mean, image_processor.image_std)
     sizes = [
         (int(layout.width[inside][0]), int(layout.height[inside][0]))
         for image, block in grids
@@ -157,9 +156,15 @@ def seen_pictures(
     ]
     # images of several sizes are padded at the right and below to the largest of each
     widest, highest = (max(sides) for sides in zip(*sizes, strict=True))
+    height, width = pixel_values.shape[-2:]
+    if not 1 / 3 < (width / widest) / (height / highest) < 3:  # patches beside each other, in a strip
+        return list(images)
+    settings = vars(processor.image_processor)
+    normalised = settings.get("do_normalize", True)
+    mean, std = (settings["image_mean"], settings["image_std"]) if normalised else ([0.0] * 3, [1.0] * 3)
     return [
         _without_padding(tile, tile.width * width // widest, tile.height * height // highest)
-        for tile, (width, height) in zip(tiles, sizes, strict=True)
+        for tile, (width, height) in zip(tile_pictures(pixel_values, mean, std), sizes, strict=True)
     ]
 
 
@@ -319,8 +324,10 @@ def draw_figures(figures: Sequence[Figure], scale: float = 1) -> Image.Image:
             strip.paste(picture, (left, top))
             caption = _shortened(panel.title, caption_font, panel_width)
             pen.text((left, below + round(5 * scale)), caption, font=caption_font, fill=INK)
-            text = _shortened(panel.text, text_font, panel_width)
-            pen.text((left, below + round(23 * scale)), text, font=text_font, fill=_colour(panel.is_correct))
+            row = below + round(23 * scale)
+            room = _draw_mark(pen, left, row, round(13 * scale), panel.is_correct)
+            text = _shortened(panel.text, text_font, panel_width - room)
+            pen.text((left + room, row), text, font=text_font, fill=_colour(panel.is_correct))
         strips.append(strip)
     page = Image.new("RGB", (width, 2 * margin + sum(strip.height for strip in strips) - line // 3), PAPER)
     top = margin
@@ -437,6 +444,19 @@ def _data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _draw_mark(pen: ImageDraw.ImageDraw, left: int, top: int, size: int, is_correct: bool | None) -> int:
+    """A tick or a cross before a text, which say without colour whether it is correct; returns how wide it is."""
+    if is_correct is None:
+        return 0
+    ends = (
+        [((0.05, 0.7), (0.35, 1.0), (0.85, 0.3))] if is_correct else [((0.1, 0.3), (0.8, 1)), ((0.8, 0.3), (0.1, 1))]
+    )
+    for line in ends:
+        points = [(left + x * size, top + y * size) for x, y in line]
+        pen.line(points, fill=_colour(is_correct), width=max(1, size // 7))
+    return round(1.2 * size)
 
 
 def _colour(is_correct: bool | None) -> str:

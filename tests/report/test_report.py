@@ -185,7 +185,8 @@ class TestTraining:
         page = check_page(tmp_path / "both.html")
         text = " ".join(page.texts)
         names = "/".join(run.parts[-2:]), "other/run"
-        assert all(f"accuracy, 0.500 kept, {name}" in text for name in names)
+        assert all(f"accuracy, 0.500 kept, {name}: " in text for name in names)  # under the pointer
+        assert f"Whole lines are {names[0]}, dashed ones {names[1]}." in text
         different = text.split("Settings that differ")[-1].split("All settings")[0]
         assert "learning_rate" in different and "0.5" in different and "max_steps" not in different
         dashed = [
@@ -334,7 +335,7 @@ class TestShown:
     def test_the_veil_lies_over_pruned_patches_alone(self):
         grid = ShownGrid("", 2, 3, [0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2])
         path = re.search(r'class="mask" d="([^"]*)"', veil_of(grid, "100110"))[1]
-        assert path == "M12 0h24v12h-24zM24 12h12v12h-12z"
+        assert path == "M48 0h96v48h-96zM96 48h48v48h-48z"
 
     def test_a_sample_survives_its_file(self):
         sample = ShownSample("Where?", None, "all", 1, [ShownGrid("data:,", 1, 1, [0], [0], [0])])

@@ -51,7 +51,7 @@ STYLE = f"""
 .tprl .turn .two {{ gap: .6rem; }}
 .tprl .turn .two .said {{ background: none; border: 1px solid var(--border-color-primary); }}
 @media (max-width: 40rem) {{ .tprl .two {{ grid-template-columns: 1fr; }} .tprl table {{ font-size: 14px; }}
-  .tprl .pictures {{ grid-template-columns: 1fr 1fr; }}
+  .tprl .pictures, .tprl .two .pictures {{ grid-template-columns: 1fr 1fr; }}
   .tprl .turn .two {{ grid-template-columns: 1fr 1fr; }} }}
 """
 

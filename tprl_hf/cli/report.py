@@ -63,7 +63,8 @@ def page_of(folders: list[Path], refresh: int | None) -> str:
     from tprl_hf.report.runs import read_training
     from tprl_hf.report.training_page import training_page
 
-    command = f"tprl report {' '.join(folder.resolve().name for folder in folders)}"
+    named = [folder.name if folder.is_absolute() else str(folder) for folder in folders]  # no place of this machine
+    command = f"tprl report {' '.join(named)}"
     evaluations = [folder for folder in folders if is_evaluation(folder)]
     if evaluations and (len(folders) > 1 or refresh):
         raise ValueError(f"{evaluations[0]} is an evaluation: its page is of it alone, and not live.")

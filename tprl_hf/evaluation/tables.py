@@ -292,7 +292,7 @@ def draw_accuracy(axes: Any, rows: Sequence[Row], places: Sequence[float], sprea
             marker=markers[number % len(markers)],
             markersize=5,
             linewidth=2 if name == "learned" else 1.2,
-            linestyle=":" if name == "random" else "--" if number >= len(PALETTE) else "-",
+            linestyle=":" if name == "random" else "--" if number >= len(PALETTE) and name != "learned" else "-",
             elinewidth=0.8,
             capsize=2,
         )

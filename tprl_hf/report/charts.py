@@ -12,6 +12,7 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 14, 12, 26
 MARKERS = ("circle", "square", "diamond", "triangle")
 MOST_POINTS = 400  # of a curve; longer ones are averaged
 MOST_MARKED = 40  # of a curve whose points have markers
+LEVEL = '<svg viewBox="0 0 26 10"><line class="zero" stroke-dasharray="5 4" x1="0" x2="26" y1="5" y2="5"/></svg>'
 
 CHART_CSS = f"""
 .charts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1.4rem; }}
@@ -44,12 +45,13 @@ class Series:
     One curve.
 
     Args:
-        name (`str`): In the legend.
+        name (`str`): Under the pointer.
         points (`Sequence[tuple[float, float]]`): x and y.
         colour (`int`): Place in [`PALETTE`].
         marker (`int`): Which of the markers; only curves of few points have them.
         dash (`str`): SVG's `stroke-dasharray`; empty for a whole line.
         intervals (`Sequence[tuple[float, float]]`, *optional*): Low and high of each point.
+        label (`str`, *optional*): In the legend, where equal ones stand once; by default the name.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Series:
     marker: int = 0
     dash: str = ""
     intervals: Sequence[tuple[float, float]] | None = None
+    label: str = ""
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -182,14 +185,9 @@ def line_chart(
             for x, y in points:
                 tip = f"{html.escape(one.name)}: {short(x)} → {y:.4g}"
                 drawn.append(marker(one.marker, x_of(x), y_of(y), f"f{one.colour}", tip))
-    names = [(one.name, swatch(one, len(points) <= MOST_MARKED)) for one, points, _ in finite]
-    names += [
-        (
-            name,
-            '<svg viewBox="0 0 26 10"><line class="zero" stroke-dasharray="5 4" x1="0" x2="26" y1="5" y2="5"/></svg>',
-        )
-        for *_, name in bands
-    ]
+    # reversed twice: of equal labels the first one's picture stays
+    pictures = {one.label or one.name: swatch(one, len(points) <= MOST_MARKED) for one, points, _ in reversed(finite)}
+    names = [*reversed(pictures.items()), *((name, LEVEL) for *_, name in bands)]
     return (
         f'<figure class="chart"><b>{html.escape(title)}</b>{legend(names)}'
         f'<div class="axis">{html.escape(y_label)}</div>'

@@ -128,7 +128,7 @@ def cost_chart(rows: Sequence[Row], title: str, x_label: str, places: Sequence[f
         own = sorted((places[n], n) for n, row in enumerate(rows) if row["pruner"] == name)
         points = [(place, 100 * rows[n]["accuracy"]["value"]) for place, n in own]
         intervals = [(100 * rows[n]["accuracy"]["low"], 100 * rows[n]["accuracy"]["high"]) for _, n in own]
-        dash = "2 3" if name == "random" else "7 3" if number >= len(PALETTE) else ""
+        dash = "2 3" if name == "random" else "7 3" if number >= len(PALETTE) and name != "learned" else ""
         found.append(Series(name, points, colour_of(name, names), number, dash, intervals))
     band = (100 * base["low"], 100 * base["value"], 100 * base["high"], "unpruned")
     return line_chart(title, found, x_label, "accuracy, % of answers", bands=[band])

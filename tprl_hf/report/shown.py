@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tprl_hf.modeling import TokenLayout
 
-CELL = 12  # of a patch, in units of the drawing
+SIDE = 144  # width of a picture in units of its veil
 SHOWN_CSS = f"""
 .shown {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: .8rem; }}
 .large .shown {{ grid-template-columns: repeat(auto-fill, minmax(min(45%, 9.5rem), {PANEL_WIDTH}px)); }}
@@ -207,14 +207,14 @@ def veil_of(grid: ShownGrid, bits: str) -> str:
         for token, row, column in zip(grid.tokens, grid.rows, grid.columns, strict=True)
         if bits[token] == "1"
     }
-    path = ""
+    cell, path = SIDE / grid.width, ""
     for row in range(grid.height):
         for is_kept, run in groupby(range(grid.width), lambda column, row=row: (row, column) in kept):
             columns = list(run)
             if not is_kept:
-                width = CELL * len(columns)
-                path += f"M{CELL * columns[0]} {CELL * row}h{width}v{CELL}h-{width}z"
-    size = f"0 0 {CELL * grid.width} {CELL * grid.height}"
+                width = cell * len(columns)
+                path += f"M{cell * columns[0]:.4g} {cell * row:.4g}h{width:.4g}v{cell:.4g}h-{width:.4g}z"
+    size = f"0 0 {SIDE} {cell * grid.height:.4g}"
     return (
         f'<svg viewBox="{size}" preserveAspectRatio="none"><path class="mask" d="{path}"/>'
         f'<path class="hatched" d="{path}"/></svg>'

@@ -17,9 +17,13 @@ from .shown import HATCH_SVG, SHOWN_CSS, ShownPictures
 CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Accuracy on validation", "% of answers", ("eval_accuracy*",)),
     ("Log-probability of the reference answer, on validation", "nats a token", ("eval_logprob*",)),
+    ("Agreement with the unpruned model, on validation", "% of answers", ("eval_agreement", "eval_agreement@*")),
+    ("Log-probability of the unpruned answer, on validation", "nats a token", ("eval_agreement_logprob*",)),
+    ("Divergence from the unpruned model, on validation", "nats a token", ("eval_kl*",)),
     ("Reward on validation", "reward", ("eval_reward*",)),
     ("Reward and its parts", "reward", ("objective/reward*", "objective/score*", "rewards/*")),
     ("Accuracy of rollouts", "share of answers", ("objective/accuracy",)),
+    ("Agreement of rollouts with the unpruned model", "share of answers", ("objective/agreement",)),
     ("Keep ratio", "share of visual tokens kept", ("objective/keep_ratio", "policy/keep_prob")),
     ("Entropy", "nats a bit", ("policy/entropy*",)),
     ("Approximate KL divergence", "nats", ("policy/approxkl*", "objective/kl")),
@@ -50,7 +54,7 @@ def training_page(runs: Sequence[TrainingRun], command: str, refresh: int | None
     """
     names = distinct_names(runs)
     pictures = ShownPictures()
-    title = "Training run " + " and ".join(names)
+    title = f"Training run{'s' * (len(runs) > 1)} {' and '.join(names)}"
     notes = [f"Command: {command}"]
     if len(runs) > 1:
         notes.insert(0, f"Whole lines are {names[0]}, dashed ones {names[1]}.")
@@ -102,6 +106,8 @@ def result_of(stage: StageRun) -> str:
     words = {
         "accuracy": "accuracy {:.1f} %",
         "logprob": "log-probability {:.3f} nats",
+        "agreement": "agreement {:.1f} %",
+        "kl": "divergence {:.4f} nats",
         "reward": "reward {:.3f}",
         "explained_variance": "explained variance {:.3f}",
     }
@@ -172,9 +178,9 @@ def chart_of(
     for number, metric in enumerate(metrics):
         for run, stage in stages.items():
             points = {row[x_name]: row[metric] for row in stage.history if metric in row and x_name in row}
-            label = readable(metric, metrics) + (f", {run}" if len(names) > 1 else "")
-            dash = DASHES[names.index(run)]
-            series.append(Series(label, sorted(points.items()), number % len(PALETTE), number, dash))
+            label, dash = readable(metric, metrics), DASHES[names.index(run)]
+            name = f"{label}, {run}" if len(names) > 1 else label
+            series.append(Series(name, sorted(points.items()), number % len(PALETTE), number, dash, label=label))
     x_label = {"step": "optimizer step", "llm_passes": "keep masks that the LLM has scored"}[x_name]
     return line_chart(title, series, x_label, unit)
 
