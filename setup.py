@@ -55,7 +55,7 @@ EXTRAS = {
     ],
     # These bring other versions of torchvision and pillow: give each a virtual environment of its own. The first
     # gradio that takes huggingface_hub 2 is 6.29; it wants pillow below 13.
-    "lmms": ["lmms-eval>=0.7.3"],
+    "lmms": ["filelock<4", "lmms-eval>=0.7.3"],  # lmms-eval 0.7.3 reads a private module of filelock 3
     "demo": ["gradio>=6.29,<7"],
     "completion": ["shtab>=1.7"],
     "docs": ["pdoc>=15.0"],

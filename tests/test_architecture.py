@@ -10,9 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tprl_hf"
 MAX_LINES = 500
 
-# `modeling <- pruners, hub, visualization <- training, serving <- evaluation <- app <- cli`; `data` and `model_cards`
-# import nothing of ours, and only `cli` and `embedded_checkpoint` of the root use `test_bed`. A trainer publishes what
-# it saves and draws what it logs: `hub` and `visualization` lie below `training`.
+# `modeling <- pruners, hub, visualization <- report <- training, serving <- evaluation <- app <- cli`; `data` and
+# `model_cards` import nothing of ours, and only `cli` and `embedded_checkpoint` of the root use `test_bed`. A trainer
+# publishes what it saves and draws what it logs: `hub` and `visualization` lie below `training`. So does `report`,
+# which says how the files look that its pages are made of.
 MAY_IMPORT: dict[str, set[str]] = {
     "modeling": set(),
     "data": set(),
@@ -20,10 +21,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "test_bed": {"", "modeling", "data"},
     "pruners": {"", "modeling"},
     "hub": {"", "modeling", "model_cards"},
-    "training": {"", "modeling", "pruners", "hub", "data", "visualization"},
+    "training": {"", "modeling", "pruners", "hub", "data", "visualization", "report"},
     "serving": {"", "modeling", "pruners"},
-    "evaluation": {"", "modeling", "pruners", "training", "data", "model_cards"},
+    "evaluation": {"", "modeling", "pruners", "training", "data", "model_cards", "report"},
     "visualization": {"", "modeling", "pruners"},
+    "report": {"", "modeling", "visualization"},
     # the root: `tprl_hf/__init__.py`, what it needs to offer our classes to transformers, and loading by name
     "": {"", "modeling", "pruners", "test_bed"},
 }

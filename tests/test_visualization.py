@@ -7,7 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from tprl_hf.modeling import Block, TokenLayout
+from tests.families.stock_processors import STOCK, save
+from tests.families.tiny_models import build
+from tests.families.tiny_processor import make_processor
+from tests.test_processors import absent
+from tprl_hf.evaluation.answers import chat_inputs
+from tprl_hf.missing_packages import load_processor
+from tprl_hf.modeling import Block, TokenLayout, TPRLForConditionalGeneration
+from tprl_hf.pruners import UniformPruner
 from tprl_hf.visualization import (
     Figure,
     Panel,
@@ -16,6 +23,7 @@ from tprl_hf.visualization import (
     figures_by_block,
     figures_to_html,
     image_from_pixel_values,
+    seen_pictures,
     tile_pictures,
 )
 
@@ -177,3 +185,59 @@ class TestFiguresByBlock:
     def test_pictures_that_fit_neither_are_refused(self, blocks, panels, image):
         with pytest.raises(ValueError, match="3 grids of 2 images, but there are 4 pictures"):
             figures_by_block([image] * 4, blocks, panels)
+
+    def test_frames_of_a_video_have_pictures_of_their_own(self, image):
+        layout = TokenLayout.from_blocks([[Block(3, 4)] * 3])
+        frames = [image, image.rotate(90), image.rotate(180)]
+        figures = figures_by_block(frames, layout, [Panel("kept", keep_mask=torch.arange(36) < 12)])
+        assert [figure.image.tobytes() for figure in figures] == [frame.tobytes() for frame in frames]
+        assert [int(figure.panels[0].keep_mask.sum()) for figure in figures] == [12, 0, 0]
+
+
+@pytest.mark.parametrize("shape", [(12, 96), (1, 12, 96), (12, 3, 4, 4), (1, 3, 4, 48), (1, 1, 8, 8)])
+def test_of_flattened_patches_the_whole_image_is_drawn(image, shape):
+    """Patches one by one, beside each other in a strip, or of other channels are no picture."""
+    layout = TokenLayout.from_blocks([[Block(3, 4)]])
+    assert seen_pictures([image], make_processor(), torch.zeros(shape), layout) == [image]
+
+
+def test_pixels_that_were_not_normalised_are_drawn_as_they_are(image):
+    processor = make_processor()
+    processor.image_processor.do_normalize = False
+    pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 255
+    (seen,) = seen_pictures([image], processor, pixels, TokenLayout.from_blocks([[Block(3, 4)]]))
+    assert seen.tobytes() == image.tobytes()
+
+
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+
+
+def quadrants(width: int, height: int) -> Image.Image:
+    """Red, green, blue and white, from the upper left to the lower right."""
+    small = Image.new("RGB", (2, 2))
+    small.putdata(COLOURS)
+    return small.resize((width, height), Image.Resampling.NEAREST)
+
+
+@pytest.mark.parametrize("family", STOCK)
+@torch.no_grad()
+def test_pictures_are_what_the_tower_saw_without_padding(family, tmp_path):
+    """A wide and a high image: whole, cut to a square, in tiles, or padded to a common size, as the family has it."""
+    if names := absent(family):
+        pytest.skip(f"its processor needs {', '.join(names)}: pip install 'tprl_hf[processors]'")
+    save(family, tmp_path)
+    processor, images = load_processor(tmp_path), [quadrants(48, 24), quadrants(24, 48)]
+    inputs = chat_inputs(processor, [{"images": images, "prompt": "what colour is the cat ?"}])
+    model = TPRLForConditionalGeneration.from_base_model(build(family), latent_dim=8).eval()
+    with model.using(UniformPruner(keep_ratio=0.5)):
+        plan = model.prune(**inputs)
+    seen = seen_pictures(images, processor, inputs["pixel_values"], plan.layout)
+    figures = figures_by_block(seen, plan.layout, [Panel("kept", keep_mask=plan.keep_mask)])
+    content = ~plan.layout.protected
+    assert sum(len(figure.rows) for figure in figures) == int(content.sum())
+    for figure in figures:
+        right, bottom = figure.image.width - 2, figure.image.height - 2
+        corners = [figure.image.getpixel(place) for place in ((1, 1), (right, 1), (1, bottom), (right, bottom))]
+        assert set(corners) <= {*COLOURS}, "padding is not a part of the picture"
+    whole = [figure for figure in figures if figure.image.size in {image.size for image in images}]
+    assert all(figure.image.getpixel((1, 1)) == COLOURS[0] for figure in whole)

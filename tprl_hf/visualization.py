@@ -12,14 +12,23 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from tprl_hf.style import (
+    BOX,
+    CORRECT,
+    DIMMING,
+    GREY,
+    HATCH,
+    HATCH_STEP,
+    INK,
+    PANEL_WIDTH,
+    PAPER,
+    RIM,
+    WRONG,
+    html_page,
+)
+
 if TYPE_CHECKING:
     from tprl_hf.modeling import TokenLayout
-
-INK, GREY, RIM, CORRECT, WRONG, BOX = "#1f2933", "#66727f", "#c4ccd4", "#1a7f4b", "#c0392b", "#ff9f1c"
-PAPER = (255, 255, 255)
-DIMMING = 0.84  # how far a pruned patch is faded towards paper
-HATCH, HATCH_STEP = "#c9d1d9", 7  # lines over pruned patches, which tell them from kept ones of a pale picture
-PANEL_WIDTH = 176  # of a page drawn at scale 1
 
 
 @dataclass
@@ -135,12 +144,28 @@ def seen_pictures(
             Where their tokens lie.
     """
     content = ~layout.protected
-    grids = torch.stack([layout.image[content], layout.block[content]], 1).unique(dim=0)
+    grids = torch.stack([layout.image[content], layout.block[content]], 1).unique(dim=0).tolist()
     # one that hands over flattened patches takes the whole image
-    if pixel_values.ndim in (4, 5) and pixel_values.shape[:-3].numel() == len(grids):
-        image_processor = processor.image_processor
-        return tile_pictures(pixel_values, image_processor.image_mean, image_processor.image_std)
-    return list(images)
+    spatial = pixel_values.ndim in (4, 5) and pixel_values.shape[-3] == 3
+    if not spatial or pixel_values.shape[:-3].numel() != len(grids):
+        return list(images)
+    sizes = [
+        (int(layout.width[inside][0]), int(layout.height[inside][0]))
+        for image, block in grids
+        for inside in [content & (layout.image == image) & (layout.block == block)]
+    ]
+    # images of several sizes are padded at the right and below to the largest of each
+    widest, highest = (max(sides) for sides in zip(*sizes, strict=True))
+    height, width = pixel_values.shape[-2:]
+    if not 1 / 3 < (width / widest) / (height / highest) < 3:  # patches beside each other, in a strip
+        return list(images)
+    settings = vars(processor.image_processor)
+    normalised = settings.get("do_normalize", True)
+    mean, std = (settings["image_mean"], settings["image_std"]) if normalised else ([0.0] * 3, [1.0] * 3)
+    return [
+        _without_padding(tile, tile.width * width // widest, tile.height * height // highest)
+        for tile, (width, height) in zip(tile_pictures(pixel_values, mean, std), sizes, strict=True)
+    ]
 
 
 def figures_by_block(
@@ -299,8 +324,10 @@ def draw_figures(figures: Sequence[Figure], scale: float = 1) -> Image.Image:
             strip.paste(picture, (left, top))
             caption = _shortened(panel.title, caption_font, panel_width)
             pen.text((left, below + round(5 * scale)), caption, font=caption_font, fill=INK)
-            text = _shortened(panel.text, text_font, panel_width)
-            pen.text((left, below + round(23 * scale)), text, font=text_font, fill=_colour(panel.is_correct))
+            row = below + round(23 * scale)
+            room = _draw_mark(pen, left, row, round(13 * scale), panel.is_correct)
+            text = _shortened(panel.text, text_font, panel_width - room)
+            pen.text((left + room, row), text, font=text_font, fill=_colour(panel.is_correct))
         strips.append(strip)
     page = Image.new("RGB", (width, 2 * margin + sum(strip.height for strip in strips) - line // 3), PAPER)
     top = margin
@@ -326,46 +353,14 @@ def figures_to_html(figures: Sequence[Figure], title: str, notes: Sequence[str] 
     Returns:
         `str`: The page. All texts are escaped.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
+    parts = []
     for number, figure in enumerate(figures):
         image = _scaled(figure.image, 2 * PANEL_WIDTH)
         # each image stands in the page once, as a style that its panels share
         parts.append(f"<style>.image{number} {{ background-image: url({_data_uri(image)}); }}</style>")
         panels = "".join(_panel_to_html(figure, panel, number, image) for panel in figure.panels)
         parts.append(f'<section><h2>{html.escape(figure.title)}</h2><div class="panels">{panels}</div></section>')
-    head = f'<meta charset="utf-8">{_VIEWPORT}<title>{html.escape(title)}</title><style>{_STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
-
-
-_VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-_STYLE = f"""
-:root {{ color-scheme: light dark; --ink: {INK}; --grey: {GREY}; --page: #f4f6f8; --card: #fff; --rim: #dfe4e8;
-  --correct: {CORRECT}; --wrong: {WRONG}; --veil: rgba(226, 232, 238, {DIMMING}); --hatch: #9aa6b2; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6e9ec; --grey: #a3adb7; --page: #14181c; --card: #1e2429;
-  --rim: #353d45; --correct: #5ed39a; --wrong: #ff8f80; --veil: rgba(24, 29, 33, {DIMMING}); --hatch: #5b6671; }} }}
-body {{ font: 15px/1.4 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 2rem; }}
-h1 {{ font-size: 1.4rem; margin: 0 0 .4rem; }} h2 {{ font-size: 1.05rem; margin: 0 0 .7rem; }}
-.note {{ color: var(--grey); margin: .1rem 0; overflow-wrap: anywhere; }}
-section {{ background: var(--card); border: 1px solid var(--rim); border-radius: 8px; padding: 1rem 1.2rem;
-  margin: 1rem 0; }}
-.panels {{ display: grid; grid-template-columns: repeat(auto-fill, {PANEL_WIDTH}px); gap: 1rem; }}
-figure {{ margin: 0; min-width: 0; }}
-figcaption {{ color: var(--grey); overflow-wrap: anywhere; }}
-figcaption b {{ display: block; margin-top: .3rem; color: var(--ink); }}
-.correct {{ color: var(--correct); }} .wrong {{ color: var(--wrong); }}
-.correct::before {{ content: "✓ "; }} .wrong::before {{ content: "✗ "; }}
-.picture {{ position: relative; background-size: 100% 100%; display: grid; outline: 1px solid var(--rim); }}
-.box {{ position: absolute; border: 2px solid {BOX}; border-radius: 4px; box-sizing: border-box; }}
-.box {{ pointer-events: none; }}
-.pruned {{ background: repeating-linear-gradient(135deg, var(--hatch) 0 1px, transparent 1px 5px), var(--veil); }}
-.patch:hover {{ outline: 2px solid {BOX}; z-index: 1; }}
-.patch:hover::after {{ content: attr(data-tip); position: absolute; left: 0; top: 100%; z-index: 2;
-  padding: .2rem .5rem; background: var(--ink); color: var(--card); border-radius: 4px; font-size: 12px;
-  max-width: 100%; box-sizing: border-box; pointer-events: none; }}
-@media (max-width: 30rem) {{ body {{ margin: .6rem; }} section {{ padding: .8rem; }}
-  .panels {{ grid-template-columns: 1fr 1fr; gap: .7rem; }} }}
-"""
+    return html_page(title, notes, "\n".join(parts))
 
 
 def _panel_to_html(figure: Figure, panel: Panel, number: int, image: Image.Image) -> str:
@@ -392,6 +387,15 @@ def _panel_to_html(figure: Figure, panel: Panel, number: int, image: Image.Image
         f'<figure><div class="picture image{number}" style="{style}">{patches}</div>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
+
+
+def _without_padding(tile: Image.Image, width: int, height: int) -> Image.Image:
+    """The upper left part of a tile, where the rest is of one colour; else the tile."""
+    pixels = np.asarray(tile)
+    outside = np.ones(pixels.shape[:2], bool)
+    outside[:height, :width] = False
+    is_flat = len(np.unique(pixels[outside], axis=0)) <= 1
+    return tile.crop((0, 0, width, height)) if is_flat else tile
 
 
 def _draw_panel(figure: Figure, panel: Panel, width: int) -> Image.Image:
@@ -440,6 +444,19 @@ def _data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _draw_mark(pen: ImageDraw.ImageDraw, left: int, top: int, size: int, is_correct: bool | None) -> int:
+    """A tick or a cross before a text, which say without colour whether it is correct; returns how wide it is."""
+    if is_correct is None:
+        return 0
+    ends = (
+        [((0.05, 0.7), (0.35, 1.0), (0.85, 0.3))] if is_correct else [((0.1, 0.3), (0.8, 1)), ((0.8, 0.3), (0.1, 1))]
+    )
+    for line in ends:
+        points = [(left + x * size, top + y * size) for x, y in line]
+        pen.line(points, fill=_colour(is_correct), width=max(1, size // 7))
+    return round(1.2 * size)
 
 
 def _colour(is_correct: bool | None) -> str:

@@ -54,6 +54,11 @@ def ppo(make_model, processor, dataset, tmp_path):
     return make
 
 
+def with_one_answer(dataset):
+    answers = [*dataset["answer"][:1], *[None] * (len(dataset) - 1)]
+    return dataset.remove_columns("answer").add_column("answer", answers)
+
+
 def without_answers(dataset):
     return dataset.remove_columns(["answer"])
 
@@ -165,7 +170,7 @@ def test_a_processor_that_is_nowhere(make_model, tmp_path):
             "no column 'answer', .*: score by it, or pass reward_funcs",
         ),
         (
-            lambda m, p, d, a: TPRLPPOTrainer(m, a, eval_dataset=without_answers(d)).evaluate(),
+            lambda m, p, d, a: TPRLPPOTrainer(m, a, eval_dataset=with_one_answer(d)).evaluate(),
             ValueError,
             "has no answer to compare with: 'word",
         ),

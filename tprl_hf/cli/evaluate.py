@@ -20,7 +20,7 @@ from .arguments import (
 )
 from .evaluation_notes import ENLARGED, HALF_SIZE, MARK, RESIZE, notes_of
 from .progress import bar, note
-from .run_folder import RUNS, claim_folder, default_folder, refuse_other_run
+from .run_folder import PAGE, RUNS, claim_folder, default_folder, refuse_other_run
 from .whole_files import write
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-dir",
         metavar="DIR",
-        help="for results.json, .csv, .md, .png and answers.jsonl; a run that was cut off resumes from the answers "
-        f"there (default: one for each model and data, below {RUNS})",
+        help="for results.html, .json, .csv, .md, .png and answers.jsonl; a run that was cut off resumes from the "
+        f"answers there (default: one for each model and data, below {RUNS})",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="delete the results of an earlier run there, and start over"
@@ -128,12 +128,14 @@ def run(arguments: argparse.Namespace) -> int:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ValueError("The plot needs matplotlib: pip install 'tprl_hf[eval]'.") from None
+    from tprl_hf.evaluation.broken import broken_questions
     from tprl_hf.evaluation.compare_pruners import append_records, compare_pruners, read_records
     from tprl_hf.evaluation.confidence import confidence_table
     from tprl_hf.evaluation.flops import llm_shape
     from tprl_hf.evaluation.runs_table import QUESTIONS
     from tprl_hf.evaluation.setting_costs import count_settings, time_settings
     from tprl_hf.evaluation.tables import accuracy_table, summarize, type_table
+    from tprl_hf.report.evaluation_page import BROKEN, evaluation_page
     from tprl_hf.training.answer_batches import undecoded
 
     from .loading import load_named_model
@@ -195,10 +197,12 @@ def run(arguments: argparse.Namespace) -> int:
         known, settings, samples["question_type"], units, 0.95, data_seeds, counted, times, list(samples["answer"])
     )
     write_results(folder, rows, described)
+    write(folder / BROKEN, json.dumps(broken_questions(model, processor, samples, settings, known)) + "\n")
+    write(folder / PAGE, evaluation_page(folder))
     for table in (accuracy_table(rows), type_table(rows), confidence_table(rows)):
         print(format_table(table))
     print("\n".join(notes_of(rows, described)))
-    print(f"Written: {folder}/results.json, .csv, .md, .png and answers.jsonl")
+    print(f"Written: {folder}/results.html, .json, .csv, .md, .png and answers.jsonl")
     print(f"Took {time.perf_counter() - started:.0f} s")
     return 0
 
@@ -382,7 +386,7 @@ def write_results(folder: Path, rows, described: dict[str, Any]) -> None:
     from tprl_hf.evaluation.confidence import confidence_table
     from tprl_hf.evaluation.tables import accuracy_table, as_csv, as_markdown, plot_accuracy, type_table
 
-    content = {**described, "rows": [asdict(row) for row in rows]}
+    content = {**described, "notes": notes_of(rows, described), "rows": [asdict(row) for row in rows]}
     write(folder / "results.json", json.dumps(content, indent=1) + "\n")
     write(folder / "results.csv", as_csv(rows))
     tables = (accuracy_table(rows), type_table(rows), confidence_table(rows))

@@ -19,6 +19,7 @@ from . import (
     flops,
     generate,
     push,
+    report,
     reproduce,
     serve,
     table,
@@ -30,8 +31,23 @@ from .progress import note, set_quiet
 
 # Each has NAME, HELP, add_arguments(parser) and run(arguments) -> exit code, and imports torch only in `run`.
 COMMANDS = (
-    *(demo, generate, compare, count, trajectory, evaluate, table, flops, benchmark, train, reproduce, push, serve),
-    app,
+    *(
+        demo,
+        app,
+        generate,
+        compare,
+        count,
+        trajectory,
+        evaluate,
+        table,
+        flops,
+        benchmark,
+        train,
+        report,
+        reproduce,
+        push,
+        serve,
+    ),
     completion,
 )
 
@@ -77,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_arguments(arguments)
         # which takes many seconds on a busy machine
-        if "torch" not in sys.modules and arguments.run is not completion.run:
+        if "torch" not in sys.modules and arguments.run not in (completion.run, report.run):
             note(f"tprl {arguments.command}: importing PyTorch and transformers ...")
         return arguments.run(arguments)
     except BrokenPipeError:  # as in `tprl demo | head`

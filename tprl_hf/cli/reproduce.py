@@ -259,14 +259,15 @@ def plot(table: Table, result: dict[str, Any], path: Path) -> None:
     """Curves of training where the table has some, else accuracy by budget."""
     from fractions import Fraction
 
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
+
+    from tprl_hf.style import PALETTE
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     labels = result["labels"]
     for number, (slug, label) in enumerate(labels.items()):
-        colour = colormaps["tab10"](number % 10)
+        colour = PALETTE[number % len(PALETTE)]
         if table.curve:
             for place, one in enumerate(one for one in result["training"] if one["row"] == label):
                 points = [(entry.get(table.curve, 0), entry["eval_accuracy"]) for entry in one["curve"]]

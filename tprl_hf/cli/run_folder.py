@@ -13,7 +13,11 @@ from .whole_files import write
 RUNS = "tprl_output/evaluate"
 # not the name of the data: a file may change under its name, or move
 DEPENDS_ON = ("questions", "split", "seed", "num_samples", "max_new_tokens", "score", "settings", "weights")
-WRITTEN = ("run.json", "questions.json", "answers.jsonl", "results.json", "results.csv", "results.md", "results.png")
+PAGE = "results.html"
+WRITTEN = (
+    *("run.json", "questions.json", "answers.jsonl", "broken.json"),
+    *("results.json", "results.csv", "results.md", "results.png", PAGE),
+)
 
 
 def default_folder(arguments: argparse.Namespace) -> Path:

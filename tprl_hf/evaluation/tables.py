@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from tprl_hf.style import PALETTE, colour_of
+
 from .benchmark import Spread
 from .compare_pruners import Record, Setting
 from .confidence import Confidence, confidence_of
@@ -268,8 +270,6 @@ def plot_accuracy(rows: Sequence[Row], path: str | Path, title: str) -> None:
 
 def draw_accuracy(axes: Any, rows: Sequence[Row], places: Sequence[float], spread_over: float) -> None:
     """One panel: the accuracy of each row at its place on the x axis; `spread_over` sets apart what lies together."""
-    from matplotlib import colormaps
-
     base, *others = rows
     place_of = {(row.pruner, row.budget): place for row, place in zip(rows, places, strict=True)}
     axes.axhspan(100 * base.accuracy.low, 100 * base.accuracy.high, color="0.9", zorder=0)
@@ -288,15 +288,15 @@ def draw_accuracy(axes: Any, rows: Sequence[Row], places: Sequence[float], sprea
             heights,
             yerr=[below, above],
             label=name,
-            color="black" if name == "learned" else colormaps["tab20"](number * 2 % 20 + number * 2 // 20),
+            color=PALETTE[colour_of(name, names)],
             marker=markers[number % len(markers)],
             markersize=5,
             linewidth=2 if name == "learned" else 1.2,
-            linestyle=":" if name == "random" else "-",
+            linestyle=":" if name == "random" else "--" if number >= len(PALETTE) and name != "learned" else "-",
             elinewidth=0.8,
             capsize=2,
         )
-    axes.set_ylabel("accuracy %")
+    axes.set_ylabel("accuracy, % of answers")
     axes.set_xlim(left=0)
     axes.grid(color="0.92")
     axes.set_axisbelow(True)

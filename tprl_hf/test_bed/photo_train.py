@@ -14,21 +14,17 @@ command resumes from it, with the batches that an unbroken run would see.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
-import socket
 import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -49,6 +45,17 @@ from .photo_model import (
     trained_weights,
 )
 from .photo_parts import PartMissingError, build_untrained
+from .training_run import (
+    Moments,
+    average_gradients,
+    config_of,
+    join_processes,
+    leave_processes,
+    load_moments,
+    read_state,
+    run_processes,
+    write_state,
+)
 
 # Heads of SmolLM2, by layer, that look from a word at the same word before it (those of layer 9 also at things of a
 # kind), also before any training: 30 to 45 % of their attention. What predicts the answer has to learn it.
@@ -218,48 +225,19 @@ def evaluate(model: LlavaForConditionalGeneration, heads: ReadingHeads, batches:
 
 def save_state(path: Path, modules: nn.Module, optimizer: torch.optim.Optimizer | None, step: int) -> None:
     """Write what is trained and the optimizer's moments in one safetensors file, atomically; the step as metadata."""
-    tensors = {f"model.{name}": value.detach() for name, value in modules.named_parameters() if value.requires_grad}
-    if optimizer is not None:
-        for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
-    temporary = path.with_suffix(".tmp")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata={"step": str(step)})
-    os.replace(temporary, path)
+    weights = {name: value for name, value in modules.named_parameters() if value.requires_grad}
+    write_state(path, weights, optimizer, {"step": str(step)})
 
 
-def load_state(path: Path, modules: nn.Module) -> tuple[int, dict[int, dict[str, torch.Tensor]]]:
+def load_state(path: Path, modules: nn.Module) -> tuple[int, Moments]:
     """Load what is trained in place; return the step and the optimizer's state by parameter."""
-    moments: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+    progress, weights, moments = read_state(path)
     parameters = {name: value for name, value in modules.named_parameters() if value.requires_grad}
-    with safe_open(path, "pt") as file:
-        step = int(file.metadata()["step"])
-        saved = {name.removeprefix("model.") for name in file.keys() if name.startswith("model.")}
-        if saved != parameters.keys():
-            raise ValueError(
-                f"{path} is of another model ({sorted(saved ^ parameters.keys())[:3]}); delete it to restart."
-            )
-        with torch.no_grad():
-            for name, value in parameters.items():
-                value.copy_(file.get_tensor(f"model.{name}"))
-        for name in file.keys():
-            if name.startswith("optimizer."):
-                _, i, key = name.split(".")
-                moments[int(i)][key] = file.get_tensor(name)
-    return step, dict(moments)
-
-
-def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
-    """Average gradients over the processes."""
-    if world_size == 1:
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= world_size
-    start = 0
-    for gradient in gradients:
-        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-        start += gradient.numel()
+    if weights.keys() != parameters.keys():
+        other = sorted(weights.keys() ^ parameters.keys())[:3]
+        raise ValueError(f"{path} is of another model ({other}); delete it to restart.")
+    modules.load_state_dict(weights, strict=False)
+    return int(progress["step"]), moments
 
 
 def rate_at(step: int, config: PhotoLVLMConfig) -> float:
@@ -290,8 +268,7 @@ def train_answers(
     step = 0
     if state_path.exists():
         step, moments = load_state(state_path, modules)
-        if moments:
-            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        load_moments(optimizer, moments)
     full_from = round(config.full_share * config.steps)
     batches = training_batches(
         tokenizer, pictures_root(), config.scenes, config.seed, rank, config.num_processes, step, full_from
@@ -307,7 +284,7 @@ def train_answers(
         loss = losses.answer + weight * losses.grounding + config.reading_weight * losses.reading
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(parameters, config.num_processes)
+        average_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         if not torch.isfinite(norm):
             raise FloatingPointError(
@@ -363,15 +340,7 @@ def train(rank: int, config: PhotoLVLMConfig, untrained: Path, port: int) -> Non
         unfinished = aligned.with_suffix(".tmp")
         save_file({name: value.contiguous() for name, value in trained_weights(model).items()}, unfinished)
         os.replace(unfinished, aligned)
-    if config.num_processes > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"tcp://127.0.0.1:{port}",
-            rank=rank,
-            world_size=config.num_processes,
-            timeout=timedelta(hours=2),
-        )
-        dist.barrier()
+    join_processes(rank, config.num_processes, port)
     with safe_open(aligned, "pt") as file:
         load_trained(model, {name: file.get_tensor(name) for name in file.keys()})
     torch.manual_seed(config.seed)
@@ -392,30 +361,17 @@ def train(rank: int, config: PhotoLVLMConfig, untrained: Path, port: int) -> Non
         (directory / "training.json").write_text(
             json.dumps({"config": asdict(config) | {"output_dir": "."}, "validation": scores}, indent=2) + "\n"
         )
-    if config.num_processes > 1:
-        dist.destroy_process_group()
+    leave_processes()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", required=True)
-    for name, default in asdict(PhotoLVLMConfig("")).items():
-        if name != "output_dir":
-            parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    config = PhotoLVLMConfig(**vars(parser.parse_args()))
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    config = config_of(PhotoLVLMConfig, __doc__)
     try:
         untrained = build_untrained(photo_directory())
     except PartMissingError as error:
         print(error, file=sys.stderr)
         return 1
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    if config.num_processes == 1:
-        train(0, config, untrained, port)
-    else:
-        torch.multiprocessing.spawn(train, (config, untrained, port), nprocs=config.num_processes)
+    run_processes(train, config.num_processes, config, untrained)
     return 0
 
 

@@ -14,21 +14,15 @@ command resumes from it. The learning rate follows the time spent, so that a run
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
-import socket
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -50,6 +44,17 @@ from .batches import (
     training_batches,
 )
 from .model import NUM_PATCHES, PATCH_SIZE, PATCHES_PER_SIDE, build_lvlm, build_processor
+from .training_run import (
+    Moments,
+    average_gradients,
+    config_of,
+    join_processes,
+    leave_processes,
+    load_moments,
+    read_state,
+    run_processes,
+    write_state,
+)
 
 
 @dataclass
@@ -265,35 +270,20 @@ def evaluate(
 
 def save_state(path: Path, modules: nn.Module, optimizer: torch.optim.Optimizer | None, progress: dict) -> None:
     """Write weights and optimizer moments in one safetensors file, atomically, progress in its metadata."""
-    tensors = {f"model.{name}": value for name, value in modules.state_dict().items()}
     # The output embeddings are the input embeddings: one copy is enough.
-    tensors = {name: value.clone() for name, value in tensors.items() if "lm_head" not in name}
-    if optimizer is not None:
-        for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{key}": value.clone() for key, value in state.items()}
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"progress": json.dumps(progress)})
-    os.replace(temporary, path)
+    weights = {name: value for name, value in modules.state_dict().items() if "lm_head" not in name}
+    write_state(path, weights, optimizer, {"progress": json.dumps(progress)})
 
 
-def load_state(path: Path, modules: nn.Module) -> tuple[dict, dict[int, dict[str, torch.Tensor]]]:
+def load_state(path: Path, modules: nn.Module) -> tuple[dict, Moments]:
     """Load weights in place; return the progress and the optimizer's state by parameter."""
-    moments: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
-    weights = {}
-    with safe_open(path, "pt") as file:
-        progress = json.loads(file.metadata()["progress"])
-        for name in file.keys():
-            if name.startswith("model."):
-                weights[name.removeprefix("model.")] = file.get_tensor(name)
-            else:
-                _, i, key = name.split(".")
-                moments[int(i)][key] = file.get_tensor(name)
+    progress, weights, moments = read_state(path)
     missing, unexpected = modules.load_state_dict(weights, strict=False)
     if unexpected or any("lm_head" not in name for name in missing):
         raise ValueError(
             f"{path} is of another model (missing {missing}, unexpected {unexpected}); delete it to restart."
         )
-    return progress, dict(moments)
+    return json.loads(progress["progress"]), moments
 
 
 def parameter_groups(model: LlavaForConditionalGeneration, heads: ReadingHeads, tower_scale: float) -> list[dict]:
@@ -306,21 +296,6 @@ def parameter_groups(model: LlavaForConditionalGeneration, heads: ReadingHeads, 
     return [
         {"params": parameters, "scale": scale, "weight_decay": decay} for (scale, decay), parameters in groups.items()
     ]
-
-
-def average_gradients(parameters: list[nn.Parameter], elapsed: float, world_size: int) -> float:
-    """Average gradients over the processes, and the time spent with them, so that all take the same learning rate."""
-    if world_size == 1:
-        return elapsed
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients] + [torch.tensor([elapsed])])
-    dist.all_reduce(flat)
-    flat /= world_size
-    start = 0
-    for gradient in gradients:
-        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-        start += gradient.numel()
-    return flat[-1].item()
 
 
 def train_phase(
@@ -348,8 +323,7 @@ def train_phase(
     if state_path.exists():
         progress, moments = load_state(state_path, modules)
         step, spent = progress["step"], progress["minutes"]
-        if moments:
-            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        load_moments(optimizer, moments)
     if spent >= minutes:
         return
     # Scenes of the two phases are different ones.
@@ -380,7 +354,8 @@ def train_phase(
             losses |= {"answer": read.answer, "grounding": read.grounding, "relation": read.relation}
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        spent = average_gradients(parameters, start + (time.monotonic() - clock) / 60, config.num_processes)
+        # the mean time spent with them, so that all processes take the same learning rate
+        spent = average_gradients(parameters, start + (time.monotonic() - clock) / 60)
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         if not torch.isfinite(norm):
             raise FloatingPointError(
@@ -412,17 +387,12 @@ def train_phase(
             next_save = spent + config.save_every
     if rank == 0:
         save_state(state_path, modules, None, {"step": step, "minutes": spent})
-    if config.num_processes > 1:
-        dist.barrier()
 
 
 def train(rank: int, config: MosaicLVLMConfig, port: int) -> None:
     """One process of the training."""
     torch.set_num_threads(1)
-    if config.num_processes > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=config.num_processes
-        )
+    join_processes(rank, config.num_processes, port)
     processor = build_processor()
     tokenizer = processor.tokenizer
     model = build_lvlm(tokenizer, config.seed)
@@ -447,25 +417,12 @@ def train(rank: int, config: MosaicLVLMConfig, port: int) -> None:
         (Path(config.output_dir) / "training.json").write_text(
             json.dumps({"config": asdict(config) | {"output_dir": "."}, "validation": scores}, indent=2) + "\n"
         )
-    if config.num_processes > 1:
-        dist.destroy_process_group()
+    leave_processes()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", required=True)
-    for name, default in asdict(MosaicLVLMConfig("")).items():
-        if name != "output_dir":
-            parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    config = MosaicLVLMConfig(**vars(parser.parse_args()))
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    if config.num_processes == 1:
-        train(0, config, port)
-    else:
-        torch.multiprocessing.spawn(train, (config, port), nprocs=config.num_processes)
+    config = config_of(MosaicLVLMConfig, __doc__)
+    run_processes(train, config.num_processes, config)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
 from .answer_batches import AnswerBatch, EncodedSample, left_pad
 from .divergence import mean_divergence, stacked_targets
+from .micro_batches import MAX_TOKENS, within_memory
 
 
 @dataclass
@@ -107,6 +108,7 @@ def score_answers(
     keep_mask: Tensor,
     sample_index: Sequence[int],
     batch_size: int = 64,
+    max_tokens: int = MAX_TOKENS,
 ) -> AnswerScores:
     """
     Scores S keep masks at once, several of one sample if need be.
@@ -115,20 +117,28 @@ def score_answers(
         batch: B samples with N visual tokens at most.
         keep_mask (`bool [S, N]`): True where a token is kept.
         sample_index (`list[int]` of length S): the sample that each mask is of.
-        batch_size (`int`, defaults to 64): masks that run through the LLM together.
+        batch_size (`int`, defaults to 64): masks that run through the LLM together, at most.
+        max_tokens (`int`, defaults to 40,960): tokens that run through it together, padding included, at most.
 
     Returns:
         [`AnswerScores`]
     """
     valid = batch.inputs.valid
+    answers = [0 if sample.answer_ids is None else len(sample.answer_ids) for sample in batch.samples]
+    texts = [
+        len(sample.prompt_ids) - sample.num_visual + length
+        for sample, length in zip(batch.samples, answers, strict=True)
+    ]
     # Masks that keep about as many tokens run together, so that little is padded.
-    order = keep_mask.sum(1).argsort(stable=True).tolist()
+    num_kept = keep_mask.sum(1)
+    order, kept = num_kept.argsort(stable=True).tolist(), num_kept.tolist()
+    lengths = [texts[sample_index[index]] + kept[index] for index in order]
     logprobs = torch.zeros(len(sample_index), device=keep_mask.device)
     correct = torch.zeros(len(sample_index), dtype=torch.bool, device=keep_mask.device)
     is_own = bool(batch.samples) and all(sample.unpruned is not None for sample in batch.samples)
     divergence = torch.zeros_like(logprobs) if is_own else None
-    for start in range(0, len(sample_index), batch_size):
-        chunk = order[start : start + batch_size]
+    for part in within_memory(lengths, max_tokens, batch_size):
+        chunk = [order[place] for place in part]
         samples = [sample_index[index] for index in chunk]
         inputs, labels = answered_prompts(model, batch, samples)
         logits, labels = answer_logits(model, inputs, labels, keep_mask[chunk][valid[samples]])

@@ -25,6 +25,7 @@ from .pruner_trainer import PrunerTrainer, TrainedNetworks
 from .rollouts import policy_on_trajectories
 from .trainer_arguments import given_dataset, has_answers
 from .unpruned_answers import UnprunedAnswers
+from .watched import ChosenTokens, masks_line, watched_numbers, write_watched
 
 logger = logging.get_logger(__name__)
 
@@ -40,10 +41,22 @@ def rises(metric: str) -> int:
 class PolicyNetworks(TrainedNetworks):
     """One pass of the policy over all steps of a batch of trajectories."""
 
+    def __init__(self, model: TPRLForConditionalGeneration):
+        super().__init__(model)
+        self.known: tuple[Tensor, Tensor] | None = None  # tokens of a buffer, and their codes
+
     def forward(self, inputs: PruningInputs, sample_index: Tensor, keep_masks: Tensor) -> PolicyOutput:
         """See [`policy_on_trajectories`]."""
-        codes = self.autoencoder.encode(inputs.tokens)
+        codes = self.codes(inputs.tokens)
         return policy_on_trajectories(self.policy, codes, inputs, sample_index, keep_masks)
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        """Codes `[B, N, Z]` of tokens `[B, N, D]`; once for all updates of a buffer, where the encoder is frozen."""
+        if any(weight.requires_grad for weight in self.autoencoder.encoder.parameters()):
+            return self.autoencoder.encode(tokens)
+        if self.known is None or self.known[0] is not tokens:
+            self.known = tokens, self.autoencoder.encode(tokens)
+        return self.known[1]
 
 
 class PolicyTrainer(PrunerTrainer):
@@ -71,6 +84,8 @@ class PolicyTrainer(PrunerTrainer):
             model.config.keep_ratio = args.keep_ratio
         self.best: dict[str, Any] = {}
         self.last_measured = -1
+        self.chosen: list[tuple[Dataset, list[ChosenTokens]]] = []  # by the last `evaluate`, of each dataset
+        self.watched: list[int] | None = None  # places among these
         self.training_before = model.config.policy_training
         self.digest: str | None = None
 
@@ -90,35 +105,48 @@ class PolicyTrainer(PrunerTrainer):
             is correct when greedy decoding gives exactly the reference. Without labels the reference is what the LVLM
             itself answers unpruned: `agreement`, `agreement_logprob` and `kl`, in the same way.
         """
-        return self.measure_masks(dataset)[0]
+        metrics, chosen = self.measure_masks(dataset)
+        self.chosen.append((dataset, chosen))
+        return metrics
 
-    def measure_masks(self, dataset: Dataset) -> tuple[dict[str, float], list[np.ndarray]]:
-        """What `measure` gives, and the keep masks of the samples of this process, bool `[R, N]` each."""
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        self.chosen = []
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def measure_masks(self, dataset: Dataset) -> tuple[dict[str, float], list[ChosenTokens]]:
+        """What `measure` gives, and what was chosen of the samples of this process."""
         model, ratios, reads_labels = self.tprl_model, self.args.eval_keep_ratios, self.reads_labels(dataset)
         pruner = model.learned_pruner()
         sums: dict[str, Tensor] = {}  # of each metric, [R]
-        keep_masks: list[np.ndarray] = []
+        found: list[ChosenTokens] = []
         # Each process takes every so many-th sample.
         mine = range(self.args.process_index, len(dataset), self.args.world_size)
         batch_size = self.args.per_device_eval_batch_size
+        following = [dataset[i] for i in mine[:batch_size]]
         for start in range(0, len(mine), batch_size):
-            batch = self.encoder([dataset[i] for i in mine[start : start + batch_size]])
+            numbers, batch = mine[start : start + batch_size], self.encoder(following)
+            following = [dataset[i] for i in mine[start + batch_size : start + 2 * batch_size]]
+            self.encoder.prefetch(following)
             batch = batch if reads_labels else self.unpruned_answers(batch)
-            chosen = []
+            chosen, scores = [], []
             for column, ratio in enumerate(ratios):
                 budget = Budget(keep_ratio=ratio, min_keep=model.config.min_keep)
-                keep_mask, _ = pruner.choose(batch.inputs, budget)
+                keep_mask, of_tokens = pruner.choose(batch.inputs, budget)
                 for name, values in self.measure_answers(batch, keep_mask).items():
                     zeros = torch.zeros(len(ratios), device=self.args.device)
                     sums.setdefault(name, zeros)[column] += values.sum()
                 chosen.append(keep_mask)
-            masks, valid = torch.stack(chosen).cpu(), batch.inputs.valid.cpu()
-            keep_masks += [masks[:, sample, of_sample].numpy() for sample, of_sample in enumerate(valid)]
+                protected = batch.inputs.layout.protected  # of a shared budget they get theirs first
+                scores.append(of_tokens.float().masked_fill(protected, torch.inf))
+            masks, logits, valid = torch.stack(chosen).cpu(), torch.stack(scores).cpu(), batch.inputs.valid.cpu()
+            for sample, (number, row) in enumerate(zip(numbers, batch.rows, strict=True)):
+                own = (part[:, sample, valid[sample]].numpy() for part in (masks, logits))
+                found.append(ChosenTokens(number, row.get("question_type") or "all", *own))
         means = {name: self.accelerator.reduce(of_ratios, "sum") / len(dataset) for name, of_ratios in sums.items()}
         metrics = {name: of_ratios.mean().item() for name, of_ratios in means.items()}
         for column, ratio in enumerate(ratios):
             metrics |= {f"{name}@{ratio:.3f}": of_ratios[column].item() for name, of_ratios in means.items()}
-        return metrics, keep_masks
+        return metrics, found
 
     def reads_labels(self, dataset: Dataset) -> bool:
         """Whether a dataset is measured by its column `answer`; else by what the LVLM itself answers unpruned."""
@@ -126,7 +154,10 @@ class PolicyTrainer(PrunerTrainer):
 
     def measure_answers(self, batch: AnswerBatch, keep_mask: Tensor) -> dict[str, Tensor]:
         """What is measured of each sample, pruned to `keep_mask [B, N]`: float32 `[B]` by name."""
-        scores = score_answers(self.tprl_model, batch, keep_mask, list(range(len(batch))), self.args.score_batch_size)
+        everyone, args = list(range(len(batch))), self.args
+        scores = score_answers(
+            self.tprl_model, batch, keep_mask, everyone, args.score_batch_size, self.score_batch_tokens
+        )
         if scores.divergence is not None:
             same = 100 * scores.correct.float()
             return {"agreement": same, "agreement_logprob": scores.logprobs, "kl": scores.divergence}
@@ -140,9 +171,8 @@ class PolicyTrainer(PrunerTrainer):
             with False behind the visual tokens of a sample; `metrics` as those of `evaluate`; no `label_ids`.
         """
         dataset = given_dataset(test_dataset, "test_dataset")
-        metrics, masks = self.measure_masks(dataset)
-        numbers = range(self.args.process_index, len(dataset), self.args.world_size)
-        found = dict(gather_object(list(zip(numbers, masks, strict=True))))
+        metrics, chosen = self.measure_masks(dataset)
+        found = dict(gather_object([(one.number, one.keep_masks) for one in chosen]))
         predictions = np.zeros(
             (len(found), len(self.args.eval_keep_ratios), max(m.shape[1] for m in found.values())), bool
         )
@@ -154,6 +184,19 @@ class PolicyTrainer(PrunerTrainer):
 
     def measured(self, metrics: dict[str, float]) -> None:
         self.remember_if_best(metrics)
+        self.watch()
+
+    def watch(self) -> None:
+        """Notes the keep masks of the watched samples of the first dataset that was just measured."""
+        if not self.run_log.is_open or not self.args.watched_samples:
+            return
+        dataset, chosen = self.chosen[0]
+        if self.watched is None:
+            self.watched = watched_numbers(chosen, dataset, self.args.watched_samples)
+            write_watched(
+                self.encoder, [dataset[chosen[place].number] for place in self.watched], self.args.output_dir
+            )
+        self.run_log.masks.add(masks_line(self.state.global_step, self.args.eval_keep_ratios, chosen, self.watched))
 
     def remember_if_best(self, metrics: dict[str, float]) -> None:
         self.last_measured = self.state.global_step

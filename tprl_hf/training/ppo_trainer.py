@@ -61,9 +61,13 @@ class TPRLPPOTrainer(RolloutTrainer):
         advantages = whiten(advantages, known) if args.whiten_advantages else advantages * known
         self.buffer = {"advantages": advantages, "returns": torch.where(is_scored, returns, rollouts.values)}
 
+        reward = rewards.sum(0)[is_scored].mean()
+        efficiency = step_rewards(torch.zeros_like(scores), num_kept, args.alpha, args.beta).sum(0)[is_scored].mean()
         self.note(
             {
-                "objective/reward": rewards.sum(0)[is_scored].mean(),
+                "objective/reward": reward,
+                "objective/reward_score": reward - efficiency,
+                "objective/reward_efficiency": efficiency,
                 "objective/keep_ratio": (num_kept[-1] / num_kept[0].clamp(min=1)).mean(),
             }
         )

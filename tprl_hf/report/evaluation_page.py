@@ -1,0 +1,194 @@
+"""One page of an evaluation: accuracy against what it costs, by question type, and which questions pruning broke."""
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tprl_hf.style import PALETTE, colour_of, html_page
+
+from .charts import CHART_CSS, Series, bar_cell, cell, line_chart, table
+from .runs import json_object
+from .shown import HATCH_SVG, SHOWN_CSS, ShownPictures, ShownSample
+
+RESULTS, BROKEN = "results.json", "broken.json"
+CSS = """
+.cases { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 0 1.4rem; }
+.cases .shown { grid-template-columns: repeat(2, minmax(0, 11rem)); }
+"""
+Row = Mapping[str, Any]
+
+
+def is_evaluation(folder: Path) -> bool:
+    """Whether `tprl evaluate` wrote in this directory."""
+    return (folder / "run.json").exists() and (folder / "answers.jsonl").exists()
+
+
+def evaluation_page(folder: Path) -> str:
+    """
+    The page of a directory that `tprl evaluate` wrote.
+
+    Raises:
+        `ValueError`: If the evaluation is not finished.
+    """
+    results = json_object(folder / RESULTS)
+    if not results:
+        raise ValueError(f"{folder} has no {RESULTS} yet: let its command finish; it keeps the answers.")
+    rows = results["rows"]
+    broken, pictures = json_object(folder / BROKEN), ShownPictures()
+    title = f"{Path(results['data']).name}, {results['split']}"
+    notes = results.get("notes") or [
+        f"{results['num_samples']} questions, seed {results['seed']}. Accuracy: {results['score']}.",
+        f"Device: {results['device']}.",
+        f"Command: {results['command']}",
+    ]
+    parts = [HATCH_SVG, section("All pruners", accuracy_table(rows))]
+    parts.append(section("What accuracy costs", f'<div class="charts">{"".join(cost_charts(rows))}</div>'))
+    parts.append(section("By question type", type_tables(rows)))
+    parts.append(section("What pruning broke", broken_html(broken, pictures)))
+    said = "".join(f'<p class="note">{html.escape(without_places(note))}</p>' for note in notes)
+    parts.append(section("How this was measured", said))
+    css = CHART_CSS + SHOWN_CSS + CSS + pictures.css
+    subtitle = f"{results['num_samples']} questions; accuracy with 95 % intervals over images."
+    return html_page(f"Evaluation: {title}", [subtitle], "\n".join(parts), css)
+
+
+def without_places(text: str) -> str:
+    """
+    A text in which paths of this machine are their last part.
+
+    Example:
+
+    ```python
+    >>> without_places("--data /data/own.jsonl --keep-ratios 1/3")
+    '--data own.jsonl --keep-ratios 1/3'
+    ```
+    """
+    return re.sub(r"(?<!\S)/(?:[^\s/]+/)*([^\s/]+)", r"\1", text)
+
+
+def section(title: str, body: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
+
+
+def accuracy_table(rows: Sequence[Row]) -> str:
+    """All rows; the bars are the accuracies, from 0 to 100 %."""
+    base = rows[0]["accuracy"]["value"]
+    has_times = all(row.get("milliseconds") for row in rows)
+    header = ["pruner", "kept", "tokens", "accuracy %", "compared with unpruned (pp)", "of unpruned (%)"]
+    lines = []
+    for row in rows:
+        accuracy, difference = row["accuracy"], row["difference"]
+        tokens = f"{row['mean_kept']:.0f} of {row['mean_visual']:.0f}"
+        cells = [cell(row["pruner"], "number"), cell(row["budget"]), cell(tokens, "number")]
+        cells.append(bar_cell(percent(accuracy), accuracy["value"]))
+        cells.append(cell("-" if row is rows[0] else percent(difference, "+"), "number"))
+        cells.append(cell(f"{100 * accuracy['value'] / base:.1f}" if base else "-"))
+        if has_times:
+            cells.append(cell(f"{row['milliseconds']['median']:.1f}"))
+        lines.append(cells)
+    return table([*header, *(["ms"] if has_times else [])], lines)
+
+
+def percent(estimate: Mapping[str, float], sign: str = "") -> str:
+    """
+    Example:
+
+    ```python
+    >>> percent({"value": 0.5, "low": 0.425, "high": 0.576})
+    '50.0 [42.5, 57.6]'
+    ```
+    """
+    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
+    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def cost_charts(rows: Sequence[Row]) -> list[str]:
+    """Accuracy against tokens, against milliseconds and against operations, as far as they were measured."""
+    total = rows[0]["mean_visual"]
+    label = f"visual tokens kept, of {total:.0f}"
+    drawn = [cost_chart(rows, "Accuracy and tokens", label, [row["mean_kept"] for row in rows])]
+    if all(row.get("milliseconds") for row in rows):
+        label = "ms from pixels to the first new token, one question"
+        times = [row["milliseconds"]["median"] for row in rows]
+        drawn.append(cost_chart(rows, "Accuracy and time", label, times))
+    if all(row.get("counted") for row in rows):
+        label = "10⁹ operations of tower, pruner and prefill, one question"
+        counts = [sum(row["counted"].values()) / 1e9 for row in rows]
+        drawn.append(cost_chart(rows, "Accuracy and operations", label, counts))
+    return drawn
+
+
+def cost_chart(rows: Sequence[Row], title: str, x_label: str, places: Sequence[float]) -> str:
+    """Accuracy of each pruner at its budgets; the unpruned model is a level."""
+    base, names = rows[0]["accuracy"], list(dict.fromkeys(row["pruner"] for row in rows[1:]))
+    found = []
+    for number, name in enumerate(names):
+        own = sorted((places[n], n) for n, row in enumerate(rows) if row["pruner"] == name)
+        points = [(place, 100 * rows[n]["accuracy"]["value"]) for place, n in own]
+        intervals = [(100 * rows[n]["accuracy"]["low"], 100 * rows[n]["accuracy"]["high"]) for _, n in own]
+        dash = "2 3" if name == "random" else "7 3" if number >= len(PALETTE) and name != "learned" else ""
+        found.append(Series(name, points, colour_of(name, names), number, dash, intervals))
+    band = (100 * base["low"], 100 * base["value"], 100 * base["high"], "unpruned")
+    return line_chart(title, found, x_label, "accuracy, % of answers", bands=[band])
+
+
+def type_tables(rows: Sequence[Row]) -> str:
+    """A table for each budget: bars from 0 to 100 %, a column for each question type."""
+    parts = []
+    for budget in dict.fromkeys(row["budget"] for row in rows[1:]):
+        shown = [rows[0], *(row for row in rows[1:] if row["budget"] == budget)]
+        header = ["pruner", *(f"{kind} ({one['count']})" for kind, one in rows[0]["by_type"].items())]
+        lines = []
+        for row in shown:
+            bars = [bar_cell(f"{100 * one['value']:.1f}", one["value"]) for one in row["by_type"].values()]
+            lines.append([cell(row["pruner"], "number"), *bars])
+        parts.append(f"<h3>{html.escape(budget)} of the tokens kept; accuracy %</h3>{table(header, lines)}")
+    return "\n".join(parts)
+
+
+def broken_html(broken: Mapping[str, Any], pictures: ShownPictures) -> str:
+    """How many questions each pruner broke and mended, and some of the broken ones."""
+    if not broken:
+        return "<p>Not noted here: run the command of this evaluation once more, which keeps its answers.</p>"
+    kinds = list(dict.fromkeys(kind for row in broken["counts"] for kind in row["by_type"]))
+    header = ["pruner", "kept", "broken", "mended", *(f"broken: {kind}" for kind in kinds)]
+    lines = []
+    for row in broken["counts"]:
+        lost, won, asked = (sum(one[place] for one in row["by_type"].values()) for place in range(3))
+        cells = [cell(row["pruner"], "number"), cell(row["budget"])]
+        cells += [bar_cell(f"{number} of {asked}", number / max(asked, 1)) for number in (lost, won)]
+        for kind in kinds:
+            one = row["by_type"].get(kind, [0, 0, 0])
+            cells.append(bar_cell(f"{one[0]} of {one[2]}", one[0] / max(one[2], 1)))
+        lines.append(cells)
+    parts = [
+        '<p class="note">Broken: correct with all tokens, wrong with a part of them. Mended: the reverse.</p>',
+        table(header, lines),
+        '<p class="note">Below, the first broken questions of each pruner and budget; question types take turns, and '
+        "none was chosen by hand. The LLM does not see hatched patches.</p>",
+    ]
+    for name in dict.fromkeys(case["pruner"] for case in broken["cases"]):
+        cases = "".join(
+            case_html(case, broken["samples"], pictures) for case in broken["cases"] if case["pruner"] == name
+        )
+        parts.append(f'<h3>{html.escape(name)}</h3><div class="cases">{cases}</div>')
+    return "\n".join(parts)
+
+
+def case_html(case: Mapping[str, Any], samples: Mapping[str, Any], pictures: ShownPictures) -> str:
+    """One question: its picture with both answers."""
+    title = f"{case['budget']}: {case['num_kept']} of {case['num_visual']}"
+    if "shown" not in case:
+        asked = f"question {case['sample']}, without a picture"
+        said = html.escape(f"{asked}: {case['unpruned']} → {case['answer']}")
+        return f'<div><p class="question">{said}</p></div>'
+    whole, pruned = (ShownSample.from_json(samples[name]) for name in (str(case["sample"]), case["shown"]))
+    panels = pictures.panel(whole, None, f"all {case['num_visual']} tokens", case["unpruned"], True)
+    panels += pictures.panel(pruned, case["keep_mask"], title, case["answer"], False)
+    reference = html.escape(whole.reference or "-")
+    return (
+        f'<div><p class="question">{html.escape(whole.question)} <span>({reference})</span></p>'
+        f'<div class="shown">{panels}</div></div>'
+    )
