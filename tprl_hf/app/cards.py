@@ -5,13 +5,14 @@ import math
 from collections.abc import Sequence
 
 from tprl_hf.evaluation.trajectory import TrajectoryStep
+from tprl_hf.style import BLUE, ORANGE, SKY
 from tprl_hf.visualization import Figure
 
 from .asking import ROUNDS, Answered, Reply, kept_tokens
 from .drawing import HEAT, as_address, heat_picture, kept_picture, score_range
 
 # Light against dark, so that they differ without colours too.
-BEFORE_LLM, IN_LLM = "#56b4e9", "#0072b2"
+BEFORE_LLM, IN_LLM = SKY, BLUE
 _SCALE = ", ".join(f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in HEAT)
 # Its variables are gradio's, which follow the light and the dark theme.
 STYLE = f"""
@@ -21,7 +22,7 @@ STYLE = f"""
 .tprl h3:first-child {{ margin-top: 0; }}
 .tprl p {{ margin: .3rem 0; overflow-wrap: anywhere; }}
 .tprl .small {{ color: var(--quiet); font-size: 13px; }}
-.tprl .notice {{ border-left: 4px solid #e69f00; padding: .4rem .7rem; background: var(--background-fill-secondary); }}
+.tprl .notice {{ border-left: 4px solid {ORANGE}; padding: .4rem .7rem; background: var(--background-fill-secondary); }}
 .tprl table {{ border-collapse: collapse; width: 100%; }}
 .tprl table, .tprl thead, .tprl tbody, .tprl tr {{ border: 0 !important; }}
 .tprl th, .tprl td {{ text-align: left; padding: .35rem .6rem .35rem 0 !important; vertical-align: top;
