@@ -22,7 +22,8 @@ STYLE = f"""
 .tprl h3:first-child {{ margin-top: 0; }}
 .tprl p {{ margin: .3rem 0; overflow-wrap: anywhere; }}
 .tprl .small {{ color: var(--quiet); font-size: 13px; }}
-.tprl .notice {{ border-left: 4px solid {ORANGE}; padding: .4rem .7rem; background: var(--background-fill-secondary); }}
+.tprl .notice {{ border-left: 4px solid {ORANGE}; padding: .4rem .7rem;
+  background: var(--background-fill-secondary); }}
 .tprl table {{ border-collapse: collapse; width: 100%; }}
 .tprl table, .tprl thead, .tprl tbody, .tprl tr {{ border: 0 !important; }}
 .tprl th, .tprl td {{ text-align: left; padding: .35rem .6rem .35rem 0 !important; vertical-align: top;
