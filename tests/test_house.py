@@ -258,8 +258,15 @@ class TestDocs:
             for line in re.findall(r"^tprl (\w.*?)(?:  +#.*)?$", (ROOT / page).read_text(), re.M):
                 make_parser().parse_args(shlex.split(line))
 
-    @pytest.mark.parametrize("page", sorted(path.name for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]))
+    @pytest.mark.parametrize(
+        "page",
+        sorted(
+            path.relative_to(ROOT).as_posix()
+            for pattern in ("*.md", "docs/*.md", "docs/trainers/*.md", "examples/*.md")
+            for path in ROOT.glob(pattern)
+        ),
+    )
     def test_links_lead_somewhere(self, page):
-        path = ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page
+        path = ROOT / page
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), target

@@ -3,7 +3,10 @@
 import importlib
 import pkgutil
 import re
+import sys
 from pathlib import Path
+
+import pytest
 
 import tprl_hf
 
@@ -39,3 +42,18 @@ def test_every_public_name_is_on_the_page_of_public_names():
     expected, found = public_names(), names_on_the_page()
     found["tprl_hf.modeling"] |= found["tprl_hf"] - {"embedded_checkpoint", "__version__"}  # as the page says
     assert found == expected and sum(map(len, found.values())) > 80
+
+
+@pytest.mark.parametrize(
+    ("old", "names"),
+    [
+        ("tprl_hf.evaluation.by_name", {"load_model": "tprl_hf.loading", "make_pruner": "tprl_hf.pruners.by_name"}),
+        ("tprl_hf.evaluation.jsonl_samples", {"jsonl_samples": "tprl_hf.data.jsonl"}),
+    ],
+)
+def test_names_that_moved_work_and_say_where_they_are_now(monkeypatch, old, names):
+    monkeypatch.delitem(sys.modules, old, raising=False)
+    with pytest.warns(DeprecationWarning, match=f"{old} has moved to {'.* and '.join(names.values())}"):
+        module = importlib.import_module(old)
+    for name, place in names.items():
+        assert getattr(module, name) is getattr(importlib.import_module(place), name)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
+WIDE = 512  # of LLMs that half precision is for by default
 # What transformers says of weights that do not fit.
 UNFIT_WEIGHTS = ("ignore_mismatched_sizes", "loading state_dict", "conversion of the weights")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -82,6 +83,34 @@ def device_named(device: "torch.device | str | None" = None) -> "torch.device":
     return found
 
 
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies in bfloat16 faster than in float32; Linux says so."""
+    about = Path("/proc/cpuinfo")
+    return about.exists() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(about.read_text(encoding="utf-8").split())
+
+
+def chosen_dtype(path: str, device: "torch.device | str | None" = None) -> tuple[str, str]:
+    """
+    The dtype in which a base model computes where none is named, and why. The policy computes in float32.
+
+    Half precision, where it is faster and the LLM is not a tiny one: that of the checkpoint on an accelerator, or
+    bfloat16 for a float32 checkpoint; bfloat16 on a CPU with units for it. Everything else is float32.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    config = config.base_config if config.model_type == tprl_hf.TPRLConfig.model_type else config
+    place, own = device_named(device).type, str(config.dtype or "").removeprefix("torch.")
+    if place != "cpu" and own in ("float16", "bfloat16"):
+        return own, "the checkpoint's own"
+    width = config.get_text_config().hidden_size
+    if width < WIDE:
+        return "float32", f"an LLM {width} wide is fast enough"
+    if place != "cpu":
+        return "bfloat16", "the checkpoint is float32"
+    return ("bfloat16", "this CPU has units for it") if has_bfloat16_units() else ("float32", "a CPU without bfloat16")
+
+
 def pretrained_arguments(
     device: "torch.device | str | None" = None,
     dtype: str | None = None,
@@ -127,8 +156,8 @@ def load_model(
         device (`torch.device` or `str`, *optional*):
             Where it goes. Defaults to the accelerator, if there is one.
         dtype (`str`, *optional*):
-            `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`, the checkpoint's own. Defaults to `"float32"` on the
-            CPU and to `"auto"` on an accelerator.
+            `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`, the checkpoint's own. Defaults to what
+            [`chosen_dtype`] says.
         device_map (`str`, *optional*):
             Instead of one device, `"auto"` and the like: see [`~transformers.PreTrainedModel.from_pretrained`].
         attn_implementation (`str`, *optional*):
@@ -149,9 +178,9 @@ def load_model(
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     path = path or tprl_hf.embedded_checkpoint()
-    arguments = pretrained_arguments(device, **how)
-    model_class = tprl_hf.TPRLForConditionalGeneration
     is_ours = model_type(path) == tprl_hf.TPRLConfig.model_type
+    arguments = pretrained_arguments(device, **{**how, "dtype": how.get("dtype") or chosen_dtype(path, device)[0]})
+    model_class = tprl_hf.TPRLForConditionalGeneration
     load = model_class.from_pretrained if is_ours else model_class.from_base_model
     try:
         model = load(path, **arguments)

@@ -127,3 +127,21 @@ def test_a_package_that_is_missing_is_one_line(monkeypatch, capsys):
     )
     with pytest.raises(ImportError):
         cli.main(["--traceback", cli.COMMANDS[0].NAME])
+
+
+def test_ctrl_c_ends_with_130_and_without_a_traceback(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tprl_hf.cli.flops.run", interrupted)
+    assert cli.main(["flops", "llava-1.5-7b"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As in `tprl flops | head -1`."""
+    code = "import sys; from tprl_hf.cli.main import main; sys.exit(main(['flops', '--list']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.wait(120) == 0
+        assert b"Error" not in process.stderr.read()

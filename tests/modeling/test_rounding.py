@@ -14,6 +14,7 @@ from tests.families.tiny_processor import make_processor
 from tests.training.conftest import make_dataset
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.evaluation.compare_dtypes import Choice, as_markdown, compare_choices, compare_dtypes
+from tprl_hf.evaluation.compare_dtypes import main as compare_dtypes_command
 from tprl_hf.modeling import Budget
 from tprl_hf.modeling.keep_mask import keep_above_threshold, keep_top_k
 from tprl_hf.pruners import PRUNERS
@@ -134,14 +135,22 @@ def test_the_page_has_the_table_of_the_file():
     assert max(row["masks"]["farthest"] for row in found["rows"] if "gap" in row.get("masks", {})) <= 2
 
 
-def test_dtypes_are_compared_on_a_tiny_model():
+def test_dtypes_are_compared_on_a_tiny_model(tmp_path):
     def load(dtype):
         torch.manual_seed(0)
         model = TPRLForConditionalGeneration.from_base_model(build("llava"), **POLICY)
         model.generation_config.eos_token_id = 2
         return model.to(dtype).eval(), make_processor()
 
-    rows = compare_dtypes(load, make_dataset(), ["bfloat16"], (8, 3))
+    rows = compare_dtypes(load, make_dataset(), ["bfloat16"], (8, 3), tmp_path / "parts")
+
+    def load_again(dtype):
+        raise AssertionError("measured again")
+
+    assert compare_dtypes(load_again, make_dataset(), ["bfloat16"], (8, 3), tmp_path / "parts") == rows
+    (tmp_path / "parts/bfloat16.pt").unlink()
+    with pytest.raises(AssertionError, match="measured again"):
+        compare_dtypes(load_again, make_dataset(), ["bfloat16"], (8, 3), tmp_path / "parts")
     assert [row["dtype"] for row in rows] == ["float32"] * 10 + ["bfloat16"] * 10
     for row in rows:
         assert row["accuracy"]["count"] == 8
@@ -153,3 +162,13 @@ def test_dtypes_are_compared_on_a_tiny_model():
     alone = [row["batch"] for row in rows if row["dtype"] == "float32" and row["pruner"] != "none"]
     assert all(found["equal"] == 1 for found in alone)
     assert all(row["masks"].get("farthest", 0) <= 2 + 1e-4 for row in rows if "masks" in row)
+
+
+def test_the_command_writes_rows_and_what_they_were_measured_with(tmp_path, capsys):
+    compare_dtypes_command([str(tmp_path / "dtypes.json"), "--num-samples", "6", "--dtypes", "bfloat16"])
+    assert [path.name for path in tmp_path.iterdir()] == ["dtypes.json"]
+    found = json.loads((tmp_path / "dtypes.json").read_text())
+    assert (found["num_samples"], found["seed"], len(found["rows"])) == (6, 7, 20)
+    assert "--num-samples 6 --seed 7 --dtypes bfloat16" in found["command"] and found["versions"]["torch"]
+    table = capsys.readouterr().out.strip()
+    assert table == as_markdown(found["rows"]) and table.count("\n") == 11

@@ -59,7 +59,13 @@ def among(*choices: str):
 
 OF_ALL = {
     "feature_cache_mb": lambda value: is_count(value, 0),
+    "feature_cache_dir": or_none(lambda value: type(value) is str and value.strip() != ""),
+    "feature_cache_dtype": or_none(among("bfloat16", "float16")),
+    "encode_batch_size": or_none(is_count),
+    "prefetch_threads": lambda value: is_count(value, 0),
     "score_batch_size": is_count,
+    "score_batch_tokens": or_none(is_count),
+    "micro_batch_tokens": is_count,
     "save_base_model": or_none(is_flag),
     "learning_rate": is_rate,
     "num_train_epochs": is_positive,
@@ -188,6 +194,8 @@ def goes_together(config_class: type, values: dict[str, Any]) -> bool:
     of = {name: values.get(name, getattr(config_class, name, None)) for name in CONFIGS[config_class]}
     if config_class is CounterfactualConfig and "rollout_keep_ratios" not in values:
         of["rollout_keep_ratios"] = [1 / 3, 1 / 9]
+    if of["feature_cache_dtype"] is not None and of["feature_cache_dir"] is None:
+        return False
     if "num_mini_batches" in of:
         trajectories = scalar(of["per_device_train_batch_size"]) * scalar(of["num_generations"])
         if trajectories % scalar(of["num_mini_batches"]):

@@ -198,6 +198,21 @@ def test_waiting_for_the_first_process_ends_when_it_has_ended(tmp_path, monkeypa
     output.close()
 
 
+def test_signs_of_life_change_and_are_gone_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE", 0.3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sign = tmp_path / "run" / processes.SIGN_OF_LIFE
+    monkeypatch.setenv("RANK", "1")
+    with processes.signs_of_life(sign.parent):
+        assert not sign.exists()
+    monkeypatch.setenv("RANK", "0")
+    with processes.signs_of_life(sign.parent):
+        seen, until = set(), time.monotonic() + 30
+        while len(seen) < 3 and time.monotonic() < until:
+            seen |= {sign.read_text()} if sign.exists() else set()
+    assert len(seen - {""}) >= 2 and not sign.exists()
+
+
 # ---- damaged checkpoints ----
 
 DAMAGES = {

@@ -10,7 +10,7 @@ from tprl_hf.pruners import RandomPruner, UniformPruner, VisPruner
 from tprl_hf.training import GradientTeacher, LeaveOutTeacher, budget_steps, generate_demonstrations
 from tprl_hf.training.answer_batches import SampleEncoder, undecoded
 from tprl_hf.training.answer_scores import gradient_saliency, score_answers
-from tprl_hf.training.feature_cache import FeatureCache, join_features
+from tprl_hf.training.feature_cache import join_features
 from tprl_hf.training.lfd_trainer import demonstrated_steps, imitation_loss
 from tprl_hf.training.rollouts import policy_on_kept
 
@@ -124,7 +124,7 @@ def test_ragged_demonstrations_are_masked(make_model, processor, dataset):
         demonstrated_steps([[full[:15]], [full]], inputs)
 
 
-def test_the_cache_is_bounded_and_features_join(make_model, processor, dataset):
+def test_features_join(make_model, processor, dataset):
     model = make_model()
     rows = rows_of(dataset)
     encoder = SampleEncoder(model, processor)
@@ -132,16 +132,6 @@ def test_the_cache_is_bounded_and_features_join(make_model, processor, dataset):
     joined = join_features(parts)
     assert joined.modalities["image"].counts.tolist() == [16, 16]
     assert joined.take([1]).modalities["image"].rows.equal(parts[1].modalities["image"].rows)
-
-    size = parts[0].modalities["image"].rows.numel() * 4
-    cache, encoded = FeatureCache(2 * size), []
-
-    def encode(key):
-        return cache.get(key, lambda: encoded.append(key) or parts[0])
-
-    for key in "abacab":
-        encode(key)
-    assert encoded == ["a", "b", "c", "b"] and cache.used_bytes == 2 * size
 
 
 def test_the_policy_sees_in_training_what_it_sees_at_inference(make_model, processor, dataset):

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
 from tprl_hf.cli.old_recipes import renewed
 from tprl_hf.cli.recipe_file import as_number, read_recipe
-from tprl_hf.cli.train import check_stage, load_data, make_config, settings_of, training_data
+from tprl_hf.cli.train import base_directory, check_stage, load_data, make_config, settings_of, training_data
 from tprl_hf.data import easy_vqa, mosaic_vqa
 from tprl_hf.hub.publishing import files_to_publish
 from tprl_hf.training import TPRLPPOConfig, TPRLPPOTrainer
@@ -90,6 +91,61 @@ def test_all_stages_from_one_recipe(recipe, tmp_path, capsys):
     assert out.count("is finished") == 3
     assert main(["train", "lfd", "--config", str(recipe), "--set", "lfd.max_steps=3"]) == 2
     assert "other settings" in capsys.readouterr().err
+
+    # what is damaged or gone is said, with what to do
+    run = tmp_path / "run"
+    (run / "lfd/training.json").unlink()
+    (shard,) = (run / "demonstrations/dataset").glob("*.arrow")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    for change, message in (
+        (lambda: None, f"{run}/demonstrations/dataset is damaged: "),
+        ((run / "demonstrations/training.json").unlink, "which is not there: run `tprl train demonstrations` first"),
+        (lambda: (run / "lfd/settings.json").write_text("{"), f"delete {run}/lfd to run this stage again"),
+    ):
+        change()
+        assert main(["train", "lfd", "--config", str(recipe)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_stages_that_are_overwritten(recipe, base, tmp_path, capsys):
+    words = ["--config", str(recipe)]
+    run = tmp_path / "run"
+    for stage in ("autoencoder", "lfd"):
+        (run / stage).mkdir(parents=True)
+        (run / stage / "training.json").write_text("{}")
+    assert main(["train", "autoencoder", *words, "--overwrite"]) == 2
+    assert "autoencoder is not a stage of `tprl train`: it has no settings.json" in capsys.readouterr().err
+    for stage in ("autoencoder", "lfd"):
+        (run / stage / "settings.json").write_text("{}")
+    assert main(["train", "autoencoder", *words]) == 2
+    assert "was made with other settings" in (err := capsys.readouterr().err) and "or --overwrite to delete it" in err
+    assert main(["train", "autoencoder", *words, "--overwrite"]) == 2
+    assert "lfd was made from autoencoder, which --overwrite would delete" in capsys.readouterr().err
+    assert (run / "autoencoder/training.json").read_text() == (run / "lfd/training.json").read_text() == "{}"
+
+    shutil.rmtree(run / "lfd")
+    (run / "base").mkdir()
+    assert main(["train", "autoencoder", *words, "--overwrite"]) == 0
+    assert json.loads((run / "autoencoder/training.json").read_text())["stage"] == "autoencoder"
+    assert not (run / "base").exists()  # no stage was left that had been made from it
+
+
+def test_several_processes_do_not_overwrite(recipe, tmp_path, capsys, monkeypatch):
+    (tmp_path / "run/lfd").mkdir(parents=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "all", "--config", str(recipe), "--overwrite"]) == 2
+    assert "--overwrite is for a single process" in capsys.readouterr().err and (tmp_path / "run/lfd").exists()
+
+
+def test_the_base_model_of_another_checkpoint_is_not_taken(make_model, processor, tmp_path):
+    """Where stages were deleted and the recipe now names another checkpoint."""
+    for name in ("one", "another"):
+        make_model().save_pretrained(tmp_path / name, save_base_model=True)
+        processor.save_pretrained(tmp_path / name)
+    recipe = {"base_model": str(tmp_path / "one"), "output_dir": str(tmp_path / "run")}
+    assert base_directory(recipe) == base_directory(recipe) == str(tmp_path / "run/base")
+    with pytest.raises(ValueError, match=r"run/base is part of .*one, but the recipe names .*another: delete"):
+        base_directory({**recipe, "base_model": str(tmp_path / "another")})
 
 
 def test_a_stage_may_be_left_out(recipe):

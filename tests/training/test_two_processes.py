@@ -34,6 +34,7 @@ processor, dataset = AutoProcessor.from_pretrained(base), load_from_disk(data)
 common = {
     "use_cpu": True, "disable_tqdm": True, "max_steps": 4, "save_steps": 3, "per_device_train_batch_size": 2,
     "learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1,
+    "feature_cache_dir": f"{output_dir}/features",
 }
 if stage == "lfd":
     demonstrations = generate_demonstrations(GradientTeacher(), model, processor, dataset)
@@ -80,7 +81,8 @@ def test_two_processes(stage, base, dataset, tmp_path):
         path.rmdir()
     resumed = run(resume=True)
     assert all(value.equal(whole[name]) for name, value in resumed.items())
-    if stage == "lfd":
+    assert len(list(out.glob("features/*/*/*.safetensors"))) == len(set(dataset["image_id"]))  # of both, each once
+    if stage == "lfd":  # without that cache
         assert_as_one_process(json.loads((out / "log.json").read_text()), base, dataset, tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ WIDTH = 4  # bytes of a weight of the policy, which is float32
 HEADS = ["stage", "state", "starts from", "learns from", "steps", "time", "disk"]
 
 
-def describe(stages: list[str], recipe: dict[str, Any]) -> str:
-    """A table of the stages, and lines below it. `recipe` has been checked."""
+def describe(stages: list[str], recipe: dict[str, Any], expected: Mapping[str, float] | None = None) -> str:
+    """A table of the stages, and lines below it. `recipe` has been checked; `expected` has seconds by stage."""
+    expected = expected or {}
     weights, base = sizes_of_model(recipe)
     rows, total = [HEADS], 0
     for stage in stages:
         directory = Path(recipe["output_dir"]) / stage
         state, left = state_of(stage, directory)
+        if left == "not known" and stage in expected:
+            left = f"about {duration(expected[stage])}"
         size = disk_of(stage, recipe, weights, base)
         total += 0 if state == "finished" else size
         before = next((one for one in STAGES[stage].starts_from if one in recipe), None)
@@ -39,11 +43,32 @@ def describe(stages: list[str], recipe: dict[str, Any]) -> str:
     lines = [
         f"To be written in {recipe['output_dir']}: about {megabytes(total)}; free there: "
         f"{megabytes(shutil.disk_usage(there).free)}. Pictures that demonstrations copy are not counted.",
+        *feature_lines(stages, recipe, base),
         f"Policy and autoencoder have {weights // WIDTH:,} weights, the base model has {megabytes(base)}.",
         "time: what a finished stage took, or what an interrupted one still needs at the pace of its last two "
-        "checkpoints; that of others is not known before they have run.",
+        "checkpoints; "
+        + ("about: the work of a stage at the speed of a short trial." if expected else "others begin with a trial."),
     ]
     return "\n".join([format_table(rows), *lines])
+
+
+def feature_lines(stages: list[str], recipe: dict[str, Any], base: int) -> list[str]:
+    """How much room visual features may take, in memory and on disk."""
+    from .train import make_config
+
+    in_memory, on_disk = 0, dict[str, int]()
+    for stage in stages:
+        if STAGES[stage].config is not None:
+            config = make_config(stage, recipe)
+            room = config.feature_cache_mb * 2**20
+            if config.feature_cache_dir is None:
+                in_memory = max(in_memory, room)
+            else:
+                on_disk[config.feature_cache_dir] = max(on_disk.get(config.feature_cache_dir, 0), room)
+    lines = [
+        f"Memory: {megabytes(base)} for the base model, and at most {megabytes(in_memory)} for features of images."
+    ]
+    return lines + [f"Features of images take at most {megabytes(room)} of {path}." for path, room in on_disk.items()]
 
 
 def state_of(stage: str, directory: Path) -> tuple[str, str]:

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 def load_named_model(arguments: argparse.Namespace) -> "tuple[TPRLForConditionalGeneration, Any]":
     """The model that a command names, loaded as its options say, and its processor; see [`load_model`]."""
     note(f"Loading {arguments.model or 'the embedded model'} ...")
-    return load_model(arguments.model, **loading_options(arguments))
+    model, processor = load_model(arguments.model, **loading_options(arguments))
+    if arguments.dtype is None:
+        note(f"It computes in {dtype_name(model)} on {model.device.type}; --dtype asks for another one.")
+    return model, processor
+
+
+def dtype_name(model: "TPRLForConditionalGeneration") -> str:
+    """That of the base model, as users write it."""
+    return str(model.lvlm.dtype).removeprefix("torch.")
 
 
 def pruner_and_budget(

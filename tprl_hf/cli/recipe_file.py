@@ -13,12 +13,12 @@ import yaml  # type: ignore[import-untyped]
 from tprl_hf.loading import check_model_name
 from tprl_hf.training.stages import STAGES
 
-from .arguments import check_writable
+from .arguments import DTYPES, check_writable
 from .old_recipes import renewed
 
 NAMED_SOURCES = ("mosaic", "easy-vqa", "photo")
 OURS = Path(__file__).parents[1] / "recipes"
-SECTIONS = ("base_model", "output_dir", "policy", "data")  # and one for each stage
+SECTIONS = ("base_model", "output_dir", "dtype", "policy", "data")  # and one for each stage
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -105,6 +105,8 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} or an override is not valid YAML: {error}") from None
     check_names(recipe, (*SECTIONS, *STAGES), path)
+    if recipe.get("dtype") not in (None, *DTYPES):
+        raise ValueError(f"dtype in {path} is one of {', '.join(DTYPES)}; got {recipe['dtype']!r}.")
     if "output_dir" not in recipe:
         raise ValueError(f"{path} must say `output_dir`: where each stage has its directory.")
     fill_sections(recipe, path)

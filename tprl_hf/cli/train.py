@@ -15,12 +15,14 @@ from tprl_hf.training.stages import STAGES
 
 from . import tune_stage
 from .arguments import add_loading_arguments, loading_options
-from .dry_run import describe
+from .dry_run import describe, duration
 from .old_recipes import renewed
 from .processes import is_first_process, say, signs_of_life, wait_for
-from .progress import is_quiet
+from .progress import is_quiet, note
 from .recipe_file import check_names, check_places, read_recipe
 from .same_data import claim_data
+from .start_over import delete_stages
+from .train_plan import expected_seconds
 from .tune_stage import tune
 from .whole_files import write
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 NAME = "train"
 HELP = "train a pruning policy by a recipe"
 LABELS = ("answer", "boxes", "objects")  # columns that `labels: false` of a source leaves out
+TAKEN_FROM = "taken_from.json"  # which TPRL checkpoint the base model in a run's folder was part of
 TEACHERS = {"gradient": "GradientTeacher", "leave-out": "LeaveOutTeacher"}
 
 
@@ -51,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check the recipe, print stages, steps and disk, and train nothing"
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="delete what an earlier run left of these stages, and start over"
+    )
     add_loading_arguments(parser)
 
 
@@ -66,6 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(describe(stages, recipe))
         return 0
+
+    if arguments.overwrite:
+        delete_stages(stages, recipe)
 
     from .stop_signals import Stopped, StopSignals
 
@@ -86,8 +95,9 @@ def run_stages(
     stages: list[str], recipe: dict[str, Any], name: str, signals: "StopSignals", loading: dict[str, Any]
 ) -> None:
     """One after the other, those that are not finished. `name` is the recipe's, `loading` how its model is loaded."""
-    folder = Path(recipe["output_dir"])
-    for stage in stages:
+    folder, loading = Path(recipe["output_dir"]), with_dtype(loading, recipe)
+    expected: dict[str, float] | None = None
+    for number, stage in enumerate(stages, start=1):
         directory = Path(recipe["output_dir"]) / stage
         claim(directory, settings_of(stage, recipe) | precision_of(loading))
         if (directory / "training.json").exists():
@@ -98,6 +108,11 @@ def run_stages(
             continue
         started = time.perf_counter()
         model, processor = starting_model(stage, recipe, loading)
+        if expected is None:
+            expected = expected_seconds(stages[number - 1 :], recipe, model, processor) if is_first_process() else {}
+            tell(describe(stages, recipe, expected))
+        about = f", about {duration(expected[stage])}" if stage in expected else ""
+        tell(f"{stage}: stage {number} of {len(stages)}{about}")
         if stage == "demonstrations":
             result = make_demonstrations(stage, recipe, model, processor, directory)
         elif stage == "tune":
@@ -113,6 +128,12 @@ def run_stages(
         wait_for(directory / "training.json", folder)  # which says that the model beside it is whole
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.get("metrics", {}).items())
         say(f"{stage}: {directory} in {result['seconds']:.0f} s. {numbers}")
+
+
+def tell(text: str) -> None:
+    """What is not a result, said once."""
+    if is_first_process():
+        note(text)
 
 
 def check_stage(stage: str, recipe: dict[str, Any]) -> None:
@@ -193,7 +214,23 @@ def precision_of(loading: dict[str, Any]) -> dict[str, Any]:
     """Of the options by which the model is loaded, those that results depend on, as settings."""
     names = ("dtype", "attn_implementation", "load_in_4bit")
     given = {name: loading[name] for name in names if loading.get(name)}
+    if given.get("dtype") == "float32":  # earlier versions, in which it was the default, did not note it
+        del given["dtype"]
     return {"loading": given} if given else {}
+
+
+def with_dtype(loading: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """The options by which the model is loaded, with the dtype of the recipe, or one that suits model and machine."""
+    import tprl_hf
+    from tprl_hf.loading import chosen_dtype
+
+    if loading.get("dtype"):
+        return loading
+    if recipe.get("dtype"):
+        return {**loading, "dtype": recipe["dtype"]}
+    dtype, why = chosen_dtype(recipe.get("base_model") or tprl_hf.embedded_checkpoint(), loading.get("device"))
+    tell(f"The LVLM computes in {dtype} ({why}); `dtype` in the recipe or --dtype asks for another one.")
+    return {**loading, "dtype": dtype}
 
 
 def training_data(stage: str, recipe: dict[str, Any]) -> str:
@@ -215,7 +252,8 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
             before.pop("policy", None)  # earlier versions noted it
         if before != json.loads(json.dumps(settings)):
             raise ValueError(
-                f"{directory} was made with other settings, see {path}: pass --set output_dir=ANOTHER, or delete it."
+                f"{directory} was made with other settings, see {path}: pass --set output_dir=ANOTHER, or --overwrite "
+                "to delete it."
             )
     write(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
@@ -327,11 +365,17 @@ def base_directory(recipe: dict[str, Any]) -> str:
     if model_type(base) != tprl_hf.TPRLConfig.model_type:
         return str(base)
     directory = Path(recipe["output_dir"]) / "base"
+    named = recipe.get("base_model")  # none for the embedded one, which lies elsewhere on each machine
+    if (directory / TAKEN_FROM).is_file():
+        before = json.loads((directory / TAKEN_FROM).read_text())
+        if before != named:
+            raise ValueError(f"{directory} is part of {before}, but the recipe names {named}: delete {directory}.")
     if is_first_process() and not directory.exists():
         model = tprl_hf.TPRLForConditionalGeneration.from_pretrained(base)
         with made_whole(directory) as unfinished:
             load_processor(base).save_pretrained(unfinished)
             model.lvlm.save_pretrained(unfinished)
+            (unfinished / TAKEN_FROM).write_text(json.dumps(named))
     wait_for(directory, directory.parent)
     return str(directory)
 

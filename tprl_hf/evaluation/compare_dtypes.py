@@ -1,10 +1,12 @@
 """What a base model in bfloat16 or float16 changes: the tokens that are kept, and the accuracy, beside float32's.
 
-`OMP_NUM_THREADS=1 python -m tprl_hf.evaluation.compare_dtypes dtypes.json`
+`OMP_NUM_THREADS=1 python -m tprl_hf.evaluation.compare_dtypes dtypes.json`; the same command resumes after the last
+dtype that was measured.
 """
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -127,11 +129,67 @@ def accuracies(records: Sequence[Record], reference: Sequence[Record], units: Se
     return {"accuracy": bootstrap_mean(scores, units), "difference": bootstrap_mean(paired, units)}
 
 
+@dataclass(frozen=True)
+class Measured:
+    """
+    What was measured in one dtype.
+
+    Args:
+        records: by pruner and budget, what became of each question.
+        chosen, alone: by pruner and budget, the choices in batches of the first and of the second size.
+    """
+
+    records: dict[Key, list[Record]]
+    chosen: dict[Key, list[Choice]]
+    alone: dict[Key, list[Choice]]
+
+
+def measure(model: Any, processor: Any, samples: Dataset, batch_sizes: tuple[int, int], name: str) -> Measured:
+    """Answers and choices of a model, under each setting; `name` is that of the bar."""
+    pruners = make_pruners(model)
+    settings = [
+        Setting("none", "1", None, {"prune": False}),
+        *(
+            Setting(pruner, text, pruners[pruner], {"keep_ratio": ratio})
+            for pruner in pruners
+            for text, ratio in KEEP_RATIOS.items()
+        ),
+    ]
+    records: dict[Key, list[Record]] = {(setting.pruner, setting.budget): [] for setting in settings}
+    batches = compare_pruners(model, processor, samples, settings, batch_sizes[0], max_new_tokens=16)
+    for some in tqdm(batches, desc=name, unit="batch", file=sys.stderr):
+        records[some[0].pruner, some[0].budget] += some
+    chosen, alone = (choices_of(model, processor, samples, pruners, size) for size in batch_sizes)
+    return Measured(records, chosen, alone)
+
+
+def as_saved(measured: Measured) -> list[Any]:
+    """As lists of plain values and tensors, which `torch.load` reads with `weights_only=True`."""
+    records = [asdict(record) for some in measured.records.values() for record in some]
+    choices = [
+        [(*key, one.keep_mask, one.logits) for key, some in found.items() for one in some]
+        for found in (measured.chosen, measured.alone)
+    ]
+    return [records, *choices]
+
+
+def from_saved(saved: list[Any]) -> Measured:
+    records: dict[Key, list[Record]] = {}
+    for fields in saved[0]:
+        records.setdefault((fields["pruner"], fields["budget"]), []).append(Record(**fields))
+    found: list[dict[Key, list[Choice]]] = [{}, {}]
+    for choices, rows in zip(found, saved[1:], strict=True):
+        for pruner, budget, keep_mask, logits in rows:
+            choices.setdefault((pruner, budget), []).append(Choice(keep_mask, logits))
+    return Measured(records, *found)
+
+
 def compare_dtypes(
     load: Any,
     samples: Dataset,
     dtypes: Sequence[str] = OTHERS,
     batch_sizes: tuple[int, int] = (BATCH_SIZE, OTHER_BATCH_SIZE),
+    parts: Path | None = None,
 ) -> list[dict[str, Any]]:
     """
     Args:
@@ -139,6 +197,8 @@ def compare_dtypes(
         samples (`datasets.Dataset`): questions.
         dtypes (`Sequence[str]`): those to compare with float32.
         batch_sizes (`tuple[int, int]`): how many questions at once, and how many for the comparison of batch sizes.
+        parts (`Path`, *optional*): a folder that keeps what was measured in each dtype, and what lies there is not
+            measured again: of the same model and questions.
 
     Returns:
         `list[dict]`: a row for each dtype, pruner and budget: `accuracy`, `difference` (to float32), `masks` (see
@@ -146,33 +206,27 @@ def compare_dtypes(
     """
     units = [image_id or number for number, image_id in enumerate(samples["image_id"])]
     rows: list[dict[str, Any]] = []
-    records: dict[str, dict[Key, list[Record]]] = {}
-    chosen: dict[str, dict[Key, list[Choice]]] = {}
+    reference: Measured | None = None
     for dtype in (REFERENCE, *dtypes):
-        model, processor = load(getattr(torch, dtype))
-        pruners = make_pruners(model)
-        settings = [
-            Setting("none", "1", None, {"prune": False}),
-            *(
-                Setting(name, text, pruner, {"keep_ratio": ratio})
-                for name, pruner in pruners.items()
-                for text, ratio in KEEP_RATIOS.items()
-            ),
-        ]
-        records[dtype] = {(setting.pruner, setting.budget): [] for setting in settings}
-        batches = compare_pruners(model, processor, samples, settings, batch_sizes[0], max_new_tokens=16)
-        for some in tqdm(batches, desc=dtype, unit="batch", file=sys.stderr):
-            records[dtype][some[0].pruner, some[0].budget] += some
-        chosen[dtype] = choices_of(model, processor, samples, pruners, batch_sizes[0])
-        alone = choices_of(model, processor, samples, pruners, batch_sizes[1])
-        for key, answered in records[dtype].items():
+        path = None if parts is None else parts / f"{dtype}.pt"
+        if path is not None and path.exists():
+            measured = from_saved(torch.load(path, weights_only=True))
+        else:
+            model, processor = load(getattr(torch, dtype))
+            measured = measure(model, processor, samples, batch_sizes, dtype)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(as_saved(measured), path.with_suffix(".unfinished"))
+                path.with_suffix(".unfinished").replace(path)
+        reference = reference or measured
+        for key, answered in measured.records.items():
             row: dict[str, Any] = {"dtype": dtype, "pruner": key[0], "budget": key[1]}
-            estimates = accuracies(answered, records[REFERENCE][key], units)
+            estimates = accuracies(answered, reference.records[key], units)
             row |= {name: asdict(estimate) for name, estimate in estimates.items()}
-            if key in alone:
+            if key in measured.alone:
                 if dtype != REFERENCE:
-                    row["masks"] = compare_choices(chosen[dtype][key], chosen[REFERENCE][key])
-                row["batch"] = compare_choices(alone[key], chosen[dtype][key])
+                    row["masks"] = compare_choices(measured.chosen[key], reference.chosen[key])
+                row["batch"] = compare_choices(measured.alone[key], measured.chosen[key])
             rows.append(row)
     return rows
 
@@ -207,7 +261,7 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     import transformers
 
     import tprl_hf
@@ -221,14 +275,16 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--dtypes", default=",".join(OTHERS), help="default: %(default)s; CPUs are slow at float16")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
 
     def load(dtype: torch.dtype) -> tuple[Any, Any]:
         model, processor = load_model()
         return model.to(dtype), processor
 
     samples = undecoded(mosaic_vqa("test", arguments.seed, arguments.num_samples))
-    rows = compare_dtypes(load, samples, arguments.dtypes.split(","))
+    weights = fingerprint(load(torch.float32)[0])
+    parts = arguments.output.with_suffix(f".{weights[:8]}-{arguments.num_samples}-{arguments.seed}")
+    rows = compare_dtypes(load, samples, arguments.dtypes.split(","), parts=parts)
     content = {
         "command": "python -m tprl_hf.evaluation.compare_dtypes dtypes.json "
         f"--num-samples {arguments.num_samples} --seed {arguments.seed} --dtypes {arguments.dtypes}",
@@ -238,11 +294,12 @@ def main() -> None:
         "num_samples": arguments.num_samples,
         "batch_sizes": [BATCH_SIZE, OTHER_BATCH_SIZE],
         "device": f"cpu, {torch.get_num_threads()} threads",
-        "weights": fingerprint(load(torch.float32)[0]),
+        "weights": weights,
         "versions": {name.__name__: name.__version__ for name in (tprl_hf, transformers, torch)},
         "rows": rounded(rows),
     }
     arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(parts)
     print(as_markdown(content["rows"]))
 
 

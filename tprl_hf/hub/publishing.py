@@ -7,15 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_from_disk
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    DatasetCard,
-    EvalResult,
-    HfApi,
-    ModelCard,
-)
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi
+from huggingface_hub.utils import get_session, hf_raise_for_status
 from transformers import AutoConfig, TrainingArguments
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
@@ -219,7 +212,7 @@ def publish(
     files = files_to_publish(directory, name, api, existing_card=existing, **facts)
     card = files["README.md"]
     assert isinstance(card, bytes)
-    ModelCard(card.decode()).validate()
+    check_card(api, card.decode())
     name = prepare_repo(api, name, private, revision)
     stale = [
         path
@@ -233,6 +226,21 @@ def publish(
     return api.create_commit(
         name, operations, commit_message=commit_message or "Upload TPRL checkpoint", revision=revision
     )
+
+
+def check_card(api: HfApi, card: str, repo_type: str = "model") -> None:
+    """
+    Asks the Hub whether it takes a card, before anything is made there.
+
+    Raises:
+        `ValueError`: If it does not; the message is the Hub's.
+    """
+    # not RepoCard.validate: in huggingface_hub 2.0 it asks huggingface.co, whatever HF_ENDPOINT says
+    body = {"repoType": repo_type, "content": card}
+    response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body, headers={"Accept": "text/plain"})
+    if response.status_code == 400:
+        raise ValueError(response.text)
+    hf_raise_for_status(response)
 
 
 def branch_exists(api: HfApi, repo_id: str, revision: str | None) -> bool:
@@ -293,7 +301,7 @@ def push_demonstrations(
     path = api.hf_hub_download(name, "README.md", repo_type="dataset", revision=revision)
     explicit = ("license",) if licence else ()
     card = update_card(Path(path).read_text(encoding="utf-8"), full_card(metadata, text), explicit=explicit)
-    DatasetCard(card).validate()
+    check_card(api, card, "dataset")
     return api.upload_file(
         repo_id=name,
         repo_type="dataset",

@@ -17,12 +17,13 @@ from .shown import HATCH_SVG, SHOWN_CSS, ShownPictures
 CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Accuracy on validation", "% of answers", ("eval_accuracy*",)),
     ("Log-probability of the reference answer, on validation", "nats a token", ("eval_logprob*",)),
-    ("Agreement with the unpruned answers, on validation", "% of answers", ("eval_agreement", "eval_agreement@*")),
-    ("Log-probability of the unpruned answers, on validation", "nats a token", ("eval_agreement_logprob*",)),
+    ("Agreement with the unpruned model, on validation", "% of answers", ("eval_agreement", "eval_agreement@*")),
+    ("Log-probability of the unpruned answer, on validation", "nats a token", ("eval_agreement_logprob*",)),
     ("Divergence from the unpruned model, on validation", "nats a token", ("eval_kl*",)),
     ("Reward on validation", "reward", ("eval_reward*",)),
     ("Reward and its parts", "reward", ("objective/reward*", "objective/score*", "rewards/*")),
     ("Accuracy of rollouts", "share of answers", ("objective/accuracy",)),
+    ("Agreement of rollouts with the unpruned model", "share of answers", ("objective/agreement",)),
     ("Keep ratio", "share of visual tokens kept", ("objective/keep_ratio", "policy/keep_prob")),
     ("Entropy", "nats a bit", ("policy/entropy*",)),
     ("Approximate KL divergence", "nats", ("policy/approxkl*", "objective/kl")),
@@ -106,6 +107,7 @@ def result_of(stage: StageRun) -> str:
         "accuracy": "accuracy {:.1f} %",
         "logprob": "log-probability {:.3f} nats",
         "agreement": "agreement {:.1f} %",
+        "kl": "divergence {:.4f} nats",
         "reward": "reward {:.3f}",
         "explained_variance": "explained variance {:.3f}",
     }

@@ -6,7 +6,7 @@ import argparse
 import os
 import socket
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -82,10 +82,10 @@ def average_gradients(parameters: list[nn.Parameter], value: float = 0.0) -> flo
 
 
 def write_state(
-    path: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer | None, progress: dict[str, str]
+    path: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None, progress: dict[str, str]
 ) -> None:
     """Writes weights and the optimizer's moments in one safetensors file, atomically; the progress as its metadata."""
-    tensors = {f"model.{name}": value for name, value in weights.items()}
+    tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in weights.items()}
     if optimizer is not None:
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}

@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # for editors; at run time the table below says where a name 
     from .teachers import AnswerTeacher as AnswerTeacher
     from .teachers import GradientTeacher as GradientTeacher
     from .teachers import LeaveOutTeacher as LeaveOutTeacher
+    from .tuning import MixedBudgets as MixedBudgets
+    from .tuning import tune_lvlm as tune_lvlm
 
 _MODULE_OF = {
     **{stage.config: f"{name}_config" for name, stage in STAGES.items() if stage.config},
@@ -40,6 +42,8 @@ _MODULE_OF = {
     "GradientTeacher": "teachers",
     "LeaveOutTeacher": "teachers",
     "calibrate_threshold": "calibration",
+    "tune_lvlm": "tuning",
+    "MixedBudgets": "tuning",
     "calibrate_escalation": "escalation",
 }
 

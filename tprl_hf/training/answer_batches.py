@@ -1,8 +1,10 @@
 """Samples as the frozen LVLM reads them: prompt, reference answer, visual features, and what a policy may look at."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from datasets import Dataset, List
 from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
+from transformers import BatchFeature
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.text_query import chat_messages, question_mask
@@ -20,13 +23,16 @@ from tprl_hf.pictures import picture_of
 
 from .divergence import UnprunedAnswer
 from .feature_cache import FeatureCache, join_features
+from .processed_ahead import Group, ProcessedAhead
+from .stored_features import moved
+from .stored_texts import packed, unpacked
 
-MAX_CACHED_TEXTS = 100_000
+MAX_CACHED_TEXTS = 100_000  # of about a kilobyte
 
 
 @dataclass
 class EncodedSample:
-    """One sample without batch mates, on the CPU but for its features.
+    """One sample without batch mates, on the CPU.
 
     Args:
         prompt_ids (`int64 [L]`): the prompt with all its placeholders.
@@ -43,6 +49,11 @@ class EncodedSample:
     types: dict[str, Tensor]
     features: VisualFeatures
     unpruned: UnprunedAnswer | None = None
+
+    @property
+    def num_visual(self) -> int:
+        """Its visual tokens."""
+        return sum(len(one.rows) for one in self.features.modalities.values())
 
 
 @dataclass
@@ -130,6 +141,21 @@ def image_key(row: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def image_digest(row: Mapping[str, Any]) -> str:
+    """Equal for samples whose images have the same bytes, or are the same files, unchanged."""
+    digest = hashlib.sha256()
+    for image in images_of(row):
+        if not isinstance(image, Mapping):
+            content = repr((image.mode, image.size)).encode() + image.tobytes()
+        elif image["bytes"]:
+            content = image["bytes"]
+        else:
+            about = os.stat(image["path"])
+            content = repr((os.path.abspath(image["path"]), about.st_size, about.st_mtime_ns)).encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
 def end_ids(model: TPRLForConditionalGeneration, processor: Any) -> list[int]:
     """The tokens that end an answer."""
     end = model.generation_config.eos_token_id
@@ -149,21 +175,27 @@ def check_row(row: Mapping[str, Any]) -> None:
 
 
 class SampleEncoder:
-    """Turns rows of a dataset into an [`AnswerBatch`]. Each sample is encoded alone and, while there is room, once.
+    """Turns rows of a dataset into an [`AnswerBatch`]. Each image is encoded once while the cache has room.
 
     Args:
         model ([`TPRLForConditionalGeneration`]): whose base model encodes.
         processor: its processor, with a chat template.
-        cache_bytes (`int`, defaults to 1 GiB): room for visual features.
+        cache ([`FeatureCache`] or `int`, defaults to 1 GiB): where features are kept; a number of bytes is room in
+            memory, on the CPU.
         with_attention (`bool`, defaults to `False`): also note the tower's attention, for teachers that read it.
+        encode_batch_size (`int`, defaults to 1): images that the tower encodes at once. One image gives the same bits
+            whatever images come before it; in larger batches rounding depends on them.
+        prefetch_threads (`int`, defaults to 0): threads that process the rows of [`prefetch`].
     """
 
     def __init__(
         self,
         model: TPRLForConditionalGeneration,
         processor: Any,
-        cache_bytes: int = 2**30,
+        cache: FeatureCache | int = 2**30,
         with_attention: bool = False,
+        encode_batch_size: int = 1,
+        prefetch_threads: int = 0,
     ):
         if not processor.chat_template:
             raise ValueError(
@@ -173,12 +205,17 @@ class SampleEncoder:
         self.model = model
         self.processor = processor
         self.with_attention = with_attention
-        self.cache = FeatureCache(cache_bytes)
-        self.texts: dict[tuple, tuple[Tensor, Tensor | None, Tensor, dict[str, Tensor]]] = {}
+        self.encode_batch_size = encode_batch_size
+        self.cache = FeatureCache(cache) if isinstance(cache, int) else cache
+        self.ahead = ProcessedAhead(processor, self.process_together, prefetch_threads)
+        self.texts: dict[bytes, Any] = {}
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> AnswerBatch:
-        samples = [self.encode(row) for row in rows]
-        features = join_features([sample.features for sample in samples])
+        return self.batch(rows, self.encode_rows(rows))
+
+    def batch(self, rows: Sequence[dict[str, Any]], samples: list[EncodedSample]) -> AnswerBatch:
+        """Rows that were encoded as a batch on the model's device."""
+        features = moved(join_features([sample.features for sample in samples]), self.model.device)
         inputs = self.model.pruning_inputs(
             **left_padded(samples, self.model.device),
             query_mask=left_pad([sample.query_mask for sample in samples]),
@@ -188,26 +225,98 @@ class SampleEncoder:
         return AnswerBatch(list(rows), samples, features, inputs)
 
     def encode(self, row: dict[str, Any]) -> EncodedSample:
-        """One sample; its prompt and its features come from the caches where they can."""
-        check_row(row)
-        images = image_key(row)
-        key = (images, repr(row["prompt"]), reference_answer(row))
-        processed: dict[str, Any] = {}
-        if key not in self.texts:
-            if len(self.texts) >= MAX_CACHED_TEXTS:
-                self.texts.clear()
-            processed = self.process(row)
-            self.texts[key] = self.encode_text(row, processed)
-        prompt_ids, answer_ids, query_mask, types = self.texts[key]
-        features = self.cache.get(images, lambda: self.encode_images(processed or self.process(row)))
-        return EncodedSample(prompt_ids, answer_ids, query_mask, types, features)
+        """One sample."""
+        return self.encode_rows([row])[0]
+
+    def encode_rows(self, rows: Sequence[dict[str, Any]]) -> list[EncodedSample]:
+        """Each row by itself; texts and features come from the caches where they can."""
+        for row in rows:
+            check_row(row)
+        keys = [self.keys_of(row) for row in rows]
+        texts = {text: self.texts[text] for _, text in keys if text in self.texts}
+        features = {}
+        for image in dict.fromkeys(image for image, _ in keys):
+            if image in self.cache and (found := self.cache.get(image)) is not None:
+                features[image] = found
+        prepared = self.ahead.take({text for image, text in keys if text not in texts or image not in features})
+        for group, processed in prepared:
+            self.take_in(group, processed, texts, features)
+        for group, processed in self.ahead.run(self.groups(rows, keys, texts, features)):
+            self.take_in(group, processed, texts, features)
+        return [EncodedSample(*(*unpacked(texts[text]), features[image])) for image, text in keys]
+
+    def prefetch(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Begins to read and process what [`encode_rows`] will need for `rows`, in the background."""
+        if self.ahead.num_threads:
+            keys = [self.keys_of(row) for row in rows]
+            known = dict.fromkeys(image for image, _ in keys if image in self.cache)
+            groups = self.groups(rows, keys, self.texts, known)
+            self.ahead.start(groups, [partial(self.cache.read_ahead, image) for image in known])
+
+    def keys_of(self, row: Mapping[str, Any]) -> tuple[str, bytes]:
+        """Under which the features of a row's images, and its texts, are kept."""
+        images = image_key(row) if self.cache.directory is None else image_digest(row)
+        return images, hashlib.sha256(repr((images, row["prompt"], reference_answer(row))).encode()).digest()
+
+    def groups(
+        self,
+        rows: Sequence[dict[str, Any]],
+        keys: Sequence[tuple[str, bytes]],
+        texts: Container[bytes],
+        features: Container[str],
+    ) -> list[Group]:
+        """What is to be processed of `rows`, besides what is among `texts` and `features`."""
+        first: dict[str, int] = {}  # the row that an image is encoded with
+        for number, (image, _) in enumerate(keys):
+            if image not in features:
+                first.setdefault(image, number)
+        chosen = list(first.values())
+        together = [number for number in chosen if images_of(rows[number])]
+        size = self.encode_batch_size
+        parts = [together[start : start + size] for start in range(0, len(together), size)]
+        parts += [[number] for number in chosen if not images_of(rows[number])]
+        met, alone = {keys[number][1] for number in chosen}, []
+        for number, (_, text) in enumerate(keys):
+            if text not in texts and text not in met:
+                met.add(text)
+                alone.append([number])
+        return [
+            Group([rows[n] for n in part], [keys[n][0] for n in part], [keys[n][1] for n in part], is_encoded)
+            for found, is_encoded in ((parts, True), (alone, False))
+            for part in found
+        ]
+
+    def take_in(
+        self, group: Group, processed: BatchFeature, texts: dict[bytes, Any], features: dict[str, VisualFeatures]
+    ) -> None:
+        """Adds texts and features of a group to those of the batch, and to the caches while they have room."""
+        ids = processed["input_ids"]
+        attended = processed.get("attention_mask", torch.ones_like(ids)).bool()
+        along = {
+            name: value for name, value in processed.items() if torch.is_tensor(value) and value.shape == ids.shape
+        }
+        for number, (row, key) in enumerate(zip(group.rows, group.keys, strict=True)):
+            of_row = {name: value[number, attended[number]][None] for name, value in along.items()}
+            texts[key] = packed(self.encode_text(row, of_row))
+            if len(self.texts) < MAX_CACHED_TEXTS:
+                self.texts[key] = texts[key]
+        if not group.is_encoded or all(image in features for image in group.images):
+            return
+        encoded = moved(self.encode_images(dict(processed.to(self.model.device))), torch.device("cpu"))
+        for number, image in enumerate(group.images):
+            features[image] = self.cache.rounded(encoded.take([number]) if len(group.images) > 1 else encoded)
+            self.cache.add(image, features[image])
 
     def process(self, row: dict[str, Any]) -> dict[str, Any]:
         """The processor's output for one prompt, on the model's device."""
-        texts = self.render(row)[:1]
-        images = open_images(images_of(row), row.get("image_id"))
-        inputs = self.processor(images=[images] if images else None, text=texts, return_tensors="pt")
-        return dict(inputs.to(self.model.device))
+        return dict(self.process_together(self.processor, [row]).to(self.model.device))
+
+    def process_together(self, processor: Any, rows: Sequence[dict[str, Any]]) -> BatchFeature:
+        """The processor's output for the prompts of rows; of several, each has images."""
+        images = [open_images(images_of(row), row.get("image_id")) for row in rows]
+        padding = {"padding": True} if len(rows) > 1 else {}
+        texts = [self.render(row)[0] for row in rows]
+        return processor(images=images if any(images) else None, text=texts, return_tensors="pt", **padding)
 
     def render(self, row: dict[str, Any]) -> tuple[str, str]:
         """The prompt, and the reference answer as the template continues with it; empty where there is none."""

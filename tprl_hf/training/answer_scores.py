@@ -11,6 +11,7 @@ from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
 from .answer_batches import AnswerBatch, EncodedSample, left_pad
 from .divergence import mean_divergence, stacked_targets
+from .micro_batches import MAX_TOKENS, within_memory
 
 
 @dataclass
@@ -107,6 +108,7 @@ def score_answers(
     keep_mask: Tensor,
     sample_index: Sequence[int],
     batch_size: int = 64,
+    max_tokens: int = MAX_TOKENS,
 ) -> AnswerScores:
     """
     Scores S keep masks at once, several of one sample if need be.
@@ -115,20 +117,28 @@ def score_answers(
         batch: B samples with N visual tokens at most.
         keep_mask (`bool [S, N]`): True where a token is kept.
         sample_index (`list[int]` of length S): the sample that each mask is of.
-        batch_size (`int`, defaults to 64): masks that run through the LLM together.
+        batch_size (`int`, defaults to 64): masks that run through the LLM together, at most.
+        max_tokens (`int`, defaults to 40,960): tokens that run through it together, padding included, at most.
 
     Returns:
         [`AnswerScores`]
     """
     valid = batch.inputs.valid
+    answers = [0 if sample.answer_ids is None else len(sample.answer_ids) for sample in batch.samples]
+    texts = [
+        len(sample.prompt_ids) - sample.num_visual + length
+        for sample, length in zip(batch.samples, answers, strict=True)
+    ]
     # Masks that keep about as many tokens run together, so that little is padded.
-    order = keep_mask.sum(1).argsort(stable=True).tolist()
+    num_kept = keep_mask.sum(1)
+    order, kept = num_kept.argsort(stable=True).tolist(), num_kept.tolist()
+    lengths = [texts[sample_index[index]] + kept[index] for index in order]
     logprobs = torch.zeros(len(sample_index), device=keep_mask.device)
     correct = torch.zeros(len(sample_index), dtype=torch.bool, device=keep_mask.device)
     is_own = bool(batch.samples) and all(sample.unpruned is not None for sample in batch.samples)
     divergence = torch.zeros_like(logprobs) if is_own else None
-    for start in range(0, len(sample_index), batch_size):
-        chunk = order[start : start + batch_size]
+    for part in within_memory(lengths, max_tokens, batch_size):
+        chunk = [order[place] for place in part]
         samples = [sample_index[index] for index in chunk]
         inputs, labels = answered_prompts(model, batch, samples)
         logits, labels = answer_logits(model, inputs, labels, keep_mask[chunk][valid[samples]])
@@ -139,24 +149,45 @@ def score_answers(
     return AnswerScores(logprobs, correct, divergence)
 
 
-def gradient_saliency(model: TPRLForConditionalGeneration, batch: AnswerBatch, keep_mask: Tensor) -> Tensor:
+def gradient_tokens(model: TPRLForConditionalGeneration) -> int:
+    """Tokens whose activations take about 16 GiB until the backward pass: some 34 values of each layer's width."""
+    text = model.lvlm.config.get_text_config()
+    return max(2**34 // (34 * text.hidden_size * text.num_hidden_layers * model.lvlm.dtype.itemsize), 1)
+
+
+def gradient_saliency(
+    model: TPRLForConditionalGeneration, batch: AnswerBatch, keep_mask: Tensor, max_tokens: int | None = None
+) -> Tensor:
     """
     What each kept token contributes to the reference answer, to first order: `|d log p(answer) / dv . v|`.
 
     Args:
         keep_mask (`bool [B, N]`): tokens that the LLM sees.
+        max_tokens (`int`, *optional*): tokens that run through it together; by default what fits into 16 GiB.
 
     Returns:
         float32 `[B, N]`, 0 for tokens that are not kept.
     """
-    everyone = list(range(len(batch)))
-    inputs, labels = answered_prompts(model, batch, everyone)
+    saliency = torch.zeros(keep_mask.shape, device=keep_mask.device)
+    for part in within_memory(
+        [len(sample.prompt_ids) for sample in batch.samples], max_tokens or gradient_tokens(model)
+    ):
+        found = saliency_together(model, batch, part, keep_mask[part][batch.inputs.valid[part]])
+        saliency[part, : found.shape[1]] = found
+    return saliency
+
+
+def saliency_together(
+    model: TPRLForConditionalGeneration, batch: AnswerBatch, sample_index: list[int], keep_mask: Tensor
+) -> Tensor:
+    """[`gradient_saliency`] of samples `sample_index`, by one backward pass; `keep_mask [V]` is of their tokens."""
+    inputs, labels = answered_prompts(model, batch, sample_index)
     features = inputs["visual_features"]
     leaves = {name: m.rows.detach().clone().requires_grad_() for name, m in features.modalities.items()}
     modalities = {name: replace(m, rows=leaves[name]) for name, m in features.modalities.items()}
     inputs["visual_features"] = replace(features, modalities=modalities)
     with torch.enable_grad():
-        logits, labels = answer_logits(model, inputs, labels, keep_mask[batch.inputs.valid])
+        logits, labels = answer_logits(model, inputs, labels, keep_mask)
         score_logits(logits, labels).logprobs.sum().backward(inputs=list(leaves.values()))
     saliency = {}
     for name, rows in leaves.items():
@@ -164,5 +195,5 @@ def gradient_saliency(model: TPRLForConditionalGeneration, batch: AnswerBatch, k
         of_tokens = (rows.grad * rows.detach()).sum(-1, keepdim=True).abs().float()
         saliency[name] = replace(features.modalities[name], rows=of_tokens)
     # in the place of the tokens, so that they come in the order and padding of the tokens
-    prompts = {**batch.prompts(everyone), "visual_features": replace(features, modalities=saliency)}
+    prompts = {**batch.prompts(sample_index), "visual_features": replace(features, modalities=saliency)}
     return model.pruning_inputs(**prompts, with_attention=False).tokens.squeeze(-1)

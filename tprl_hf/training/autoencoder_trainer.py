@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
+from .answer_batches import AnswerBatch
 from .autoencoder_config import AutoencoderConfig
 from .pruner_trainer import PrunerTrainer, TrainedNetworks
 
@@ -47,9 +48,8 @@ class AutoencoderTrainer(PrunerTrainer):
         model.policy.requires_grad_(False)
         return AutoencoderNetworks(model)
 
-    def loss(self, networks: nn.Module, rows: list[dict[str, Any]]) -> Tensor:
-        inputs = self.encoder(rows).inputs
-        return networks(inputs.tokens, inputs.valid).mean()
+    def loss(self, networks: nn.Module, batch: AnswerBatch) -> Tensor:
+        return networks(batch.inputs.tokens, batch.inputs.valid).mean()
 
     def measure(self, dataset: Dataset) -> dict[str, float]:
         r"""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.token_pruner import PruningInputs
 
+from .answer_batches import AnswerBatch
 from .lfd_config import LfDConfig
 from .policy_trainer import PolicyTrainer
 from .pruner_trainer import TrainedNetworks
@@ -107,8 +108,8 @@ class LfDTrainer(PolicyTrainer):
         model.autoencoder.encoder.requires_grad_(args.train_encoder)
         return networks
 
-    def loss(self, networks: nn.Module, rows: list[dict[str, Any]]) -> Tensor:
-        inputs = self.encoder(rows).inputs
+    def loss(self, networks: nn.Module, batch: AnswerBatch) -> Tensor:
+        rows, inputs = batch.rows, batch.inputs
         before, kept, label_mask = demonstrated_steps([row["keep_masks"] for row in rows], inputs)
         left = torch.tensor([sum(row["keep_masks"][-1]) for row in rows], device=kept.device)
         inputs = replace(inputs, keep_ratio=left.clamp(min=1) / inputs.valid.sum(1).clamp(min=1))

@@ -32,7 +32,7 @@ class NoiseGateConfig(RolloutConfig):
     checks: ClassVar[dict[str, Check]] = {"rollout_keep_ratios": list_of(KEPT_FRACTION, least=1)}
 
     rollout_keep_ratios: list[float] = field(default_factory=lambda: [1 / 3, 2 / 9, 1 / 9, 1 / 18])
-    score: Literal["logprob", "agreement", "kl"] = "kl"  # type: ignore[assignment]
+    score: Literal["logprob", "agreement", "kl"] = "kl"
     per_device_train_batch_size: int = 32
     micro_batch_size: int | None = 16
     num_mini_batches: int = 1

@@ -34,9 +34,26 @@ class PrunerTrainingConfig(TrainingArguments):
         output_dir (`str`):
             Where checkpoints and, at the end, the trained policy go: a directory that `from_pretrained` takes.
         feature_cache_mb (`int`, defaults to 1024):
-            Room for visual features, which are computed once for each image while they fit.
-        score_batch_size (`int`, defaults to 64):
-            Prompts that run through the frozen LLM together.
+            Room for visual features, in MiB, never on an accelerator. Those of the images that come first are computed
+            once; what finds no room is encoded at each visit.
+        feature_cache_dir (`str`, *optional*):
+            Keep them there, on disk, instead of in memory. Stages, epochs, processes and runs share the directory;
+            each model has a folder of its own in it.
+        feature_cache_dtype (`"bfloat16"` or `"float16"`, *optional*):
+            Of the features on disk. By default that of the model, so that nothing changes: half precision where the
+            model computes in it. For a float32 model `"float16"` halves them with an error of 1/2048 of a value, and
+            `"bfloat16"` with 1/256 for models whose values exceed 65,504.
+        encode_batch_size (`int`, *optional*):
+            Images that the vision tower encodes at once. By default 32 on an accelerator, and 1 on a CPU, where larger
+            batches gain little and rounding would depend on them.
+        prefetch_threads (`int`, defaults to 1):
+            Threads that read, decode and process the next batch of images while the LLM works; 0 for none.
+        score_batch_size (`int`, defaults to 64), score_batch_tokens (`int`, *optional*):
+            Prompts that run through the frozen LLM together, and their tokens with padding: at most. By default 2,560
+            tokens on a CPU, where more do not fit into its caches, and 40,960 on an accelerator.
+        micro_batch_tokens (`int`, defaults to 32,768):
+            Visual tokens that autoencoder or policy are trained on at once where a batch has no micro-batches of its
+            own. Gradients do not depend on it; memory does.
         save_base_model (`bool`, *optional*):
             Save the frozen LVLM too, at the end of training. By default, where the policy could not find it again: it
             has no name, or was tuned.
@@ -54,7 +71,13 @@ class PrunerTrainingConfig(TrainingArguments):
     # What each field of ours may be that is neither a bool nor a choice. Each class says it of its own.
     checks: ClassVar[dict[str, Check]] = {
         "feature_cache_mb": whole(0),
+        "feature_cache_dir": optional(text),
+        "feature_cache_dtype": optional(one_of(("bfloat16", "float16"))),
+        "encode_batch_size": optional(COUNT),
+        "prefetch_threads": whole(0),
         "score_batch_size": COUNT,
+        "score_batch_tokens": optional(COUNT),
+        "micro_batch_tokens": COUNT,
         "save_base_model": optional(flag),
         "learning_rate": NOT_NEGATIVE,
         "num_train_epochs": POSITIVE,
@@ -62,7 +85,13 @@ class PrunerTrainingConfig(TrainingArguments):
     }
 
     feature_cache_mb: int = 1024
+    feature_cache_dir: str | None = None
+    feature_cache_dtype: str | None = None
+    encode_batch_size: int | None = None
+    prefetch_threads: int = 1
     score_batch_size: int = 64
+    score_batch_tokens: int | None = None
+    micro_batch_tokens: int = 32_768
     save_base_model: bool | None = None
     logging_steps: float = 10
     save_total_limit: int | None = 2
@@ -87,6 +116,10 @@ class PrunerTrainingConfig(TrainingArguments):
                 "small. For memory set score_batch_size or, in reinforcement learning, micro_batch_size."
             )
             self.gradient_checkpointing = False
+        if self.feature_cache_dtype is not None and self.feature_cache_dir is None:
+            raise ValueError(
+                f"feature_cache_dtype={self.feature_cache_dtype!r} is for features on disk: set feature_cache_dir too."
+            )
         super().__post_init__()
 
     @classmethod

@@ -41,10 +41,22 @@ def rises(metric: str) -> int:
 class PolicyNetworks(TrainedNetworks):
     """One pass of the policy over all steps of a batch of trajectories."""
 
+    def __init__(self, model: TPRLForConditionalGeneration):
+        super().__init__(model)
+        self.known: tuple[Tensor, Tensor] | None = None  # tokens of a buffer, and their codes
+
     def forward(self, inputs: PruningInputs, sample_index: Tensor, keep_masks: Tensor) -> PolicyOutput:
         """See [`policy_on_trajectories`]."""
-        codes = self.autoencoder.encode(inputs.tokens)
+        codes = self.codes(inputs.tokens)
         return policy_on_trajectories(self.policy, codes, inputs, sample_index, keep_masks)
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        """Codes `[B, N, Z]` of tokens `[B, N, D]`; once for all updates of a buffer, where the encoder is frozen."""
+        if any(weight.requires_grad for weight in self.autoencoder.encoder.parameters()):
+            return self.autoencoder.encode(tokens)
+        if self.known is None or self.known[0] is not tokens:
+            self.known = tokens, self.autoencoder.encode(tokens)
+        return self.known[1]
 
 
 class PolicyTrainer(PrunerTrainer):
@@ -110,9 +122,11 @@ class PolicyTrainer(PrunerTrainer):
         # Each process takes every so many-th sample.
         mine = range(self.args.process_index, len(dataset), self.args.world_size)
         batch_size = self.args.per_device_eval_batch_size
+        following = [dataset[i] for i in mine[:batch_size]]
         for start in range(0, len(mine), batch_size):
-            numbers = mine[start : start + batch_size]
-            batch = self.encoder([dataset[i] for i in numbers])
+            numbers, batch = mine[start : start + batch_size], self.encoder(following)
+            following = [dataset[i] for i in mine[start + batch_size : start + 2 * batch_size]]
+            self.encoder.prefetch(following)
             batch = batch if reads_labels else self.unpruned_answers(batch)
             chosen, scores = [], []
             for column, ratio in enumerate(ratios):
@@ -140,7 +154,10 @@ class PolicyTrainer(PrunerTrainer):
 
     def measure_answers(self, batch: AnswerBatch, keep_mask: Tensor) -> dict[str, Tensor]:
         """What is measured of each sample, pruned to `keep_mask [B, N]`: float32 `[B]` by name."""
-        scores = score_answers(self.tprl_model, batch, keep_mask, list(range(len(batch))), self.args.score_batch_size)
+        everyone, args = list(range(len(batch))), self.args
+        scores = score_answers(
+            self.tprl_model, batch, keep_mask, everyone, args.score_batch_size, self.score_batch_tokens
+        )
         if scores.divergence is not None:
             same = 100 * scores.correct.float()
             return {"agreement": same, "agreement_logprob": scores.logprobs, "kl": scores.divergence}

@@ -1,11 +1,13 @@
 """What all our trainers have in common: the frozen LVLM stays outside, directories hold the policy, NaN stops."""
 
+import contextlib
 import functools
 import math
 import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +16,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
@@ -22,7 +25,9 @@ from tprl_hf.modeling.hub_tprl import is_hub_name
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.saved_files import written_whole
 
-from .answer_batches import SampleEncoder
+from .answer_batches import AnswerBatch, EncodedSample, SampleEncoder
+from .feature_cache import cache_of
+from .micro_batches import MAX_TOKENS, MAX_TOKENS_ON_CPU, within_memory
 from .policy_config import PrunerTrainingConfig
 from .run_log import RunLog, start_facts
 from .trainer_arguments import given_args, given_dataset, given_model, given_processor, refuse_other_arguments
@@ -52,9 +57,21 @@ class TrainedNetworks(nn.Module):
         self.policy = model.policy
 
 
-def uncollated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a dataset as a batch: they are encoded where they are used."""
-    return rows
+@dataclass
+class MicroBatch:
+    """A part of the rows of a batch.
+
+    Args:
+        rows, samples: as they are, and encoded.
+        share (`float`): of the rows of the batch.
+    """
+
+    rows: list[dict[str, Any]]
+    samples: list[EncodedSample]
+    share: float
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 class AtTheStart(TrainerCallback):
@@ -146,7 +163,15 @@ class PrunerTrainer(Trainer):
         # so that prompts without a `query_mask` are read at inference as in training
         model.read_chat_template(processing_class)
         self.tprl_model = model
-        self.encoder = SampleEncoder(model, processing_class, args.feature_cache_mb * 2**20)
+        cache = cache_of(
+            model, processing_class, args.feature_cache_mb, args.feature_cache_dir, args.feature_cache_dtype
+        )
+        on_cpu = model.device.type == "cpu"
+        self.score_batch_tokens = args.score_batch_tokens or (MAX_TOKENS_ON_CPU if on_cpu else MAX_TOKENS)
+        together = args.encode_batch_size or (1 if on_cpu else 32)
+        self.encoder = SampleEncoder(
+            model, processing_class, cache, encode_batch_size=together, prefetch_threads=args.prefetch_threads
+        )
         self.metrics: dict[str, list[float]] = defaultdict(list)
         self.last_inputs: Any = None
         self.recipe: str | None = None
@@ -155,7 +180,7 @@ class PrunerTrainer(Trainer):
         super().__init__(
             model=self.networks(model, args),
             args=args,
-            data_collator=uncollated,
+            data_collator=self.collate,
             processing_class=processing_class,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -174,13 +199,32 @@ class PrunerTrainer(Trainer):
 
     # ---- training ----
 
-    def loss(self, networks: nn.Module, rows: list[dict[str, Any]]) -> Tensor:
+    def collate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of a dataset as a batch; it is drawn one step before it is used, so that images are processed ahead."""
+        if get_worker_info() is None:  # the caches are those of this process
+            self.encoder.prefetch(rows)
+        return rows
+
+    def loss(self, networks: nn.Module, batch: AnswerBatch) -> Tensor:
         """The loss of a batch, in which every sample weighs the same: so batches may be cut into micro-batches."""
         raise NotImplementedError
 
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        samples = self.encoder.encode_rows(inputs)
+        parts = within_memory([sample.num_visual for sample in samples], self.args.micro_batch_tokens)
+        loss = torch.zeros((), device=self.args.device)
+        for number, part in enumerate(parts):
+            rows, encoded = [inputs[i] for i in part], [samples[i] for i in part]
+            last = number == len(parts) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                micro_batch = MicroBatch(rows, encoded, len(part) / len(inputs))
+                loss += super().training_step(model, micro_batch, num_items_in_batch)
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.last_inputs = inputs
-        loss = self.loss(model, inputs)
+        part = inputs if isinstance(inputs, MicroBatch) else MicroBatch(inputs, self.encoder.encode_rows(inputs), 1.0)
+        self.last_inputs = part.rows
+        loss = self.loss(model, self.encoder.batch(part.rows, part.samples)) * part.share
         self.refuse_nan(loss)
         return loss
 

@@ -18,6 +18,7 @@ from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
 from .answer_batches import AnswerBatch, images_of, open_images
 from .answer_rewards import ANSWER_REWARDS
+from .micro_batches import MAX_TOKENS, within_memory
 
 Rewards = Sequence[float | None]
 # As in TRL: f(prompts, completions, **columns), one number for each completion, or None where it says nothing of it.
@@ -142,22 +143,25 @@ def generate_completions(
     sample_index: Sequence[int],
     max_completion_length: int,
     batch_size: int = 64,
+    max_tokens: int = MAX_TOKENS,
 ) -> tuple[list[str], list[list[int]]]:
     """
     Answers that are generated greedily: their texts, and their ids without padding.
 
     Args:
-        batch: B samples; `keep_mask` (`bool [S, N]`) and `sample_index` (`list[int]`) as in [`score_answers`].
+        batch: B samples.
+        keep_mask (`bool [S, N]`), sample_index (`list[int]`), batch_size, max_tokens: as in [`score_answers`].
     """
     valid, pad = batch.inputs.valid, model.generation_config.pad_token_id
     texts: list[str] = []
     ids: list[list[int]] = []
-    for start in range(0, len(sample_index), batch_size):
-        samples = list(sample_index[start : start + batch_size])
+    lengths = [len(batch.samples[sample].prompt_ids) + max_completion_length for sample in sample_index]
+    for part in within_memory(lengths, max_tokens, batch_size):
+        samples = [sample_index[place] for place in part]
         prompts = batch.prompts(samples)
         sequences = model.generate(
             **prompts,
-            keep_mask=keep_mask[start : start + batch_size][valid[samples]],
+            keep_mask=keep_mask[part][valid[samples]],
             max_new_tokens=max_completion_length,
             do_sample=False,
         )

@@ -55,6 +55,9 @@ class RolloutConfig(PolicyTrainingConfig):
             Trajectories that run through the policy at once, for memory; gradients do not depend on it.
         learning_rate (`float`, defaults to 1e-5), num_train_epochs (`float`, defaults to 200):
             The paper's. An epoch is a pass over the questions.
+        logging_steps (`float`, *optional*):
+            By default a log for each buffer; in a run of more than 2,000 buffers one for several, so that the log,
+            which each checkpoint holds, stays below about 1.5 MB.
 
     Raises:
         `ValueError`: for settings that exclude each other.
@@ -84,6 +87,12 @@ class RolloutConfig(PolicyTrainingConfig):
     micro_batch_size: int | None = None
     learning_rate: float = 1e-5
     num_train_epochs: float = 200
+    logging_steps: float | None = None  # type: ignore[assignment]  # a number when this is made
+
+    @property
+    def updates_per_buffer(self) -> int:
+        """Optimizer steps that are made of the rollouts of a buffer."""
+        return self.passes_per_buffer * self.num_mini_batches
 
     @property
     def passes_per_buffer(self) -> int:
@@ -91,6 +100,9 @@ class RolloutConfig(PolicyTrainingConfig):
         raise NotImplementedError
 
     def __post_init__(self):
+        self.logs_buffers = self.logging_steps is None
+        if self.logging_steps is None:  # the trainer counts buffers
+            self.logging_steps = PolicyTrainingConfig.logging_steps
         super().__post_init__()
         if self.gradient_accumulation_steps != 1:
             raise ValueError(

@@ -3,14 +3,16 @@
 import contextlib
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
@@ -30,6 +32,19 @@ from .rollout_config import BudgetedRolloutConfig, RolloutConfig
 from .rollouts import Budgets, Rollouts, annealed, draw_budgets
 from .trainer_arguments import has_answers, needs_answers
 from .unpruned_answers import OWN_ANSWER_SCORES
+
+MAX_LOGS = 2000  # each checkpoint holds them all
+
+
+class LogBuffers(TrainerCallback):
+    """Logs after each buffer, or where there are very many, after every so many of them."""
+
+    def __init__(self, updates_per_buffer: int):
+        self.updates_per_buffer = updates_per_buffer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        num_buffers = -(-state.max_steps // self.updates_per_buffer)
+        state.logging_steps = -(-num_buffers // MAX_LOGS) * self.updates_per_buffer
 
 
 class RolloutTrainer(PolicyTrainer):
@@ -71,11 +86,16 @@ class RolloutTrainer(PolicyTrainer):
             )
         if self.has_start:
             self.start_policy = copy.deepcopy(self.tprl_model.policy).requires_grad_(False)
+        if self.args.logs_buffers:
+            self.add_callback(LogBuffers(self.updates_per_buffer))
         self.batch: AnswerBatch
         self.rollouts: Rollouts | None = None
         self.num_scored = 0  # keep masks, by this process
         self.llm_passes = 0  # the same by all processes
         self.final_scores: Tensor | None = None  # of the last keep masks of a buffer, [S]; not those of a resumed one
+        self.asked: list[int] = []  # the rows of the buffer's questions
+        # of unpruned prompts, by row: answers where reward functions score them, else scores
+        self.unpruned: dict[int, Any] = {}
         self.buffer: dict[str, Tensor] = {}  # by name [T, S, ...], and `is_trained_on [S]`; without it all are
 
     # ---- the algorithm ----
@@ -92,7 +112,7 @@ class RolloutTrainer(PolicyTrainer):
 
     @property
     def updates_per_buffer(self) -> int:
-        return self.args.passes_per_buffer * self.args.num_mini_batches
+        return self.args.updates_per_buffer
 
     @property
     def buffers_per_epoch(self) -> int:
@@ -166,6 +186,9 @@ class RolloutTrainer(PolicyTrainer):
     def encode_questions(self, buffer: int) -> tuple[AnswerBatch, Budgets]:
         """The questions of a buffer, told their budgets, and these budgets."""
         batch, budgets = self.encoder(self.questions(buffer)), self.budgets(buffer)
+        self.asked = self.question_indices(buffer)
+        if (buffer + 1) * self.updates_per_buffer < self.state.max_steps:
+            self.encoder.prefetch(self.questions(buffer + 1))
         if self.args.score in OWN_ANSWER_SCORES and not self.reward_funcs:
             batch = self.unpruned_answers(batch)
         if budgets.keep_ratio is not None:
@@ -179,13 +202,51 @@ class RolloutTrainer(PolicyTrainer):
         args = self.args
         self.num_scored += len(keep_masks)
         if self.reward_funcs:
-            completions = self.complete(batch, keep_masks, sample_index)
-            rewards = reward_function_scores(self.reward_funcs, batch, sample_index, completions, self.state)
-            by_function = {name: values.to(args.device) for name, values in rewards.items()}
-            return MaskScores(weighted_sum(by_function, self.reward_weights), by_function=by_function)
-        result = score_answers(self.tprl_model, batch, keep_masks, sample_index, args.score_batch_size)
+            return self.score_completions(batch, sample_index, self.complete(batch, keep_masks, sample_index))
+        result = score_answers(
+            self.tprl_model, batch, keep_masks, sample_index, args.score_batch_size, self.score_batch_tokens
+        )
         scores = result.by_name(args.score).clamp(min=args.min_logprob)
         return MaskScores(scores, result.correct, reads_labels=args.score not in OWN_ANSWER_SCORES)
+
+    def score_completions(
+        self, batch: AnswerBatch, sample_index: list[int], completions: tuple[list[str], list[list[int]]]
+    ) -> MaskScores:
+        """What the reward functions give for answers to samples `sample_index`."""
+        rewards = reward_function_scores(self.reward_funcs, batch, sample_index, completions, self.state)
+        by_function = {name: values.to(self.args.device) for name, values in rewards.items()}
+        return MaskScores(weighted_sum(by_function, self.reward_weights), by_function=by_function)
+
+    def of_unpruned(
+        self, batch: AnswerBatch, find: Callable[[AnswerBatch, Tensor, list[int]], Sequence[Any]]
+    ) -> list[Any]:
+        """
+        What `find` says of each question of the buffer when nothing is pruned. The LLM is frozen, so each is asked
+        once in a training, by whichever process meets it first: these prompts are the longest of all.
+        """
+        new = [sample for sample, row in enumerate(self.asked) if row not in self.unpruned]
+        found = find(batch, batch.inputs.valid[new], new) if new else []
+        rows = [self.asked[sample] for sample in new]
+        self.unpruned.update(gather_object(list(zip(rows, found, strict=True))))
+        return [self.unpruned[row] for row in self.asked]
+
+    def score_with_unpruned(
+        self, batch: AnswerBatch, keep_masks: Tensor, sample_index: list[int]
+    ) -> tuple[Tensor, MaskScores]:
+        """Scores `[B]` of the unpruned prompts, and those of [`score_masks`]."""
+        if not self.reward_funcs:
+            unpruned = self.of_unpruned(batch, lambda *masks: self.score_masks(*masks).scores.tolist())
+            return torch.tensor(unpruned, device=self.args.device), self.score_masks(batch, keep_masks, sample_index)
+        answers = self.of_unpruned(batch, self.answers)
+        answers += self.answers(batch, keep_masks, sample_index)
+        texts, ids = (list(one) for one in zip(*answers, strict=True))
+        scored = self.score_completions(batch, [*range(len(batch)), *sample_index], (texts, ids))  # in one call
+        return scored.take(slice(len(batch))).scores, scored.take(slice(len(batch), None))
+
+    def answers(self, batch: AnswerBatch, keep_masks: Tensor, sample_index: list[int]) -> list[tuple[str, list[int]]]:
+        """Text and ids of each answer with `keep_masks [M, N]` of samples `sample_index`."""
+        self.num_scored += len(keep_masks)
+        return list(zip(*self.complete(batch, keep_masks, sample_index), strict=True))
 
     def complete(
         self, batch: AnswerBatch, keep_masks: Tensor, sample_index: list[int]
@@ -193,7 +254,7 @@ class RolloutTrainer(PolicyTrainer):
         """Answers with `keep_masks [M, N]` of samples `sample_index`: texts, and ids."""
         return generate_completions(
             self.tprl_model, self.processing_class, batch, keep_masks, sample_index, self.args.max_completion_length,
-            self.args.score_batch_size,
+            self.args.score_batch_size, self.score_batch_tokens,
         )  # fmt: skip
 
     def reads_labels(self, dataset: Dataset) -> bool:
@@ -208,7 +269,9 @@ class RolloutTrainer(PolicyTrainer):
 
     def measure_answers(self, batch: AnswerBatch, keep_mask: Tensor) -> dict[str, Tensor]:
         if self.reward_funcs and reference_answer(batch.rows[0]) is None:
+            trained_with = self.num_scored
             rewards = self.score_masks(batch, keep_mask, list(range(len(batch)))).scores
+            self.num_scored = trained_with  # `llm_passes` counts what training costs, not what measuring does
             return {"reward": rewards.nan_to_num()}
         return super().measure_answers(batch, keep_mask)
 
@@ -225,15 +288,14 @@ class RolloutTrainer(PolicyTrainer):
             self.note(last.metrics())
             self.final_scores = last.scores
             return torch.cat([torch.zeros_like(last.scores).expand(num_steps, -1), last.scores[None]])
-        # one call for all steps; unpruned, each sample is scored once
-        masks = torch.cat([batch.inputs.valid, *rollouts.keep_masks[1:]])
-        samples = [*range(len(batch)), *(rollouts.sample_index.tolist() * num_steps)]
-        scored = self.score_masks(batch, masks, samples)
-        unpruned, pruned = scored.scores[: len(batch)], scored.scores[len(batch) :]
+        # one call for all steps
+        masks, samples = rollouts.keep_masks[1:].flatten(0, 1), rollouts.sample_index.tolist() * num_steps
+        unpruned, scored = self.score_with_unpruned(batch, masks, samples)
         final = scored.take(slice(-num_trajectories, None))
         self.final_scores = final.scores
         self.note({**final.metrics(), "objective/score_unpruned": unpruned.nanmean()})
-        return torch.cat([unpruned[rollouts.sample_index][None], pruned.view(num_steps, num_trajectories)])
+        pruned = scored.scores.view(num_steps, num_trajectories)
+        return torch.cat([unpruned[rollouts.sample_index][None], pruned])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, "llm_passes": self.llm_passes}, start_time)
@@ -259,12 +321,13 @@ class RolloutTrainer(PolicyTrainer):
     def saved_state(self) -> dict[str, Any]:
         rollouts = None if self.rollouts is None else self.rollouts.state()
         state = {"rollouts": rollouts, "buffer": self.buffer, "step": self.state.global_step}
-        state.update(num_scored=self.num_scored, llm_passes=self.llm_passes)
+        state.update(num_scored=self.num_scored, llm_passes=self.llm_passes, unpruned=self.unpruned)
         return {**super().saved_state(), **state}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.num_scored, self.llm_passes = state.get("num_scored", 0), state.get("llm_passes", 0)
+        self.unpruned = state.get("unpruned", {})  # older versions had none
         if state["step"] % self.updates_per_buffer != 0:
             self.batch, _ = self.encode_questions(state["step"] // self.updates_per_buffer)
             self.rollouts, self.buffer = Rollouts(**state["rollouts"]), state["buffer"]

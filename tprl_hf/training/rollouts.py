@@ -18,10 +18,13 @@ from .plackett_luce import NOT_DRAWN, draw_ordered, ordered_logprobs
 
 
 def take_inputs(inputs: PruningInputs, index: Tensor) -> PruningInputs:
-    """Inputs of samples `index [S]`, which may repeat."""
+    """
+    Inputs of samples `index [S]`, which may repeat, as far as the policy reads them: tokens, which it reads as codes,
+    are left out, as they are the largest part.
+    """
     return replace(
         inputs,
-        tokens=inputs.tokens[index],
+        tokens=inputs.tokens[..., :0][index],
         valid=inputs.valid[index],
         num_visual=inputs.num_visual[index.to(inputs.num_visual.device)],
         layout=inputs.layout[index],
@@ -30,7 +33,7 @@ def take_inputs(inputs: PruningInputs, index: Tensor) -> PruningInputs:
         query_valid=inputs.query_valid[index],
         sample_keys=[inputs.sample_keys[i] for i in index.tolist()],
         keep_ratio=None if inputs.keep_ratio is None else inputs.keep_ratio[index],
-        attention=None if inputs.attention is None else inputs.attention[index],
+        attention=None,
     )
 
 

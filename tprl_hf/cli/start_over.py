@@ -1,0 +1,39 @@
+"""`tprl train --overwrite`: stages that are deleted before they are run again."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tprl_hf.training.stages import STAGES, stages_until
+
+
+def delete_stages(stages: list[str], recipe: dict[str, Any]) -> None:
+    """
+    Deletes what an earlier run of `stages` left in the recipe's `output_dir`, and the base model there with the last
+    of all stages. Nothing is deleted where something is refused.
+
+    Raises:
+        `ValueError`: where a stage that is not among them was made from one of them, where a directory is not that of
+            a stage, or where several processes run, which would not wait for it.
+    """
+    folder = Path(recipe["output_dir"])
+    there = [stage for stage in STAGES if (folder / stage).is_dir()]
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(f"--overwrite is for a single process: delete the stages in {folder} yourself.")
+    for stage in there:
+        if stage in stages and not (folder / stage / "settings.json").is_file():
+            raise ValueError(
+                f"{folder / stage} is not a stage of `tprl train`: it has no settings.json. Delete it yourself."
+            )
+        made_from = [one for one in stages_until(stage) if one in stages and one in there]
+        if stage not in stages and made_from:
+            raise ValueError(
+                f"{folder / stage} was made from {', '.join(made_from)}, which --overwrite would delete: overwrite it "
+                "too (tprl train all --overwrite), or pass --set output_dir=ANOTHER."
+            )
+    for stage in there:
+        if stage in stages:
+            shutil.rmtree(folder / stage)
+    if set(there) <= set(stages):
+        shutil.rmtree(folder / "base", ignore_errors=True)
