@@ -65,8 +65,9 @@ def num_rows(recipe: dict[str, Any], name: str) -> int:
     """How many samples `data.NAME` has; they are loaded only where the recipe does not say it."""
     from .train import load_data, sources_of
 
-    counts = [source.get("num_samples") for source in sources_of(recipe, name)]
-    return sum(counts) if all(counts) else len(load_data(recipe, name))
+    sources = sources_of(recipe, name)
+    counts = [source["num_samples"] for source in sources if source.get("num_samples")]
+    return sum(counts) if len(counts) == len(sources) else len(load_data(recipe, name))
 
 
 def trial(
