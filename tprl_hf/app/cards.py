@@ -95,12 +95,12 @@ def conversation_card(turns: Sequence[tuple[str, str, str]], replies: Sequence[R
             f'<div class="turn"><p class="said">{html.escape(question)}</p><div class="two">{answers}</div></div>'
         )
     if replies:
-        whole_reply, reply = replies
+        full, kept = replies
         parts.append(
-            f'<p class="small">In the last turn the LLM read {whole_reply.num_read} tokens, and {reply.num_read} with '
-            f"{_count(reply)} visual tokens. {html.escape(reply.pruner)} chose them for the last question:</p>"
+            f'<p class="small">In the last turn the LLM read {full.num_read} tokens, and {kept.num_read} with '
+            f"{_count(kept)} visual tokens. {html.escape(kept.pruner)} chose them for the last question:</p>"
         )
-        parts.append(pictures_of(reply))
+        parts.append(pictures_of(kept))
     return f'<div class="tprl">{"".join(parts)}</div>'
 
 

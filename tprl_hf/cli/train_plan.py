@@ -66,7 +66,7 @@ def num_rows(recipe: dict[str, Any], name: str) -> int:
     from .train import load_data, sources_of
 
     sources = sources_of(recipe, name)
-    counts = [source["num_samples"] for source in sources if source.get("num_samples")]
+    counts = [int(source["num_samples"]) for source in sources if source.get("num_samples")]
     return sum(counts) if len(counts) == len(sources) else len(load_data(recipe, name))
 
 

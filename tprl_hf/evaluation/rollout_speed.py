@@ -45,8 +45,7 @@ def naive_loop(trainer: TPRLPPOTrainer, rows: Sequence[dict[str, Any]], encoder:
                 model.policy, model.autoencoder, batch.inputs, 1, NUM_STEPS, LAMBDA_DISC, generator
             )
             answer_ids = batch.samples[0].answer_ids
-            assert answer_ids is not None
-            length = len(answer_ids)
+            length = 1 if answer_ids is None else len(answer_ids)
             for keep_mask in rollouts.keep_masks:
                 generate_completions(model, trainer.processing_class, batch, keep_mask, [0], length)
 

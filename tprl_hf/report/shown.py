@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SIDE = 144  # width of a picture in units of its veil
 SHOWN_CSS = f"""
-.shown {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: .8rem; }}
+.shown {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(45%, 9rem), 1fr)); gap: .8rem; }}
 .large .shown {{ grid-template-columns: repeat(auto-fill, minmax(min(45%, 9.5rem), {PANEL_WIDTH}px)); }}
 .shown figcaption {{ font-size: .8rem; }}
 .grids {{ display: flex; flex-wrap: wrap; gap: 3px; }}
