@@ -60,7 +60,8 @@ def training_data(stage: str, settings: Mapping[str, Any]) -> Any:
 
 def changed_settings(args: TrainingArguments) -> dict[str, Any]:
     """The settings of a training config that are not its defaults, without names of places and tokens."""
-    default = type(args)(output_dir=args.output_dir).to_dict()
+    # another config would set up the devices anew, for the run that has begun too, which then forgets its processes
+    default = type(args)(output_dir=args.output_dir, accelerator_config={"use_configured_state": True}).to_dict()
     private = ("hub_", "push_to_hub", "logging_dir", "run_name", "unpruned_answers_dir")
     changed = {name: value for name, value in args.to_dict().items() if value != default.get(name)}
     return {name: value for name, value in changed.items() if not name.startswith(private)}
@@ -235,7 +236,7 @@ def check_card(api: HfApi, card: str, repo_type: str = "model") -> None:
     Raises:
         `ValueError`: If it does not; the message is the Hub's.
     """
-    # not RepoCard.validate, which asks huggingface.co until 2.0, whatever HF_ENDPOINT says
+    # not RepoCard.validate: in huggingface_hub 2.0 it asks huggingface.co, whatever HF_ENDPOINT says
     body = {"repoType": repo_type, "content": card}
     response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body, headers={"Accept": "text/plain"})
     if response.status_code == 400:
