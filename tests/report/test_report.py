@@ -196,7 +196,13 @@ class TestTraining:
 
     def test_live_pages_are_written_again_until_the_command_is_stopped(self, run):
         words = [sys.executable, "-m", "tprl_hf.cli.main", "report", str(run), "--live", "1"]
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            words,
+            stdout=subprocess.PIPE,
+            text=True,
+            # a shell starts what runs in its background deaf to Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         try:
             assert process.stdout.readline().startswith("Written: ")
             page = run / "report.html"

@@ -34,6 +34,7 @@ def test_gradients_do_not_depend_on_memory(name, make_model, processor, dataset,
     found = []
     for tokens in (32_768, 40, 1):  # all eight samples of 16 tokens, two of them, one
         trainer = stage(name, make_model, processor, dataset, str(tmp_path), micro_batch_tokens=tokens)
+        trainer.current_gradient_accumulation_steps = 1  # as its loop sets it
         rows = [trainer.train_dataset[i] for i in range(8)]
         calls = []
         trainer.encoder.batch = lambda rows, samples, batch=trainer.encoder.batch, calls=calls: (

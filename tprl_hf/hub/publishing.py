@@ -235,7 +235,7 @@ def check_card(api: HfApi, card: str, repo_type: str = "model") -> None:
     Raises:
         `ValueError`: If it does not; the message is the Hub's.
     """
-    # not RepoCard.validate, which asks huggingface.co until 2.0, whatever HF_ENDPOINT says
+    # not RepoCard.validate: in huggingface_hub 2.0 it asks huggingface.co, whatever HF_ENDPOINT says
     body = {"repoType": repo_type, "content": card}
     response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body, headers={"Accept": "text/plain"})
     if response.status_code == 400:

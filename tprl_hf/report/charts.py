@@ -200,7 +200,7 @@ def padded(low: float, high: float, share: float) -> tuple[float, float]:
     """Ends of an axis that holds `low` to `high`, with room around them; never of one point."""
     if low == high:
         room = abs(low) * 0.1 or 0.5
-        return low - room, high + room
+        return (low - room if low < 0 else max(low - room, 0.0)), high + room
     room = share * (high - low)
     return low - room, high + room
 
