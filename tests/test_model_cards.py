@@ -1,6 +1,7 @@
 """Cards and numbers together: each filled card is what its template makes of the committed results."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer
 
 import tprl_hf
 from tprl_hf.model_cards import render_card
+from tprl_hf.model_cards.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results/mosaic_llava"
@@ -23,6 +25,14 @@ def test_card_of_the_embedded_checkpoint_is_made_of_its_results():
     assert f"{len(tokenizer)} entries" in card
     assert values["mosaic"]["num_samples"] >= 2000 and values["mosaic"]["split"] == "test"
     assert {"none", "random", "uniform"} <= {row["pruner"] for row in values["mosaic"]["rows"]}
+
+
+def test_the_command_fills_a_card_from_files(tmp_path, monkeypatch):
+    files = [str(path) for path in sorted(RESULTS.glob("*.json"))]
+    monkeypatch.setattr(sys, "argv", ["model_cards", "mosaic_llava", str(tmp_path / "card.md"), *files])
+    main()
+    card = (tmp_path / "card.md").read_text(encoding="utf-8")
+    assert card == (Path(tprl_hf.embedded_checkpoint()) / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_missing_number_is_an_error():

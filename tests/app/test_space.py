@@ -50,9 +50,7 @@ def test_the_command_writes_a_folder_whose_code_is_its_own(tmp_path, capsys):
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["space"]
     assert "MODEL = 'me/llava-tprl'  # a TPRL" in (tmp_path / "space" / "app.py").read_text()
-    code = (
-        "import tprl_hf, tprl_hf.app.asking as a; print(tprl_hf.__file__, a.__file__, tprl_hf.embedded_checkpoint())"
-    )
+    code = "import tprl_hf, tprl_hf.app.space as a; print(tprl_hf.__file__, a.__file__, tprl_hf.embedded_checkpoint())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "space", env={"PATH": ""}, capture_output=True, text=True
     )

@@ -29,7 +29,7 @@ from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
 from tprl_hf.data.photo import COUNTS, QUESTION_TYPES, RELATIONS, PhotoQuestion, photo_directory, pictures_root
 from tprl_hf.data.photo_things import KINDS, NEW_THINGS, THINGS
-from tprl_hf.test_bed import photo_model, photo_parts, photo_train
+from tprl_hf.test_bed import photo_baseline, photo_model, photo_parts, photo_train
 from tprl_hf.test_bed.photo_baseline import guess_from_text
 from tprl_hf.test_bed.photo_batches import ANSWER, IGNORE, NOUN, few_patches, pack, training_batches, training_scene
 from tprl_hf.test_bed.photo_checkpoint import TRAINED, photo_checkpoint, photo_policy_checkpoint
@@ -438,6 +438,14 @@ def test_text_alone_guesses_what_was_most_frequent():
     training += [asked("Which is lower, the fox or the dog?", "fox", "comparison")] * 3
     test = [asked("Which is higher, the cow or the dog?", "cow", "comparison")]
     assert guess_from_text(training, test)["comparison"] == (1, 1), "of the names in the question"
+
+
+def test_the_command_has_a_row_for_each_type_of_question(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["photo_baseline", "--training-scenes", "6", "--test-scenes", "12"])
+    assert photo_baseline.main() == 0
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| (\d+) \|$", capsys.readouterr().out, re.M)
+    assert [name for name, *_ in rows] == list(QUESTION_TYPES)
+    assert sum(int(number) for *_, number in rows) == 7 * 12 and all(0 <= float(share) <= 100 for _, share, _ in rows)
 
 
 def test_steps_of_the_learning_rate():

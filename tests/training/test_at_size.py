@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tprl_hf.training.answer_batches import SampleEncoder
-from tprl_hf.training.answer_scores import score_answers
+from tprl_hf.training.answer_scores import gradient_saliency, score_answers
 from tprl_hf.training.micro_batches import within_memory
 from tprl_hf.training.rollout_trainer import LogBuffers
 from tprl_hf.training.stored_texts import packed, unpacked
@@ -58,6 +58,15 @@ def test_scores_do_not_depend_on_memory(make_model, processor, dataset):
         parts = score_answers(model, batch, masks, [*range(8)], max_tokens=tokens)
         torch.testing.assert_close(parts.logprobs, whole.logprobs, atol=1e-5, rtol=1e-5)
         assert parts.correct.equal(whole.correct)
+
+
+def test_the_gradient_teacher_does_not_depend_on_memory(make_model, processor, dataset):
+    model = make_model()
+    batch = SampleEncoder(model, processor)([dataset[i] for i in range(8)])
+    whole = gradient_saliency(model, batch, batch.inputs.valid)
+    assert whole.any()
+    for tokens in (60, 1):
+        torch.testing.assert_close(gradient_saliency(model, batch, batch.inputs.valid, tokens), whole)
 
 
 @pytest.mark.parametrize("rewards", [False, True])

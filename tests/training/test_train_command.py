@@ -17,6 +17,7 @@ from tprl_hf.data import easy_vqa, mosaic_vqa
 from tprl_hf.hub.publishing import files_to_publish
 from tprl_hf.training import TPRLPPOConfig, TPRLPPOTrainer
 from tprl_hf.training.stages import STAGES, Stage, stages_until
+from tprl_hf.training.training_record import main as write_training_record
 from tprl_hf.training.training_record import recorded_stages, training_record
 
 pytestmark = pytest.mark.short
@@ -50,7 +51,7 @@ def recipe(base, dataset, tmp_path):
     return path
 
 
-def test_all_stages_from_one_recipe(recipe, tmp_path, capsys):
+def test_all_stages_from_one_recipe(recipe, tmp_path, capsys, monkeypatch):
     assert main(["train", "all", "--config", str(recipe)]) == 0
     reports = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("run/*/training.json")}
     assert set(reports) == {"autoencoder", "demonstrations", "lfd", "ppo"}
@@ -79,6 +80,9 @@ def test_all_stages_from_one_recipe(recipe, tmp_path, capsys):
     assert record["stages"]["lfd"]["metrics"] == reports["lfd"]["metrics"]
     with pytest.raises(ValueError, match="holds no training"):
         training_record(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["training_record", str(tmp_path / "run/ppo"), str(tmp_path / "record.json")])
+    write_training_record()
+    assert json.loads((tmp_path / "record.json").read_text()) == json.loads(json.dumps(record))
 
     training = {name: model.config.policy_training[name] for name in ("stage", "recipe", "version")}
     assert training == {"stage": "ppo", "recipe": "recipe", "version": tprl_hf.__version__}
@@ -95,7 +99,7 @@ def test_all_stages_from_one_recipe(recipe, tmp_path, capsys):
     # what is damaged or gone is said, with what to do
     run = tmp_path / "run"
     (run / "lfd/training.json").unlink()
-    (shard,) = (run / "demonstrations/dataset").glob("*.arrow")
+    shard = next((run / "demonstrations/dataset").glob("data-*.arrow"))
     shard.write_bytes(shard.read_bytes()[:-1])
     for change, message in (
         (lambda: None, f"{run}/demonstrations/dataset is damaged: "),

@@ -44,6 +44,8 @@ if stage == "lfd":
     )  # fmt: skip
 else:
     settings = {"num_generations": 2, "num_ppo_epochs": 1, "num_mini_batches": 2, "micro_batch_size": 1}
+    if stage == "unlabelled":
+        settings.update(score="agreement", min_logprob=-100.0, max_answer_length=4)
     config = TPRLPPOConfig(output_dir, **settings, **common)
     trainer = TPRLPPOTrainer(
         model, config, processing_class=processor, train_dataset=dataset, eval_dataset=dataset
@@ -57,8 +59,10 @@ trainer.save_model()
 """
 
 
-@pytest.mark.parametrize("stage", ["lfd", "ppo"])
+@pytest.mark.parametrize("stage", ["lfd", "ppo", "unlabelled"])
 def test_two_processes(stage, base, dataset, tmp_path):
+    if stage == "unlabelled":
+        dataset = dataset.remove_columns("answer")
     dataset.save_to_disk(str(tmp_path / "data"))
     (tmp_path / "script.py").write_text(SCRIPT)
     out = tmp_path / "out"
@@ -82,6 +86,9 @@ def test_two_processes(stage, base, dataset, tmp_path):
     resumed = run(resume=True)
     assert all(value.equal(whole[name]) for name, value in resumed.items())
     assert len(list(out.glob("features/*/*/*.safetensors"))) == len(set(dataset["image_id"]))  # of both, each once
+    if stage == "unlabelled":  # one process finds what the other one has answered
+        lines = [line for path in out.glob("unpruned_answers/*.jsonl") for line in path.read_text().splitlines()[1:]]
+        assert len(lines) == len({line[:64] for line in lines}) == len(dataset)
     if stage == "lfd":  # without that cache
         assert_as_one_process(json.loads((out / "log.json").read_text()), base, dataset, tmp_path)
 

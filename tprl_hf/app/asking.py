@@ -360,5 +360,5 @@ def conversation(image: Image.Image, earlier: Sequence[tuple[str, str]], questio
 
 
 def kept_tokens(reply: Reply) -> Tensor:
-    """The keep mask of a reply over all its grids, bool `[N]`."""
+    """The keep mask of a reply over all its grids, bool `[N]`; separators lie in none and are left out."""
     return torch.cat([torch.as_tensor(figure.panels[0].keep_mask) for figure in reply.figures])

@@ -5,13 +5,14 @@ import math
 from collections.abc import Sequence
 
 from tprl_hf.evaluation.trajectory import TrajectoryStep
+from tprl_hf.style import BLUE, ORANGE, SKY
 from tprl_hf.visualization import Figure
 
-from .asking import ROUNDS, Answered, Reply
+from .asking import ROUNDS, Answered, Reply, kept_tokens
 from .drawing import HEAT, as_address, heat_picture, kept_picture, score_range
 
 # Light against dark, so that they differ without colours too.
-BEFORE_LLM, IN_LLM = "#56b4e9", "#0072b2"
+BEFORE_LLM, IN_LLM = SKY, BLUE
 _SCALE = ", ".join(f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in HEAT)
 # Its variables are gradio's, which follow the light and the dark theme.
 STYLE = f"""
@@ -21,7 +22,8 @@ STYLE = f"""
 .tprl h3:first-child {{ margin-top: 0; }}
 .tprl p {{ margin: .3rem 0; overflow-wrap: anywhere; }}
 .tprl .small {{ color: var(--quiet); font-size: 13px; }}
-.tprl .notice {{ border-left: 4px solid #e69f00; padding: .4rem .7rem; background: var(--background-fill-secondary); }}
+.tprl .notice {{ border-left: 4px solid {ORANGE}; padding: .4rem .7rem;
+  background: var(--background-fill-secondary); }}
 .tprl table {{ border-collapse: collapse; width: 100%; }}
 .tprl table, .tprl thead, .tprl tbody, .tprl tr {{ border: 0 !important; }}
 .tprl th, .tprl td {{ text-align: left; padding: .35rem .6rem .35rem 0 !important; vertical-align: top;
@@ -76,7 +78,7 @@ def two_questions_card(answered: Sequence[Answered], num_both: int) -> str:
     for one in answered:
         columns += f"<div><h3>{html.escape(one.question)}</h3>{_note(one.note)}{answers_table(one.replies)}"
         columns += f"{pictures_of(one.replies[1])}</div>"
-    kept = answered[0].replies[1].num_kept
+    kept = int(kept_tokens(answered[0].replies[1]).sum())
     both = (
         f"<p><b>{num_both} of the {kept}</b> tokens that are kept for the first question are kept for the second.</p>"
     )
@@ -93,12 +95,12 @@ def conversation_card(turns: Sequence[tuple[str, str, str]], replies: Sequence[R
             f'<div class="turn"><p class="said">{html.escape(question)}</p><div class="two">{answers}</div></div>'
         )
     if replies:
-        whole, pruned = replies
+        full, kept = replies
         parts.append(
-            f'<p class="small">In the last turn the LLM read {whole.num_read} tokens, and {pruned.num_read} with '
-            f"{_count(pruned)} visual tokens. {html.escape(pruned.pruner)} chose them for the last question:</p>"
+            f'<p class="small">In the last turn the LLM read {full.num_read} tokens, and {kept.num_read} with '
+            f"{_count(kept)} visual tokens. {html.escape(kept.pruner)} chose them for the last question:</p>"
         )
-        parts.append(pictures_of(pruned))
+        parts.append(pictures_of(kept))
     return f'<div class="tprl">{"".join(parts)}</div>'
 
 

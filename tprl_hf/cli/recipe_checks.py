@@ -28,6 +28,7 @@ DEMONSTRATION_CHECKS: dict[str, Check] = {
     "num_samples": optional(COUNT),
     "batch_size": COUNT,
     "feature_cache_mb": whole(0),
+    "feature_cache_dir": optional(text),
     "score": one_of(("logprob", "agreement")),
     "max_answer_length": COUNT,
 }

@@ -25,10 +25,16 @@ def expected_seconds(
         stages (`list[str]`): those of the recipe that are to run.
         model, processor: what the first of them starts with.
     """
-    from .train import load_data, training_data
+    from tprl_hf.training.answer_batches import images_of
 
-    rows = load_data(recipe, training_data(stages[0], recipe), LOOKED_AT)
-    prompts, speed = trial(model, processor, [rows[i] for i in range(len(rows))])
+    from .train import read_source, sources_of, training_data
+
+    name = training_data(stages[0], recipe)
+    looked_at = read_source(sources_of(recipe, name)[0], name, LOOKED_AT)
+    rows = [row for row in map(looked_at.__getitem__, range(len(looked_at))) if images_of(row)]
+    if not rows:
+        return {}
+    prompts, speed = trial(model, processor, rows)
     size = prompts.visual * model.config.token_dim * model.lvlm.dtype.itemsize
     return {stage: speed.seconds(work_of(stage, recipe, prompts, size)) for stage in stages if stage != "tune"}
 
@@ -65,8 +71,9 @@ def num_rows(recipe: dict[str, Any], name: str) -> int:
     """How many samples `data.NAME` has; they are loaded only where the recipe does not say it."""
     from .train import load_data, sources_of
 
-    counts = [source.get("num_samples") for source in sources_of(recipe, name)]
-    return sum(counts) if all(counts) else len(load_data(recipe, name))
+    sources = sources_of(recipe, name)
+    counts = [int(source["num_samples"]) for source in sources if source.get("num_samples")]
+    return sum(counts) if len(counts) == len(sources) else len(load_data(recipe, name))
 
 
 def trial(

@@ -40,6 +40,7 @@ def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.devi
     inputs = processor(
         images=images if any(images) else None, text=texts, padding=True, padding_side="left", return_tensors="pt"
     )
+    inputs.pop("labels", None)  # of PaliGemma's processor: a question has none, and losses need all logits
     inputs["query_mask"] = question_mask(processor, chats, inputs["input_ids"], inputs["attention_mask"])
     return inputs.to(device)
 

@@ -42,7 +42,8 @@ def broken_questions(
     answers = {(record.key, record.sample): record for record in records}
     unpruned = settings[0]
     shrinker = PictureShrinker(model, processor)
-    counts, cases, shown = [], [], {}
+    counts, cases = [], []
+    shown: dict[str, dict[str, Any]] = {}
     seen = set()
     for setting in settings[1:]:
         if (setting.pruner, setting.budget) in seen:

@@ -212,7 +212,8 @@ def compare_dtypes(
         if path is not None and path.exists():
             measured = from_saved(torch.load(path, weights_only=True))
         else:
-            measured = measure(*load(getattr(torch, dtype)), samples, batch_sizes, dtype)
+            model, processor = load(getattr(torch, dtype))
+            measured = measure(model, processor, samples, batch_sizes, dtype)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(as_saved(measured), path.with_suffix(".unfinished"))

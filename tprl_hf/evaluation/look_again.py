@@ -88,7 +88,7 @@ def compare_looks(
         were looked at again, accuracy, that of a fixed budget of at least as many tokens, and the mean paired
         difference. Accuracies are percentages with 95 % bootstrap intervals over images.
     """
-    looks = {}
+    looks: dict[str, dict[str, Any]] = {}
     for point in points:
         first, second, mean = (float(Fraction(part)) for part in point.split(","))
         escalation = calibrate_escalation(model, processor, validation, first, second, mean)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,7 +44,8 @@ def naive_loop(trainer: TPRLPPOTrainer, rows: Sequence[dict[str, Any]], encoder:
             rollouts = collect_rollouts(
                 model.policy, model.autoencoder, batch.inputs, 1, NUM_STEPS, LAMBDA_DISC, generator
             )
-            length = len(batch.samples[0].answer_ids)
+            answer_ids = batch.samples[0].answer_ids
+            length = 1 if answer_ids is None else len(answer_ids)
             for keep_mask in rollouts.keep_masks:
                 generate_completions(model, trainer.processing_class, batch, keep_mask, [0], length)
 
@@ -74,11 +76,11 @@ def measure(trainer: TPRLPPOTrainer, rounds: int) -> dict[str, list[float]]:
                 trainer.state.global_step = buffer * trainer.updates_per_buffer + step
                 trainer.training_step(trainer.model, None)
 
-        calls = {
-            NAIVE: lambda rows=rows: naive_loop(trainer, rows, SampleEncoder(model, processor, FeatureCache(0))),
-            NAIVE_CACHED: lambda rows=rows, kept=kept: naive_loop(trainer, rows, kept),
-            FIRST: lambda buffer=buffer: trainer.collect(buffer),
-            LATER: lambda buffer=buffer: trainer.collect(buffer),
+        calls: dict[str, Callable[[], Any]] = {
+            NAIVE: partial(naive_loop, trainer, rows, SampleEncoder(model, processor, FeatureCache(0))),
+            NAIVE_CACHED: partial(naive_loop, trainer, rows, kept),
+            FIRST: partial(trainer.collect, buffer),
+            LATER: partial(trainer.collect, buffer),
             UPDATED: update,
         }
         kept(rows)

@@ -78,7 +78,7 @@ class Speed:
 def kept_in_rollouts(config: Any) -> list[float]:
     """The fraction of visual tokens in each keep mask that is scored at a visit of a question, without unpruned."""
     copies = config.num_generations
-    budgets = getattr(config, "rollout_keep_ratios", None)
+    budgets: list[float] = getattr(config, "rollout_keep_ratios", None) or []
     if hasattr(config, "num_flips"):
         return [sum(budgets) / len(budgets)] * copies * (1 + config.num_flips)
     kept, left = [], 1.0
@@ -152,12 +152,11 @@ def plan_paper(questions: int, epochs: float, speed: Speed) -> list[tuple[str, W
     """Each stage of recipes/paper.yaml with LLaVA-1.5-7B and a cache of all features: its work and its hours."""
     prompts, size = Prompts(visual=576, text=65), 576 * 4096 * 2.0
     ppo = TPRLPPOConfig("x", num_steps=3, lambda_disc=0.5, num_train_epochs=epochs)
-    kept = {"rows": questions, "prompts": prompts, "bytes_of_image": size, "hits": 1.0}
     filled = Work(images=-questions, read_bytes=questions * size)  # by the first stage
     stages = {
-        "autoencoder": supervised_work(AutoencoderConfig("x"), **kept),
+        "autoencoder": supervised_work(AutoencoderConfig("x"), questions, prompts, size, 1.0),
         "demonstrations": demonstration_work("vispruner", questions, prompts),  # with attention: not from the cache
-        "lfd": supervised_work(LfDConfig("x"), **kept) + filled,
+        "lfd": supervised_work(LfDConfig("x"), questions, prompts, size, 1.0) + filled,
         "ppo": rollout_work(ppo, questions, prompts, size, 1.0) + filled,
     }
     return [(name, work, speed.seconds(work) / 3600) for name, work in stages.items()]

@@ -60,7 +60,8 @@ def training_data(stage: str, settings: Mapping[str, Any]) -> Any:
 
 def changed_settings(args: TrainingArguments) -> dict[str, Any]:
     """The settings of a training config that are not its defaults, without names of places and tokens."""
-    default = type(args)(output_dir=args.output_dir).to_dict()
+    # another config would set up the devices anew, for the run that has begun too, which then forgets its processes
+    default = type(args)(output_dir=args.output_dir, accelerator_config={"use_configured_state": True}).to_dict()
     private = ("hub_", "push_to_hub", "logging_dir", "run_name", "unpruned_answers_dir")
     changed = {name: value for name, value in args.to_dict().items() if value != default.get(name)}
     return {name: value for name, value in changed.items() if not name.startswith(private)}

@@ -367,9 +367,9 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
 
         if prompt is None:
             raise ValueError("`generate` needs `input_ids`: they say where the visual tokens are.")
-        mask, looks = kwargs.pop("attention_mask", None), self._looks(choice)
+        mask, looks_on = kwargs.pop("attention_mask", None), self._looks(choice)
         batch = self._batch(
-            input_ids, mask, visual_features, kwargs, record, looks, has_virtual=peft_model is not None
+            input_ids, mask, visual_features, kwargs, record, looks_on, has_virtual=peft_model is not None
         )
         plan = self._plan(batch, choice, query_mask)
         no_cache = setting("use_cache", kwargs, *configs) is False

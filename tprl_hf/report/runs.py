@@ -163,7 +163,8 @@ def read_stage(folder: Path) -> StageRun:
         seconds=seconds,
         num_bytes=disk_of(folder),
         samples=[ShownSample.from_json(one) for one in json_object(folder / SHOWN).get("samples", [])],
-        masks=list({line["step"]: line for line in json_lines(folder / MASKS)}.values()),
+        # measured again at the end, they are of the weights that were best
+        masks=list({line["step"]: line for line in reversed(json_lines(folder / MASKS))}.values())[::-1],
     )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SIDE = 144  # width of a picture in units of its veil
 SHOWN_CSS = f"""
-.shown {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: .8rem; }}
+.shown {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(45%, 9rem), 1fr)); gap: .8rem; }}
 .large .shown {{ grid-template-columns: repeat(auto-fill, minmax(min(45%, 9.5rem), {PANEL_WIDTH}px)); }}
 .shown figcaption {{ font-size: .8rem; }}
 .grids {{ display: flex; flex-wrap: wrap; gap: 3px; }}
@@ -209,8 +209,9 @@ def veil_of(grid: ShownGrid, bits: str) -> str:
     }
     cell, path = SIDE / grid.width, ""
     for row in range(grid.height):
-        for is_kept, run in groupby(range(grid.width), lambda column, row=row: (row, column) in kept):
-            columns = list(run)
+        patches = [(row, column) for column in range(grid.width)]
+        for is_kept, run in groupby(patches, kept.__contains__):
+            columns = [column for _, column in run]
             if not is_kept:
                 width = cell * len(columns)
                 path += f"M{cell * columns[0]:.4g} {cell * row:.4g}h{width:.4g}v{cell:.4g}h-{width:.4g}z"

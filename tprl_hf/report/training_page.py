@@ -177,7 +177,10 @@ def chart_of(
     series = []
     for number, metric in enumerate(metrics):
         for run, stage in stages.items():
-            points = {row[x_name]: row[metric] for row in stage.history if metric in row and x_name in row}
+            points: dict[float, float] = {}
+            for row in stage.history:
+                if metric in row and x_name in row:  # measured again at the end, it is of the weights that were best
+                    points.setdefault(row[x_name], row[metric])
             label, dash = readable(metric, metrics), DASHES[names.index(run)]
             name = f"{label}, {run}" if len(names) > 1 else label
             series.append(Series(name, sorted(points.items()), number % len(PALETTE), number, dash, label=label))

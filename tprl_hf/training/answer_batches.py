@@ -243,7 +243,11 @@ class SampleEncoder:
             self.take_in(group, processed, texts, features)
         for group, processed in self.ahead.run(self.groups(rows, keys, texts, features)):
             self.take_in(group, processed, texts, features)
-        return [EncodedSample(*unpacked(texts[text]), features[image]) for image, text in keys]
+        samples = []
+        for image, text in keys:
+            prompt_ids, answer_ids, query_mask, types = unpacked(texts[text])
+            samples.append(EncodedSample(prompt_ids, answer_ids, query_mask, types, features[image]))
+        return samples
 
     def prefetch(self, rows: Sequence[dict[str, Any]]) -> None:
         """Begins to read and process what [`encode_rows`] will need for `rows`, in the background."""
@@ -266,7 +270,7 @@ class SampleEncoder:
         features: Container[str],
     ) -> list[Group]:
         """What is to be processed of `rows`, besides what is among `texts` and `features`."""
-        first = {}  # the row that an image is encoded with
+        first: dict[str, int] = {}  # the row that an image is encoded with
         for number, (image, _) in enumerate(keys):
             if image not in features:
                 first.setdefault(image, number)

@@ -149,24 +149,45 @@ def score_answers(
     return AnswerScores(logprobs, correct, divergence)
 
 
-def gradient_saliency(model: TPRLForConditionalGeneration, batch: AnswerBatch, keep_mask: Tensor) -> Tensor:
+def gradient_tokens(model: TPRLForConditionalGeneration) -> int:
+    """Tokens whose activations take about 16 GiB until the backward pass: some 34 values of each layer's width."""
+    text = model.lvlm.config.get_text_config()
+    return max(2**34 // (34 * text.hidden_size * text.num_hidden_layers * model.lvlm.dtype.itemsize), 1)
+
+
+def gradient_saliency(
+    model: TPRLForConditionalGeneration, batch: AnswerBatch, keep_mask: Tensor, max_tokens: int | None = None
+) -> Tensor:
     """
     What each kept token contributes to the reference answer, to first order: `|d log p(answer) / dv . v|`.
 
     Args:
         keep_mask (`bool [B, N]`): tokens that the LLM sees.
+        max_tokens (`int`, *optional*): tokens that run through it together; by default what fits into 16 GiB.
 
     Returns:
         float32 `[B, N]`, 0 for tokens that are not kept.
     """
-    everyone = list(range(len(batch)))
-    inputs, labels = answered_prompts(model, batch, everyone)
+    saliency = torch.zeros(keep_mask.shape, device=keep_mask.device)
+    for part in within_memory(
+        [len(sample.prompt_ids) for sample in batch.samples], max_tokens or gradient_tokens(model)
+    ):
+        found = saliency_together(model, batch, part, keep_mask[part][batch.inputs.valid[part]])
+        saliency[part, : found.shape[1]] = found
+    return saliency
+
+
+def saliency_together(
+    model: TPRLForConditionalGeneration, batch: AnswerBatch, sample_index: list[int], keep_mask: Tensor
+) -> Tensor:
+    """[`gradient_saliency`] of samples `sample_index`, by one backward pass; `keep_mask [V]` is of their tokens."""
+    inputs, labels = answered_prompts(model, batch, sample_index)
     features = inputs["visual_features"]
     leaves = {name: m.rows.detach().clone().requires_grad_() for name, m in features.modalities.items()}
     modalities = {name: replace(m, rows=leaves[name]) for name, m in features.modalities.items()}
     inputs["visual_features"] = replace(features, modalities=modalities)
     with torch.enable_grad():
-        logits, labels = answer_logits(model, inputs, labels, keep_mask[batch.inputs.valid])
+        logits, labels = answer_logits(model, inputs, labels, keep_mask)
         score_logits(logits, labels).logprobs.sum().backward(inputs=list(leaves.values()))
     saliency = {}
     for name, rows in leaves.items():
@@ -174,5 +195,5 @@ def gradient_saliency(model: TPRLForConditionalGeneration, batch: AnswerBatch, k
         of_tokens = (rows.grad * rows.detach()).sum(-1, keepdim=True).abs().float()
         saliency[name] = replace(features.modalities[name], rows=of_tokens)
     # in the place of the tokens, so that they come in the order and padding of the tokens
-    prompts = {**batch.prompts(everyone), "visual_features": replace(features, modalities=saliency)}
+    prompts = {**batch.prompts(sample_index), "visual_features": replace(features, modalities=saliency)}
     return model.pruning_inputs(**prompts, with_attention=False).tokens.squeeze(-1)

@@ -20,6 +20,7 @@ from tprl_hf.modeling.token_pruner import TokenPruner
 from tprl_hf.modeling.values import COUNT, KEPT_FRACTION, list_of, one_of, whole
 
 from .answer_batches import AnswerBatch, SampleEncoder
+from .feature_cache import cache_of
 from .fingerprint import fingerprint
 from .saved_masks import Masks, SavedMasks, description
 from .teachers import AnswerTeacher
@@ -77,6 +78,7 @@ def generate_demonstrations(
     output_dir: str | None = None,
     batch_size: int = 16,
     feature_cache_mb: int = 1024,
+    feature_cache_dir: str | None = None,
     score: str = "logprob",
     max_answer_length: int = 128,
     unpruned_answers_dir: str | None = None,
@@ -96,6 +98,8 @@ def generate_demonstrations(
             `OUTPUT_DIR.unfinished.jsonl`, from which the same call resumes if it was cut off.
         batch_size (`int`, defaults to 16): samples at a time.
         feature_cache_mb (`int`, defaults to 1024): room for visual features, in MiB.
+        feature_cache_dir (`str`, *optional*): keep them there, as the trainers do; not for a teacher that reads the
+            tower's attention, which takes a pass of its own.
         score (`"logprob"` or `"agreement"`, defaults to `"logprob"`): "agreement" needs no labels. The reference is
             what the frozen LVLM itself answers unpruned, as in training with the scores "agreement" and "kl". (The
             divergence of "kl" has no gradient where all tokens are kept, so a teacher cannot start from it.)
@@ -131,7 +135,8 @@ def generate_demonstrations(
     if isinstance(teacher, AnswerTeacher) and score == "logprob":
         needs_answers(dataset, "dataset", "the teacher reads it; set score='agreement' for teaching without labels")
     needs_attention = isinstance(teacher, TokenPruner) and teacher.needs_attention
-    encoder = SampleEncoder(model, processor, cache_mb * 2**20, needs_attention)
+    directory = None if needs_attention else feature_cache_dir
+    encoder = SampleEncoder(model, processor, cache_of(model, processor, cache_mb, directory, None), needs_attention)
     source = given_dataset(dataset, "dataset")
     unpruned_answers = None
     if score == "agreement":

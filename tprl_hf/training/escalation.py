@@ -64,7 +64,10 @@ def calibrate_escalation(
     model.eval()
     budgets = [Budget(ratio, min_keep=model.config.min_keep, max_keep=model.config.max_keep) for ratio in
                (keep_ratio, escalate_keep_ratio)]  # fmt: skip
-    probabilities, first, second, total = [], [], [], 0
+    probabilities: list[torch.Tensor] = []
+    first: list[torch.Tensor] = []
+    second: list[torch.Tensor] = []
+    total = 0
     for start in range(0, len(rows), batch_size):
         batch = encoder([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         notes = FirstTokenNotes(len(batch))

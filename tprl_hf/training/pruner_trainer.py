@@ -218,7 +218,7 @@ class PrunerTrainer(Trainer):
             last = number == len(parts) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 micro_batch = MicroBatch(rows, encoded, len(part) / len(inputs))
-                loss += super().training_step(model, micro_batch, num_items_in_batch)  # type: ignore[arg-type]
+                loss += super().training_step(model, micro_batch, num_items_in_batch)
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -34,6 +34,9 @@ class StepLines:
         lines = json_lines(self.path) if step else []
         kept = [line for line in lines if line.get("step", line.get("start", {}).get("step", 0)) <= step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not kept:
+            self.path.unlink(missing_ok=True)
+            return
         unfinished = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         unfinished.replace(self.path)

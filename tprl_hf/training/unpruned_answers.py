@@ -1,5 +1,6 @@
 """Training without labels: the reference is what the frozen LVLM itself answers when it sees all visual tokens."""
 
+import functools
 import hashlib
 import json
 import os
@@ -199,32 +200,47 @@ class UnprunedAnswers:
 
     @torch.no_grad()
     def generate(self, batch: AnswerBatch, index: Sequence[int]) -> list[UnprunedAnswer]:
-        """Answers samples `index` greedily, and reads the answers once more for their distributions."""
-        ids = {sample: known for sample in index if (known := self.known_ids(batch.rows[sample])) is not None}
-        if unknown := [sample for sample in index if sample not in ids]:
-            self.num_generated += len(unknown)
-            prompts, ends = batch.prompts(unknown), end_ids(self.model, self.processor)
-            sequences = self.model.generate(
-                **prompts, keep_mask=self.keep_all(batch, unknown), max_new_tokens=self.max_answer_length,
-                do_sample=False, num_beams=1,
-            )  # fmt: skip
-            new = sequences[:, prompts["input_ids"].shape[1] :].cpu()
-            ids |= {sample: until_end(row, ends) for sample, row in zip(unknown, new, strict=True)}
+        """Answers samples `index` greedily; those that come with their answers are read for the distributions."""
+        known = {sample: ids for sample in index if (ids := self.known_ids(batch.rows[sample])) is not None}
+        unknown = [sample for sample in index if sample not in known]
+        self.num_generated += len(unknown)
+        rows = max(1, MAX_LOGITS // (self.max_answer_length * self.model.get_output_embeddings().weight.shape[0]))
+        found: dict[int, UnprunedAnswer] = {}
+        for read, samples in ((self.answer_chunk, unknown), (functools.partial(self.read_chunk, known), [*known])):
+            for start in range(0, len(samples), rows):
+                found |= read(batch, samples[start : start + rows])
+        return [found[sample] for sample in index]
+
+    def answer_chunk(self, batch: AnswerBatch, index: list[int]) -> dict[int, UnprunedAnswer]:
+        """Answers of samples `index`, with the distributions that they were chosen from."""
+        prompts, ends = batch.prompts(index), end_ids(self.model, self.processor)
+        output = self.model.generate(
+            **prompts, keep_mask=self.keep_all(batch, index), max_new_tokens=self.max_answer_length, do_sample=False,
+            num_beams=1, return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        new, logits = output.sequences[:, prompts["input_ids"].shape[1] :].cpu(), torch.stack(output.logits, 1)
+        ids = [until_end(row, ends) for row in new]
+        return {
+            sample: self.as_answer(of_sample, row[: len(of_sample)])
+            for sample, of_sample, row in zip(index, ids, logits, strict=True)
+        }
+
+    def read_chunk(self, ids: Mapping[int, Tensor], batch: AnswerBatch, index: list[int]) -> dict[int, UnprunedAnswer]:
+        """The distributions along the answers `ids` of samples `index`, which were generated before."""
         answered = [replace(one, answer_ids=ids.get(sample)) for sample, one in enumerate(batch.samples)]
         batch = replace(batch, samples=answered)
+        inputs, labels = answered_prompts(self.model, batch, index)
+        logits, labels = answer_logits(self.model, inputs, labels, self.keep_all(batch, index))
+        return {
+            sample: self.as_answer(ids[sample], row[label_mask])
+            for sample, row, label_mask in zip(index, logits, labels != -100, strict=True)
+        }
 
-        found: list[UnprunedAnswer] = []
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        rows = max(1, MAX_LOGITS // (max(map(len, ids.values())) * vocabulary))
-        for start in range(0, len(index), rows):
-            chunk = list(index[start : start + rows])
-            inputs, labels = answered_prompts(self.model, batch, chunk)
-            logits, labels = answer_logits(self.model, inputs, labels, self.keep_all(batch, chunk))
-            for sample, row, label_mask in zip(chunk, logits, labels != -100, strict=True):
-                top_ids, top_logprobs = top_tokens(row[label_mask], self.top_k)
-                text = self.processor.decode(ids[sample], skip_special_tokens=True).strip()
-                found.append(UnprunedAnswer(text, ids[sample], top_ids.cpu(), top_logprobs.cpu()))
-        return found
+    def as_answer(self, ids: Tensor, logits: Tensor) -> UnprunedAnswer:
+        """The answer `ids [A]`, whose tokens have `logits [A, vocab]`."""
+        top_ids, top_logprobs = top_tokens(logits.float(), self.top_k)
+        text = self.processor.decode(ids, skip_special_tokens=True).strip()
+        return UnprunedAnswer(text, ids, top_ids.cpu(), top_logprobs.cpu())
 
     def known_ids(self, row: Mapping[str, Any]) -> Tensor | None:
         """The answer that a row of demonstrations has, if it is of this LVLM."""

@@ -36,7 +36,8 @@ class ChosenTokens:
 
 def watched_numbers(chosen: Sequence[ChosenTokens], dataset: Dataset, count: int) -> list[int]:
     """Places in `chosen` of the first `count` samples whose pictures are all new."""
-    found, seen = [], set()
+    found: list[int] = []
+    seen = set()
     for place, one in enumerate(chosen):
         if len(found) == count:
             break
