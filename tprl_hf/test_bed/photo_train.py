@@ -91,7 +91,7 @@ class PhotoLVLMConfig:
 
     output_dir: str
     seed: int = 0
-    steps: int = 4500
+    steps: int = 1000
     num_processes: int = 2
     scenes: int = 2
     full_share: float = 0.65
