@@ -188,7 +188,8 @@ class PolicyTrainer(PrunerTrainer):
 
     def watch(self) -> None:
         """Notes the keep masks of the watched samples of the first dataset that was just measured."""
-        if not self.run_log.is_open or not self.args.watched_samples:
+        # a trainer whose `measure` is another one says nothing of its masks
+        if not self.chosen or not self.run_log.is_open or not self.args.watched_samples:
             return
         dataset, chosen = self.chosen[0]
         if self.watched is None:
