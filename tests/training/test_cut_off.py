@@ -86,8 +86,8 @@ def results(folder: Path):
     logs = [row for row in report.get("log_history", []) if "train_runtime" not in row]
     if (folder / "dataset").exists():  # its files have other fingerprints each time
         return load_from_disk(str(folder / "dataset")).to_list()
-    # data.json has times of files, and config.json paths, relative ones too
-    skipped = {"training.json", "settings.json", "data.json", "state.json", "config.json"}
+    # data.json and log.jsonl have times, and config.json paths, relative ones too
+    skipped = {"training.json", "settings.json", "data.json", "state.json", "config.json", "log.jsonl"}
     files = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))

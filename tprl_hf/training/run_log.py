@@ -28,11 +28,13 @@ class StepLines:
 
     def __init__(self, path: Path):
         self.path = path
+        self.last: int | None = None  # step of the last line
 
     def begin(self, step: int) -> None:
         """Leaves what a run that is at `step` wrote; nothing at step 0."""
         lines = json_lines(self.path) if step else []
         kept = [line for line in lines if line.get("step", line.get("start", {}).get("step", 0)) <= step]
+        self.last = kept[-1].get("step") if kept else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not kept:
             self.path.unlink(missing_ok=True)
@@ -40,6 +42,12 @@ class StepLines:
         unfinished = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         unfinished.replace(self.path)
+
+    def add_once(self, line: Mapping[str, Any]) -> None:
+        """Adds a line, unless a run that was cut off wrote it before it measured the same step again."""
+        if line["step"] != self.last:
+            self.add(line)
+        self.last = line["step"]
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Adds a line."""
