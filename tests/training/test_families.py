@@ -24,7 +24,10 @@ class ReadyEncoder(SampleEncoder):
     def __init__(self, model, family):
         self.model, self.family, self.with_attention = model, family, False
 
-    def encode(self, row):
+    def encode_rows(self, rows):
+        return [self.encoded(row) for row in rows]
+
+    def encoded(self, row):
         inputs = collate(self.family, [row["sample"]])
         ids = inputs.pop("input_ids")
         inputs.pop("attention_mask")
@@ -58,7 +61,8 @@ def test_a_batch_of_a_family(family):
         Budgets(torch.tensor([0.5, 0.3])),
     )
     inputs, keep_masks = take_inputs(batch.inputs, rollouts.sample_index), rollouts.keep_masks
-    codes, positions = model.autoencoder.encode(inputs.tokens), inputs.layout.positions()
+    codes = model.autoencoder.encode(batch.inputs.tokens)[rollouts.sample_index]
+    positions = inputs.layout.positions()
     logits = [
         model.policy(codes, keep_masks[t], inputs.query, inputs.query_valid, t, positions).logits for t in range(2)
     ]

@@ -384,7 +384,11 @@ def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_pa
         (TPRLGRPOConfig, {**GRPO, "num_generations": 1}, r"at least 2; got 1\. GRPO compares"),
         (TPRLPPOConfig, {**PPO, "gradient_accumulation_steps": 2}, "micro_batch_size"),
         (TPRLPPOConfig, {**PPO, "ratio": "geometric"}, "ratio must be 'joint' or 'token'; got 'geometric'"),
-        (TPRLPPOConfig, {**PPO, "score": "f1"}, "score must be 'correct' or 'logprob' or 'agreement' or 'kl'; got 'f1'"),
+        (
+            TPRLPPOConfig,
+            {**PPO, "score": "f1"},
+            "score must be 'correct' or 'logprob' or 'agreement' or 'kl'; got 'f1'",
+        ),
         (TPRLGRPOConfig, {**GRPO, "scale_rewards": "batch"}, "scale_rewards must be 'group' or 'none'; got 'batch'"),
         (TPRLPPOConfig, {**PPO, "num_mini_batches": 3}, "4 trajectories cannot be cut"),
         (TPRLGRPOConfig, {**ROLLOUTS, "shared_budget": 0.5}, "share of buffers"),

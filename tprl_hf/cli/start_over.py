@@ -8,19 +8,24 @@ from typing import Any
 from tprl_hf.training.stages import STAGES, stages_until
 
 
+def refuse_several_processes(recipe: dict[str, Any]) -> None:
+    """Raises `ValueError` where several processes run, which would not wait until one has deleted."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        folder = recipe["output_dir"]
+        raise ValueError(f"--overwrite is for a single process: delete the stages in {folder} yourself.")
+
+
 def delete_stages(stages: list[str], recipe: dict[str, Any]) -> None:
     """
     Deletes what an earlier run of `stages` left in the recipe's `output_dir`, and the base model there with the last
     of all stages. Nothing is deleted where something is refused.
 
     Raises:
-        `ValueError`: where a stage that is not among them was made from one of them, where a directory is not that of
-            a stage, or where several processes run, which would not wait for it.
+        `ValueError`: where a stage that is not among them was made from one of them, or where a directory is not that
+            of a stage.
     """
     folder = Path(recipe["output_dir"])
     there = [stage for stage in STAGES if (folder / stage).is_dir()]
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError(f"--overwrite is for a single process: delete the stages in {folder} yourself.")
     for stage in there:
         if stage in stages and not (folder / stage / "settings.json").is_file():
             raise ValueError(

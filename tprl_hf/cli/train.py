@@ -21,7 +21,7 @@ from .processes import is_first_process, say, signs_of_life, wait_for
 from .progress import is_quiet, note
 from .recipe_file import check_names, check_places, read_recipe
 from .same_data import claim_data
-from .start_over import delete_stages
+from .start_over import delete_stages, refuse_several_processes
 from .train_plan import expected_seconds
 from .tune_stage import tune
 from .whole_files import write
@@ -67,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.stage != "all" and arguments.stage not in recipe:
         raise ValueError(f"{arguments.config} has no section {arguments.stage}.")
     check_places(recipe)
+    if arguments.overwrite:
+        refuse_several_processes(recipe)
     for stage in all_stages:  # before the first one runs, which may take hours
         check_stage(stage, recipe)
     if arguments.dry_run:

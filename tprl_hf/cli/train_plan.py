@@ -25,12 +25,12 @@ def expected_seconds(
         stages (`list[str]`): those of the recipe that are to run.
         model, processor: what the first of them starts with.
     """
-    from tprl_hf.training.answer_batches import images_of
+    from tprl_hf.training.answer_batches import images_of, undecoded
 
     from .train import read_source, sources_of, training_data
 
     name = training_data(stages[0], recipe)
-    looked_at = read_source(sources_of(recipe, name)[0], name, LOOKED_AT)
+    looked_at = undecoded(read_source(sources_of(recipe, name)[0], name, LOOKED_AT))
     rows = [row for row in map(looked_at.__getitem__, range(len(looked_at))) if images_of(row)]
     if not rows:
         return {}
