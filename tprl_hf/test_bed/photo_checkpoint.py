@@ -69,7 +69,7 @@ def photo_policy_checkpoint(
             The checkpoint of the policy alone; that of this package by default.
 
     Returns:
-        `Path`: The directory of a TPRL checkpoint with its processor.
+        `Path`: The directory of a TPRL checkpoint with its processor; where there is no policy, that of the plain LLaVA.
 
     Raises:
         `PartMissingError`: If a part cannot be had, in one line that names it.
@@ -77,7 +77,7 @@ def photo_policy_checkpoint(
     base = photo_checkpoint(log, trained)
     weights = policy / "model.safetensors"
     if not weights.is_file():
-        raise PartMissingError(f"The policy of Photo-LLaVA is not here: there is no {weights}.")
+        return base
     digest = hashlib.sha256(weights.read_bytes() + (policy / "config.json").read_bytes()).hexdigest()[:8]
     finished = base.with_name(f"{base.name}-policy-{digest}")
     if not finished.is_dir():
