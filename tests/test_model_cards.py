@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 import tprl_hf
 from tprl_hf.model_cards import render_card
+from tprl_hf.test_bed.photo_checkpoint import TRAINED
 from tprl_hf.model_cards.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,17 @@ def test_the_command_fills_a_card_from_files(tmp_path, monkeypatch):
     main()
     card = (tmp_path / "card.md").read_text(encoding="utf-8")
     assert card == (Path(tprl_hf.embedded_checkpoint()) / "README.md").read_text(encoding="utf-8")
+
+
+def test_card_of_photo_llava_is_made_of_its_results():
+    results = ROOT / "docs/results/photo_llava"
+    values = {name: json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in ("test", "training")}
+    card = render_card("photo_llava", **values)
+    assert (TRAINED.parent / "README.md").read_text(encoding="utf-8") == card
+    assert (ROOT / "model_cards/photo-llava.md").read_text(encoding="utf-8") == card
+    assert values["test"]["num_samples"] >= 2000 and values["test"]["split"] == "test"
+    log = [json.loads(line) for line in (results / "training.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert log[-1]["validation"]["all"] == round(values["training"]["validation"]["all"], 3)
 
 
 def test_a_missing_number_is_an_error():
