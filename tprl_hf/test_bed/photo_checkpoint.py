@@ -69,7 +69,7 @@ def photo_policy_checkpoint(
             The checkpoint of the policy alone; that of this package by default.
 
     Returns:
-        `Path`: The directory of a TPRL checkpoint with its processor; where there is no policy, that of the plain LLaVA.
+        `Path`: The directory of a TPRL checkpoint with its processor, or of the plain LLaVA where there is no policy.
 
     Raises:
         `PartMissingError`: If a part cannot be had, in one line that names it.

