@@ -18,6 +18,7 @@ from datasets import load_from_disk
 
 from tprl_hf.cli import processes, stop_signals
 from tprl_hf.cli.stop_signals import Stopped, StopSignals
+from tprl_hf.report.runs import LOG, MASKS, read_stage
 from tprl_hf.training.whole_checkpoints import MANIFEST, checkpoint_to_resume, newest_whole
 
 from .conftest import make_dataset
@@ -87,13 +88,14 @@ def results(folder: Path):
     if (folder / "dataset").exists():  # its files have other fingerprints each time
         return load_from_disk(str(folder / "dataset")).to_list()
     # data.json and log.jsonl have times, and config.json paths, relative ones too
-    skipped = {"training.json", "settings.json", "data.json", "state.json", "config.json", "log.jsonl"}
+    skipped = {"training.json", "settings.json", "data.json", "state.json", "config.json", LOG, MASKS}
     files = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in skipped and "checkpoint-" not in path.as_posix()
     }
-    return report.get("metrics"), logs, files
+    # a step that is measured again gets a line more; a report reads the first
+    return report.get("metrics"), logs, files, read_stage(folder).masks
 
 
 @pytest.fixture(params=["autoencoder", "demonstrations", "lfd", "ppo"])

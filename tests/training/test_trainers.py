@@ -12,6 +12,7 @@ import tprl_hf
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.data.digest import data_digest
 from tprl_hf.pruners import VisPruner
+from tprl_hf.report.runs import MASKS, json_lines, read_stage
 from tprl_hf.training import (
     AutoencoderConfig,
     AutoencoderTrainer,
@@ -257,6 +258,19 @@ def test_the_best_weights_are_kept_the_start_included(make_model, processor, dat
     )
     assert told in caplog.text
     assert all(value.equal(start[key]) for key, value in weights_of(trainer.tprl_model).items())
+
+
+def test_masks_over_time_are_of_the_weights_of_their_step(make_model, processor, dataset, tmp_path):
+    """At the end the last step is measured once more, with the best weights."""
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 1.0}
+    trainer = stage("ppo", make_model, processor, dataset, str(tmp_path), **settings)
+    measure, worse = trainer.measure, iter([-1.0, -2.0, -3.0, -1.0])
+    trainer.measure = lambda dataset: {**measure(dataset), "logprob": next(worse)}
+    trainer.train()
+    trainer.evaluate()
+    start, first, second, again = json_lines(tmp_path / MASKS)
+    assert read_stage(tmp_path).masks == [start, first, second]
+    assert again["step"] == second["step"] and again["masks"] == start["masks"] != second["masks"]
 
 
 def test_reward_functions_see_what_trl_shows_them(make_model, processor, dataset, tmp_path, monkeypatch):

@@ -198,7 +198,7 @@ class PolicyTrainer(PrunerTrainer):
                 self.encoder, [dataset[chosen[place].number] for place in self.watched], self.args.output_dir
             )
         line = masks_line(self.state.global_step, self.args.eval_keep_ratios, chosen, self.watched)
-        self.run_log.masks.add_once(line)
+        self.run_log.masks.add(line)
 
     def remember_if_best(self, metrics: dict[str, float]) -> None:
         self.last_measured = self.state.global_step

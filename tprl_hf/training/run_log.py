@@ -1,7 +1,6 @@
 """What a run writes while it trains, line by line, so that `tprl report` has it before the first checkpoint."""
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import tprl_hf
 from tprl_hf.hub.publishing import changed_settings
+from tprl_hf.modeling.saved_files import written_whole
 from tprl_hf.report.runs import LOG, MASKS, json_lines
 
 
@@ -28,26 +28,18 @@ class StepLines:
 
     def __init__(self, path: Path):
         self.path = path
-        self.last: int | None = None  # step of the last line
 
     def begin(self, step: int) -> None:
         """Leaves what a run that is at `step` wrote; nothing at step 0."""
         lines = json_lines(self.path) if step else []
         kept = [line for line in lines if line.get("step", line.get("start", {}).get("step", 0)) <= step]
-        self.last = kept[-1].get("step") if kept else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not kept:
             self.path.unlink(missing_ok=True)
             return
-        unfinished = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        unfinished.replace(self.path)
-
-    def add_once(self, line: Mapping[str, Any]) -> None:
-        """Adds a line, unless a run that was cut off wrote it before it measured the same step again."""
-        if line["step"] != self.last:
-            self.add(line)
-        self.last = line["step"]
+        with written_whole(self.path.parent) as scratch:
+            lines_of_before = "".join(json.dumps(line) + "\n" for line in kept)
+            Path(scratch, self.path.name).write_text(lines_of_before, encoding="utf-8")
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Adds a line."""
