@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -132,26 +132,27 @@ def image_key(row: Mapping[str, Any]) -> str:
     """Equal for samples with the same images."""
     if row.get("image_id") is not None:
         return str(row["image_id"])
-    digest = hashlib.sha256()
-    for image in images_of(row):
-        if isinstance(image, Mapping):
-            digest.update(image["bytes"] or image["path"].encode())
-        else:
-            digest.update(repr(image.size).encode() + image.tobytes())
-    return digest.hexdigest()
+    return digest_of(images_of(row), str.encode)
 
 
 def image_digest(row: Mapping[str, Any]) -> str:
     """Equal for samples whose images have the same bytes, or are the same files, unchanged."""
+
+    def of_file(path: str) -> bytes:
+        about = os.stat(path)
+        return repr((os.path.abspath(path), about.st_size, about.st_mtime_ns)).encode()
+
+    return digest_of(images_of(row), of_file)
+
+
+def digest_of(images: Sequence[Any], of_file: Callable[[str], bytes]) -> str:
+    """Of decoded pixels, of bytes, or of what `of_file` says of a path; where one image ends counts too."""
     digest = hashlib.sha256()
-    for image in images_of(row):
+    for image in images:
         if not isinstance(image, Mapping):
             content = repr((image.mode, image.size)).encode() + image.tobytes()
-        elif image["bytes"]:
-            content = image["bytes"]
         else:
-            about = os.stat(image["path"])
-            content = repr((os.path.abspath(image["path"]), about.st_size, about.st_mtime_ns)).encode()
+            content = image["bytes"] or of_file(image["path"])
         digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()
 
