@@ -2,6 +2,8 @@
 
 import base64
 import io
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -53,6 +55,18 @@ def heat_picture(figure: Figure, low: float, high: float, panel: int = 0) -> Ima
     heat = cells.resize((WIDTH, height), Image.Resampling.NEAREST)
     grey = figure.image.convert("L").convert("RGB").resize((WIDTH, height), Image.Resampling.BICUBIC)
     return Image.blend(grey, heat, HEAT_SHARE)
+
+
+def frames_picture(frames: Sequence[Image.Image]) -> Image.Image:
+    """The frames of a video side by side, in rows of at most four."""
+    columns = min(4, len(frames))
+    width = 2 * WIDTH // columns
+    height = max(1, round(frames[0].height * width / frames[0].width))
+    sheet = Image.new("RGB", (width * columns, height * math.ceil(len(frames) / columns)), "white")
+    for number, frame in enumerate(frames):
+        small = frame.resize((width, height), Image.Resampling.BICUBIC)
+        sheet.paste(small, (width * (number % columns), height * (number // columns)))
+    return sheet
 
 
 def score_range(figures: list[Figure], meaning: str, panel: int = 0) -> tuple[float, float]:

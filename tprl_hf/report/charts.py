@@ -10,6 +10,7 @@ from tprl_hf.style import PALETTE
 WIDTH, HEIGHT = 420, 230
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 12, 26
 MARKERS = ("circle", "square", "diamond", "triangle")
+DASHES = ("", "6 4")  # of the first run of a page and of the second
 MOST_POINTS = 400  # of a curve; longer ones are averaged
 MOST_MARKED = 40  # of a curve whose points have markers
 LEVEL = '<svg viewBox="0 0 26 10"><line class="zero" stroke-dasharray="5 4" x1="0" x2="26" y1="5" y2="5"/></svg>'

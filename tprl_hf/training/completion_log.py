@@ -85,8 +85,8 @@ def completions_of(
         )
         if len(kept):
             layout = batch.inputs.layout[torch.tensor(sample)][valid]
-            images, pixels = open_images(images_of(row)), encoder.process(row)["pixel_values"]
-            seen = seen_pictures(images, encoder.processor, pixels, layout)
+            images = open_images(images_of(row))
+            seen = seen_pictures(images, encoder.processor, encoder.process(row), layout)
             panel = Panel(f"{completion.num_kept} of {completion.num_visual} tokens", answer, kept)
             completion.picture = draw_figures(figures_by_block(seen, layout, [panel], completion.question))
         found.append(completion)
