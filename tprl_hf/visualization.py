@@ -35,6 +35,8 @@ from tprl_hf.tower_pictures import token_grids
 if TYPE_CHECKING:
     from tprl_hf.modeling import TokenLayout
 
+CELL = 14  # pixels of a token that has no place in a picture
+
 
 @dataclass
 class Panel:
@@ -98,7 +100,8 @@ def figures_by_block(
 ) -> list[Figure]:
     """
     A figure for each grid of tokens: of an image that stays whole, or of its overview, crops, tiles or frames.
-    Separators have no place in an image and are left out.
+    Separators have no place in an image and are left out. Where no token has one, as of models whose queries gather
+    them from the whole image, they are drawn in their order, over white.
 
     Args:
         pictures (`Sequence[PIL.Image.Image]`):
@@ -141,8 +144,24 @@ def figures_by_block(
             for panel in panels
         ]
         rows, columns = layout.row[inside], layout.column[inside]
+        if is_without_places(picture, height, width):
+            figures.append(figure_of_a_row(columns, placed, title))
+            continue
         figures.append(Figure(picture, rows, columns, placed, name, boxes if shares else ()))
     return figures
+
+
+def is_without_places(picture: Image.Image, rows: int, columns: int) -> bool:
+    """Whether tokens are a mere row, as adapters give those that stand for no place; a strip has square patches."""
+    return rows == 1 and columns > 2 and 3 * picture.width < columns * picture.height
+
+
+def figure_of_a_row(columns: torch.Tensor, panels: list[Panel], title: str) -> Figure:
+    """Tokens without a place, line by line over white, in place of a picture where they do not lie."""
+    width = math.ceil(math.sqrt(len(columns)))
+    paper = Image.new("RGB", (CELL * width, CELL * math.ceil(len(columns) / width)), PAPER)
+    name = f"{title}  [{len(columns)} tokens in their order: they stand for no place in the image]"
+    return Figure(paper, columns // width, columns % width, panels, name.strip())
 
 
 def draw_kept_tokens(

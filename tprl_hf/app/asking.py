@@ -291,7 +291,8 @@ class Asker:
         video = Video([Image.new("RGB", (64, 64), colour) for colour in ("white", "black")] * 2, fps=1)
         try:
             inputs = self._inputs([user_turn(video, "?")])
-            plan = self.model.prune(**inputs, num_keep=1)
+            with self.model.using(make_pruner(self.model, "uniform")):
+                plan = self.model.prune(**inputs, num_keep=1)
             self._figures(video, inputs, plan, [Panel("", "", plan.keep_mask)])
         except Exception as error:  # processors, templates and towers say it in many ways
             return " ".join(str(error).split()).split(". ")[0]

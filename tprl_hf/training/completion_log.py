@@ -133,7 +133,8 @@ def write_completions(
         package = import_module(tracker)
         frame = table.to_pandas()
         frame["picture"] = [None if one.picture is None else package.Image(one.picture) for one in completions]
-        package.log({"completions": package.Table(dataframe=frame)})
+        # the axis of all other rows: trackers count their calls, of which this is one more
+        package.log({"completions": package.Table(dataframe=frame), "train/global_step": step})
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             lines = as_text(completions, step).splitlines()
