@@ -336,7 +336,9 @@ class TestTwoEvaluations:
         report(*pair, "--output", tmp_path / "both.html")
         page = check_page(tmp_path / "both.html")
         text = " ".join(page.texts)
-        assert "Whole lines are first, dashed ones second." in text
+        assert "Whole lines and filled marks are first, dashed lines and hollow marks second." in text
+        marks = [attributes["class"] for tag, attributes in page.tags if tag in ("circle", "polygon", "rect")]
+        assert sum(mark.startswith("hollow") for mark in marks) > 0
         assert "second compared with first (pp)" in text and "+50.0 [+33.3, +100.0]" in text
         curves = [attributes for tag, attributes in page.tags if tag == "polyline"]
         assert len(curves) == 2 * len([one for one in curves if "stroke-dasharray" in one]) > 0

@@ -144,7 +144,7 @@ def cost_chart(runs: Mapping[str, Sequence[Row]], title: str, x_label: str, plac
             intervals = [(100 * row["accuracy"]["low"], 100 * row["accuracy"]["high"]) for row in own]
             one_dash = "2 3" if name == "random" else "7 3" if number >= len(PALETTE) and name != "learned" else ""
             dash, tip = (two_dash, f"{name}, {run}") if len(runs) > 1 else (one_dash, name)
-            found.append(Series(tip, points, colour_of(name, names), number, dash, intervals, label=name))
+            found.append(Series(tip, points, colour_of(name, names), number, dash, intervals, name, bool(two_dash)))
     same = len(set(levels.values())) == 1
     bands = [(*level, "unpruned" if same else f"unpruned, {run}") for run, level in levels.items()]
     return line_chart(title, found, x_label, "accuracy, % of answers", bands=bands[:1] if same else bands)

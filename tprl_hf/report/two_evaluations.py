@@ -74,7 +74,7 @@ def two_evaluations_page(folders: Sequence[Path], command: str) -> str:
         read_evaluation(folder, name) for folder, name in zip(folders, distinct_names(folders), strict=True)
     )
     paired = asked_the_same(first, second)
-    notes = [f"Whole lines are {first.name}, dashed ones {second.name}.", f"Command: {command}"]
+    notes = [f"Whole lines and filled marks are {first.name}, dashed lines and hollow marks {second.name}.", f"Command: {command}"]
     if not paired:
         notes.insert(0, "They asked different questions, so that their answers cannot be compared one by one.")
     runs = {one.name: one.results["rows"] for one in (first, second)}
@@ -173,8 +173,8 @@ def differences_html(first: Evaluation, second: Evaluation, pictures: ShownPictu
     if len(parts) > 1:
         parts.insert(
             1,
-            '<p class="note">Below, questions whose pictures a directory has because pruning broke them there, and '
-            "which the other one answered. The kept tokens are those of the first; the other has no mask of them.</p>",
+            '<p class="note">Below, questions that pruning broke in one, as far as its directory has their pictures, '
+            "and that the other answered. The kept tokens are those of the one that broke them.</p>",
         )
     return "\n".join(parts)
 
