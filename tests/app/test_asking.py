@@ -82,7 +82,9 @@ def test_a_conversation_reads_what_was_said_before(asker, examples):
         assert pruned.answer == expected and pruned.num_read == full.num_read - 96
         said.append((question, full.answer, pruned.answer))
     assert full.num_read > asker.ask(image, first, ["learned"], 48).replies[0].num_read
-    with pytest.raises(Refusal, match=r"the model reads [\d,]+\. Shorten the question, shrink the picture, or begin"):
+    with pytest.raises(
+        Refusal, match=r"the model reads [\d,]+\. Shorten the question, shrink what is shown, or begin"
+    ):
         asker.say(image, said * 60, first, "learned", 48)
 
 

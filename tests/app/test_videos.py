@@ -71,7 +71,8 @@ def test_a_model_of_pictures_takes_the_first_frame_and_no_video_file(asker, anim
 def test_frames_lie_beside_each_other_in_rows_of_four():
     frames = [Image.new("RGB", (48, 24), colour) for colour in COLOURS] * 2
     sheet = frames_picture(frames[:6])
-    assert sheet.size == (4 * 168, 2 * 84)
-    places = [(84 + 168 * (number % 4), 42 + 84 * (number // 4)) for number in range(6)]
+    assert sheet.size == (4 * 168 + 3 * 6, 2 * 84 + 6)
+    places = [(84 + 174 * (number % 4), 42 + 90 * (number // 4)) for number in range(6)]
     assert [sheet.getpixel(place) for place in places] == [*COLOURS, *COLOURS[:2]]
-    assert frames_picture(frames[:2]).size == (2 * 336, 168)
+    assert sheet.getpixel((170, 42)) == sheet.getpixel((84, 87)) == (255, 255, 255)
+    assert frames_picture(frames[:2]).size == (2 * 336 + 6, 168)

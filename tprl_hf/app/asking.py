@@ -322,8 +322,8 @@ class Asker:
         length = inputs["input_ids"].shape[1]
         if longest is not None and length + self.max_new_tokens > longest:
             raise Refusal(
-                f"With the picture this is {length:,} tokens, and the model reads {longest - self.max_new_tokens:,}. "
-                "Shorten the question, shrink the picture, or begin a new conversation."
+                f"With what is shown this is {length:,} tokens, and the model reads {longest - self.max_new_tokens:,}. "
+                "Shorten the question, shrink what is shown, or begin a new conversation."
             )
         return inputs
 

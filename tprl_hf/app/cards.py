@@ -177,10 +177,10 @@ def pictures_of(reply: Reply) -> str:
     named = html.escape(reply.pruner)
     shown = ""
     low, high = score_range(reply.figures, reply.meaning) if reply.meaning else (0.0, 0.0)
-    for figure in reply.figures:
-        caption = "Kept tokens over what the vision tower saw; hatched ones are removed."
-        if figure.title:
-            caption += f"<br>{html.escape(figure.title.strip())}"
+    for number, figure in enumerate(reply.figures):
+        lines = ["Kept tokens over what the vision tower saw; hatched ones are removed."] if number == 0 else []
+        lines += [html.escape(figure.title.strip())] if figure.title else []
+        caption = "<br>".join(lines)
         shown += _figure(_picture(kept_picture(figure), f"Tokens that {named} keeps, over the picture"), caption)
         if reply.meaning:
             what = "Keep probability" if reply.meaning == "probability" else f"Score, on the scale of {named}"

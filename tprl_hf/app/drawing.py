@@ -12,6 +12,7 @@ from PIL import Image
 from tprl_hf.visualization import Figure, draw_kept_tokens
 
 WIDTH = 336  # pixels of a drawing
+GAP = 6  # pixels between frames
 # Nine colours of equal steps from low to high: people who do not tell red from green read them as others do.
 HEAT = np.array(
     [
@@ -62,10 +63,11 @@ def frames_picture(frames: Sequence[Image.Image]) -> Image.Image:
     columns = min(4, len(frames))
     width = 2 * WIDTH // columns
     height = max(1, round(frames[0].height * width / frames[0].width))
-    sheet = Image.new("RGB", (width * columns, height * math.ceil(len(frames) / columns)), "white")
+    right, down, rows = width + GAP, height + GAP, math.ceil(len(frames) / columns)
+    sheet = Image.new("RGB", (right * columns - GAP, down * rows - GAP), "white")
     for number, frame in enumerate(frames):
         small = frame.resize((width, height), Image.Resampling.BICUBIC)
-        sheet.paste(small, (width * (number % columns), height * (number // columns)))
+        sheet.paste(small, (right * (number % columns), down * (number // columns)))
     return sheet
 
 

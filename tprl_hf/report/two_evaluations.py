@@ -74,7 +74,10 @@ def two_evaluations_page(folders: Sequence[Path], command: str) -> str:
         read_evaluation(folder, name) for folder, name in zip(folders, distinct_names(folders), strict=True)
     )
     paired = asked_the_same(first, second)
-    notes = [f"Whole lines and filled marks are {first.name}, dashed lines and hollow marks {second.name}.", f"Command: {command}"]
+    notes = [
+        f"Whole lines and filled marks are {first.name}, dashed lines and hollow marks {second.name}.",
+        f"Command: {command}",
+    ]
     if not paired:
         notes.insert(0, "They asked different questions, so that their answers cannot be compared one by one.")
     runs = {one.name: one.results["rows"] for one in (first, second)}
