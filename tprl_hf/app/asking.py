@@ -321,8 +321,9 @@ class Asker:
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         length = inputs["input_ids"].shape[1]
         if longest is not None and length + self.max_new_tokens > longest:
+            most = longest - self.max_new_tokens
             raise Refusal(
-                f"With what is shown this is {length:,} tokens, and the model reads {longest - self.max_new_tokens:,}. "
+                f"With what is shown this is {length:,} tokens, and the model reads {most:,}. "
                 "Shorten the question, shrink what is shown, or begin a new conversation."
             )
         return inputs
