@@ -23,6 +23,7 @@ from .recipe_file import check_names, check_places, read_recipe
 from .same_data import claim_data
 from .start_over import delete_stages, refuse_several_processes
 from .train_plan import expected_seconds
+from .training_device import training_arguments, training_device
 from .tune_stage import tune
 from .whole_files import write
 
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     recipe = read_recipe(arguments.config, arguments.set)
+    training_device(loading_options(arguments))  # refuses what there is not
     all_stages = [stage for stage in STAGES if stage in recipe]
     stages = all_stages if arguments.stage == "all" else [arguments.stage]
     if arguments.stage != "all" and arguments.stage not in recipe:
@@ -105,11 +107,10 @@ def run_stages(
         if (directory / "training.json").exists():
             say(f"{stage}: {directory} is finished")
             continue
-        if stage == "demonstrations" and not is_first_process():
-            wait_for(directory / "training.json", folder)
-            continue
         started = time.perf_counter()
         model, processor = starting_model(stage, recipe, loading)
+        if not hasattr(model, "hf_device_map"):  # else it is in its places
+            model.to(training_device(loading))
         if expected is None:
             expected = expected_seconds(stages[number - 1 :], recipe, model, processor) if is_first_process() else {}
             tell(describe(stages, recipe, expected))
@@ -121,9 +122,10 @@ def run_stages(
             data = training_data(stage, recipe)
             dataset = load_data(recipe, data, recipe[stage].get("num_samples"))
             claim_data(directory, {data: dataset})
-            result = tune(recipe, model, processor, dataset, directory, signals)
+            result = tune(recipe, model, processor, dataset, directory, signals, training_arguments(loading))
         else:
-            result = train_stage(stage, recipe, model, processor, directory, name, signals)
+            config = make_config(stage, recipe, **training_arguments(loading))
+            result = train_stage(stage, recipe, config, model, processor, directory, name, signals)
         result = {"stage": stage, "seconds": round(time.perf_counter() - started, 1), **result}
         if is_first_process():
             write(directory / "training.json", json.dumps(result, indent=2) + "\n")
@@ -164,8 +166,8 @@ def check_stage(stage: str, recipe: dict[str, Any]) -> None:
         reward_functions(stage, recipe)
 
 
-def make_config(stage: str, recipe: dict[str, Any]) -> Any:
-    """The config of a stage's trainer."""
+def make_config(stage: str, recipe: dict[str, Any], **others: Any) -> Any:
+    """The config of a stage's trainer; `others` are fields that are not of the recipe."""
     from dataclasses import fields
 
     from transformers import TrainingArguments
@@ -179,7 +181,7 @@ def make_config(stage: str, recipe: dict[str, Any]) -> Any:
     if "unpruned_answers_dir" in names:  # what one stage has generated, the next one reads
         settings = {"unpruned_answers_dir": answers_folder(recipe), **settings}
     try:
-        return config_class(output_dir=str(Path(recipe["output_dir"]) / stage), **settings)
+        return config_class(output_dir=str(Path(recipe["output_dir"]) / stage), **{**settings, **others})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{stage}: {error}") from error
 
@@ -339,7 +341,7 @@ def starting_model(
     from tprl_hf.loading import pretrained_arguments
     from tprl_hf.missing_packages import load_processor
 
-    how = pretrained_arguments(**loading)
+    how = pretrained_arguments(**{**loading, "device": training_device(loading)})
     for before in STAGES[stage].starts_from:
         if before in recipe:
             path = Path(recipe["output_dir"]) / before
@@ -402,7 +404,7 @@ def make_demonstrations(stage, recipe, model, processor, directory: Path) -> dic
 
 
 def train_stage(
-    stage, recipe, model, processor, directory: Path, recipe_name: str, signals: "StopSignals"
+    stage, recipe, config, model, processor, directory: Path, recipe_name: str, signals: "StopSignals"
 ) -> dict[str, Any]:
     from datasets import load_from_disk
     from transformers import PrinterCallback, ProgressCallback
@@ -411,7 +413,7 @@ def train_stage(
 
     from .stop_signals import SaveAndStop
 
-    config, (_, trainer_class) = make_config(stage, recipe), STAGES[stage].classes()
+    _, trainer_class = STAGES[stage].classes()
     source = STAGES[stage].learns_from
     if source is not None:
         path = directory.parent / source

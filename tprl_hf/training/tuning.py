@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
 from .answer_batches import SampleEncoder, reference_answer, undecoded
-from .trainer_arguments import has_answers, needs_answers
+from .trainer_arguments import has_answers, needs_answers, take_one_device
 from .unpruned_answers import COLUMN, UnprunedAnswers
 from .whole_checkpoints import AfterSaving, mark_whole
 
@@ -129,6 +129,7 @@ def tune_lvlm(
     else:
         directory = unpruned_answers_dir or Path(args.output_dir) / "unpruned_answers"
         dataset = with_own_answers(model, processor, dataset, directory)
+    take_one_device(args)
     settings = {"r": 16, "lora_alpha": 32, "target_modules": LLM_LAYERS, **(lora or {})}
     trainer = SFTTrainer(
         model,
