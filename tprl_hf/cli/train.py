@@ -19,7 +19,7 @@ from .dry_run import describe, duration
 from .old_recipes import renewed
 from .processes import is_first_process, say, signs_of_life, wait_for
 from .progress import is_quiet, note
-from .recipe_file import check_names, check_places, read_recipe
+from .recipe_file import check_names, check_places, model_of, read_recipe
 from .same_data import claim_data
 from .start_over import delete_stages, refuse_several_processes
 from .train_plan import expected_seconds
@@ -208,7 +208,7 @@ def reward_functions(stage: str, recipe: dict[str, Any]) -> list[Any]:
 def settings_of(stage: str, recipe: dict[str, Any]) -> dict[str, Any]:
     """What the result of a stage depends on, besides the stages before it and [`precision_of`]."""
     # a teacher reads the frozen LVLM, whatever policy will learn from it
-    names = ("base_model", stage) if stage == "demonstrations" else ("base_model", "policy", stage)
+    names = ("base_model", "start_from", *(() if stage == "demonstrations" else ("policy",)), stage)
     data = recipe.get("data", {})
     used = {name: data[name] for name in (training_data(stage, recipe), "validation") if name in data}
     return {name: recipe[name] for name in names if name in recipe} | ({"data": used} if "data" in recipe else {})
@@ -225,14 +225,13 @@ def precision_of(loading: dict[str, Any]) -> dict[str, Any]:
 
 def with_dtype(loading: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     """The options by which the model is loaded, with the dtype of the recipe, or one that suits model and machine."""
-    import tprl_hf
     from tprl_hf.loading import chosen_dtype
 
     if loading.get("dtype"):
         return loading
     if recipe.get("dtype"):
         return {**loading, "dtype": recipe["dtype"]}
-    dtype, why = chosen_dtype(recipe.get("base_model") or tprl_hf.embedded_checkpoint(), loading.get("device"))
+    dtype, why = chosen_dtype(model_of(recipe), loading.get("device"))
     tell(f"The LVLM computes in {dtype} ({why}); `dtype` in the recipe or --dtype asks for another one.")
     return {**loading, "dtype": dtype}
 
@@ -336,7 +335,6 @@ def starting_model(
     """The model that a stage begins with, and its processor."""
     from transformers import set_seed
 
-    import tprl_hf
     from tprl_hf import TPRLForConditionalGeneration
     from tprl_hf.loading import pretrained_arguments
     from tprl_hf.missing_packages import load_processor
@@ -349,13 +347,26 @@ def starting_model(
                 raise ValueError(f"{stage} begins with what {before} left in {path}: run `tprl train {before}` first.")
             return TPRLForConditionalGeneration.from_pretrained(path, **how), load_processor(path)
 
-    if stage == "tune":  # of a checkpoint that has its policy
-        name = recipe.get("base_model") or tprl_hf.embedded_checkpoint()
-        return TPRLForConditionalGeneration.from_pretrained(name, **how), load_processor(name)
+    if recipe.get("start_from") or stage == "tune":  # of a checkpoint that has its policy
+        name = model_of(recipe)
+        model = TPRLForConditionalGeneration.from_pretrained(name, **how)
+        check_policy(model, recipe)
+        return model, load_processor(name)
     base = base_directory(recipe)
     set_seed(recipe.get(stage, {}).get("seed", 42))  # the start of the new policy
     model = TPRLForConditionalGeneration.from_base_model(base, **how, **recipe.get("policy", {}))
     return model, load_processor(base)
+
+
+def check_policy(model: "TPRLForConditionalGeneration", recipe: dict[str, Any]) -> None:
+    """Raises `ValueError` where a recipe wants another network than the policy that it continues has."""
+    has = model.config.to_dict()
+    for name, value in recipe.get("policy", {}).items():
+        if has[name] != value:
+            raise ValueError(
+                f"policy.{name} is {value!r}, but {model_of(recipe)} has {has[name]!r}: a policy that is trained on "
+                "stays as it is; leave the section out with --set policy=null."
+            )
 
 
 def base_directory(recipe: dict[str, Any]) -> str:
