@@ -1,12 +1,16 @@
 """`python -m tests.stand_ins.on_pretend_device PART`: the package on a device other than the CPU, in a new process."""
 
+import json
+import os
 import sys
 import tempfile
+from pathlib import Path
 
 import accelerate
 import torch
 from transformers import TrainingArguments
 
+import tprl_hf.training
 from tests.families.more import OTHERS
 from tests.families.tiny_models import FAMILIES, build, collate, entry, sample
 from tests.families.tiny_processor import make_processor
@@ -15,6 +19,7 @@ from tests.training.conftest import POLICY, make_dataset
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.arguments import method_names
 from tprl_hf.cli.main import main
+from tprl_hf.cli.training_device import training_arguments, training_device
 from tprl_hf.evaluation.benchmark import benchmark_calls
 from tprl_hf.pruners import RandomPruner, ToMePruner, VisionZip, VisPruner
 from tprl_hf.training import (
@@ -173,5 +178,38 @@ def training() -> None:
         assert 0 < calibrate_threshold(on_device(model()), processor, dataset, keep_ratio=0.5) < 1
 
 
+def train_command() -> None:
+    """Every stage of `tprl train` computes on the accelerator, the demonstrations and the first measurements too."""
+    accelerate.Accelerator.device = property(lambda self: DEVICE)
+    TrainingArguments.device = property(lambda self: (self._setup_devices, DEVICE)[1])
+    made, places = tprl_hf.training.generate_demonstrations, []
+
+    def watched(teacher, model, *arguments, **settings):
+        places.append(model.device)
+        return made(teacher, model, *arguments, **settings)
+
+    tprl_hf.training.generate_demonstrations = watched
+    short = {"max_steps": 1, "per_device_train_batch_size": 2}
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = {
+            "output_dir": f"{folder}/run",
+            "policy": {"latent_dim": 24, "policy_dim": 24},
+            "data": {"train": {"source": "mosaic", "seed": 100, "num_samples": 6}},
+            "autoencoder": short,
+            "demonstrations": {"teacher": "gradient", "keep_ratios": [0.5]},
+            "lfd": short,
+        }
+        Path(folder, "recipe.yaml").write_text(json.dumps(recipe))
+        with PretendMode():
+            assert main(["train", "all", "--config", f"{folder}/recipe.yaml"]) == 0
+    assert places == [DEVICE]
+    assert training_device({"device": None}) == DEVICE and training_device({"device": "cpu"}).type == "cpu"
+    os.environ["LOCAL_RANK"] = "3"
+    assert training_device({"device": None}) == torch.device(DEVICE.type, 3)
+    assert training_arguments({"device": "cpu"}) == {"use_cpu": True} and training_arguments({"device": None}) == {}
+
+
+PARTS = (control, families, default_device, steps, commands, training, train_command)
+
 if __name__ == "__main__":
-    {part.__name__: part for part in (control, families, default_device, steps, commands, training)}[sys.argv[1]]()
+    {part.__name__: part for part in PARTS}[sys.argv[1]]()
