@@ -8,7 +8,18 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "part", ["control", "families", "default_device", "steps", "commands", "training", "train_command"]
+    "part",
+    [
+        "control",
+        "families",
+        "default_device",
+        "steps",
+        "commands",
+        "more_commands",
+        "training",
+        "more_training",
+        "train_command",
+    ],
 )
 def test_on_another_device(part):
     command = [sys.executable, "-m", "tests.stand_ins.on_pretend_device", part]
