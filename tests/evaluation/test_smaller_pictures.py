@@ -31,6 +31,7 @@ TOKENS: dict[str, tuple[int, int | None, int | None]] = {
     "aya_vision": (63, 45, 9),
     "idefics3": (45, 9, 9),  # four tiles and an overview; one
     "smolvlm": (45, 9, 9),
+    "lfm2_vl": (10, 2, 2),  # two tiles and an overview; an overview of 2 by 1
     "gemma3": (16, None, None),  # always as many
 }
 # Tiny processors with more than one tile.

@@ -98,7 +98,14 @@ class PictureShrinker:
         images = self.processor.image_processor
         tiles = vars(images).get("max_patches"), vars(images).get("image_grid_pinpoints")
         square = square_side(images)
-        if "do_image_splitting" in vars(images):
+        if "max_image_tokens" in vars(images):  # of a picture that is not cut
+            for number in range(images.min_tiles, images.max_tiles):
+                yield self.copy(f"{number} tiles", max_tiles=number), size
+            # sides are rounded down, so that a limit brings fewer tokens than it allows
+            for most in sorted({min(round(share * target), images.max_image_tokens) for share in (1, 1.25, 1.5, 2)}):
+                limits = {"min_image_tokens": 1, "max_image_tokens": most}
+                yield self.copy(f"{most} tokens", do_image_splitting=False, **limits), size
+        elif "do_image_splitting" in vars(images):
             tile = images.max_image_size["longest_edge"]
             for number in range(1, images.size["longest_edge"] // tile):
                 yield self.copy(f"longest edge {number}", size={"longest_edge": number * tile}), size
