@@ -27,6 +27,7 @@ from transformers import AutoProcessor
 
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.data import mosaic_vqa
+from tprl_hf.intervals import bootstrap_mean
 from tprl_hf.loading import device_named
 from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.token_pruner import LearnedPruner, TokenPruner
@@ -37,7 +38,6 @@ from tprl_hf.training.answer_batches import SampleEncoder, undecoded
 from tprl_hf.training.answer_scores import score_answers
 
 from .fingerprint import fingerprint
-from .intervals import bootstrap_mean
 
 POINTING_BASELINES = {"random": RandomPruner, "vispruner": VisPruner, "divprune": DivPrune}
 
