@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from tprl_hf.answer_rules import exact_score
+from tprl_hf.modeling.saved_files import written_whole
 from tprl_hf.modeling.token_pruner import TokenPruner
 
 from .answers import chat_inputs
@@ -303,9 +303,8 @@ def read_records(path: Path) -> tuple[list[Record], int]:
     """
     found, removed = parse_lines(path)
     if removed:
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-        unfinished.write_bytes(b"".join(line + b"\n" for line, _ in found))
-        unfinished.replace(path)
+        with written_whole(path.parent) as scratch:
+            Path(scratch, path.name).write_bytes(b"".join(line + b"\n" for line, _ in found))
     return [record for _, record in found], removed
 
 

@@ -1,13 +1,14 @@
 """Keep masks of samples that are demonstrated so far, in a file that a run which was cut off resumes from."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers.utils import logging
+
+from tprl_hf.modeling.saved_files import written_whole
 
 from .fingerprint import fingerprint
 
@@ -38,11 +39,9 @@ class SavedMasks:
             other = sorted(name for name in depends_on if (before or {}).get(name) != depends_on[name])
             logger.warning(f"{path} is of another run ({', '.join(other) or 'damaged'}): demonstrations begin anew.")
         self.found: dict[int, Masks] = found
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
         rest = "".join(line_of(sample, masks) for sample, masks in found.items())
-        unfinished.write_text(json.dumps(depends_on) + "\n" + rest, encoding="utf-8")
-        unfinished.replace(path)
+        with written_whole(path.parent) as scratch:
+            Path(scratch, path.name).write_text(json.dumps(depends_on) + "\n" + rest, encoding="utf-8")
 
     def add(self, first: int, masks: Sequence[Masks]) -> None:
         """Notes the masks of samples `first`, `first + 1` and so on."""
