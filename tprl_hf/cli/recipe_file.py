@@ -19,6 +19,7 @@ from .old_recipes import renewed
 NAMED_SOURCES = ("mosaic", "easy-vqa", "photo")
 OURS = Path(__file__).parents[1] / "recipes"
 SECTIONS = ("base_model", "output_dir", "dtype", "policy", "data")  # and one for each stage
+AS_TEXT = "YAML reads no, off, yes and on as truth values: write such a text in quotes."
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -107,8 +108,12 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     check_names(recipe, (*SECTIONS, *STAGES), path)
     if recipe.get("dtype") not in (None, *DTYPES):
         raise ValueError(f"dtype in {path} is one of {', '.join(DTYPES)}; got {recipe['dtype']!r}.")
-    if "output_dir" not in recipe:
+    if recipe.get("output_dir") is None:
         raise ValueError(f"{path} must say `output_dir`: where each stage has its directory.")
+    for name in ("base_model", "output_dir"):
+        if not isinstance(recipe.get(name, ""), str | None):
+            cure = f" {AS_TEXT}" if isinstance(recipe[name], bool) else ""
+            raise ValueError(f"{name} in {path} must be a text; got {recipe[name]!r}.{cure}")
     fill_sections(recipe, path)
     recipe = {
         name: value if name in ("base_model", "output_dir") else as_number(value) for name, value in recipe.items()
