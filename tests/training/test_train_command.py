@@ -233,12 +233,12 @@ def test_a_stage_may_have_its_own_data():
         ),
         (
             ["all", "--set", "ppo.log_level=off"],
-            "ppo.log_level must be a text; got False. YAML reads no, off, yes and on",
+            "ppo.log_level must be a text; got False. YAML reads no, off,",
         ),
         (["all", "--set", "ppo.ratio=off"], "ppo.ratio must be 'joint' or 'token'; got False. YAML reads no, off,"),
         (
             ["all", "--set", "base_model=no"],
-            "must be a text; got False. YAML reads no, off, yes and on as truth values",
+            "must be a text; got False. YAML reads no, off, yes and on",
         ),
         (["all", "--set", "output_dir=2026"], "must be a text; got 2026."),
         (["all", "--set", "output_dir="], "must say `output_dir`"),

@@ -48,7 +48,7 @@ def check_section(section: dict[str, Any], checks: Mapping[str, Check], where: s
 
 def restore_names(section: dict[str, Any], config_class: type, where: str) -> None:
     """
-    Gives settings of a config that are names their name back where YAML took it for a truth value: `eval_strategy: no`.
+    Gives settings that are names their name back where YAML took it for a truth value, as in `eval_strategy: no`.
 
     Raises:
         `ValueError`: for a truth value where the config wants a text, and none of its names is such a word.
