@@ -329,7 +329,7 @@ def parse_record(line: bytes) -> Record | None:
     whole = all(type(number) is int and number >= 0 for number in numbers)
     texts = all(isinstance(text, str) for text in (record.pruner, record.budget, record.answer))
     seed = record.seed is None or type(record.seed) is int
-    score = isinstance(record.score, float | int) and math.isfinite(record.score)
+    score = isinstance(record.score, float | int) and 0 <= record.score <= 1
     sure = all(
         number is None or (type(number) is float and math.isfinite(number))
         for number in (record.probability, record.first_entropy)
