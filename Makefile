@@ -44,7 +44,7 @@ PROCESSORS = .venv-processors/bin/python
 
 test-processors: .venv-processors/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PROCESSORS) -m pytest -q tests/test_processors.py tests/serving/test_own_processors.py tests/evaluation/test_smaller_pictures.py \
-		tests/hub/test_your_model.py
+		tests/hub/test_your_model.py tests/test_videos.py tests/test_visualization.py tests/app/test_layouts.py tests/app/test_videos.py
 
 .venv-processors/installed: setup.py constraints.txt
 	python3 -m venv .venv-processors

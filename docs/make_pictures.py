@@ -75,7 +75,7 @@ def budget_frames(budgets: Sequence[float] = BUDGETS) -> list[Image.Image]:
             sequence = model.generate(**inputs, **pruned, do_sample=False, max_new_tokens=8)[0]
             answer = processor.decode(sequence[inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
             panel = Panel("answer", answer, plan.keep_mask, is_correct=is_correct(answer, sample["answer"]))
-            seen = seen_pictures(sample["images"], processor, inputs["pixel_values"], plan.layout)
+            seen = seen_pictures(sample["images"], processor, inputs, plan.layout)
             pages.append(draw_figures(figures_by_block(seen, plan.layout, [panel], sample["prompt"]), SCALE))
         frames.append(with_bar(pages, int(plan.num_kept), int(plan.num_visual)))
     return frames
@@ -123,8 +123,8 @@ def write_plot(results: Path, path: Path) -> None:
 def row_of(found: Mapping[str, Any]) -> Any:
     """A row of results.json as the plot takes it."""
     from tprl_hf.evaluation.benchmark import Spread
-    from tprl_hf.evaluation.intervals import Estimate
     from tprl_hf.evaluation.tables import Row
+    from tprl_hf.intervals import Estimate
 
     times = found.get("milliseconds")
     return Row(

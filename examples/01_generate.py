@@ -39,7 +39,7 @@ for budget in ({"prune": False}, {"keep_ratio": 1 / 3}, {"keep_ratio": 1 / 9}):
 # %% [markdown]
 # What the vision tower sees, and in it the patches whose tokens the LLM reads; the others are hatched.
 # %%
-seen = seen_pictures([image], processor, inputs["pixel_values"], plan.layout)
+seen = seen_pictures([image], processor, inputs, plan.layout)
 picture = draw_figures(figures_by_block(seen, plan.layout, panels, question))
 picture.save("kept_tokens.png")
 picture

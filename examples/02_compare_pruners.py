@@ -40,7 +40,7 @@ for pruner in [*methods, model.learned_pruner()]:
     print(f"{type(pruner).__name__:15} {int(plan.num_kept):3} of {int(plan.num_visual)} tokens: {answer}")
 
 # %%
-seen = seen_pictures([image], processor, inputs["pixel_values"], plan.layout)
+seen = seen_pictures([image], processor, inputs, plan.layout)
 figures = [figures_by_block(seen, plan.layout, row, QUESTION)[0] for row in (panels[:4], panels[4:])]
 picture = draw_figures(figures)
 picture.save("pruners.png")

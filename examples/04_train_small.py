@@ -90,7 +90,7 @@ trainer.save_model()  # `from_pretrained("counterfactual")` loads it
 look("and after reinforcement")
 panels = [Panel(title, "", plan.keep_mask, plan.scores) for title, plan in plans.items()]
 layout = plans["not trained yet"].layout
-seen = seen_pictures([image], processor, inputs["pixel_values"], layout)
+seen = seen_pictures([image], processor, inputs, layout)
 picture = draw_figures(figures_by_block(seen, layout, panels, question))
 picture.save("stages.png")
 picture

@@ -7,7 +7,20 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("part", ["control", "families", "default_device", "steps", "commands", "training"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "control",
+        "families",
+        "default_device",
+        "steps",
+        "commands",
+        "more_commands",
+        "training",
+        "more_training",
+        "train_command",
+    ],
+)
 def test_on_another_device(part):
     command = [sys.executable, "-m", "tests.stand_ins.on_pretend_device", part]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[1])

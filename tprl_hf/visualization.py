@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,9 +26,16 @@ from tprl_hf.style import (
     WRONG,
     html_page,
 )
+from tprl_hf.tower_pictures import image_from_pixel_values as image_from_pixel_values
+from tprl_hf.tower_pictures import seen_frames as seen_frames
+from tprl_hf.tower_pictures import seen_pictures as seen_pictures
+from tprl_hf.tower_pictures import tile_pictures as tile_pictures
+from tprl_hf.tower_pictures import token_grids
 
 if TYPE_CHECKING:
     from tprl_hf.modeling import TokenLayout
+
+CELL = 14  # pixels of a token that has no place in a picture
 
 
 @dataclass
@@ -84,90 +91,6 @@ class Figure:
     boxes: Sequence[Sequence[float]] = field(default_factory=list)
 
 
-def image_from_pixel_values(
-    pixel_values: torch.Tensor, image_mean: Sequence[float], image_std: Sequence[float]
-) -> Image.Image:
-    """
-    Undoes an image processor's normalisation, so that the picture is exactly the (cropped) one the vision tower sees.
-
-    Args:
-        pixel_values (`torch.Tensor`):
-            Float [3, H, W].
-        image_mean (`Sequence[float]`):
-            The processor's mean of each channel.
-        image_std (`Sequence[float]`):
-            The processor's standard deviation of each channel.
-
-    Returns:
-        `PIL.Image.Image`: RGB, W × H pixels.
-
-    Raises:
-        `ValueError`: If `pixel_values` is of another shape, as that of a processor that flattens its patches.
-    """
-    if pixel_values.ndim != 3 or pixel_values.shape[0] != 3:
-        raise ValueError(f"pixel_values must be [3, H, W] to be drawn, got {list(pixel_values.shape)}.")
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (image_mean, image_std))
-    pixels = (pixel_values.detach().float().cpu() * std + mean).clamp(0, 1) * 255
-    return Image.fromarray(pixels.round().to(torch.uint8).permute(1, 2, 0).numpy())
-
-
-def tile_pictures(
-    pixel_values: torch.Tensor, image_mean: Sequence[float], image_std: Sequence[float]
-) -> list[Image.Image]:
-    """
-    The pictures of all crops or tiles that a processor made of one image.
-
-    Args:
-        pixel_values (`torch.Tensor`):
-            Float [..., 3, H, W].
-        image_mean, image_std (`Sequence[float]`):
-            As for [`image_from_pixel_values`].
-    """
-    tiles = pixel_values.reshape(-1, *pixel_values.shape[-3:])
-    return [image_from_pixel_values(tile, image_mean, image_std) for tile in tiles]
-
-
-def seen_pictures(
-    images: Sequence[Image.Image], processor: Any, pixel_values: torch.Tensor, layout: "TokenLayout"
-) -> list[Image.Image]:
-    """
-    What the vision tower sees of images: the square that a processor cut out, or its tiles; else the whole images.
-
-    Args:
-        images (`Sequence[PIL.Image.Image]`):
-            As they were given.
-        processor ([`ProcessorMixin`]):
-            What made the pixels.
-        pixel_values (`torch.Tensor`):
-            Of these images alone: [1, 3, H, W], or as the family has it.
-        layout ([`TokenLayout`]):
-            Where their tokens lie.
-    """
-    content = ~layout.protected
-    grids = torch.stack([layout.image[content], layout.block[content]], 1).unique(dim=0).tolist()
-    # one that hands over flattened patches takes the whole image
-    spatial = pixel_values.ndim in (4, 5) and pixel_values.shape[-3] == 3
-    if not spatial or pixel_values.shape[:-3].numel() != len(grids):
-        return list(images)
-    sizes = [
-        (int(layout.width[inside][0]), int(layout.height[inside][0]))
-        for image, block in grids
-        for inside in [content & (layout.image == image) & (layout.block == block)]
-    ]
-    # images of several sizes are padded at the right and below to the largest of each
-    widest, highest = (max(sides) for sides in zip(*sizes, strict=True))
-    height, width = pixel_values.shape[-2:]
-    if not 1 / 3 < (width / widest) / (height / highest) < 3:  # patches beside each other, in a strip
-        return list(images)
-    settings = vars(processor.image_processor)
-    normalised = settings.get("do_normalize", True)
-    mean, std = (settings["image_mean"], settings["image_std"]) if normalised else ([0.0] * 3, [1.0] * 3)
-    return [
-        _without_padding(tile, tile.width * width // widest, tile.height * height // highest)
-        for tile, (width, height) in zip(tile_pictures(pixel_values, mean, std), sizes, strict=True)
-    ]
-
-
 def figures_by_block(
     pictures: Sequence[Image.Image],
     layout: "TokenLayout",
@@ -177,7 +100,8 @@ def figures_by_block(
 ) -> list[Figure]:
     """
     A figure for each grid of tokens: of an image that stays whole, or of its overview, crops, tiles or frames.
-    Separators have no place in an image and are left out.
+    Separators have no place in an image and are left out. Where no token has one, as of models whose queries gather
+    them from the whole image, they are drawn in their order, over white.
 
     Args:
         pictures (`Sequence[PIL.Image.Image]`):
@@ -201,8 +125,7 @@ def figures_by_block(
     >>> draw_figures(figures).save("kept.png")
     ```
     """
-    content = ~layout.protected
-    grids = torch.stack([layout.image[content], layout.block[content]], 1).unique(dim=0).tolist()
+    grids = token_grids(layout)
     images = sorted({image for image, _ in grids})
     if len(pictures) not in (len(images), len(grids)):
         raise ValueError(
@@ -211,7 +134,7 @@ def figures_by_block(
         )
     figures = []
     for number, (image, block) in enumerate(grids):
-        inside = content & (layout.image == image) & (layout.block == block)
+        inside = ~layout.protected & (layout.image == image) & (layout.block == block)
         shares = len(pictures) == len(images)
         picture = pictures[images.index(image)] if shares else pictures[number]
         height, width = int(layout.height[inside][0]), int(layout.width[inside][0])
@@ -221,8 +144,24 @@ def figures_by_block(
             for panel in panels
         ]
         rows, columns = layout.row[inside], layout.column[inside]
+        if is_without_places(picture, height, width):
+            figures.append(figure_of_a_row(columns, placed, title))
+            continue
         figures.append(Figure(picture, rows, columns, placed, name, boxes if shares else ()))
     return figures
+
+
+def is_without_places(picture: Image.Image, rows: int, columns: int) -> bool:
+    """Whether tokens are a mere row, as adapters give those that stand for no place; a strip has square patches."""
+    return rows == 1 and columns > 2 and 3 * picture.width < columns * picture.height
+
+
+def figure_of_a_row(columns: torch.Tensor, panels: list[Panel], title: str) -> Figure:
+    """Tokens without a place, line by line over white, in place of a picture where they do not lie."""
+    width = math.ceil(math.sqrt(len(columns)))
+    paper = Image.new("RGB", (CELL * width, CELL * math.ceil(len(columns) / width)), PAPER)
+    name = f"{title}  [{len(columns)} tokens in their order: they stand for no place in the image]"
+    return Figure(paper, columns // width, columns % width, panels, name.strip())
 
 
 def draw_kept_tokens(
@@ -387,15 +326,6 @@ def _panel_to_html(figure: Figure, panel: Panel, number: int, image: Image.Image
         f'<figure><div class="picture image{number}" style="{style}">{patches}</div>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
-
-
-def _without_padding(tile: Image.Image, width: int, height: int) -> Image.Image:
-    """The upper left part of a tile, where the rest is of one colour; else the tile."""
-    pixels = np.asarray(tile)
-    outside = np.ones(pixels.shape[:2], bool)
-    outside[:height, :width] = False
-    is_flat = len(np.unique(pixels[outside], axis=0)) <= 1
-    return tile.crop((0, 0, width, height)) if is_flat else tile
 
 
 def _draw_panel(figure: Figure, panel: Panel, width: int) -> Image.Image:

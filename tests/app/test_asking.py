@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tprl_hf.app.asking import MAX_QUESTION, Asker, Refusal, conversation, fewest, kept_tokens, read_picture
+from tprl_hf.app.asking import MAX_QUESTION, Asker, Refusal, conversation, fewest
 from tprl_hf.evaluation.answers import chat_inputs, generate_answers
 from tprl_hf.loading import load_model
 from tprl_hf.pictures import PictureError
@@ -33,9 +33,9 @@ def test_answers_masks_and_counts_are_the_models_own(asker, sample):
     assert (learned.num_kept, learned.num_visual, learned.num_read) == (16, 144, length - 128)
     assert full.answer == generate_answers(model, processor, [sample], prune=False, max_new_tokens=8)[0]
     assert learned.answer == generate_answers(model, processor, [sample], num_keep=16, max_new_tokens=8)[0]
-    assert torch.equal(kept_tokens(learned), plan_of(asker, sample, num_keep=16).keep_mask)
+    assert torch.equal(learned.kept, plan_of(asker, sample, num_keep=16).keep_mask)
     with model.using(DivPrune()):
-        assert torch.equal(kept_tokens(diverse), plan_of(asker, sample, num_keep=16).keep_mask)
+        assert torch.equal(diverse.kept, plan_of(asker, sample, num_keep=16).keep_mask)
     assert [reply.meaning for reply in answered.replies] == ["", "probability", "", "score"]
     assert early.num_kept == 16 and answered.note is None
     for reply in answered.replies:
@@ -68,7 +68,7 @@ def test_two_questions_share_some_tokens(asker, examples):
     questions = examples[0].question, examples[0].other_question
     found, num_both = asker.two_questions(examples[0].image, questions, "learned", 48)
     assert [one.question for one in found] == list(questions)
-    masks = [kept_tokens(one.replies[1]) for one in found]
+    masks = [one.replies[1].kept for one in found]
     assert not torch.equal(*masks) and 0 < num_both < 48 and num_both == int((masks[0] & masks[1]).sum())
 
 
@@ -82,7 +82,9 @@ def test_a_conversation_reads_what_was_said_before(asker, examples):
         assert pruned.answer == expected and pruned.num_read == full.num_read - 96
         said.append((question, full.answer, pruned.answer))
     assert full.num_read > asker.ask(image, first, ["learned"], 48).replies[0].num_read
-    with pytest.raises(Refusal, match=r"the model reads [\d,]+\. Shorten the question, shrink the picture, or begin"):
+    with pytest.raises(
+        Refusal, match=r"the model reads [\d,]+\. Shorten the question, shrink what is shown, or begin"
+    ):
         asker.say(image, said * 60, first, "learned", 48)
 
 
@@ -98,11 +100,26 @@ def test_two_people_at_once_get_what_each_gets_alone(asker, examples):
     def ask(person):
         example, pruner, number = examples[person], ("learned", "divprune", "random", "uniform")[person], 16 + person
         answered = asker.ask(example.image, example.question, [pruner], number)
-        return [(reply.answer, reply.num_kept, kept_tokens(reply).tolist()) for reply in answered.replies]
+        return [(reply.answer, reply.num_kept, reply.kept.tolist()) for reply in answered.replies]
 
     alone = [ask(person) for person in range(4)]
     with ThreadPoolExecutor(4) as people:
         assert list(people.map(ask, range(4))) == alone
+
+
+def test_the_vision_tower_runs_once_for_all_pruners_that_do_not_read_its_attention(asker, sample):
+    runs = []
+    tower = asker.model.lvlm.base_model.vision_tower
+    handle = tower.register_forward_hook(lambda *_: runs.append(1))
+    try:
+        image, question = sample["images"][0], sample["prompt"]
+        asker.two_questions(image, (question, question), "learned", 16)
+        assert len(runs) == 2  # a question, unpruned and pruned
+        runs.clear()
+        asker.say(image, [], question, "vispruner", 16)
+        assert len(runs) == 2  # vispruner reads the attention, for which the tower runs in another way
+    finally:
+        handle.remove()
 
 
 def test_the_pruners_are_those_that_work_with_the_model(asker, base_checkpoint):
@@ -134,7 +151,7 @@ def test_what_cannot_be_asked_is_said_in_a_sentence(asker, sample, tmp_path):
         asker.ask(image, "Is there a ring?", ["magic"], 8)
     assert "does not know 'dinosaur'" in asker.ask(image, "Is there a dinosaur?", ["learned"], 8).note
     with pytest.raises(Refusal, match="upload one, or take an example"):
-        read_picture(None)
+        asker.read(None)
     (tmp_path / "words.png").write_text("not a picture")
     with pytest.raises(PictureError, match="The picture is not an image that Pillow can read: it is none of PNG, "):
-        read_picture(tmp_path / "words.png")
+        asker.read(tmp_path / "words.png")

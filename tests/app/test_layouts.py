@@ -10,7 +10,7 @@ from PIL import Image
 from tests.families.stock_processors import STOCK, save
 from tests.families.tiny_models import build
 from tests.test_processors import absent
-from tprl_hf.app.asking import Asker, kept_tokens
+from tprl_hf.app.asking import Asker
 from tprl_hf.app.cards import answered_card, two_questions_card
 from tprl_hf.missing_packages import load_processor
 from tprl_hf.modeling import TPRLForConditionalGeneration
@@ -32,11 +32,13 @@ def test_what_is_kept_of_a_picture_is_drawn(family, tmp_path):
     full, *pruned = answered.replies
     assert full.num_visual == full.num_kept == num_visual
     for reply in pruned:
-        separators = num_visual - len(kept_tokens(reply))
-        assert separators >= 0 and kept_tokens(reply).sum() == reply.num_kept - separators > 0
+        separators = num_visual - len(reply.kept)
+        assert separators >= 0 and reply.kept.sum() == reply.num_kept - separators > 0
+        drawn_kept = sum(int(figure.panels[0].keep_mask.sum()) for figure in reply.figures)
+        assert drawn_kept == reply.kept.sum()
         assert reply.num_read == full.num_read - num_visual + reply.num_kept
     drawn = re.findall(r'base64,([^"]+)"', answered_card(answered))
     assert len(drawn) == 3 * len(full.figures)  # divprune has no scores
     assert all(Image.open(io.BytesIO(b64decode(one))).width == 336 for one in drawn)
     found, num_both = asker.two_questions(image, QUESTIONS, "divprune", num_visual // 2)
-    assert f"{num_both} of the {int(kept_tokens(found[0].replies[1]).sum())}" in two_questions_card(found, num_both)
+    assert f"{num_both} of the {int(found[0].replies[1].kept.sum())}" in two_questions_card(found, num_both)

@@ -31,7 +31,7 @@ class Stock:
         settings: settings of the processor.
         tokens: special tokens and their ids in the tiny model.
         names: attributes of the tokenizer that name these tokens, where the processor reads such.
-        placeholder: what the chat template writes for an image.
+        placeholder, video: what the chat template writes for an image, and for a video.
     """
 
     processor: str
@@ -41,6 +41,7 @@ class Stock:
     tokens: dict[str, int] = field(default_factory=lambda: {"<image>": IMAGE})
     names: dict[str, str] = field(default_factory=dict)
     placeholder: str = "<image>"
+    video: str = "<video>"
 
 
 def qwen(processor: str) -> Stock:
@@ -53,6 +54,7 @@ def qwen(processor: str) -> Stock:
         images | size,
         tokens=tokens,
         placeholder="<|vision_start|><|image_pad|><|vision_end|>",
+        video="<|vision_start|><|video_pad|><|vision_end|>",
     )
 
 
@@ -92,6 +94,19 @@ STOCK: dict[str, Stock] = {
     ),
     "idefics3": idefics("Idefics3"),
     "smolvlm": idefics("SmolVLM"),
+    "lfm2_vl": Stock(
+        "Lfm2VlProcessor",
+        "Lfm2VlImageProcessor",
+        {
+            **{"encoder_patch_size": 6, "tile_size": 24, "min_image_tokens": 4, "max_image_tokens": 4},
+            **{"min_tiles": 2, "max_tiles": 2, "max_pixels_tolerance": 1.0},
+        },
+        tokens={
+            **{"<image>": IMAGE, "<|image_start|>": START, "<|image_end|>": END, "<|img_thumbnail|>": FURTHER},
+            **{"<|img_row_1_col_1|>": FURTHER + 1, "<|img_row_1_col_2|>": FURTHER + 2},
+            **{"<|img_row_2_col_1|>": FURTHER + 3},
+        },
+    ),
     "paligemma": Stock("PaliGemmaProcessor", "SiglipImageProcessor", SQUARE | {"image_seq_length": 16}),
     "gemma3": Stock(
         "Gemma3Processor",
@@ -154,7 +169,8 @@ def save(family: str, directory: str | Path) -> None:
     template = (
         "{% for m in messages %}{{ m['role'] + ' : ' }}"
         "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
-        "{{ '" + stock.placeholder + " ' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}"
+        "{{ {'image': '" + stock.placeholder + " ', 'video': '" + stock.video + " '}"
+        "[part['type']] if part['type'] in ('image', 'video') else part['text'] }}{% endfor %}{% endif %}"
         "{{ ' ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant :' }}{% endif %}"
     )
     (path / "chat_template.jinja").write_text(template)

@@ -53,7 +53,8 @@ def test_layout_serves_grid_pruners_and_pictures(family):
     for figure in figures:
         height, width = int(figure.rows.max()) + 1, int(figure.columns.max()) + 1
         places = list(zip(figure.rows.tolist(), figure.columns.tolist(), strict=True))
-        assert places == list(itertools.product(range(height), range(width)))
+        whole = list(itertools.product(range(height), range(width)))
+        assert places == (whole[: len(places)] if family in WITHOUT_PLACES else whole)
         assert (height > 1 and width > 1) or family in WITHOUT_PLACES
     assert draw_kept_tokens(pictures[0], figures[0].panels[0].keep_mask, figures[0].rows, figures[0].columns)
     # newline, end-of-row and view separators are all that is protected

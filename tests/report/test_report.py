@@ -23,8 +23,10 @@ from tprl_hf.evaluation.compare_pruners import Record, Setting
 from tprl_hf.missing_packages import load_processor
 from tprl_hf.pruners import UniformPruner
 from tprl_hf.report.charts import Series, box_chart, line_chart, ticks
+from tprl_hf.report.evaluation_page import read_results
 from tprl_hf.report.runs import json_lines, read_training
 from tprl_hf.report.shown import ShownGrid, ShownPictures, ShownSample, veil_of
+from tprl_hf.report.two_evaluations import difference, read_evaluation
 from tprl_hf.style import PALETTE
 
 POLICY = {"latent_dim": 16, "policy_num_heads": 4, "policy_dim": 16}
@@ -87,6 +89,15 @@ def trained(tmp_path_factory) -> Path:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["train", "all", "--config", str(folder / "recipe.yaml"), "--quiet"]) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated") / "out"
+    words = ["--num-samples", "8", "--keep-ratios", "1/2,1/4", "--pruners", "uniform,divprune,resize"]
+    base = trained.parent / "base"
+    assert main(["evaluate", str(base), *words, "--max-new-tokens", "2", "--output-dir", str(folder)]) == 0
+    return folder
 
 
 @pytest.fixture
@@ -231,14 +242,6 @@ class TestTraining:
 
 
 class TestEvaluation:
-    @pytest.fixture(scope="class")
-    def evaluated(self, trained, tmp_path_factory) -> Path:
-        folder = tmp_path_factory.mktemp("evaluated") / "out"
-        words = ["--num-samples", "8", "--keep-ratios", "1/2,1/4", "--pruners", "uniform,divprune,resize"]
-        base = trained.parent / "base"
-        assert main(["evaluate", str(base), *words, "--max-new-tokens", "2", "--output-dir", str(folder)]) == 0
-        return folder
-
     def test_the_page_of_an_evaluation(self, evaluated):
         text = " ".join(check_page(evaluated / "results.html").texts)
         for said in (
@@ -300,11 +303,103 @@ class TestEvaluation:
         (tmp_path / "half" / "results.json").unlink()
         for words, message in {
             (tmp_path / "half",): "let its command finish",
-            (evaluated, trained): "of it alone",
+            (evaluated, trained): "pass two of one kind",
+            (evaluated, evaluated, evaluated): "`tprl table` joins more",
             (evaluated, "--live"): "not live",
         }.items():
             assert main(["report", *map(str, words)]) == 2
             assert message in capsys.readouterr().err
+
+
+class TestTwoEvaluations:
+    """Real rows of a tiny model, which answers nothing correctly, so that scores are made up."""
+
+    ANSWERED = 0, 1, 6, 7
+
+    @pytest.fixture
+    def pair(self, evaluated, tmp_path) -> list[Path]:
+        """The first one answers only unpruned, the second one some pruned too: two of six about a picture, and both
+        about another."""
+        folders = []
+        for name, correct in (("first", ()), ("second", self.ANSWERED)):
+            folder = tmp_path / name
+            shutil.copytree(evaluated, folder)
+            lines = json_lines(folder / "answers.jsonl")
+            for line in lines:
+                line["score"] = float(line["pruner"] == "none" or line["sample"] in correct)
+                line["answer"] = f"{name} says {line['sample']}"
+            (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            folders.append(folder)
+        return folders
+
+    def test_curves_lie_over_each_other_and_differences_are_paired(self, pair, tmp_path):
+        report(*pair, "--output", tmp_path / "both.html")
+        page = check_page(tmp_path / "both.html")
+        text = " ".join(page.texts)
+        assert "Whole lines and filled marks are first, dashed lines and hollow marks second." in text
+        marks = [attributes["class"] for tag, attributes in page.tags if tag in ("circle", "polygon", "rect")]
+        assert sum(mark.startswith("hollow") for mark in marks) > 0
+        assert "second compared with first (pp)" in text and "+50.0 [+33.3, +100.0]" in text
+        curves = [attributes for tag, attributes in page.tags if tag == "polyline"]
+        assert len(curves) == 2 * len([one for one in curves if "stroke-dasharray" in one]) > 0
+        rows = read_results(pair[0])["rows"]
+        for row in rows[1:]:  # unpruned alike, all others with four of eight questions more
+            better = difference(*map(read_evaluation, pair, ("a", "b")), (row["pruner"], row["budget"]))
+            # pictures are drawn, not questions
+            assert (better.value, better.low, better.high, better.count) == (0.5, pytest.approx(1 / 3), 1, 8)
+        unpruned = difference(*map(read_evaluation, pair, ("a", "b")), ("none", "1"))
+        assert (unpruned.value, unpruned.low, unpruned.high) == (0, 0, 0)
+        assert text.count("4 of 8") == text.count("0 of 8") - 2 == len(rows) - 1
+
+    def test_what_one_broke_and_the_other_answered_is_shown_with_the_mask_of_the_first(self, pair, trained, tmp_path):
+        base = str(trained.parent / "base")
+        model, processor = TPRLForConditionalGeneration.from_base_model(base), load_processor(base)
+        settings = [Setting("none", "1", None, {"prune": False}), Setting("uniform", "1/4", UniformPruner(), {})]
+        settings[1].arguments["keep_ratio"] = 1 / 4
+        records = [
+            Record(one.pruner, one.budget, number, f"first says {number}", float(one.pruner == "none"), kept, 16)
+            for one, kept in zip(settings, (16, 4), strict=True)
+            for number in range(8)
+        ]
+        broken = broken_questions(model, processor, list(make_dataset()), settings, records)
+        (pair[0] / "broken.json").write_text(json.dumps(broken))
+        report(*pair, "--output", tmp_path / "both.html")
+        text = " ".join(check_page(tmp_path / "both.html").texts)
+        asked = [case["sample"] for case in broken["cases"]]
+        assert "uniform, 1/4 kept: broken in first, answered in second" in text
+        assert any(number in self.ANSWERED for number in asked)
+        for number in asked:
+            is_shown = number in self.ANSWERED
+            assert (f"second says {number}" in text) == (f"first says {number}" in text) == is_shown
+
+    def test_other_questions_are_not_compared_one_by_one(self, pair, tmp_path):
+        results = read_results(pair[1])
+        (pair[1] / "results.json").write_text(json.dumps({**results, "questions": "others", "seed": 8}))
+        report(*pair, "--output", tmp_path / "both.html")
+        text = " ".join(check_page(tmp_path / "both.html").texts)
+        assert "They asked different questions" in text and "compared with first" not in text
+        assert "Questions that only one answered" not in text
+        different = text.split("What differs")[-1].split("What is alike")[0]
+        assert "seed" in different and "num_samples" not in different
+
+    def test_rows_of_one_alone_have_no_difference(self, pair, tmp_path):
+        results = read_results(pair[1])
+        results["rows"] = [row for row in results["rows"] if row["pruner"] != "divprune"]
+        (pair[1] / "results.json").write_text(json.dumps(results))
+        lines = [line for line in json_lines(pair[1] / "answers.jsonl") if line["pruner"] != "divprune"]
+        (pair[1] / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        first, second = map(read_evaluation, pair, ("a", "b"))
+        assert difference(first, second, ("divprune", "1/4")) is None
+        report(*pair, "--output", tmp_path / "both.html")
+        check_page(tmp_path / "both.html")
+
+    def test_names_are_escaped(self, pair, tmp_path):
+        named = tmp_path / "<b>"
+        pair[1].rename(named)
+        report(pair[0], named, "--output", tmp_path / "both.html")
+        assert "<b>second" not in (tmp_path / "both.html").read_text()
+        assert "&lt;b&gt;" in (tmp_path / "both.html").read_text()
+        check_page(tmp_path / "both.html")
 
 
 class TestCharts:

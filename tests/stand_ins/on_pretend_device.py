@@ -1,21 +1,31 @@
 """`python -m tests.stand_ins.on_pretend_device PART`: the package on a device other than the CPU, in a new process."""
 
+import json
+import os
 import sys
 import tempfile
+from pathlib import Path
 
 import accelerate
 import torch
 from transformers import TrainingArguments
 
+import tprl_hf.training
 from tests.families.more import OTHERS
 from tests.families.tiny_models import FAMILIES, build, collate, entry, sample
 from tests.families.tiny_processor import make_processor
 from tests.stand_ins.device import DEVICE, PretendMode, inner_of, launches, on_device, waits
 from tests.training.conftest import POLICY, make_dataset
-from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf import Escalation, TPRLForConditionalGeneration, embedded_checkpoint
+from tprl_hf.app.asking import Asker
 from tprl_hf.cli.arguments import method_names
 from tprl_hf.cli.main import main
+from tprl_hf.cli.training_device import training_arguments, training_device
+from tprl_hf.data import mosaic_vqa
+from tprl_hf.evaluation.answers import chat_inputs
 from tprl_hf.evaluation.benchmark import benchmark_calls
+from tprl_hf.evaluation.policy_runs import main as run_policies
+from tprl_hf.loading import load_model
 from tprl_hf.pruners import RandomPruner, ToMePruner, VisionZip, VisPruner
 from tprl_hf.training import (
     AutoencoderConfig,
@@ -26,8 +36,12 @@ from tprl_hf.training import (
     LeaveOutTeacher,
     LfDConfig,
     LfDTrainer,
+    NoiseGateConfig,
+    NoiseGateTrainer,
     TPRLGRPOConfig,
     TPRLGRPOTrainer,
+    TPRLMAPOConfig,
+    TPRLMAPOTrainer,
     TPRLPPOConfig,
     TPRLPPOTrainer,
     calibrate_threshold,
@@ -133,12 +147,78 @@ def commands() -> None:
         assert main(["demo", "--num-shown", "1", "--output-dir", folder]) == 0
 
 
-def training() -> None:
-    """Each stage, its loss, gradients and measurements; checkpoints and random streams stay on the CPU."""
+def more_commands() -> None:
+    """Those that ask about a picture; the app's answers; a policy's runs; a second look."""
+    with tempfile.TemporaryDirectory() as folder, PretendMode():
+        row = mosaic_vqa("test", num_samples=6)[0]
+        row["images"][0].save(f"{folder}/picture.png")
+        asked = [f"{folder}/picture.png", row["prompt"]]
+        short = ["--max-new-tokens", "2", "--output-dir", folder]
+        assert main(["generate", "--image", asked[0], "--question", asked[1], "--keep-ratio", "1/9"]) == 0
+        assert main(["compare", *asked, "--keep-ratio", "1/9", *short]) == 0
+        assert main(["trajectory", *asked, "--steps", "2", *short]) == 0
+
+        model, processor = load_model()
+        assert model.device == DEVICE
+        asker = Asker(model, processor, "embedded", max_new_tokens=2)
+        replies = asker.ask(row["images"][0], row["prompt"], ["divprune", "learned", "vispruner"], 16).replies
+        assert [reply.num_kept for reply in replies] == [144, 16, 16, 16]
+        assert asker.steps(row["images"][0], row["prompt"], 16, 2)
+        chat = asker.say(row["images"][0], [("is there a cat ?", "yes", "no")], row["prompt"], "learned", 16)
+        assert chat is not None
+
+        inputs = chat_inputs(processor, [row]).to(DEVICE)
+        ask = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
+        first = model.generate(**inputs, keep_ratio=1 / 9, escalate=Escalation(1 / 3, below=1.0), **ask)
+        cached = model.generate(**inputs, keep_ratio=1 / 9, **ask)
+        assert first.sequences.device == DEVICE and cached.past_key_values is not None
+        longer = torch.cat([cached.sequences, inputs["input_ids"][:, -4:]], 1)
+        more = {"pixel_values": inputs["pixel_values"], "past_key_values": cached.past_key_values}
+        assert model.generate(input_ids=longer, attention_mask=torch.ones_like(longer), **more, **ask) is not None
+
+        arguments = ["--num-samples", "6", "--num-validation", "6", "--keep-ratios", "1/9", "--adaptive", ""]
+        run_policies([f"{folder}/out.json", f"learned={embedded_checkpoint()}", *arguments])
+
+
+def more_training() -> None:
+    """Algorithms and scores that `training` leaves out."""
+    train_there()
+    processor, dataset = make_processor(), make_dataset()
+    common = {"disable_tqdm": True, "save_strategy": "no", "max_steps": 2, "per_device_train_batch_size": 2}
+    budgets = {"rollout_keep_ratios": [0.5, 0.25], "min_logprob": -100.0, "max_answer_length": 3}
+    with tempfile.TemporaryDirectory() as folder, PretendMode():
+        for trainer_class, config_class, settings in (
+            (TPRLMAPOTrainer, TPRLMAPOConfig, {"num_generations": 2}),
+            (NoiseGateTrainer, NoiseGateConfig, {}),
+            (CounterfactualTrainer, CounterfactualConfig, {"score": "kl", **budgets}),
+            (
+                TPRLGRPOTrainer,
+                TPRLGRPOConfig,
+                {"score": "agreement", "num_generations": 2, **budgets, "draw": "sets", "lambda_disc": 1.0},
+            ),
+        ):
+            base = build("llava")
+            base.generation_config.eos_token_id = 2
+            model = TPRLForConditionalGeneration.from_base_model(base, **POLICY, policy_budget=True)
+            config = config_class(folder, **{**common, **settings})
+            trainer = trainer_class(
+                model, config, processing_class=processor, train_dataset=dataset, eval_dataset=dataset
+            )
+            trainer.train()
+            assert all(weight.device == DEVICE for weight in trainer.model.parameters())
+
+
+def train_there() -> None:
+    """Lets transformers and accelerate take the device."""
     accelerate.Accelerator.device = property(lambda self: DEVICE)
     TrainingArguments.device = property(lambda self: (self._setup_devices, DEVICE)[1])
     stream = RolloutTrainer.generator
     RolloutTrainer.generator = lambda self, *numbers, device="cpu": stream(self, *numbers)  # type: ignore[method-assign]
+
+
+def training() -> None:
+    """Each stage, its loss, gradients and measurements; checkpoints and random streams stay on the CPU."""
+    train_there()
     processor, dataset = make_processor(), make_dataset()
     common = {"disable_tqdm": True, "save_strategy": "no", "max_steps": 3, "per_device_train_batch_size": 2}
 
@@ -173,5 +253,39 @@ def training() -> None:
         assert 0 < calibrate_threshold(on_device(model()), processor, dataset, keep_ratio=0.5) < 1
 
 
+def train_command() -> None:
+    """Every stage of `tprl train` computes on the accelerator, the demonstrations and the first measurements too."""
+    train_there()
+    made, places = tprl_hf.training.generate_demonstrations, []
+
+    def watched(teacher, model, *arguments, **settings):
+        places.append(model.device)
+        return made(teacher, model, *arguments, **settings)
+
+    tprl_hf.training.generate_demonstrations = watched
+    short = {"max_steps": 1, "per_device_train_batch_size": 2}
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = {
+            "output_dir": f"{folder}/run",
+            "policy": {"latent_dim": 24, "policy_dim": 24},
+            "data": {"train": {"source": "mosaic", "seed": 100, "num_samples": 6}},
+            "autoencoder": short,
+            "demonstrations": {"teacher": "gradient", "keep_ratios": [0.5]},
+            "lfd": short,
+        }
+        Path(folder, "recipe.yaml").write_text(json.dumps(recipe))
+        with PretendMode():
+            assert main(["train", "all", "--config", f"{folder}/recipe.yaml"]) == 0
+    assert places == [DEVICE]
+    assert training_device({"device": None}) == DEVICE and training_device({"device": "cpu"}).type == "cpu"
+    os.environ["LOCAL_RANK"] = "3"
+    assert training_device({"device": None}) == torch.device(DEVICE.type, 3)
+    assert training_arguments({"device": "cpu"}) == {"use_cpu": True} and training_arguments({"device": None}) == {}
+
+
+PARTS = (
+    control, families, default_device, steps, commands, more_commands, training, more_training, train_command
+)  # fmt: skip
+
 if __name__ == "__main__":
-    {part.__name__: part for part in (control, families, default_device, steps, commands, training)}[sys.argv[1]]()
+    {part.__name__: part for part in PARTS}[sys.argv[1]]()

@@ -7,7 +7,7 @@ import torch
 
 from tprl_hf.pruners import UniformPruner
 from tprl_hf.training import GradientTeacher, LeaveOutTeacher, generate_demonstrations
-from tprl_hf.training.demonstrations import demonstrate
+from tprl_hf.training.demonstrations import demonstrate, in_turns
 from tprl_hf.training.saved_masks import SavedMasks, description
 
 
@@ -113,3 +113,59 @@ def test_masks_are_read_as_they_were_written(tmp_path):
     again = SavedMasks(path, {"seed": 1})
     assert again.of(range(3, 5)) == masks and again.of(range(2, 4)) is None
     assert json.loads(path.read_text().splitlines()[1]) == {"sample": 3, "keep_masks": ["10", "00"]}
+
+
+def test_processes_read_what_the_others_have_made(tmp_path):
+    path, masks = tmp_path / "masks.jsonl", [[[True]], [[False]]]
+    first, second = (SavedMasks(path, {"seed": 1}, process) for process in (0, 1))
+    first.add(0, masks)
+    assert second.of(range(2)) is None
+    second.add(2, masks)
+    for one in (first, second):
+        one.read_others()
+        assert one.of(range(4)) == masks + masks
+    with second.path.open("ab") as file:  # a line on its way
+        file.write(b'{"sample": 4, "keep_masks"')
+        file.flush()
+        first.read_others()
+        assert first.of(range(4, 5)) is None
+        file.write(b': ["1"]}\n')
+    first.read_others()
+    assert first.of(range(4, 5)) == [[[True]]]
+    assert SavedMasks(path, {"seed": 1}).of(range(5)) is not None  # fewer processes resume
+
+    told_otherwise = SavedMasks(path, {"seed": 2}, 1)
+    told_otherwise.add(5, masks)
+    first.read_others()
+    assert first.of(range(5, 6)) is None and told_otherwise.of(range(1)) is None
+
+    assert not second.is_over
+    first.remove()
+    assert second.is_over
+    second.add(6, masks)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 8])
+def test_each_process_looks_at_all_batches_its_own_first(num_processes):
+    batches = [range(start, start + 2) for start in range(0, 10, 2)]
+    orders = [in_turns(batches, process, num_processes) for process in range(num_processes)]
+    for process, order in enumerate(orders):
+        assert sorted(order, key=batches.index) == batches
+        own = batches[process::num_processes]
+        assert order[: len(own)] == own
+    assert num_processes != 2 or orders[0][-1] == orders[1][0]  # where the next one begins
+
+
+def test_a_process_whose_work_is_done_by_the_first_takes_its_dataset(make, tmp_path, monkeypatch):
+    undisturbed, _ = make()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    read = SavedMasks.read_others
+
+    def over(self):  # when the second process has begun
+        read(self)
+        self.remove()
+
+    monkeypatch.setattr(SavedMasks, "read_others", over)
+    assert make() == (undisturbed, [])

@@ -464,3 +464,12 @@ def test_the_saved_model_is_loaded_by_its_path_again(ppo, tmp_path):
     again = TPRLPPOTrainer(str(tmp_path), trainer.args)
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_one_process_takes_one_accelerator(make_model, processor, dataset, tmp_path, caplog):
+    args = TPRLPPOConfig(str(tmp_path), report_to="none")
+    assert args.n_gpu <= 1
+    args._n_gpu = 4
+    trainer = TPRLPPOTrainer(make_model(), args, processing_class=processor, train_dataset=dataset)
+    assert trainer.args.n_gpu == 1 and isinstance(trainer.model, torch.nn.Module)
+    assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)

@@ -117,3 +117,51 @@ def test_the_stage_tune_of_a_recipe(base, processor, dataset, tmp_path, capsys):
     }.items():
         assert main(["train", "all", "--config", str(recipe), "--set", wrong, f"output_dir={tmp_path}/other"]) == 2
         assert message in capsys.readouterr().err
+
+
+def weights_of(path):
+    """Policy and LoRA of a checkpoint, by name."""
+    state = TPRLForConditionalGeneration.from_pretrained(path).state_dict()
+    return ({name: value for name, value in state.items() if part in name} for part in ("policy.", ".lora_"))
+
+
+def differ(one, other):
+    assert one.keys() == other.keys()
+    return any(not value.equal(other[name]) for name, value in one.items())
+
+
+def test_policy_and_llm_are_trained_in_turns(base, processor, dataset, tmp_path, capsys):
+    model = make(base)
+    model.save_pretrained(tmp_path / "policy", save_base_model=True)
+    processor.save_pretrained(tmp_path / "policy")
+    dataset.save_to_disk(tmp_path / "data")
+    short = "max_steps: 3, per_device_train_batch_size: 2, learning_rate: 1e-2"
+    recipes = {
+        "tune": f"tune: {{keep_ratios: [1, 1/4], {short}}}",
+        "ppo": f"ppo: {{num_mini_batches: 1, num_ppo_epochs: 3, score: logprob, save_base_model: true, {short}}}",
+    }
+
+    def run(stage, start, output, *overrides):
+        recipe = tmp_path / f"{stage}.yaml"
+        data = f"data: {{train: {{source: {tmp_path}/data}}}}"
+        recipe.write_text(f"output_dir: {tmp_path}/{output}\nstart_from: {start}\n{data}\n{recipes[stage]}\n")
+        code = main(["train", "all", "--config", str(recipe), "--set", "dtype=float32", *overrides])
+        return code, tmp_path / output / stage
+
+    _, tuned = run("tune", tmp_path / "policy", "first")
+    _, learned = run("ppo", tuned, "second")
+    _, again = run("tune", learned, "third")
+    (policy, lora), (learned_policy, frozen_lora), (kept_policy, more_lora) = map(weights_of, (tuned, learned, again))
+    assert lora and not differ(lora, frozen_lora) and differ(lora, more_lora)
+    assert differ(policy, learned_policy) and not differ(learned_policy, kept_policy)
+    assert all(value.abs().max() > 0 for name, value in lora.items() if "lora_B" in name)  # it was tuned before
+
+    capsys.readouterr()
+    for overrides, message in {
+        ("policy={latent_dim: 8}",): "policy.latent_dim is 8, but",
+        (f"base_model={base}",): "has both start_from and base_model",
+    }.items():
+        assert run("ppo", tuned, "other", *overrides)[0] == 2
+        assert message in capsys.readouterr().err
+    assert run("tune", tuned, "other", "tune.lora={r: 2}")[0] == 2
+    assert "The model has a LoRA already" in capsys.readouterr().err

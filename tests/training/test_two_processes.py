@@ -18,6 +18,7 @@ from tprl_hf.training import GradientTeacher, LfDConfig, LfDTrainer, generate_de
 
 SCRIPT = """
 import json
+import os
 import sys
 from pathlib import Path
 import torch
@@ -37,7 +38,17 @@ common = {
     "feature_cache_dir": f"{output_dir}/features",
 }
 if stage == "lfd":
-    demonstrations = generate_demonstrations(GradientTeacher(), model, processor, dataset)
+    calls = []
+
+    class Counted(GradientTeacher):
+        def score(self, *arguments):
+            calls.append(1)
+            return super().score(*arguments)
+
+    demonstrations = generate_demonstrations(
+        Counted(), model, processor, dataset, output_dir=f"{output_dir}/shown", batch_size=1
+    )
+    Path(output_dir, f"calls-{os.environ['RANK']}-{resume}").write_text(str(len(calls)))
     trainer = LfDTrainer(
         model, LfDConfig(output_dir, **common), processing_class=processor, train_dataset=demonstrations,
         eval_dataset=dataset,
@@ -89,17 +100,22 @@ def test_two_processes(stage, base, dataset, tmp_path):
     if stage == "unlabelled":  # one process finds what the other one has answered
         lines = [line for path in out.glob("unpruned_answers/*.jsonl") for line in path.read_text().splitlines()[1:]]
         assert len(lines) == len({line[:64] for line in lines}) == len(dataset)
-    if stage == "lfd":  # without that cache
-        assert_as_one_process(json.loads((out / "log.json").read_text()), base, dataset, tmp_path)
+    if stage == "lfd":  # a demonstration may be made twice where one process has no other work left
+        calls = [int((out / f"calls-{rank}-False").read_text()) for rank in (0, 1)]
+        assert len(dataset) <= sum(calls) <= len(dataset) + 1, calls
+        assert not list(out.glob("shown.*"))
+        shown = load_from_disk(str(out / "shown"))["keep_masks"][:]
+        assert_as_one_process(json.loads((out / "log.json").read_text()), shown, base, dataset, tmp_path)
 
 
-def assert_as_one_process(log, base, dataset, tmp_path):
-    """Two processes with batches of 2 are as one with batches of 4, up to rounding."""
+def assert_as_one_process(log, masks, base, dataset, tmp_path):
+    """The same demonstrations; and two processes with batches of 2 are as one with batches of 4, up to rounding."""
     torch.manual_seed(1)
     settings = {"latent_dim": 16, "policy_num_heads": 4, "policy_dim": 16}
     model = TPRLForConditionalGeneration.from_base_model(base, **settings)
     processor = AutoProcessor.from_pretrained(base)
-    shown = generate_demonstrations(GradientTeacher(), model, processor, dataset)
+    shown = generate_demonstrations(GradientTeacher(), model, processor, dataset, batch_size=1)
+    assert shown["keep_masks"][:] == masks
     common = {"use_cpu": True, "disable_tqdm": True, "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1}
     common |= {"per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
     trainer = LfDTrainer(

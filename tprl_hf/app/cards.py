@@ -8,7 +8,7 @@ from tprl_hf.evaluation.trajectory import TrajectoryStep
 from tprl_hf.style import BLUE, ORANGE, SKY
 from tprl_hf.visualization import Figure
 
-from .asking import ROUNDS, Answered, Reply, kept_tokens
+from .asking import ROUNDS, Answered, Reply
 from .drawing import HEAT, as_address, heat_picture, kept_picture, score_range
 
 # Light against dark, so that they differ without colours too.
@@ -78,7 +78,7 @@ def two_questions_card(answered: Sequence[Answered], num_both: int) -> str:
     for one in answered:
         columns += f"<div><h3>{html.escape(one.question)}</h3>{_note(one.note)}{answers_table(one.replies)}"
         columns += f"{pictures_of(one.replies[1])}</div>"
-    kept = int(kept_tokens(answered[0].replies[1]).sum())
+    kept = int(answered[0].replies[1].kept.sum())
     both = (
         f"<p><b>{num_both} of the {kept}</b> tokens that are kept for the first question are kept for the second.</p>"
     )
@@ -177,10 +177,10 @@ def pictures_of(reply: Reply) -> str:
     named = html.escape(reply.pruner)
     shown = ""
     low, high = score_range(reply.figures, reply.meaning) if reply.meaning else (0.0, 0.0)
-    for figure in reply.figures:
-        caption = "Kept tokens over what the vision tower saw; hatched ones are removed."
-        if figure.title:
-            caption += f"<br>{html.escape(figure.title.strip())}"
+    for number, figure in enumerate(reply.figures):
+        lines = ["Kept tokens over what the vision tower saw; hatched ones are removed."] if number == 0 else []
+        lines += [html.escape(figure.title.strip())] if figure.title else []
+        caption = "<br>".join(lines)
         shown += _figure(_picture(kept_picture(figure), f"Tokens that {named} keeps, over the picture"), caption)
         if reply.meaning:
             what = "Keep probability" if reply.meaning == "probability" else f"Score, on the scale of {named}"

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ from PIL import Image
 from tprl_hf.visualization import Figure, draw_kept_tokens
 
 WIDTH = 336  # pixels of a drawing
+GAP = 6  # pixels between frames
 # Nine colours of equal steps from low to high: people who do not tell red from green read them as others do.
 HEAT = np.array(
     [
@@ -53,6 +56,19 @@ def heat_picture(figure: Figure, low: float, high: float, panel: int = 0) -> Ima
     heat = cells.resize((WIDTH, height), Image.Resampling.NEAREST)
     grey = figure.image.convert("L").convert("RGB").resize((WIDTH, height), Image.Resampling.BICUBIC)
     return Image.blend(grey, heat, HEAT_SHARE)
+
+
+def frames_picture(frames: Sequence[Image.Image]) -> Image.Image:
+    """The frames of a video side by side, in rows of at most four."""
+    columns = min(4, len(frames))
+    width = 2 * WIDTH // columns
+    height = max(1, round(frames[0].height * width / frames[0].width))
+    right, down, rows = width + GAP, height + GAP, math.ceil(len(frames) / columns)
+    sheet = Image.new("RGB", (right * columns - GAP, down * rows - GAP), "white")
+    for number, frame in enumerate(frames):
+        small = frame.resize((width, height), Image.Resampling.BICUBIC)
+        sheet.paste(small, (right * (number % columns), down * (number // columns)))
+    return sheet
 
 
 def score_range(figures: list[Figure], meaning: str, panel: int = 0) -> tuple[float, float]:

@@ -10,8 +10,9 @@ from PIL import Image
 
 from tprl_hf.pictures import PictureError
 
-from .asking import MAX_QUESTION, Asker, Refusal, fewest, read_picture
+from .asking import MAX_QUESTION, Asker, Refusal, Shown, fewest
 from .cards import STYLE, answered_card, conversation_card, notice, steps_card, two_questions_card
+from .drawing import frames_picture
 from .examples import example_scenes
 
 MOST_PRUNERS = 4  # at once
@@ -46,12 +47,12 @@ def make_page(asker: Asker) -> gr.Blocks:
             f"# Which visual tokens does an answer need?\n**{asker.name}** ({asker.describe()}) answers with all "
             "visual tokens of a picture, and with those that a pruner keeps. The LLM does not see the others."
         )
-        tokens, said = gr.State(num_visual), gr.State([])
+        file, tokens, said = gr.State(files[0]), gr.State(num_visual), gr.State([])
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 picture = gr.Image(
                     files[0],
-                    label="Picture",
+                    label="Picture" if asker.why_no_videos else "Picture, or the frames of a video",
                     type="filepath",
                     format="png",
                     image_mode=None,
@@ -60,7 +61,11 @@ def make_page(asker: Asker) -> gr.Blocks:
                     buttons=[],
                     elem_id="picture",
                 )
-                upload = gr.UploadButton("Upload a picture", file_types=["image"], elem_id="upload")
+                upload = gr.UploadButton(
+                    "Upload a picture" if asker.why_no_videos else "Upload a picture or a short video",
+                    file_types=["image", "video"],  # whoever sends a video is told where it is not read
+                    elem_id="upload",
+                )
                 problem = gr.HTML(elem_id="problem")
                 scenes = gr.Dataset(
                     components=["image"],
@@ -117,73 +122,77 @@ def make_page(asker: Asker) -> gr.Blocks:
                             step=1,
                             label=f"Steps T (the policy was trained with {trained_steps})",
                         )
-                        show = gr.Button("Show the steps", variant="primary", elem_id="show")
+                        show_steps = gr.Button("Show the steps", variant="primary", elem_id="show")
                         steps = gr.HTML(elem_id="steps")
                         step_fields = [step_question]
 
-        def show_picture(image: Image.Image, shown: Any, number: int, before: int) -> tuple[Any, ...]:
-            """The slider follows the number of tokens of the picture; a conversation about another one ends."""
-            count = asker.count_visual(image)
+        def show(what: Shown, drawn: Any, source: str, number: int, before: int) -> tuple[Any, ...]:
+            """The slider follows the number of tokens of what is shown; a conversation about another picture ends."""
+            count = asker.count_visual(what)
             low = fewest(count)
             value = min(max(low, round(number * count / before)), count)
-            return shown, gr.Slider(low, count, value=value, label=keep_label(count)), count, "", [], ""
+            return drawn, source, gr.Slider(low, count, value=value, label=keep_label(count)), count, "", [], ""
 
-        def on_upload(file: str, number: int, before: int) -> tuple[Any, ...]:
+        def on_upload(sent: str, number: int, before: int) -> tuple[Any, ...]:
             try:
-                image = read_picture(file)
-                shown = file if Path(file).suffix.lower() in SHOWN_BY_BROWSERS else image
-                return show_picture(image, shown, number, before)
+                what = asker.read(sent)
+                if not isinstance(what, Image.Image):
+                    drawn: Any = frames_picture(what.frames)
+                else:
+                    drawn = sent if Path(sent).suffix.lower() in SHOWN_BY_BROWSERS else what
+                return show(what, drawn, sent, number, before)
             except (Refusal, PictureError) as error:
-                return gr.skip(), gr.skip(), before, notice(f"{error} The picture above stays."), gr.skip(), gr.skip()
+                told_why = notice(f"{error} The picture above stays.")
+                return gr.skip(), gr.skip(), gr.skip(), before, told_why, gr.skip(), gr.skip()
 
         def on_ask(file: str | None, text: str, names: list[str], number: int) -> str:
-            return answered_card(asker.ask(read_picture(file), text, names, number))
+            return answered_card(asker.ask(asker.read(file), text, names, number))
 
         def on_two(file: str | None, one: str, other: str, name: str, number: int) -> str:
-            return two_questions_card(*asker.two_questions(read_picture(file), (one, other), name, number))
+            return two_questions_card(*asker.two_questions(asker.read(file), (one, other), name, number))
 
         def on_say(
             file: str | None, turns: list[tuple[str, str, str]], text: str, name: str, number: int
         ) -> tuple[str, list[tuple[str, str, str]], str]:
             try:
-                replies = asker.say(read_picture(file), turns, text, name, number)
+                replies = asker.say(asker.read(file), turns, text, name, number)
             except (Refusal, PictureError) as error:
                 return conversation_card(turns) + notice(str(error)), turns, text
             turns = [*turns, (text, replies[0].answer, replies[1].answer)]
             return conversation_card(turns, replies), turns, ""
 
         def on_steps(file: str | None, text: str, number: int, count: int) -> str:
-            return steps_card(*asker.steps(read_picture(file), text, number, count))
+            return steps_card(*asker.steps(asker.read(file), text, number, count))
 
         def on_example(chosen: int, number: int, before: int) -> tuple[Any, ...]:
             example = examples[chosen]
             texts = [example.question, example.question, example.other_question]
             return (
-                *show_picture(example.image, files[chosen], number, before),
+                *show(example.image, files[chosen], files[chosen], number, before),
                 *texts,
                 *([example.question] if step_fields else []),
             )
 
-        shown = [picture, keep, tokens, problem, said, talk]
+        shown = [picture, file, keep, tokens, problem, said, talk]
         upload.upload(on_upload, [upload, keep, tokens], shown, **MODEL_QUEUE)
         scenes.click(
             on_example, [scenes, keep, tokens], [*shown, question, first, second, *step_fields], **MODEL_QUEUE
         )
-        gr.on([ask.click, question.submit], told(on_ask), [picture, question, pruners, keep], answered, **MODEL_QUEUE)
-        ask_two.click(told(on_two), [picture, first, second, two_pruner, keep], both, **MODEL_QUEUE)
+        gr.on([ask.click, question.submit], told(on_ask), [file, question, pruners, keep], answered, **MODEL_QUEUE)
+        ask_two.click(told(on_two), [file, first, second, two_pruner, keep], both, **MODEL_QUEUE)
         gr.on(
             [say.click, turn.submit],
             on_say,
-            [picture, said, turn, talk_pruner, keep],
+            [file, said, turn, talk_pruner, keep],
             [talk, said, turn],
             **MODEL_QUEUE,
         )
         again.click(lambda: ("", []), None, [talk, said])
         if asker.has_policy():
             gr.on(
-                [show.click, step_question.submit],
+                [show_steps.click, step_question.submit],
                 told(on_steps),
-                [picture, step_question, keep, num_steps],
+                [file, step_question, keep, num_steps],
                 steps,
                 **MODEL_QUEUE,
             )

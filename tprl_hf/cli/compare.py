@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
             answered.update()
     print(format_table(rows))
     title = arguments.question + (f"  ({arguments.answer})" if arguments.answer else "")
-    figures = make_figures(image, processor, inputs["pixel_values"], plan, panels, title)
+    figures = make_figures(image, processor, inputs, plan, panels, title)
     lines = [f"model: {name_of_model(arguments.model)}"] if arguments.model else ["the embedded model"]
     for path in write_pictures(figures, arguments.output_dir, "What each pruner keeps", lines):
         note(str(path))

@@ -190,7 +190,7 @@ def draw(
                 panels.append(Panel(f"{name}: {count}", answer, mask, plan.scores, correct[setting][number]))
             title = f"{sample['prompt']}  ({sample['answer']})  {text} kept"
             image = sample["images"][0].convert("RGB")
-            figures += make_figures(image, processor, inputs["pixel_values"], plan, panels, title, sample["boxes"])
+            figures += make_figures(image, processor, inputs, plan, panels, title, sample["boxes"])
     return figures, kept
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from tprl_hf.training.stages import STAGES
 
+from .recipe_file import model_of
 from .tables import format_table
 
 WIDTH = 4  # bytes of a weight of the policy, which is float32
@@ -31,7 +32,7 @@ def describe(stages: list[str], recipe: dict[str, Any], expected: Mapping[str, f
             [
                 stage,
                 state,
-                before or "a new policy",
+                before or recipe.get("start_from") or "a new policy",
                 STAGES[stage].learns_from or data_words(stage, recipe),
                 steps_of(stage, recipe),
                 left,
@@ -120,13 +121,16 @@ def sizes_of_model(recipe: dict[str, Any]) -> tuple[int, int]:
 
     import tprl_hf
 
-    base: Any = AutoConfig.from_pretrained(recipe.get("base_model") or tprl_hf.embedded_checkpoint())
-    base = base.base_config if isinstance(base, tprl_hf.TPRLConfig) else base
-    config = tprl_hf.TPRLConfig(base_config=base, **recipe.get("policy", {}))
+    base: Any = AutoConfig.from_pretrained(model_of(recipe))
+    if recipe.get("start_from"):
+        config = base
+    else:
+        base = base.base_config if isinstance(base, tprl_hf.TPRLConfig) else base
+        config = tprl_hf.TPRLConfig(base_config=base, **recipe.get("policy", {}))
     with torch.device("meta"):
         model = tprl_hf.TPRLForConditionalGeneration(config)
     own = sum(one.numel() for part in (model.policy, model.autoencoder) for one in part.parameters())
-    width = torch.empty(0, dtype=base.dtype or torch.float32, device="meta").element_size()
+    width = torch.empty(0, dtype=model.lvlm.config.dtype or torch.float32, device="meta").element_size()
     return WIDTH * own, width * sum(one.numel() for one in model.lvlm.parameters())
 
 

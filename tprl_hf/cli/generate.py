@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         kept = f"{name}, {int(plan.num_kept)} of {int(plan.num_visual)} kept"
         panels = [Panel("the image"), Panel(kept, "", plan.keep_mask, plan.scores)]
         title = f"{arguments.question}  {answer}"
-        figures = make_figures(image, processor, inputs["pixel_values"], plan, panels, title)
+        figures = make_figures(image, processor, inputs, plan, panels, title)
         lines = [f"model: {name_of_model(model.name_or_path)}"]
         for path in write_pictures(figures, arguments.output_dir, "Kept visual tokens", lines):
             note(str(path))

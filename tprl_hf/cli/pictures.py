@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def make_figures(
     image: "Image.Image",
     processor: Any,
-    pixel_values: Any,
+    inputs: Any,
     plan: "PrunePlan",
     panels: Sequence["Panel"],
     title: str,
@@ -29,8 +29,8 @@ def make_figures(
             The image as it was given.
         processor ([`ProcessorMixin`]):
             What made the pixels.
-        pixel_values (`torch.Tensor`):
-            Of this image alone: [1, 3, H, W], or as the family has it.
+        inputs (`Mapping`):
+            What it made of this image alone.
         plan ([`PrunePlan`]):
             Of a batch of this image alone.
         panels (`Sequence[Panel]`):
@@ -42,7 +42,7 @@ def make_figures(
     """
     from tprl_hf.visualization import figures_by_block, seen_pictures
 
-    seen = seen_pictures([image], processor, pixel_values, plan.layout)
+    seen = seen_pictures([image], processor, inputs, plan.layout)
     return figures_by_block(seen, plan.layout, panels, title, boxes)
 
 

@@ -18,8 +18,9 @@ from .old_recipes import renewed
 
 NAMED_SOURCES = ("mosaic", "easy-vqa", "photo")
 OURS = Path(__file__).parents[1] / "recipes"
-SECTIONS = ("base_model", "output_dir", "dtype", "policy", "data")  # and one for each stage
 AS_TEXT = "YAML reads no, off, yes and on as truth values: write such a text in quotes."
+NAMES = ("base_model", "start_from", "output_dir")  # of models and directories
+SECTIONS = (*NAMES, "dtype", "policy", "data")  # and one for each stage
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -108,16 +109,16 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     check_names(recipe, (*SECTIONS, *STAGES), path)
     if recipe.get("dtype") not in (None, *DTYPES):
         raise ValueError(f"dtype in {path} is one of {', '.join(DTYPES)}; got {recipe['dtype']!r}.")
+    if recipe.get("start_from") and recipe.get("base_model"):
+        raise ValueError(f"{path} has both start_from and base_model: a checkpoint brings its base model, name one.")
     if recipe.get("output_dir") is None:
         raise ValueError(f"{path} must say `output_dir`: where each stage has its directory.")
-    for name in ("base_model", "output_dir"):
+    for name in NAMES:
         if not isinstance(recipe.get(name, ""), str | None):
             cure = f" {AS_TEXT}" if isinstance(recipe[name], bool) else ""
             raise ValueError(f"{name} in {path} must be a text; got {recipe[name]!r}.{cure}")
     fill_sections(recipe, path)
-    recipe = {
-        name: value if name in ("base_model", "output_dir") else as_number(value) for name, value in recipe.items()
-    }
+    recipe = {name: value if name in NAMES else as_number(value) for name, value in recipe.items()}
     check_names(recipe.get("data", {}), ("train", "validation", *STAGES), "data")
     for name, source in sources_in(recipe):
         source["source"] = located(source["source"], file.parent, f"data.{name}.source")
@@ -125,6 +126,13 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     for change in changes:
         warnings.warn(f"{path} is a recipe of an older version: {change}", FutureWarning, stacklevel=2)
     return recipe
+
+
+def model_of(recipe: Mapping[str, Any]) -> str:
+    """The model that a recipe begins with: a checkpoint whose policy it continues, or a base model."""
+    import tprl_hf
+
+    return str(recipe.get("start_from") or recipe.get("base_model") or tprl_hf.embedded_checkpoint())
 
 
 def sources_in(recipe: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -157,8 +165,9 @@ def located(source: str, folder: Path, where: str) -> str:
 
 def check_places(recipe: Mapping[str, Any]) -> None:
     """Raises `OSError` or `ValueError` for directories and files of a recipe that are not there or not to be used."""
-    if isinstance(recipe.get("base_model"), str):
-        check_model_name(recipe["base_model"])
+    for name in ("base_model", "start_from"):
+        if isinstance(recipe.get(name), str):
+            check_model_name(recipe[name])
     check_writable(recipe["output_dir"])
     for name, section in sources_in(recipe):
         source = section["source"]

@@ -1,5 +1,5 @@
-"""Write one page about a training run, about two runs over each other, or about an evaluation. The page loads nothing
-from elsewhere. A run that was cut off, or still runs, has one too."""
+"""Write one page about a training run, about an evaluation, or about two of one kind over each other. The page loads
+nothing from elsewhere. A training run that was cut off, or still runs, has one too."""
 
 import argparse
 import time
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folders",
         nargs="+",
         metavar="DIR",
-        help="the output_dir of a recipe, of one stage or of a trainer, or two of these; or what tprl evaluate wrote",
+        help="the output_dir of a recipe, of a stage or of a trainer, or what tprl evaluate wrote; or two of one kind",
     )
     parser.add_argument(
         "--output", metavar="FILE", help=f"the page (default: {PAGE} in the directory, of two in the first)"
@@ -62,14 +62,21 @@ def page_of(folders: list[Path], refresh: int | None) -> str:
     from tprl_hf.report.evaluation_page import evaluation_page, is_evaluation
     from tprl_hf.report.runs import read_training
     from tprl_hf.report.training_page import training_page
+    from tprl_hf.report.two_evaluations import two_evaluations_page
 
     named = [folder.name if folder.is_absolute() else str(folder) for folder in folders]  # no place of this machine
     command = f"tprl report {' '.join(named)}"
     evaluations = [folder for folder in folders if is_evaluation(folder)]
-    if evaluations and (len(folders) > 1 or refresh):
-        raise ValueError(f"{evaluations[0]} is an evaluation: its page is of it alone, and not live.")
+    if len(folders) > 2:
+        more = "; `tprl table` joins more" if evaluations else ""
+        raise ValueError(f"At most two are drawn over each other, got {len(folders)}{more}.")
+    if evaluations and refresh:
+        raise ValueError(f"{evaluations[0]} is an evaluation, whose page is not live: leave out --live.")
+    if len(evaluations) == 2:
+        return two_evaluations_page(folders, command)
+    if evaluations and len(folders) == 2:
+        (training,) = set(folders) - set(evaluations)
+        raise ValueError(f"{evaluations[0]} is an evaluation and {training} is not: pass two of one kind.")
     if evaluations:
         return evaluation_page(evaluations[0])
-    if len(folders) > 2:
-        raise ValueError(f"At most two training runs are drawn over each other; got {len(folders)}.")
     return training_page([read_training(folder) for folder in folders], command, refresh)

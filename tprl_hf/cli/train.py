@@ -19,10 +19,11 @@ from .dry_run import describe, duration
 from .old_recipes import renewed
 from .processes import is_first_process, say, signs_of_life, wait_for
 from .progress import is_quiet, note
-from .recipe_file import check_names, check_places, read_recipe
+from .recipe_file import check_names, check_places, model_of, read_recipe
 from .same_data import claim_data
 from .start_over import delete_stages, refuse_several_processes
 from .train_plan import expected_seconds
+from .training_device import training_arguments, training_device
 from .tune_stage import tune
 from .whole_files import write
 
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     recipe = read_recipe(arguments.config, arguments.set)
+    training_device(loading_options(arguments))  # refuses what there is not
     all_stages = [stage for stage in STAGES if stage in recipe]
     stages = all_stages if arguments.stage == "all" else [arguments.stage]
     if arguments.stage != "all" and arguments.stage not in recipe:
@@ -105,11 +107,10 @@ def run_stages(
         if (directory / "training.json").exists():
             say(f"{stage}: {directory} is finished")
             continue
-        if stage == "demonstrations" and not is_first_process():
-            wait_for(directory / "training.json", folder)
-            continue
         started = time.perf_counter()
         model, processor = starting_model(stage, recipe, loading)
+        if not hasattr(model, "hf_device_map"):  # else it is in its places
+            model.to(training_device(loading))
         if expected is None:
             expected = expected_seconds(stages[number - 1 :], recipe, model, processor) if is_first_process() else {}
             tell(describe(stages, recipe, expected))
@@ -121,9 +122,10 @@ def run_stages(
             data = training_data(stage, recipe)
             dataset = load_data(recipe, data, recipe[stage].get("num_samples"))
             claim_data(directory, {data: dataset})
-            result = tune(recipe, model, processor, dataset, directory, signals)
+            result = tune(recipe, model, processor, dataset, directory, signals, training_arguments(loading))
         else:
-            result = train_stage(stage, recipe, model, processor, directory, name, signals)
+            config = make_config(stage, recipe, **training_arguments(loading))
+            result = train_stage(stage, recipe, config, model, processor, directory, name, signals)
         result = {"stage": stage, "seconds": round(time.perf_counter() - started, 1), **result}
         if is_first_process():
             write(directory / "training.json", json.dumps(result, indent=2) + "\n")
@@ -164,8 +166,8 @@ def check_stage(stage: str, recipe: dict[str, Any]) -> None:
         reward_functions(stage, recipe)
 
 
-def make_config(stage: str, recipe: dict[str, Any]) -> Any:
-    """The config of a stage's trainer."""
+def make_config(stage: str, recipe: dict[str, Any], **others: Any) -> Any:
+    """The config of a stage's trainer; `others` are fields that are not of the recipe."""
     from dataclasses import fields
 
     from transformers import TrainingArguments
@@ -182,7 +184,7 @@ def make_config(stage: str, recipe: dict[str, Any]) -> Any:
     if "unpruned_answers_dir" in names:  # what one stage has generated, the next one reads
         settings = {"unpruned_answers_dir": answers_folder(recipe), **settings}
     try:
-        return config_class(output_dir=str(Path(recipe["output_dir"]) / stage), **settings)
+        return config_class(output_dir=str(Path(recipe["output_dir"]) / stage), **{**settings, **others})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{stage}: {error}") from error
 
@@ -209,7 +211,7 @@ def reward_functions(stage: str, recipe: dict[str, Any]) -> list[Any]:
 def settings_of(stage: str, recipe: dict[str, Any]) -> dict[str, Any]:
     """What the result of a stage depends on, besides the stages before it and [`precision_of`]."""
     # a teacher reads the frozen LVLM, whatever policy will learn from it
-    names = ("base_model", stage) if stage == "demonstrations" else ("base_model", "policy", stage)
+    names = ("base_model", "start_from", *(() if stage == "demonstrations" else ("policy",)), stage)
     data = recipe.get("data", {})
     used = {name: data[name] for name in (training_data(stage, recipe), "validation") if name in data}
     return {name: recipe[name] for name in names if name in recipe} | ({"data": used} if "data" in recipe else {})
@@ -226,14 +228,13 @@ def precision_of(loading: dict[str, Any]) -> dict[str, Any]:
 
 def with_dtype(loading: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     """The options by which the model is loaded, with the dtype of the recipe, or one that suits model and machine."""
-    import tprl_hf
     from tprl_hf.loading import chosen_dtype
 
     if loading.get("dtype"):
         return loading
     if recipe.get("dtype"):
         return {**loading, "dtype": recipe["dtype"]}
-    dtype, why = chosen_dtype(recipe.get("base_model") or tprl_hf.embedded_checkpoint(), loading.get("device"))
+    dtype, why = chosen_dtype(model_of(recipe), loading.get("device"))
     tell(f"The LVLM computes in {dtype} ({why}); `dtype` in the recipe or --dtype asks for another one.")
     return {**loading, "dtype": dtype}
 
@@ -337,12 +338,11 @@ def starting_model(
     """The model that a stage begins with, and its processor."""
     from transformers import set_seed
 
-    import tprl_hf
     from tprl_hf import TPRLForConditionalGeneration
     from tprl_hf.loading import pretrained_arguments
     from tprl_hf.missing_packages import load_processor
 
-    how = pretrained_arguments(**loading)
+    how = pretrained_arguments(**{**loading, "device": training_device(loading)})
     for before in STAGES[stage].starts_from:
         if before in recipe:
             path = Path(recipe["output_dir"]) / before
@@ -350,13 +350,26 @@ def starting_model(
                 raise ValueError(f"{stage} begins with what {before} left in {path}: run `tprl train {before}` first.")
             return TPRLForConditionalGeneration.from_pretrained(path, **how), load_processor(path)
 
-    if stage == "tune":  # of a checkpoint that has its policy
-        name = recipe.get("base_model") or tprl_hf.embedded_checkpoint()
-        return TPRLForConditionalGeneration.from_pretrained(name, **how), load_processor(name)
+    if recipe.get("start_from") or stage == "tune":  # of a checkpoint that has its policy
+        name = model_of(recipe)
+        model = TPRLForConditionalGeneration.from_pretrained(name, **how)
+        check_policy(model, recipe)
+        return model, load_processor(name)
     base = base_directory(recipe)
     set_seed(recipe.get(stage, {}).get("seed", 42))  # the start of the new policy
     model = TPRLForConditionalGeneration.from_base_model(base, **how, **recipe.get("policy", {}))
     return model, load_processor(base)
+
+
+def check_policy(model: "TPRLForConditionalGeneration", recipe: dict[str, Any]) -> None:
+    """Raises `ValueError` where a recipe wants another network than the policy that it continues has."""
+    has = model.config.to_dict()
+    for name, value in recipe.get("policy", {}).items():
+        if has[name] != value:
+            raise ValueError(
+                f"policy.{name} is {value!r}, but {model_of(recipe)} has {has[name]!r}: a policy that is trained on "
+                "stays as it is; leave the section out with --set policy=null."
+            )
 
 
 def base_directory(recipe: dict[str, Any]) -> str:
@@ -405,7 +418,7 @@ def make_demonstrations(stage, recipe, model, processor, directory: Path) -> dic
 
 
 def train_stage(
-    stage, recipe, model, processor, directory: Path, recipe_name: str, signals: "StopSignals"
+    stage, recipe, config, model, processor, directory: Path, recipe_name: str, signals: "StopSignals"
 ) -> dict[str, Any]:
     from datasets import load_from_disk
     from transformers import PrinterCallback, ProgressCallback
@@ -414,7 +427,7 @@ def train_stage(
 
     from .stop_signals import SaveAndStop
 
-    config, (_, trainer_class) = make_config(stage, recipe), STAGES[stage].classes()
+    _, trainer_class = STAGES[stage].classes()
     source = STAGES[stage].learns_from
     if source is not None:
         path = directory.parent / source

@@ -96,6 +96,7 @@ def trial(
     answers = sum(0 if sample.answer_ids is None else len(sample.answer_ids) for sample in batch.samples)
     text = prompt_tokens - visual + answers
     everyone = torch.arange(len(some), device=model.device)
+    model.policy.requires_grad_(True)  # PEFT freezes all that is loaded with a LoRA; a trainer says what it trains
 
     def read() -> None:
         with torch.no_grad():

@@ -99,6 +99,6 @@ def figures_of(
         )
         for number, step in enumerate(steps)
     ]
-    pixels = chat_inputs(processor, [dict(sample)])["pixel_values"]
+    inputs = chat_inputs(processor, [dict(sample)])
     title = f"{sample['prompt']}  ({sample['answer']})" if sample.get("answer") else str(sample["prompt"])
-    return make_figures(sample["images"][0], processor, pixels, plan, panels, title, sample.get("boxes", ()))
+    return make_figures(sample["images"][0], processor, inputs, plan, panels, title, sample.get("boxes", ()))

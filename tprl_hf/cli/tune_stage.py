@@ -16,8 +16,11 @@ OWN = ("keep_ratios", "lora", "num_samples")
 DEFAULTS = {"report_to": "none", "max_length": None, "logging_steps": 10, "save_total_limit": 2}
 
 
-def make_config(recipe: dict[str, Any]) -> Any:
-    """`trl.SFTConfig` of the section `tune`. Raises `ValueError` for names and values that it does not know."""
+def make_config(recipe: dict[str, Any], **others: Any) -> Any:
+    """
+    `trl.SFTConfig` of the section `tune`; `others` are fields that are not of the recipe. Raises `ValueError` for
+    names and values that it does not know.
+    """
     from dataclasses import fields
 
     import torch
@@ -38,10 +41,10 @@ def make_config(recipe: dict[str, Any]) -> Any:
     if not isinstance(ratios, list) or not ratios or not all(0 < ratio <= 1 for ratio in ratios):
         raise ValueError(f"tune.keep_ratios is a list of fractions that are KEPT, in (0, 1]; got {ratios!r}.")
     settings = {name: value for name, value in section.items() if name not in OWN}
-    if not torch.accelerator.is_available():
+    if others.get("use_cpu") or not torch.accelerator.is_available():
         settings.setdefault("bf16", False)  # TRL's default is True
     try:
-        return SFTConfig(str(Path(recipe["output_dir"]) / "tune"), **{**DEFAULTS, **settings})
+        return SFTConfig(str(Path(recipe["output_dir"]) / "tune"), **{**DEFAULTS, **settings, **others})
     except (TypeError, ValueError) as error:
         raise ValueError(f"tune: {error}") from error
 
@@ -53,8 +56,9 @@ def tune(
     dataset: Any,
     directory: Path,
     signals: "StopSignals",
+    place: dict[str, Any],
 ) -> dict[str, Any]:
-    """Trains the LoRA, and saves it with the policy in `directory`."""
+    """Trains the LoRA, and saves it with the policy in `directory`; `place` says where it computes."""
     from tprl_hf.training.tuning import tune_lvlm
     from tprl_hf.training.whole_checkpoints import newest_whole
 
@@ -70,7 +74,7 @@ def tune(
         model,
         processor,
         dataset,
-        make_config(recipe),
+        make_config(recipe, **place),
         section["keep_ratios"],
         section.get("lora"),
         None if checkpoint is None else str(checkpoint),

@@ -18,13 +18,14 @@ def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.devi
             The model's processor.
         samples (`Sequence[dict]`):
             Each with `images` (list of `PIL.Image.Image`, or of files as undecoded rows have them; may be empty) and
-            `prompt` (the question as a string, or chat messages).
+            `prompt` (the question as a string, or chat messages). Messages may hold videos, whose
+            [`~tprl_hf.videos.Video`]s are then in `videos`.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where the tensors go.
 
     Returns:
         `BatchFeature`: `input_ids` int64 [B, L], `attention_mask`, `query_mask` bool [B, L] (exactly the questions),
-        and `pixel_values` where there is an image.
+        and `pixel_values` where there is an image, `pixel_values_videos` of most families where there is a video.
 
     Raises:
         `ValueError`: If the processor has no chat template, and for pictures that cannot be read.
@@ -37,9 +38,12 @@ def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.devi
     chats = [chat_messages(sample["prompt"], len(sample["images"])) for sample in samples]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     images = [[picture_of(image, sample.get("image_id")) for image in sample["images"]] for sample in samples]
-    inputs = processor(
-        images=images if any(images) else None, text=texts, padding=True, padding_side="left", return_tensors="pt"
-    )
+    videos = [video for sample in samples for video in sample.get("videos", ())]
+    shown: dict[str, Any] = {"images": images if any(images) else None}
+    if videos:
+        shown["videos"] = [list(video.frames) for video in videos]
+        shown["videos_kwargs"] = {"do_sample_frames": False, "video_metadata": [video.metadata for video in videos]}
+    inputs = processor(**shown, text=texts, padding=True, padding_side="left", return_tensors="pt")
     inputs.pop("labels", None)  # of PaliGemma's processor: a question has none, and losses need all logits
     inputs["query_mask"] = question_mask(processor, chats, inputs["input_ids"], inputs["attention_mask"])
     return inputs.to(device)

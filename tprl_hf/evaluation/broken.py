@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tprl_hf.answer_rules import CORRECT
 from tprl_hf.pictures import picture_of
 from tprl_hf.report.shown import as_bits, shown_sample
 from tprl_hf.training.completion_log import question_of
@@ -14,7 +15,6 @@ from .answers import chat_inputs
 from .compare_pruners import Record, Setting, encode_once, first_observer, using
 from .smaller_pictures import PictureShrinker, enlarged
 
-CORRECT = 0.5  # a score from here on
 MOST_SHOWN = 3  # of a pruner at a budget
 
 
@@ -121,5 +121,5 @@ def picture_and_mask(
     answer = sample["answer"]
     reference = ", ".join(dict.fromkeys(answer)) if isinstance(answer, list) else answer
     asked = question_of(sample["prompt"]), None if reference is None else str(reference), sample["question_type"]
-    shown = shown_sample(*asked, images, processor, inputs["pixel_values"], plan.layout)
+    shown = shown_sample(*asked, images, processor, inputs, plan.layout)
     return shown.as_json(), as_bits(plan.keep_mask.tolist())

@@ -19,13 +19,13 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
+from tprl_hf.intervals import Estimate, bootstrap_mean
 from tprl_hf.modeling.budget import Budget, keep_counts
 from tprl_hf.modeling.token_pruner import TokenPruner
 from tprl_hf.pruners import DivPrune, VisPruner
 
 from .answers import chat_inputs
 from .compare_pruners import Record, Setting, compare_pruners, encode_once
-from .intervals import Estimate, bootstrap_mean
 
 KEEP_RATIOS = {"1/3": 1 / 3, "1/9": 1 / 9, "1/18": 1 / 18}
 REFERENCE, *OTHERS = "float32", "bfloat16", "float16"

@@ -20,11 +20,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tprl_hf
 from tprl_hf.data import mosaic_vqa
+from tprl_hf.intervals import bootstrap_mean
 from tprl_hf.training import calibrate_escalation
 
 from .answers import chat_inputs
 from .compare_pruners import encode_once
-from .intervals import bootstrap_mean
 from .scores import exact_score
 
 # First look, second look, and the mean of both together; the card's budgets and the model's own limit.

@@ -27,6 +27,8 @@ from transformers import AutoProcessor
 
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.data import mosaic_vqa
+from tprl_hf.intervals import bootstrap_mean
+from tprl_hf.loading import device_named
 from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.saved_files import written_whole
 from tprl_hf.modeling.token_pruner import LearnedPruner, TokenPruner
@@ -37,7 +39,6 @@ from tprl_hf.training.answer_batches import SampleEncoder, undecoded
 from tprl_hf.training.answer_scores import score_answers
 
 from .fingerprint import fingerprint
-from .intervals import bootstrap_mean
 
 POINTING_BASELINES = {"random": RandomPruner, "vispruner": VisPruner, "divprune": DivPrune}
 
@@ -70,7 +71,7 @@ class Questions:
             rows = [self.rows[i] for i in range(start, min(start + self.batch_size, len(self.rows)))]
             batch = self.encoder(rows)
             shares = [covered(batch.inputs, i, row["boxes"], self.image_size) for i, row in enumerate(rows)]
-            boxes = torch.stack(shares) > 0
+            boxes = (torch.stack(shares) > 0).to(self.model.device)
             for key, (pruner, budget) in settings.items():
                 keep_mask, _ = pruner.choose(batch.inputs, budget)
                 scores = score_answers(self.model, batch, keep_mask, list(range(len(rows))), 96)
@@ -201,7 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = read_arguments(argv)
     ratios, variants = arguments.ratios, arguments.variants
     first = next(iter(variants.values()))[0]
-    model = TPRLForConditionalGeneration.from_pretrained(first, dtype=torch.float32).eval()
+    device = device_named()
+    model = TPRLForConditionalGeneration.from_pretrained(first, dtype=torch.float32).to(device).eval()
     processor = AutoProcessor.from_pretrained(first)
     dataset = concatenate_datasets([mosaic_vqa("test", seed, arguments.num_samples) for seed in arguments.seeds])
     questions = Questions(model, processor, dataset)
@@ -213,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     thresholds: dict[str, list[float]] = defaultdict(list)
     for variant, paths in variants.items():
         for run, path in enumerate(paths):
-            trained = TPRLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+            trained = TPRLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).to(device).eval()
             what = [fingerprint(trained), trained.config.num_steps, trained.config.position_ids, *settings]
             # a tuned LLM answers itself; all others have the first one's
             asked = Questions(trained, processor, dataset) if trained.config.includes_adapter else questions

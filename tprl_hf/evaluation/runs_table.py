@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from tprl_hf.intervals import Estimate
 from tprl_hf.pruners import PRUNERS
 from tprl_hf.pruners.by_name import split_settings
 from tprl_hf.pruners.llm_attention import LLMAttentionPruner
 
 from .compare_pruners import Record, parse_lines
-from .intervals import Estimate
 
 # What `tprl evaluate` notes of its questions beside `answers.jsonl`.
 QUESTIONS = "questions.json"

@@ -8,12 +8,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from tprl_hf.intervals import Estimate, bootstrap_mean
 from tprl_hf.style import PALETTE, colour_of
 
 from .benchmark import Spread
 from .compare_pruners import Record, Setting
 from .confidence import Confidence, confidence_of
-from .intervals import Estimate, bootstrap_mean
 from .operation_counts import OperationCounts
 
 

@@ -175,6 +175,13 @@ class Llama4Adapter(LVLMAdapter):
         return super().mm_encoder_outputs(VisualFeatures(handed), keep, counts, same_length)
 
 
+class ResamplerAdapter(LVLMAdapter):
+    """Families whose queries gather tokens from the whole image, so that a token stands for no place in it."""
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        return [[Block(1, entry.shape[-2])] * entry.shape[:-2].numel() for entry in entries]
+
+
 class DeepseekOcr2Adapter(LVLMAdapter):
     """DeepSeek-OCR 2: tokens that stand for no place in the image, and a separator behind them."""
 
@@ -324,6 +331,8 @@ ADAPTERS: dict[str, type[LVLMAdapter]] = {
     "idefics3": Idefics3Adapter,
     "smolvlm": Idefics3Adapter,
     "paligemma": PaliGemmaAdapter,
+    "aria": ResamplerAdapter,
+    "idefics2": ResamplerAdapter,
     "deepseek_ocr2": DeepseekOcr2Adapter,
     "emu3": Emu3Adapter,
     "fuyu": FuyuAdapter,

@@ -10,6 +10,7 @@ from tprl_hf.style import PALETTE
 WIDTH, HEIGHT = 420, 230
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 12, 26
 MARKERS = ("circle", "square", "diamond", "triangle")
+DASHES = ("", "6 4")  # of the first run of a page and of the second
 MOST_POINTS = 400  # of a curve; longer ones are averaged
 MOST_MARKED = 40  # of a curve whose points have markers
 LEVEL = '<svg viewBox="0 0 26 10"><line class="zero" stroke-dasharray="5 4" x1="0" x2="26" y1="5" y2="5"/></svg>'
@@ -26,6 +27,7 @@ CHART_CSS = f"""
 .legend {{ list-style: none; margin: .2rem 0; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem .9rem;
   font-size: .8rem; overflow-wrap: anywhere; }}
 .legend svg {{ width: 26px; height: 10px; margin-right: .3rem; vertical-align: middle; }}
+.hollow {{ fill: none; stroke-width: 1.5; }}
 .band {{ fill: var(--grid); }} .box-middle {{ fill: var(--bar); stroke: var(--c0); }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .85rem; }}
@@ -52,6 +54,7 @@ class Series:
         dash (`str`): SVG's `stroke-dasharray`; empty for a whole line.
         intervals (`Sequence[tuple[float, float]]`, *optional*): Low and high of each point.
         label (`str`, *optional*): In the legend, where equal ones stand once; by default the name.
+        is_hollow (`bool`): Its markers are outlines, over which those of another curve show.
     """
 
     name: str
@@ -61,6 +64,12 @@ class Series:
     dash: str = ""
     intervals: Sequence[tuple[float, float]] | None = None
     label: str = ""
+    is_hollow: bool = False
+
+    @property
+    def mark(self) -> str:
+        """The class of its markers."""
+        return f"hollow s{self.colour}" if self.is_hollow else f"f{self.colour}"
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -184,7 +193,7 @@ def line_chart(
         if len(points) <= MOST_MARKED:
             for x, y in points:
                 tip = f"{html.escape(one.name)}: {short(x)} → {y:.4g}"
-                drawn.append(marker(one.marker, x_of(x), y_of(y), f"f{one.colour}", tip))
+                drawn.append(marker(one.marker, x_of(x), y_of(y), one.mark, tip))
     # reversed twice: of equal labels the first one's picture stays
     pictures = {one.label or one.name: swatch(one, len(points) <= MOST_MARKED) for one, points, _ in reversed(finite)}
     names = [*reversed(pictures.items()), *((name, LEVEL) for *_, name in bands)]
@@ -222,7 +231,7 @@ def marker(kind: int, x: float, y: float, colour: str, tip: str = "") -> str:
 
 def swatch(one: Series, marked: bool) -> str:
     dash = f' stroke-dasharray="{one.dash}"' if one.dash else ""
-    mark = marker(one.marker, 13, 5, f"f{one.colour}") if marked else ""
+    mark = marker(one.marker, 13, 5, one.mark) if marked else ""
     return (
         f'<svg viewBox="0 0 26 10"><line class="curve s{one.colour}" x1="0" x2="26" y1="5" y2="5"{dash}/>{mark}</svg>'
     )

@@ -2,13 +2,13 @@
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tprl_hf.style import PALETTE, colour_of, html_page
 
-from .charts import CHART_CSS, Series, bar_cell, cell, line_chart, table
+from .charts import CHART_CSS, DASHES, Series, bar_cell, cell, line_chart, table
 from .runs import json_object
 from .shown import HATCH_SVG, SHOWN_CSS, ShownPictures, ShownSample
 
@@ -25,6 +25,14 @@ def is_evaluation(folder: Path) -> bool:
     return (folder / "run.json").exists() and (folder / "answers.jsonl").exists()
 
 
+def read_results(folder: Path) -> dict[str, Any]:
+    """What `tprl evaluate` came to; raises `ValueError` if it is not finished."""
+    results = json_object(folder / RESULTS)
+    if not results:
+        raise ValueError(f"{folder} has no {RESULTS} yet: let its command finish; it keeps the answers.")
+    return results
+
+
 def evaluation_page(folder: Path) -> str:
     """
     The page of a directory that `tprl evaluate` wrote.
@@ -32,9 +40,7 @@ def evaluation_page(folder: Path) -> str:
     Raises:
         `ValueError`: If the evaluation is not finished.
     """
-    results = json_object(folder / RESULTS)
-    if not results:
-        raise ValueError(f"{folder} has no {RESULTS} yet: let its command finish; it keeps the answers.")
+    results = read_results(folder)
     rows = results["rows"]
     broken, pictures = json_object(folder / BROKEN), ShownPictures()
     title = f"{Path(results['data']).name}, {results['split']}"
@@ -44,8 +50,8 @@ def evaluation_page(folder: Path) -> str:
         f"Command: {results['command']}",
     ]
     parts = [HATCH_SVG, section("All pruners", accuracy_table(rows))]
-    parts.append(section("What accuracy costs", f'<div class="charts">{"".join(cost_charts(rows))}</div>'))
-    parts.append(section("By question type", type_tables(rows)))
+    parts.append(section("What accuracy costs", f'<div class="charts">{"".join(cost_charts({"": rows}))}</div>'))
+    parts.append(section("By question type", type_tables({"": rows})))
     parts.append(section("What pruning broke", broken_html(broken, pictures)))
     said = "".join(f'<p class="note">{html.escape(without_places(note))}</p>' for note in notes)
     parts.append(section("How this was measured", said))
@@ -104,46 +110,63 @@ def percent(estimate: Mapping[str, float], sign: str = "") -> str:
     return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
-def cost_charts(rows: Sequence[Row]) -> list[str]:
-    """Accuracy against tokens, against milliseconds and against operations, as far as they were measured."""
-    total = rows[0]["mean_visual"]
-    label = f"visual tokens kept, of {total:.0f}"
-    drawn = [cost_chart(rows, "Accuracy and tokens", label, [row["mean_kept"] for row in rows])]
-    if all(row.get("milliseconds") for row in rows):
+def cost_charts(runs: Mapping[str, Sequence[Row]]) -> list[str]:
+    """
+    Accuracy against tokens, against milliseconds and against operations, as far as all runs measured them.
+
+    Args:
+        runs (`Mapping[str, Sequence[Row]]`): By name, the rows of each evaluation, one or two.
+    """
+    every = [row for rows in runs.values() for row in rows]
+    totals = dict.fromkeys(f"{rows[0]['mean_visual']:.0f}" for rows in runs.values())
+    label = f"visual tokens kept, of {' or '.join(totals)}"
+    drawn = [cost_chart(runs, "Accuracy and tokens", label, lambda row: row["mean_kept"])]
+    if all(row.get("milliseconds") for row in every):
         label = "ms from pixels to the first new token, one question"
-        times = [row["milliseconds"]["median"] for row in rows]
-        drawn.append(cost_chart(rows, "Accuracy and time", label, times))
-    if all(row.get("counted") for row in rows):
+        drawn.append(cost_chart(runs, "Accuracy and time", label, lambda row: row["milliseconds"]["median"]))
+    if all(row.get("counted") for row in every):
         label = "10⁹ operations of tower, pruner and prefill, one question"
-        counts = [sum(row["counted"].values()) / 1e9 for row in rows]
-        drawn.append(cost_chart(rows, "Accuracy and operations", label, counts))
+        counted = "Accuracy and operations"
+        drawn.append(cost_chart(runs, counted, label, lambda row: sum(row["counted"].values()) / 1e9))
     return drawn
 
 
-def cost_chart(rows: Sequence[Row], title: str, x_label: str, places: Sequence[float]) -> str:
-    """Accuracy of each pruner at its budgets; the unpruned model is a level."""
-    base, names = rows[0]["accuracy"], list(dict.fromkeys(row["pruner"] for row in rows[1:]))
-    found = []
-    for number, name in enumerate(names):
-        own = sorted((places[n], n) for n, row in enumerate(rows) if row["pruner"] == name)
-        points = [(place, 100 * rows[n]["accuracy"]["value"]) for place, n in own]
-        intervals = [(100 * rows[n]["accuracy"]["low"], 100 * rows[n]["accuracy"]["high"]) for _, n in own]
-        dash = "2 3" if name == "random" else "7 3" if number >= len(PALETTE) and name != "learned" else ""
-        found.append(Series(name, points, colour_of(name, names), number, dash, intervals))
-    band = (100 * base["low"], 100 * base["value"], 100 * base["high"], "unpruned")
-    return line_chart(title, found, x_label, "accuracy, % of answers", bands=[band])
+def cost_chart(runs: Mapping[str, Sequence[Row]], title: str, x_label: str, place: Callable[[Row], float]) -> str:
+    """Accuracy of each pruner at its budgets; the unpruned model is a level. Of two runs the second is dashed."""
+    names = list(dict.fromkeys(row["pruner"] for rows in runs.values() for row in rows[1:]))
+    found, levels = [], {}
+    for run, two_dash in zip(runs, DASHES, strict=False):
+        base = runs[run][0]["accuracy"]
+        levels[run] = tuple(100 * base[name] for name in ("low", "value", "high"))
+        for number, name in enumerate(names):
+            own = sorted((row for row in runs[run][1:] if row["pruner"] == name), key=place)
+            points = [(place(row), 100 * row["accuracy"]["value"]) for row in own]
+            intervals = [(100 * row["accuracy"]["low"], 100 * row["accuracy"]["high"]) for row in own]
+            one_dash = "2 3" if name == "random" else "7 3" if number >= len(PALETTE) and name != "learned" else ""
+            dash, tip = (two_dash, f"{name}, {run}") if len(runs) > 1 else (one_dash, name)
+            found.append(Series(tip, points, colour_of(name, names), number, dash, intervals, name, bool(two_dash)))
+    same = len(set(levels.values())) == 1
+    bands = [(*level, "unpruned" if same else f"unpruned, {run}") for run, level in levels.items()]
+    return line_chart(title, found, x_label, "accuracy, % of answers", bands=bands[:1] if same else bands)
 
 
-def type_tables(rows: Sequence[Row]) -> str:
+def type_tables(runs: Mapping[str, Sequence[Row]]) -> str:
     """A table for each budget: bars from 0 to 100 %, a column for each question type."""
+    headers = {
+        run: tuple(f"{kind} ({one['count']})" for kind, one in rows[0]["by_type"].items())
+        for run, rows in runs.items()
+    }
+    if len(set(headers.values())) > 1:  # of other questions
+        return "\n".join(f"<h3>{html.escape(run)}</h3>{type_tables({run: rows})}" for run, rows in runs.items())
+    header = ["pruner", *(["evaluation"] if len(runs) > 1 else []), *next(iter(headers.values()))]
     parts = []
-    for budget in dict.fromkeys(row["budget"] for row in rows[1:]):
-        shown = [rows[0], *(row for row in rows[1:] if row["budget"] == budget)]
-        header = ["pruner", *(f"{kind} ({one['count']})" for kind, one in rows[0]["by_type"].items())]
+    for budget in dict.fromkeys(row["budget"] for rows in runs.values() for row in rows[1:]):
+        shown = [(run, row) for run, rows in runs.items() for row in rows if row is rows[0] or row["budget"] == budget]
+        names = list(dict.fromkeys(row["pruner"] for _, row in shown))
         lines = []
-        for row in shown:
+        for run, row in sorted(shown, key=lambda one: names.index(one[1]["pruner"])):
             bars = [bar_cell(f"{100 * one['value']:.1f}", one["value"]) for one in row["by_type"].values()]
-            lines.append([cell(row["pruner"], "number"), *bars])
+            lines.append([cell(row["pruner"], "number"), *([cell(run, "number")] if len(runs) > 1 else []), *bars])
         parts.append(f"<h3>{html.escape(budget)} of the tokens kept; accuracy %</h3>{table(header, lines)}")
     return "\n".join(parts)
 

@@ -222,6 +222,26 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """Names that tell directories apart: with folders above them where the last ones are alike."""
+    for depth in range(1, 10):
+        names = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{folder.resolve().name} ({number})" for number, folder in enumerate(folders, start=1)]
+
+
+def flattened(settings: Mapping[str, Any], before: str = "") -> dict[str, str]:
+    """Settings of sections as `section.name`, values as text."""
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flattened(value, f"{before}{name}.")
+        else:
+            found[f"{before}{name}"] = value if isinstance(value, str) else json.dumps(value)
+    return found
+
+
 def duration(seconds: float) -> str:
     """
     Example:

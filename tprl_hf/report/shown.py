@@ -114,7 +114,7 @@ def shown_sample(
     question_type: str,
     images: "Sequence[Image.Image]",
     processor: Any,
-    pixel_values: Any,
+    inputs: Any,
     layout: "TokenLayout",
 ) -> ShownSample:
     """
@@ -123,12 +123,12 @@ def shown_sample(
     Args:
         question (`str`), reference (`str`, *optional*), question_type (`str`): See [`ShownSample`].
         images (`Sequence[PIL.Image.Image]`): As they were given.
-        processor ([`ProcessorMixin`]), pixel_values (`torch.Tensor`): What made the pixels of these images, and these.
+        processor ([`ProcessorMixin`]), inputs (`Mapping`): What made the pixels of these images, and what it made.
         layout ([`TokenLayout`]): Where all N tokens of the sample lie.
     """
     from tprl_hf.visualization import seen_pictures
 
-    grids = grids_of(seen_pictures(images, processor, pixel_values, layout), layout)
+    grids = grids_of(seen_pictures(images, processor, inputs, layout), layout)
     return ShownSample(question, reference, question_type, len(layout.row), grids)
 
 

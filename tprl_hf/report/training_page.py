@@ -1,15 +1,14 @@
 """One page of a training run, or of two over each other."""
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tprl_hf.style import PALETTE, html_page
 
-from .charts import CHART_CSS, Series, box_chart, cell, line_chart, table
-from .runs import StageRun, TrainingRun, duration
+from .charts import CHART_CSS, DASHES, Series, box_chart, cell, line_chart, table
+from .runs import StageRun, TrainingRun, distinct_names, duration, flattened
 from .shown import HATCH_SVG, SHOWN_CSS, ShownPictures
 
 # Title, unit, and which metrics: names, or beginnings of names before "*". What none of these takes has a chart of its
@@ -39,7 +38,6 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 NOT_CURVES = {"step", "epoch", "time", "total_flos", "train_loss", "llm_passes"}
 ENDS = ("_runtime", "_per_second")
-DASHES = ("", "6 4")  # of the first run and of the second
 MOST_MOMENTS = 6  # at which the masks of a picture are shown
 
 
@@ -52,7 +50,7 @@ def training_page(runs: Sequence[TrainingRun], command: str, refresh: int | None
         command (`str`): That which makes the page.
         refresh (`int`, *optional*): The browser loads it again after so many seconds.
     """
-    names = distinct_names(runs)
+    names = distinct_names([run.folder for run in runs])
     pictures = ShownPictures()
     title = f"Training run{'s' * (len(runs) > 1)} {' and '.join(names)}"
     notes = [f"Command: {command}"]
@@ -65,15 +63,6 @@ def training_page(runs: Sequence[TrainingRun], command: str, refresh: int | None
         stages = {own: stage for run, own in zip(runs, names, strict=True) if (stage := run.stage(name)) is not None}
         body.append(f"<section><h2>{html.escape(name)}</h2>{stage_html(stages, names, pictures)}</section>")
     return html_page(title, notes, "\n".join(body), CHART_CSS + SHOWN_CSS + pictures.css, refresh)
-
-
-def distinct_names(runs: Sequence[TrainingRun]) -> list[str]:
-    """Names of runs that tell them apart: with folders above them where the last ones are alike."""
-    for depth in range(1, 10):
-        names = ["/".join(run.folder.resolve().parts[-depth:]) for run in runs]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{run.name} ({number})" for number, run in enumerate(runs, start=1)]
 
 
 def overview(runs: Sequence[TrainingRun], names: Sequence[str]) -> str:
@@ -285,17 +274,6 @@ def start_cells(start: Mapping[str, Any]) -> list[str]:
     return [cell(str(start.get(name, "-")), "words") for name in ("when", "step", "device")] + [
         cell(versions, "words")
     ]
-
-
-def flattened(settings: Mapping[str, Any], before: str = "") -> dict[str, str]:
-    """Settings of sections as `section.name`, values as text."""
-    found: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            found |= flattened(value, f"{before}{name}.")
-        else:
-            found[f"{before}{name}"] = value if isinstance(value, str) else json.dumps(value)
-    return found
 
 
 def without_places(value: Any) -> Any:

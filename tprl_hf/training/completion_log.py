@@ -85,8 +85,8 @@ def completions_of(
         )
         if len(kept):
             layout = batch.inputs.layout[torch.tensor(sample)][valid]
-            images, pixels = open_images(images_of(row)), encoder.process(row)["pixel_values"]
-            seen = seen_pictures(images, encoder.processor, pixels, layout)
+            images = open_images(images_of(row))
+            seen = seen_pictures(images, encoder.processor, encoder.process(row), layout)
             panel = Panel(f"{completion.num_kept} of {completion.num_visual} tokens", answer, kept)
             completion.picture = draw_figures(figures_by_block(seen, layout, [panel], completion.question))
         found.append(completion)
@@ -133,7 +133,8 @@ def write_completions(
         package = import_module(tracker)
         frame = table.to_pandas()
         frame["picture"] = [None if one.picture is None else package.Image(one.picture) for one in completions]
-        package.log({"completions": package.Table(dataframe=frame)})
+        # the axis of all other rows: trackers count their calls, of which this is one more
+        package.log({"completions": package.Table(dataframe=frame), "train/global_step": step})
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             lines = as_text(completions, step).splitlines()

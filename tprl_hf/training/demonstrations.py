@@ -1,12 +1,13 @@
 """Stage 2: what a teacher keeps, step by step, as a dataset on disk (eq. 7 of the TPRL paper)."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, List, Value
+from datasets import Dataset, List, Value, load_from_disk
 from datasets import Image as ImageFeature
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -22,7 +23,7 @@ from tprl_hf.modeling.values import COUNT, KEPT_FRACTION, list_of, one_of, whole
 from .answer_batches import AnswerBatch, SampleEncoder
 from .feature_cache import cache_of
 from .fingerprint import fingerprint
-from .saved_masks import Masks, SavedMasks, description
+from .saved_masks import Masks, SavedMasks, description, this_process
 from .teachers import AnswerTeacher
 from .trainer_arguments import given_dataset, needs_answers
 from .unpruned_answers import UnprunedAnswers
@@ -95,7 +96,8 @@ def generate_demonstrations(
         keep_ratios (`list[float]`, defaults to 0.75 and 0.5): fraction of the visual tokens that is KEPT after each
             step, descending: the paper's 25 % and 50 % pruned. Several such lists take turns, sample by sample.
         output_dir (`str`, *optional*): where the result is saved. Until then the masks of each batch are added to
-            `OUTPUT_DIR.unfinished.jsonl`, from which the same call resumes if it was cut off.
+            `OUTPUT_DIR.unfinished.jsonl`, from which the same call resumes if it was cut off. Processes that
+            `torchrun` started share the work through such files; the first one saves the result, all return it.
         batch_size (`int`, defaults to 16): samples at a time.
         feature_cache_mb (`int`, defaults to 1024): room for visual features, in MiB.
         feature_cache_dir (`str`, *optional*): keep them there, as the trainers do; not for a teacher that reads the
@@ -143,10 +145,7 @@ def generate_demonstrations(
         beside = None if output_dir is None else f"{Path(output_dir)}.unpruned_answers"
         unpruned_answers = UnprunedAnswers(model, processor, unpruned_answers_dir or beside, max_answer_length)
     model.eval()
-    # the gradient teacher needs gradients of the tokens only
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    saved = None
+    saved, (process, num_processes) = None, this_process()
     if output_dir is not None:
         depends_on = {
             "data": data_digest(dataset),
@@ -157,24 +156,29 @@ def generate_demonstrations(
         }
         if unpruned_answers is not None:
             depends_on["unpruned_answers"] = unpruned_answers.settings
-        saved = SavedMasks(Path(f"{Path(output_dir)}.unfinished.jsonl"), depends_on)
-    keep_masks: list[Masks] = []
-    for start in tqdm(range(0, len(source), batch_size), desc="Demonstrations", unit="batch"):
-        samples = range(start, min(start + batch_size, len(source)))
-        new = None if saved is None else saved.of(samples)
-        if new is None:
-            batch = encoder([source[index] for index in samples])
-            batch = batch if unpruned_answers is None else unpruned_answers(batch)
-            demonstrated = demonstrate(teacher, model, batch, schedules)
-            turns = [demonstrated[index % len(schedules)] for index in samples]
-            rows = enumerate(zip(turns, batch.inputs.valid, strict=True))
-            new = [[mask[row, valid].tolist() for mask in masks] for row, (masks, valid) in rows]
+        saved = SavedMasks(Path(f"{Path(output_dir)}.unfinished.jsonl"), depends_on, process)
+    batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
+    turns = in_turns(batches, process, num_processes if saved is not None else 1)
+    keep_masks: dict[int, Masks] = {}
+    with without_gradients(model):
+        for samples in tqdm(turns, desc="Demonstrations", unit="batch", disable=process > 0):
             if saved is not None:
-                saved.add(start, new)
-        keep_masks += new
-    for parameter, requires_grad in wanted:
-        parameter.requires_grad_(requires_grad)
-    column = Dataset.from_dict({"keep_masks": keep_masks}).cast_column("keep_masks", List(List(Value("bool"))))
+                saved.read_others()
+                if saved.is_over:
+                    return load_from_disk(str(output_dir))
+            new = None if saved is None else saved.of(samples)
+            if new is None:
+                batch = encoder([source[index] for index in samples])
+                batch = batch if unpruned_answers is None else unpruned_answers(batch)
+                demonstrated = demonstrate(teacher, model, batch, schedules)
+                chosen = [demonstrated[index % len(schedules)] for index in samples]
+                rows = enumerate(zip(chosen, batch.inputs.valid, strict=True))
+                new = [[mask[row, valid].tolist() for mask in masks] for row, (masks, valid) in rows]
+                if saved is not None:
+                    saved.add(samples.start, new)
+            keep_masks.update(zip(samples, new, strict=True))
+    in_order = [keep_masks[index] for index in range(len(source))]
+    column = Dataset.from_dict({"keep_masks": in_order}).cast_column("keep_masks", List(List(Value("bool"))))
     demonstrations = source.add_column("keep_masks", column.data.column("keep_masks").combine_chunks())
     if unpruned_answers is not None:
         demonstrations = unpruned_answers.add_to(demonstrations, encoder)
@@ -182,10 +186,31 @@ def generate_demonstrations(
     for name in demonstrations.features.keys() & decoded.keys():
         if dataset.features[name] == decoded[name]:
             demonstrations = demonstrations.cast_column(name, decoded[name])
-    if saved is not None:
+    if saved is not None and process == 0:
         save_whole(demonstrations, Path(str(output_dir)))
-        saved.path.unlink(missing_ok=True)  # another process may have made the same
+        saved.remove()
     return demonstrations
+
+
+@contextlib.contextmanager
+def without_gradients(model: TPRLForConditionalGeneration) -> Iterator[None]:
+    """The gradient teacher needs gradients of the tokens only."""
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)
+
+
+def in_turns(batches: Sequence[range], process: int, num_processes: int) -> list[range]:
+    """
+    All batches in the order in which a process looks at them: its own share, then those of the others from their ends,
+    for the case that these are slower or have died.
+    """
+    shares = [batches[(process + other) % num_processes :: num_processes] for other in range(num_processes)]
+    return [*shares[0], *(one for share in shares[1:] for one in reversed(share))]
 
 
 def save_whole(dataset: Dataset, directory: Path) -> None:

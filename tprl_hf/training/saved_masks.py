@@ -1,14 +1,16 @@
 """Keep masks of samples that are demonstrated so far, in a file that a run which was cut off resumes from."""
 
+import contextlib
+import glob
+import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import nn
 from transformers.utils import logging
-
-from tprl_hf.modeling.saved_files import written_whole
 
 from .fingerprint import fingerprint
 
@@ -17,42 +19,92 @@ logger = logging.get_logger(__name__)
 Masks = list[list[bool]]  # after each step, of each token
 
 
+def this_process() -> tuple[int, int]:
+    """The number of this process, and of all that `torchrun` started."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 class SavedMasks:
     """
-    A JSON Lines file: what the masks depend on, then one sample a line.
+    A JSON Lines file: what the masks depend on, then one sample a line. Of several processes each has a file of its
+    own, `NAME-1.jsonl` and so on beside the first one's `NAME.jsonl`, and reads those of the others.
 
     Lines that were not written whole are removed, and their samples are missing. A file that depends on something else
     begins anew, with a warning.
 
     Args:
-        path (`Path`): the file.
+        path (`Path`): the file of the first process.
         depends_on (`Mapping[str, Any]`): what other masks would follow from, as JSON.
+        process (`int`, defaults to 0): which one this is.
     """
 
-    def __init__(self, path: Path, depends_on: Mapping[str, Any]):
-        self.path = path
-        head, *lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-        before, found = parsed_object(head), {}
-        if before == json.loads(json.dumps(depends_on)):
-            found = {sample: masks for line in lines if (entry := parsed_entry(line)) for sample, masks in [entry]}
-        elif head:
-            other = sorted(name for name in depends_on if (before or {}).get(name) != depends_on[name])
-            logger.warning(f"{path} is of another run ({', '.join(other) or 'damaged'}): demonstrations begin anew.")
-        self.found: dict[int, Masks] = found
-        rest = "".join(line_of(sample, masks) for sample, masks in found.items())
-        with written_whole(path.parent) as scratch:
-            Path(scratch, path.name).write_text(json.dumps(depends_on) + "\n" + rest, encoding="utf-8")
+    def __init__(self, path: Path, depends_on: Mapping[str, Any], process: int = 0):
+        self.first = path
+        self.path = path if process == 0 else path.with_name(f"{path.stem}-{process}{path.suffix}")
+        self.depends_on = json.loads(json.dumps(depends_on))
+        self.read_so_far: dict[Path, tuple[int, int]] = {}  # inode and bytes of each file of others
+        with self.path.open("rb") if self.path.exists() else io.BytesIO() as file:
+            head = file.readline()
+            self.found: dict[int, Masks] = self.entries(file) if self.is_head(head) else {}
+        if head and not self.is_head(head):
+            before = parsed_object(head) or {}
+            other = sorted(name for name, value in self.depends_on.items() if before.get(name) != value)
+            logger.warning(
+                f"{self.path} is of another run ({', '.join(other) or 'damaged'}): demonstrations begin anew."
+            )
+        rest = "".join(line_of(sample, masks) for sample, masks in self.found.items())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{self.path.name}.{os.getpid()}")
+        unfinished.write_text(json.dumps(depends_on) + "\n" + rest, encoding="utf-8")
+        unfinished.replace(self.path)
+        self.read_others()
+
+    def is_head(self, line: bytes) -> bool:
+        return parsed_object(line) == self.depends_on
+
+    def entries(self, file: IO[bytes]) -> dict[int, Masks]:
+        """Samples and masks of the lines that follow and are whole."""
+        return dict(entry for line in file if line.endswith(b"\n") and (entry := parsed_entry(line)))
+
+    def files(self) -> list[Path]:
+        """Those of all processes, also of an earlier run with more of them."""
+        return sorted(self.first.parent.glob(f"{glob.escape(self.first.stem)}*{self.first.suffix}"))
+
+    def read_others(self) -> None:
+        """Reads what other processes have noted since the last call."""
+        for path in self.files():
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                before, read = self.read_so_far.get(path, (inode, 0))
+                if path == self.path or ((before != inode or read == 0) and not self.is_head(file.readline())):
+                    continue
+                if before == inode and read:
+                    file.seek(read)
+                start, text = file.tell(), file.read()
+                whole = text[: text.rfind(b"\n") + 1]  # the last line may be on its way
+                self.found.update(self.entries(io.BytesIO(whole)))
+                self.read_so_far[path] = inode, start + len(whole)
 
     def add(self, first: int, masks: Sequence[Masks]) -> None:
         """Notes the masks of samples `first`, `first + 1` and so on."""
         new = dict(enumerate(masks, start=first))
-        with self.path.open("a", encoding="utf-8") as file:
+        with contextlib.suppress(FileNotFoundError), self.path.open("r+", encoding="utf-8") as file:
+            file.seek(0, os.SEEK_END)
             file.write("".join(line_of(sample, mask) for sample, mask in new.items()))
         self.found.update(new)
 
     def of(self, samples: range) -> list[Masks] | None:
         """The masks of samples, if those of all are there."""
         return [self.found[sample] for sample in samples] if all(one in self.found for one in samples) else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether another process had all masks, has saved the dataset, and has removed the files."""
+        return not self.path.exists()
+
+    def remove(self) -> None:
+        for path in self.files():
+            path.unlink(missing_ok=True)
 
 
 def line_of(sample: int, masks: Masks) -> str:

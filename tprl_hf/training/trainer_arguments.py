@@ -67,11 +67,21 @@ def given_args(trainer: type, args: Any, model: Any, stage: str) -> Any:
     wanted = config_class(trainer)
     if args is None:
         name = model if isinstance(model, str | os.PathLike) else getattr(model, "name_or_path", "")
-        return wanted(f"{Path(name).name or 'tprl'}-{stage}")
-    if not isinstance(args, wanted):
+        args = wanted(f"{Path(name).name or 'tprl'}-{stage}")
+    elif not isinstance(args, wanted):
         rewards = " Reward functions are `reward_funcs=`, by name." if callable(args) else ""
         raise TypeError(f"args of {trainer.__name__} is a {wanted.__name__}; got {type(args).__name__}.{rewards}")
+    take_one_device(args)
     return args
+
+
+def take_one_device(args: TrainingArguments) -> None:
+    """One process computes on one accelerator: transformers would use `DataParallel`, which cannot cut our batches."""
+    if args.n_gpu > 1:
+        logger.warning(
+            f"One of {args.n_gpu} accelerators trains: start it with torchrun or accelerate launch to use all of them."
+        )
+        args._n_gpu = 1
 
 
 def given_model(model: Any) -> TPRLForConditionalGeneration:

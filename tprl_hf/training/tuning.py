@@ -10,9 +10,10 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.modeling.peft_adapter import FOLDER, has_adapter, refuse_unless_one_lora, save_adapter
 
 from .answer_batches import SampleEncoder, reference_answer, undecoded
-from .trainer_arguments import has_answers, needs_answers
+from .trainer_arguments import has_answers, needs_answers, take_one_device
 from .unpruned_answers import COLUMN, UnprunedAnswers
 from .whole_checkpoints import AfterSaving, mark_whole
 
@@ -88,6 +89,17 @@ def with_own_answers(
     return dataset.remove_columns(sorted({"answer"} & {*dataset.column_names})).add_column("answer", answers)
 
 
+def with_own_lora(model: TPRLForConditionalGeneration) -> Any:
+    """The model with the LoRA of its checkpoint as PEFT's own, to be trained."""
+    from peft import PeftModel
+
+    refuse_unless_one_lora(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        save_adapter(model, Path(scratch), None)
+        model.delete_adapter(next(iter(model.peft_config)))
+        return PeftModel.from_pretrained(model, str(Path(scratch, FOLDER)), is_trainable=True)
+
+
 def tune_lvlm(
     model: TPRLForConditionalGeneration,
     processor: Any,
@@ -101,7 +113,7 @@ def tune_lvlm(
 ) -> list[dict[str, float]]:
     """
     Trains a LoRA of the LLM on pruned prompts, and leaves it in the model: `save_pretrained` saves policy and LoRA in
-    one directory. Vision tower, projector and policy do not change.
+    one directory. Vision tower, projector and policy do not change. A LoRA that the model has is trained on.
 
     Args:
         model ([`TPRLForConditionalGeneration`]): with a trained policy, or another pruner.
@@ -129,14 +141,17 @@ def tune_lvlm(
     else:
         directory = unpruned_answers_dir or Path(args.output_dir) / "unpruned_answers"
         dataset = with_own_answers(model, processor, dataset, directory)
-    settings = {"r": 16, "lora_alpha": 32, "target_modules": LLM_LAYERS, **(lora or {})}
+    take_one_device(args)
+    if has_adapter(model):
+        if lora:
+            raise ValueError(f"The model has a LoRA already, which is trained on as it is: leave out lora={lora}.")
+        start, config = with_own_lora(model), None
+    else:
+        settings = {"r": 16, "lora_alpha": 32, "target_modules": LLM_LAYERS, **(lora or {})}
+        start, config = model, LoraConfig(task_type="CAUSAL_LM", **settings)
     trainer = SFTTrainer(
-        model,
-        args,
-        train_dataset=as_chats(dataset),
-        processing_class=processor,
-        peft_config=LoraConfig(task_type="CAUSAL_LM", **settings),
-    )
+        start, args, train_dataset=as_chats(dataset), processing_class=processor, peft_config=config
+    )  # fmt: skip
     trainer.add_callback(MixedBudgets(model, keep_ratios, args.seed))
     trainer.add_callback(
         AfterSaving(lambda: mark_whole(Path(args.output_dir, f"checkpoint-{trainer.state.global_step}")))

@@ -54,9 +54,9 @@ def write_watched(encoder: SampleEncoder, rows: Sequence[dict[str, Any]], output
     samples = []
     for row in rows:
         layout = encoder([row]).inputs.layout[torch.tensor(0)]
-        pixels, images = encoder.process(row)["pixel_values"], open_images(images_of(row))
+        inputs, images = encoder.process(row), open_images(images_of(row))
         asked = question_of(row["prompt"]), reference_answer(row), row.get("question_type") or "all"
-        samples.append(shown_sample(*asked, images, encoder.processor, pixels, layout).as_json())
+        samples.append(shown_sample(*asked, images, encoder.processor, inputs, layout).as_json())
     with written_whole(Path(output_dir)) as scratch:
         (Path(scratch) / SHOWN).write_text(json.dumps({"samples": samples}) + "\n", encoding="utf-8")
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tprl_hf.evaluation.intervals import bootstrap_mean
+from tprl_hf.intervals import bootstrap_mean
 
 
 def test_the_interval_of_independent_scores_is_that_of_the_normal_approximation():
