@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.cli.test_demo import table_under
+from tests.families.tiny_models import text, tower
 from tprl_hf.cli.main import main
 from tprl_hf.evaluation.benchmark import (
     LiveTensors,
@@ -16,7 +17,7 @@ from tprl_hf.evaluation.benchmark import (
     requests_per_second,
     time_in_turns,
 )
-from tprl_hf.evaluation.presets import preset_config
+from tprl_hf.evaluation.presets import PRESETS, Preset, preset_config
 from tprl_hf.pruners import PRUNERS
 
 PARTS = [
@@ -76,6 +77,31 @@ def test_what_each_pruner_costs(benchmark):
     code, out, _ = benchmark("--pruners", "divprune,fastv")
     assert code == 0 and [row[0] for row in table_under(out, "pruner")[1:]] == ["divprune", "fastv"]
     assert "Command: tprl benchmark" in out and "--pruners divprune,fastv" in out
+
+
+class TestPresets:
+    """Shapes without weights: a tiny one in the place of LLaVA-1.5-7B."""
+
+    WORDS = ("benchmark", "llava-1.5-7b", "--text-tokens", "7", "--max-new-tokens", "2", "--rounds", "2", "--json")
+
+    @pytest.fixture(autouse=True)
+    def tiny(self, monkeypatch):
+        parts = {"text_config": text("llama", vocab_size=1001), "vision_config": tower("clip_vision_model")}
+        config = {**parts, "image_token_id": 4, "image_seq_length": 16}
+        monkeypatch.setitem(PRESETS, "llava-1.5-7b", Preset("llava", config, 1, "tiny"))
+
+    def test_it_gets_random_weights_and_prompts_of_its_length(self, capsys):
+        assert main([*self.WORDS, "--keep-ratio", "1/4"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["weights"] == "random" and "float32" in found["device"]
+        assert (found["num_visual"], found["num_keep"], found["length"]) == (16, 4, 16 + 7)
+        assert list(found["milliseconds"]) == PARTS
+        assert main([*self.WORDS, "--dtype", "auto"]) == 0  # random weights have no dtype of their own
+        assert "bfloat16" in json.loads(capsys.readouterr().out)["device"]
+
+    def test_what_needs_weights_is_refused(self, capsys):
+        assert main([*self.WORDS, "--device-map", "auto"]) == 2
+        assert "gets random weights on one device: leave out --device-map and 4 bits" in capsys.readouterr().err
 
 
 def test_peak_is_of_what_is_alive_at_once():

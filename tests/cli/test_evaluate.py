@@ -203,6 +203,7 @@ def test_the_same_questions_under_another_name_are_not_answered_again(evaluate, 
         (lambda lines: [*lines[:3], lines[3][:20] + lines[4], *lines[5:]], 1),  # two that were written into one
         (lambda lines: [*lines[:3], lines[3].replace(b'"score": ', b'"score": "x'), b"{}", b"[1]", *lines[4:]], 3),
         (lambda lines: [*lines[:3], re.sub(rb'"score": [\d.]+', b'"score": NaN', lines[3]), *lines[4:]], 1),
+        (lambda lines: [*lines[:3], re.sub(rb'"score": [\d.]+', b'"score": 1e9', lines[3]), *lines[4:]], 1),
         (lambda lines: [*lines[:-1], lines[-1] + "\u00e9".encode()[:1]], 1),
         (lambda lines: [*lines[:-1], lines[-1].replace(b'"answer": "', b'"answer": "\xe2\x80\xa8\xc2\x85')], 0),
     ],

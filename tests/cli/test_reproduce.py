@@ -1,7 +1,9 @@
 """`tprl reproduce`: what it trains, what tables share, and what it writes."""
 
 import json
+import os
 import re
+import signal
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from tprl_hf.cli import paper_tables, reproduce
 from tprl_hf.cli.main import main
 from tprl_hf.cli.paper_tables import read_table, runs_of, table_names
+from tprl_hf.cli.stop_signals import StopSignals
 from tprl_hf.training.stages import STAGES
 
 SMALL = {
@@ -127,3 +130,40 @@ def test_from_nothing_to_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
     assert "stages are trained" in capsys.readouterr().out
     runs = runs_of(small("table7"), tmp_path / "runs", full=False)
     assert paper_tables.minutes_left(runs, tmp_path / "runs") == 0
+
+
+def test_a_table_of_commands_holds_what_they_print_and_is_not_made_twice(tmp_path):
+    table = replace(read_table("table4"), commands=["flops llava-1.5-7b --num-keep 192"])
+    with StopSignals() as signals:
+        reproduce.reproduce(table, [], tmp_path, signals, "tprl reproduce table4")
+    page = (tmp_path / "table4.md").read_text()
+    assert page.startswith("# Table 4: KV cache") and "`tprl flops llava-1.5-7b --num-keep 192`\n\n```\n" in page
+    assert "prefill G" in page.split("```")[-2] and "Command: tprl flops llava-1.5-7b --num-keep 192" in page
+    assert json.loads((tmp_path / "table4.json").read_text())["command"] == "tprl reproduce table4"
+
+    # what a command wrote into its directory is the answer, and counts as there
+    (tmp_path / "out").mkdir()
+    for name in ("results.md", "results.json"):
+        (tmp_path / "out" / name).write_text("made before")
+    assert (
+        reproduce.run_command(f"evaluate no-such-model --output-dir {tmp_path}/out", tmp_path / "out") == "made before"
+    )
+
+
+def test_a_command_that_fails_ends_the_table(tmp_path, capsys):
+    with pytest.raises(ValueError, match="`tprl flops no-such-preset` ended with 2"):
+        reproduce.run_command("flops no-such-preset", tmp_path / "out")
+    assert "no-such-preset" in capsys.readouterr().err
+
+
+def test_a_signal_ends_the_command_and_says_what_resumes(tmp_path, monkeypatch, capsys):
+    """The same answer as of `tprl train`: what is saved, and 128 + the signal."""
+
+    def stopped(table, runs, folder, signals, command):
+        os.kill(os.getpid(), signal.SIGTERM)  # outside of a training step
+
+    monkeypatch.setattr(reproduce, "reproduce", stopped)
+    words = ["reproduce", "table4", "--runs-dir", str(tmp_path), "--output-dir", str(tmp_path / "out")]
+    assert main(words) == 143
+    err = capsys.readouterr().err
+    assert "tprl reproduce: stopped by SIGTERM; nothing new was saved. The same command resumes." in err

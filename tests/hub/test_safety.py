@@ -222,6 +222,24 @@ def test_what_is_no_kernel_is_taken(folder):
     assert asked.lvlm.config.text_config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("dtype", ["os", "float33", "int8", "", 3, ["float16"], {"": "nn"}])
+@pytest.mark.parametrize("place", ["dtype", "torch_dtype", "part"])
+def test_a_config_names_a_dtype_of_weights(folder, dtype, place):
+    """`"os"` is an attribute of torch as `"float16"` is."""
+    for kind in ("policy", "merged", "base"):
+        before = (folder / kind / "config.json").read_text()
+        fields = {"dtype": None, place: dtype}
+        if place == "part":
+            part = "text_config" if kind == "base" else "base_config"
+            fields = {part: {**json.loads(before)[part], "dtype": dtype}}
+        change(folder / kind, **fields)
+        calls = [lambda: load(folder / "policy")] if kind == "base" else [lambda kind=kind: load(folder / kind)]
+        for call in (*calls, lambda kind=kind: from_base_model(folder / kind)):
+            with pytest.raises(ValueError, match=r"dtype of .* must be a dtype of weights, such as 'bfloat16'; got "):
+                call()
+        (folder / kind / "config.json").write_text(before)
+
+
 # ---- which base model ----
 
 

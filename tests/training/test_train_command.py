@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from huggingface_hub import HfApi
 
 import tprl_hf
 from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
+from tprl_hf.cli import tune_stage
 from tprl_hf.cli.main import main
 from tprl_hf.cli.old_recipes import renewed
 from tprl_hf.cli.recipe_file import as_number, read_recipe
@@ -157,6 +159,23 @@ def test_a_stage_may_be_left_out(recipe):
     assert [stage for stage in STAGES if stage in sections] == ["autoencoder", "ppo"]
 
 
+@pytest.mark.parametrize("stage", [name for name, stage in STAGES.items() if stage.config] + ["tune"])
+def test_names_that_yaml_takes_for_truth_values(stage, recipe, tmp_path):
+    """`no` is a name where the choices are names, and False where the setting is a flag, quoted or not."""
+    make = tune_stage.make_config if stage == "tune" else partial(make_config, stage)
+    sections = yaml.safe_load(recipe.read_text())
+    sections[stage] = {"use_cpu": True, **({"keep_ratios": [0.5]} if stage == "tune" else {})}
+    recipe.write_text(yaml.safe_dump(sections))
+    for setting in ("eval_strategy", "logging_strategy", "save_strategy"):
+        for word in ("no", "No", '"no"'):
+            found = read_recipe(str(recipe), [f"{stage}.{setting}={word}"])
+            assert getattr(make(found), setting) == "no"
+            assert found[stage][setting] == "no"  # the same settings for a run that resumes
+    found = read_recipe(str(recipe), [f"{stage}.logging_first_step=no", f"{stage}.include_num_input_tokens_seen=yes"])
+    config = make(found)
+    assert config.logging_first_step is False and config.include_num_input_tokens_seen == "all"
+
+
 def test_several_sources_are_shuffled_together():
     sections = [{"seed": 100, "num_samples": 40}, {"source": "easy-vqa", "num_samples": 20}]
     mixture = load_data({"data": {"train": sections}}, "train")
@@ -208,6 +227,21 @@ def test_a_stage_may_have_its_own_data():
         (["all", "--set", "ppo.learning_rat=1"], "ppo has no setting 'learning_rat'; did you mean 'learning_rate'?"),
         (["all", "--set", "ppo.xyzzy=1"], "there are reward_funcs, feature_cache_mb, feature_cache_dir, "),
         (["all", "--set", "ppo.num_mini_batches=3"], "ppo: per_device_train_batch_size * num_generations = 2"),
+        (
+            ["all", "--set", "ppo.eval_strategy=yes"],
+            "ppo.eval_strategy must be 'no' or 'steps' or 'epoch'; got True. YAML",
+        ),
+        (
+            ["all", "--set", "ppo.log_level=off"],
+            "ppo.log_level must be a text; got False. YAML reads no, off,",
+        ),
+        (["all", "--set", "ppo.ratio=off"], "ppo.ratio must be 'joint' or 'token'; got False. YAML reads no, off,"),
+        (
+            ["all", "--set", "base_model=no"],
+            "must be a text; got False. YAML reads no, off, yes and on",
+        ),
+        (["all", "--set", "output_dir=2026"], "must be a text; got 2026."),
+        (["all", "--set", "output_dir="], "must say `output_dir`"),
         (["all", "--set", "ppo.ratio=both"], "ppo: ratio must be 'joint' or 'token'; got 'both'"),
         (["all", "--set", "ppo.reward_funcs=[nowhere:f]"], "There is no reward function 'nowhere:f'"),
         (["all", "--set", "ppo.reward_funcs=[json]"], "'json' does not name a reward function: write module:function"),

@@ -18,6 +18,7 @@ from .old_recipes import renewed
 
 NAMED_SOURCES = ("mosaic", "easy-vqa", "photo")
 OURS = Path(__file__).parents[1] / "recipes"
+AS_TEXT = "YAML reads no, off, yes and on as truth values: write such a text in quotes."
 NAMES = ("base_model", "start_from", "output_dir")  # of models and directories
 SECTIONS = (*NAMES, "dtype", "policy", "data")  # and one for each stage
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -110,8 +111,12 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
         raise ValueError(f"dtype in {path} is one of {', '.join(DTYPES)}; got {recipe['dtype']!r}.")
     if recipe.get("start_from") and recipe.get("base_model"):
         raise ValueError(f"{path} has both start_from and base_model: a checkpoint brings its base model, name one.")
-    if "output_dir" not in recipe:
+    if recipe.get("output_dir") is None:
         raise ValueError(f"{path} must say `output_dir`: where each stage has its directory.")
+    for name in NAMES:
+        if not isinstance(recipe.get(name, ""), str | None):
+            cure = f" {AS_TEXT}" if isinstance(recipe[name], bool) else ""
+            raise ValueError(f"{name} in {path} must be a text; got {recipe[name]!r}.{cure}")
     fill_sections(recipe, path)
     recipe = {name: value if name in NAMES else as_number(value) for name, value in recipe.items()}
     check_names(recipe.get("data", {}), ("train", "validation", *STAGES), "data")

@@ -172,7 +172,10 @@ def make_config(stage: str, recipe: dict[str, Any], **others: Any) -> Any:
 
     from transformers import TrainingArguments
 
+    from .recipe_checks import restore_names
+
     config_class, _ = STAGES[stage].classes()
+    restore_names(recipe[stage], config_class, stage)
     not_of_config = ("reward_funcs",) if STAGES[stage].takes_rewards else ()
     settings = {name: value for name, value in recipe[stage].items() if name not in not_of_config}
     names = [field.name for field in fields(config_class)]

@@ -27,7 +27,11 @@ def make_config(recipe: dict[str, Any], **others: Any) -> Any:
     from peft import LoraConfig
     from trl import SFTConfig
 
+    from .recipe_checks import restore_names
+
     section = recipe["tune"]
+    restore_names(section, SFTConfig, "tune")
+    restore_names(section.get("lora") or {}, LoraConfig, "tune.lora")
     names = [field.name for field in fields(SFTConfig)]
     check_names(section, [*OWN, *names], "tune", [*OWN, "max_steps", "learning_rate", "per_device_train_batch_size"])
     check_names(

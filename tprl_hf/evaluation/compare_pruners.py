@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from tprl_hf.answer_rules import exact_score
+from tprl_hf.modeling.saved_files import written_whole
 from tprl_hf.modeling.token_pruner import TokenPruner
 
 from .answers import chat_inputs
@@ -303,9 +303,8 @@ def read_records(path: Path) -> tuple[list[Record], int]:
     """
     found, removed = parse_lines(path)
     if removed:
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-        unfinished.write_bytes(b"".join(line + b"\n" for line, _ in found))
-        unfinished.replace(path)
+        with written_whole(path.parent) as scratch:
+            Path(scratch, path.name).write_bytes(b"".join(line + b"\n" for line, _ in found))
     return [record for _, record in found], removed
 
 
@@ -330,7 +329,7 @@ def parse_record(line: bytes) -> Record | None:
     whole = all(type(number) is int and number >= 0 for number in numbers)
     texts = all(isinstance(text, str) for text in (record.pruner, record.budget, record.answer))
     seed = record.seed is None or type(record.seed) is int
-    score = isinstance(record.score, float | int) and math.isfinite(record.score)
+    score = isinstance(record.score, float | int) and 0 <= record.score <= 1
     sure = all(
         number is None or (type(number) is float and math.isfinite(number))
         for number in (record.probability, record.first_entropy)

@@ -30,6 +30,7 @@ from tprl_hf.data import mosaic_vqa
 from tprl_hf.intervals import bootstrap_mean
 from tprl_hf.loading import device_named
 from tprl_hf.modeling.budget import Budget
+from tprl_hf.modeling.saved_files import written_whole
 from tprl_hf.modeling.token_pruner import LearnedPruner, TokenPruner
 from tprl_hf.pruners import DivPrune, RandomPruner, VisPruner
 from tprl_hf.pruners.oracle import covered
@@ -95,10 +96,9 @@ def once(directory: Path, what: list[Any], compute: Callable[[], Any]) -> Any:
     """What `compute` returns; for the same `what`, which must tell all that it depends on, it is called but once."""
     path = directory / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
     if not path.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(compute()), encoding="utf-8")
-        unfinished.replace(path)
+        computed = json.dumps(compute())
+        with written_whole(directory) as scratch:
+            Path(scratch, path.name).write_text(computed, encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

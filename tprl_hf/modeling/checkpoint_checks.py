@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from .configuration_tprl import TPRLConfig
+from .configuration_tprl import TPRLConfig, refuse_other_dtypes
 
 POLICY_PREFIXES = ("autoencoder.", "policy.")  # of the weights that are ours
 MOST_POLICIES = 8  # of which each names the next one as its base model
@@ -70,10 +70,11 @@ def check_weight_files(
     Raises:
         `OSError`: when there are none in safetensors.
         `ValueError`: when config or index name a file elsewhere, or one that is not a safetensors file; or when the
-            config names a kernel.
+            config names a kernel, or a dtype that there is not.
     """
     fields = fields_of(source, hub_kwargs)
     refuse_kernels(fields, source)
+    refuse_other_dtypes(fields, f"config.json in {source}")
     named = fields.get("transformers_weights")
     if named is not None:
         raise ValueError(

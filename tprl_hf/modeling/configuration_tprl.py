@@ -195,6 +195,8 @@ class TPRLConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         kwargs.pop("text_config", None)  # of `to_dict`
         kwargs.pop("lambda_disc", None)  # older checkpoints name it, though only training reads it
+        base_fields = self.base_config if isinstance(self.base_config, dict) else {}
+        refuse_other_dtypes({**kwargs, "dtype": self.dtype, "base_config": base_fields}, "TPRLConfig")
         if isinstance(self.base_config, dict):
             base = dict(self.base_config)
             model_type = base.pop("model_type", None)
@@ -272,6 +274,21 @@ class TPRLConfig(PreTrainedConfig):
         if isinstance(self.base_config, PreTrainedConfig):
             return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
         return self
+
+
+def refuse_other_dtypes(fields: dict[str, Any], where: str) -> None:
+    """Raises `ValueError` where a config, or a part of one, names a dtype that weights cannot have."""
+    import torch
+
+    for name in ("dtype", "torch_dtype"):
+        value = fields.get(name)
+        for one in value.values() if isinstance(value, dict) else [value]:
+            found = getattr(torch, one, one) if isinstance(one, str) else one
+            if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+                raise wrong(f"{name} of {where}", one, "a dtype of weights, such as 'bfloat16'")
+    for name, part in fields.items():
+        if name.endswith("_config") and isinstance(part, dict):
+            refuse_other_dtypes(part, f"{name} of {where}")
 
 
 def own_fields() -> list[str]:

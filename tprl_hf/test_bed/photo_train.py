@@ -311,7 +311,7 @@ def train_answers(
             line["processor_seconds"] = round((time.process_time() - processor_time) / passed, 2)
             line |= {name: round(value / passed, 4) for name, value in sums.items()}
             line["correct"] = {name: round(sum(hits) / len(hits), 2) for name, hits in sorted(correct.items())}
-            if step % config.validate_every == 0 or step == config.steps:
+            if step % config.validate_every == 0 and step < config.steps:  # `train` measures the last one
                 found = evaluate(model, heads, validation)
                 line["validation"] = {name: round(value, 3) for name, value in found.items()}
             with open(directory / "log.jsonl", "a", encoding="utf-8") as log:
