@@ -39,7 +39,8 @@ def test_the_command_fills_a_card_from_files(tmp_path, monkeypatch):
 def test_card_of_photo_llava_is_made_of_its_results():
     results = ROOT / "docs/results/photo_llava"
     values = {
-        name: json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in ("test", "training")
+        name: json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("test", "training", "policy", "policy_training")
     }
     card = render_card("photo_llava", **values)
     assert (TRAINED.parent / "README.md").read_text(encoding="utf-8") == card

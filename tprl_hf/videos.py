@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from tprl_hf.pictures import MAX_PIXELS, PictureError, opened, to_rgb
 
@@ -14,6 +17,7 @@ MAX_FRAMES = 8  # that a model reads, evenly spread over the file
 MAX_SECONDS = 60
 MAX_PIXELS_READ = 40 * MAX_PIXELS  # of all frames of a file together
 USUAL_FPS = 10  # of an animated picture that names no time, as browsers show it
+ANIMATED = GifImageFile, PngImageFile, WebPImageFile
 # Packages that decode video files, and what transformers calls them.
 DECODERS = {"cv2": "opencv", "av": "pyav"}
 
@@ -64,7 +68,7 @@ def is_container(file: str | Path) -> bool:
 
 def is_animated(image: Image.Image) -> bool:
     """Pages of a TIFF are not frames."""
-    return image.format in ("GIF", "WEBP", "PNG") and bool(image.is_animated)
+    return isinstance(image, ANIMATED) and bool(image.is_animated)
 
 
 def open_video(file: str | Path, name: str = "The video") -> Video:
@@ -113,7 +117,7 @@ def check(name: str, frames: int, size: tuple[int, int], seconds: float) -> None
 
 def _animation(file: str | Path, name: str) -> Video:
     with opened(file, name) as image:
-        total = image.n_frames
+        total = image.n_frames if isinstance(image, ANIMATED) else 1
         check(name, total, image.size, 0)
         wanted, frames, seconds = set(spread(total)), [], 0.0
         for number in range(total):

@@ -186,9 +186,11 @@ def test_a_picture_of_ones_own_and_what_is_not_one(browser, address, tmp_path):
     own = page.get_attribute("#picture img", "src")
     (tmp_path / "words.png").write_text("not a picture")
     Image.new("RGB", (4000, 10)).save(tmp_path / "thread.png")
+    (tmp_path / "film.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + b"\0" * 99)
     for file, why in [
         ("words.png", "The picture is not an image that Pillow can read"),
         ("thread.png", "The picture has 4000 x 10 pixels; a side is at most 100 times the other."),
+        ("film.mp4", "The embedded model does not read videos (its processor takes none): upload a picture."),
     ]:
         upload(page, tmp_path / file)
         expect(page.locator("#problem")).to_contain_text(why)

@@ -25,14 +25,14 @@ from transformers import (
 )
 
 from tests.stand_ins.photographs import write_photographs
-from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
 from tprl_hf.data.photo import COUNTS, QUESTION_TYPES, RELATIONS, PhotoQuestion, photo_directory, pictures_root
 from tprl_hf.data.photo_things import KINDS, NEW_THINGS, THINGS
 from tprl_hf.test_bed import photo_baseline, photo_model, photo_parts, photo_train
 from tprl_hf.test_bed.photo_baseline import guess_from_text
 from tprl_hf.test_bed.photo_batches import ANSWER, IGNORE, NOUN, few_patches, pack, training_batches, training_scene
-from tprl_hf.test_bed.photo_checkpoint import TRAINED, photo_checkpoint, photo_policy_checkpoint
+from tprl_hf.test_bed.photo_checkpoint import POLICY, TRAINED, photo_checkpoint, photo_policy_checkpoint
 from tprl_hf.test_bed.photo_model import freeze_and_correct, load_trained, merge, put_together, trained_weights
 from tprl_hf.test_bed.photo_parts import PartMissingError
 from tprl_hf.test_bed.photo_train import (
@@ -489,3 +489,16 @@ def test_with_the_parts():
         "assert tokenizer.decode(logits[0, -1].argmax()) == ' Paris'\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env=PARTS_ENVIRONMENT)
+
+
+def test_the_policy_that_is_shipped_is_whole_and_of_no_machine():
+    config = TPRLConfig.from_pretrained(POLICY)
+    assert config.base_model_name_or_path is None and not config.includes_base_model
+    assert not any(isinstance(value, str) and "/" in value for value in config.to_dict().values())
+    assert config.policy_training["recipe"] == "photo_llava_policy" and config.policy_budget
+    with torch.device("meta"):
+        model = TPRLForConditionalGeneration(config)
+    own = {name: value.shape for name, value in model.state_dict().items() if not name.startswith("lvlm.")}
+    weights = load_file(POLICY / "model.safetensors")
+    assert {name: value.shape for name, value in weights.items()} == own
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())

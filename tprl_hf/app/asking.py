@@ -22,7 +22,7 @@ from tprl_hf.modeling.outputs_tprl import PrunePlan
 from tprl_hf.modeling.token_pruner import SetPruner, TokenPruner
 from tprl_hf.modeling.visual_features import VisualFeatures
 from tprl_hf.pictures import open_picture
-from tprl_hf.pruners import DEFAULT_PRUNER, PRUNERS
+from tprl_hf.pruners import DEFAULT_PRUNER, PRUNERS, UniformPruner
 from tprl_hf.pruners.by_name import make_pruner, own_pruner
 from tprl_hf.videos import Video, is_container, is_video, open_video
 from tprl_hf.visualization import Figure, Panel, figures_by_block, seen_frames, seen_pictures
@@ -291,7 +291,7 @@ class Asker:
         video = Video([Image.new("RGB", (64, 64), colour) for colour in ("white", "black")] * 2, fps=1)
         try:
             inputs = self._inputs([user_turn(video, "?")])
-            with self.model.using(make_pruner(self.model, "uniform")):
+            with self.model.using(UniformPruner()):
                 plan = self.model.prune(**inputs, num_keep=1)
             self._figures(video, inputs, plan, [Panel("", "", plan.keep_mask)])
         except Exception as error:  # processors, templates and towers say it in many ways

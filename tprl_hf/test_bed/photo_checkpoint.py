@@ -1,11 +1,12 @@
 """Photo-LLaVA ready to use: the parts that other packages ship, and the weights that this one does.
 
 `python -m tprl_hf.test_bed.photo_checkpoint` builds it once and prints its directory. [`photo_policy_checkpoint`] is
-the same model with its policy, for `embedded_checkpoint("photo")`.
+the same model with its policy, for `embedded_checkpoint("photo")`; `--policy` prints its directory.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import shutil
@@ -89,9 +90,12 @@ def photo_policy_checkpoint(
     return finished
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", action="store_true", help="the model with its policy (default: the plain LLaVA)")
+    make = photo_policy_checkpoint if parser.parse_args(words).policy else photo_checkpoint
     try:
-        print(photo_checkpoint(lambda line: print(line, file=sys.stderr)))
+        print(make(lambda line: print(line, file=sys.stderr)))
     except PartMissingError as error:
         print(error, file=sys.stderr)
         return 1
