@@ -37,11 +37,17 @@ TRAINED = {
 }
 MEASURED = {"eval_strategy": "steps", "eval_steps": 2, "keep_ratio": "1/2"}
 ROLLOUTS = {"num_generations": 2, "num_mini_batches": 2, "num_ppo_epochs": 1, "micro_batch_size": 1}
+GROUPS = {"num_generations": 2, "num_mini_batches": 2, "num_iterations": 1}
 STAGES = {
     "autoencoder": TRAINED,
     "demonstrations": {"teacher": "gradient", "keep_ratios": [["1/2", "1/4"]], "batch_size": 2},
     "lfd": {**TRAINED, **MEASURED},
     "ppo": {**TRAINED, **MEASURED, **ROLLOUTS, "score": "logprob"},
+    "grpo": {**TRAINED, **MEASURED, **GROUPS, "score": "logprob"},
+    "mapo": {**TRAINED, **MEASURED, **GROUPS, "score": "logprob"},
+    "counterfactual": {**TRAINED, **MEASURED, "num_flips": 2, "rollout_keep_ratios": ["1/2"], "score": "logprob"},
+    "noise_gate": {**TRAINED, **MEASURED},
+    "tune": {**TRAINED, "keep_ratios": [1, "1/2"], "lora": {"r": 2}, "bf16": False},
 }
 
 
@@ -84,7 +90,11 @@ class Run:
 def results(folder: Path):
     """All that a stage made, but for times."""
     report = json.loads((folder / "training.json").read_text())
-    logs = [row for row in report.get("log_history", []) if "train_runtime" not in row]
+    logs = [
+        {name: value for name, value in row.items() if name != "num_tokens"}  # TRL counts those of a process
+        for row in report.get("log_history", [])
+        if "train_runtime" not in row
+    ]
     if (folder / "dataset").exists():  # its files have other fingerprints each time
         return load_from_disk(str(folder / "dataset")).to_list()
     # data.json and log.jsonl have times, and config.json paths, relative ones too
@@ -98,7 +108,7 @@ def results(folder: Path):
     return report.get("metrics"), logs, files, read_stage(folder).masks
 
 
-@pytest.fixture(params=["autoencoder", "demonstrations", "lfd", "ppo"])
+@pytest.fixture(params=list(STAGES))
 def run(request, finished, tmp_path):
     return Run(request.param, finished, tmp_path / "run")
 
