@@ -434,6 +434,7 @@ def test_a_second_server_with_remote_images_and_another_pruner(client, checkpoin
 
 def test_without_the_extra_it_says_which_one(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "tprl_hf.serving.connections", raising=False)  # other tests import it
     assert main(["serve"]) == 2
     assert "pip install 'tprl_hf[serve]'" in capsys.readouterr().err
 
