@@ -47,7 +47,6 @@ STAGES = {
     "mapo": {**TRAINED, **MEASURED, **GROUPS, "score": "logprob"},
     "counterfactual": {**TRAINED, **MEASURED, "num_flips": 2, "rollout_keep_ratios": ["1/2"], "score": "logprob"},
     "noise_gate": {**TRAINED, **MEASURED},
-    "tune": {**TRAINED, "keep_ratios": [1, "1/2"], "lora": {"r": 2}, "bf16": False},
 }
 
 
@@ -90,11 +89,7 @@ class Run:
 def results(folder: Path):
     """All that a stage made, but for times."""
     report = json.loads((folder / "training.json").read_text())
-    logs = [
-        {name: value for name, value in row.items() if name != "num_tokens"}  # TRL counts those of a process
-        for row in report.get("log_history", [])
-        if "train_runtime" not in row
-    ]
+    logs = [row for row in report.get("log_history", []) if "train_runtime" not in row]
     if (folder / "dataset").exists():  # its files have other fingerprints each time
         return load_from_disk(str(folder / "dataset")).to_list()
     # data.json and log.jsonl have times, and config.json paths, relative ones too
@@ -103,6 +98,7 @@ def results(folder: Path):
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in skipped and "checkpoint-" not in path.as_posix()
+        if not path.suffix[1:].isdigit()  # a text of a killed process, not put in its place
     }
     # a step that is measured again gets a line more; a report reads the first
     return report.get("metrics"), logs, files, read_stage(folder).masks
