@@ -55,7 +55,7 @@ def embedded_checkpoint(name: str = "mosaic") -> str:
         name (`"mosaic"` or `"photo"`, *optional*, defaults to `"mosaic"`):
             Mosaic-LLaVA, 4 million parameters on drawn shapes, is part of the package. Photo-LLaVA, 157 million on
             photographs, is joined on the first call from parts that are fetched (280 MB, see docs/photo.md); it needs
-            `pip install tprl_hf[photo]`. It is a plain LLaVA: no policy of it is part of the package yet.
+            `pip install tprl_hf[photo]`. Its policy, 2 MB, is part of the package too.
 
     Returns:
         `str`: The directory.

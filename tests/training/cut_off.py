@@ -28,7 +28,7 @@ from tprl_hf.training.pruner_trainer import PrunerTrainer
 
 # how often each stage is killed; docs/reliability.md has the figures of 40
 FEW = {"autoencoder": 6, "demonstrations": 5, "lfd": 6, "ppo": 2}
-FEW |= dict.fromkeys(("grpo", "mapo", "counterfactual", "noise_gate"), 1)
+FEW |= dict.fromkeys(("grpo", "mapo", "counterfactual", "noise_gate", "tune"), 1)
 LIMIT = 300
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 

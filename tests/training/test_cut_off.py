@@ -47,6 +47,7 @@ STAGES = {
     "mapo": {**TRAINED, **MEASURED, **GROUPS, "score": "logprob"},
     "counterfactual": {**TRAINED, **MEASURED, "num_flips": 2, "rollout_keep_ratios": ["1/2"], "score": "logprob"},
     "noise_gate": {**TRAINED, **MEASURED},
+    "tune": {**TRAINED, "keep_ratios": [1, "1/2"], "lora": {"r": 2}, "bf16": False},
 }
 
 
@@ -89,7 +90,11 @@ class Run:
 def results(folder: Path):
     """All that a stage made, but for times."""
     report = json.loads((folder / "training.json").read_text())
-    logs = [row for row in report.get("log_history", []) if "train_runtime" not in row]
+    logs = [
+        {name: value for name, value in row.items() if name != "num_tokens"}  # TRL counts those of a process
+        for row in report.get("log_history", [])
+        if "train_runtime" not in row
+    ]
     if (folder / "dataset").exists():  # its files have other fingerprints each time
         return load_from_disk(str(folder / "dataset")).to_list()
     # data.json and log.jsonl have times, and config.json paths, relative ones too

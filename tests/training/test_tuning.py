@@ -58,8 +58,9 @@ def test_one_lora_learns_at_all_budgets(base, processor, dataset, tmp_path):
     )
 
 
-def test_a_run_that_was_cut_off_resumes(base, processor, dataset, tmp_path):
-    settings = {"save_steps": 4, "save_strategy": "steps"}
+@pytest.mark.parametrize("step", [4, 6])  # 6 is the last one, in the middle of an epoch
+def test_a_run_that_was_cut_off_resumes(step, base, processor, dataset, tmp_path):
+    settings = {"save_steps": 2, "save_strategy": "steps", "lr_scheduler_type": "constant", "logging_steps": 1}
     whole = make(base)
     tune_lvlm(whole, processor, dataset, config(tmp_path / "run", **settings), [1, 0.5, 0.25])
     checkpoint, passed_over = newest_whole(tmp_path / "run")
@@ -67,7 +68,7 @@ def test_a_run_that_was_cut_off_resumes(base, processor, dataset, tmp_path):
     resumed = make(base)
     tune_lvlm(
         resumed, processor, dataset, config(tmp_path / "run", **settings), [1, 0.5, 0.25],
-        resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"),
+        resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"),
     )  # fmt: skip
     expected, found = whole.state_dict(), resumed.state_dict()
     assert all(found[name].equal(value) for name, value in expected.items())

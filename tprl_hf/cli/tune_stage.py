@@ -1,5 +1,6 @@
 """The stage `tune` of `tprl train`: a LoRA of the LLM on pruned prompts, saved with the policy."""
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ def tune(
     if checkpoint is not None or passed_over:
         say(f"tune: {'starts again' if checkpoint is None else f'resumes from {checkpoint}'}")
     section = recipe["tune"]
+    saved_processor = copy.deepcopy(processor)  # a tokenizer that has padded says so in its file
     history = tune_lvlm(
         model,
         processor,
@@ -83,5 +85,5 @@ def tune(
     )
     if is_first_process():
         model.save_pretrained(directory, save_base_model=model.config.includes_base_model or None)
-        processor.save_pretrained(directory)
+        saved_processor.save_pretrained(directory)
     return {"log_history": history}

@@ -1,5 +1,6 @@
 """The LLM learns from pruned prompts (Table 5 of the TPRL paper): TRL's SFTTrainer, a LoRA of PEFT, mixed budgets."""
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from tprl_hf.modeling.peft_adapter import FOLDER, has_adapter, refuse_unless_one
 from .answer_batches import SampleEncoder, reference_answer, undecoded
 from .trainer_arguments import has_answers, needs_answers, take_one_device
 from .unpruned_answers import COLUMN, UnprunedAnswers
-from .whole_checkpoints import AfterSaving, mark_whole
+from .whole_checkpoints import AfterSaving, NothingLeft, StopBeforeAnotherStep, mark_whole
 
 # Of the LLM alone: vision tower, projector and policy stay as they are.
 LLM_LAYERS = r"lvlm\..*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -158,7 +159,9 @@ def tune_lvlm(
     )
     for make in callbacks:
         trainer.add_callback(make(trainer))
-    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    trainer.add_callback(StopBeforeAnotherStep())
+    with contextlib.suppress(NothingLeft):  # then all is restored
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     with tempfile.TemporaryDirectory() as scratch:
         trainer.model.save_pretrained(scratch)
         trainer.model.unload()
