@@ -7,8 +7,9 @@ import torch
 
 from tprl_hf.pruners import UniformPruner
 from tprl_hf.training import GradientTeacher, LeaveOutTeacher, generate_demonstrations
-from tprl_hf.training.demonstrations import demonstrate, in_turns
+from tprl_hf.training.demonstrations import MADE_FROM, demonstrate, in_turns
 from tprl_hf.training.saved_masks import SavedMasks, description
+from tprl_hf.training.whole_checkpoints import damage_of
 
 
 class CutOff(Exception):
@@ -168,4 +169,21 @@ def test_a_process_whose_work_is_done_by_the_first_takes_its_dataset(make, tmp_p
         self.remove()
 
     monkeypatch.setattr(SavedMasks, "read_others", over)
+    (tmp_path / "shown" / MADE_FROM).unlink()  # as the first one does at its start
     assert make() == (undisturbed, [])
+
+
+def test_a_process_that_begins_when_the_first_is_done_takes_its_dataset(make, tmp_path, monkeypatch):
+    undisturbed, _ = make()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert make() == (undisturbed, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["shown"]
+    other, batches = make(keep_ratios=[0.5, 0.25])  # that dataset has other masks
+    assert len(batches) == 4 and other != undisturbed
+
+
+def test_the_first_process_makes_a_dataset_anew(make, tmp_path):
+    make()
+    assert make(stop=2)[0] is None and not (tmp_path / "shown" / MADE_FROM).exists()
+    assert damage_of(tmp_path / "shown") is None

@@ -1,7 +1,8 @@
 """Stage 2: what a teacher keeps, step by step, as a dataset on disk (eq. 7 of the TPRL paper)."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from .unpruned_answers import UnprunedAnswers
 from .whole_checkpoints import mark_whole
 
 PAPER_KEEP_RATIOS = (0.75, 0.5)
+MADE_FROM = "made_from.json"  # in the folder of a dataset: data, teacher, settings and weights
 
 
 def budget_steps(keep_ratio: float, num_steps: int) -> list[float]:
@@ -157,6 +159,12 @@ def generate_demonstrations(
         if unpruned_answers is not None:
             depends_on["unpruned_answers"] = unpruned_answers.settings
         saved = SavedMasks(Path(f"{Path(output_dir)}.unfinished.jsonl"), depends_on, process)
+        made_from = Path(output_dir) / MADE_FROM
+        if process == 0:
+            made_from.unlink(missing_ok=True)  # others shall wait for what this call makes
+        elif is_made_from(made_from, saved.depends_on):  # the first one was done before this one began
+            saved.path.unlink(missing_ok=True)
+            return load_from_disk(str(output_dir))
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
     turns = in_turns(batches, process, num_processes if saved is not None else 1)
     keep_masks: dict[int, Masks] = {}
@@ -187,7 +195,7 @@ def generate_demonstrations(
         if dataset.features[name] == decoded[name]:
             demonstrations = demonstrations.cast_column(name, decoded[name])
     if saved is not None and process == 0:
-        save_whole(demonstrations, Path(str(output_dir)))
+        save_whole(demonstrations, Path(str(output_dir)), saved.depends_on)
         saved.remove()
     return demonstrations
 
@@ -213,12 +221,21 @@ def in_turns(batches: Sequence[range], process: int, num_processes: int) -> list
     return [*shares[0], *(one for share in shares[1:] for one in reversed(share))]
 
 
-def save_whole(dataset: Dataset, directory: Path) -> None:
-    """Saves a dataset beside `directory`, and puts it there when all of it is written."""
+def is_made_from(path: Path, depends_on: Mapping[str, Any]) -> bool:
+    """Whether that file of a dataset says that it was made from these things."""
+    try:
+        return json.loads(path.read_bytes()) == depends_on
+    except (OSError, ValueError):
+        return False
+
+
+def save_whole(dataset: Dataset, directory: Path, depends_on: Mapping[str, Any]) -> None:
+    """Saves a dataset, and what it was made from, beside `directory`, and puts it there when all of it is written."""
     with scratch_directory(directory.parent) as scratch:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
         dataset.save_to_disk(str(new))
         mark_whole(new)
+        (new / MADE_FROM).write_text(json.dumps(depends_on, indent=1) + "\n")  # not in the manifest: it may go
         if directory.exists():
             directory.rename(old)
         put_first(new, directory)
