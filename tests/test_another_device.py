@@ -1,4 +1,4 @@
-"""Nothing assumes that tensors lie on the CPU. Speed and numbers of a GPU are not tested here."""
+"""Nothing assumes that tensors lie on the CPU: the package on a GPU where there is one, else on a pretended device."""
 
 import subprocess
 import sys
@@ -22,6 +22,6 @@ import pytest
     ],
 )
 def test_on_another_device(part):
-    command = [sys.executable, "-m", "tests.stand_ins.on_pretend_device", part]
+    command = [sys.executable, "-m", "tests.stand_ins.on_another_device", part]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-4000:]
