@@ -7,7 +7,7 @@ import torch
 
 from tprl_hf.modeling.budget import Budget
 from tprl_hf.pruners import RandomPruner, UniformPruner, VisPruner
-from tprl_hf.training import GradientTeacher, LeaveOutTeacher, budget_steps, generate_demonstrations
+from tprl_hf.training import BoxTeacher, GradientTeacher, LeaveOutTeacher, budget_steps, generate_demonstrations
 from tprl_hf.training.answer_batches import SampleEncoder, undecoded
 from tprl_hf.training.answer_scores import gradient_saliency, score_answers
 from tprl_hf.training.feature_cache import join_features
@@ -73,6 +73,19 @@ def test_leave_out_teacher_is_the_loss_without_the_group(make_model, processor, 
     whole = score_answers(model, batch, batch.inputs.valid, [0, 1]).logprobs
     expected = whole - score_answers(model, batch, keep, [0, 1]).logprobs
     torch.testing.assert_close(scores[:, 5:10], expected[:, None].expand(-1, 5), atol=1e-5, rtol=1e-4)
+
+
+def test_box_teacher_keeps_what_lies_on_the_boxes(make_model, processor, dataset):
+    """On images of 24 pixels with a grid of 4 x 4; the answers are not read."""
+    boxes = [[[6, 6, 18, 12]], [], [[0, 0, 5, 5], [20, 20, 24, 24]]]
+    rows = dataset.select(range(3)).remove_columns("boxes").remove_columns("answer").add_column("boxes", boxes)
+    made = generate_demonstrations(BoxTeacher(), make_model(), processor, rows, [1 / 8])
+    kept = [[place for place, bit in enumerate(masks[0]) if bit] for masks in made["keep_masks"]]
+    assert kept[0] == [5, 6] and kept[2] == [0, 15]
+    even = generate_demonstrations(UniformPruner(), make_model(), processor, rows, [1 / 8])
+    assert kept[1] == [place for place, bit in enumerate(even["keep_masks"][1][0]) if bit]
+    with pytest.raises(ValueError, match=r"a row without `boxes`, only .*give each row a list"):
+        generate_demonstrations(BoxTeacher(), make_model(), processor, rows.remove_columns("boxes"), [1 / 8])
 
 
 @pytest.mark.parametrize("teacher", [VisPruner(), UniformPruner(), RandomPruner(), GradientTeacher()])

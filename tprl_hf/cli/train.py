@@ -38,7 +38,7 @@ NAME = "train"
 HELP = "train a pruning policy by a recipe"
 LABELS = ("answer", "boxes", "objects")  # columns that `labels: false` of a source leaves out
 TAKEN_FROM = "taken_from.json"  # which TPRL checkpoint the base model in a run's folder was part of
-TEACHERS = {"gradient": "GradientTeacher", "leave-out": "LeaveOutTeacher"}
+TEACHERS = {"boxes": "BoxTeacher", "gradient": "GradientTeacher", "leave-out": "LeaveOutTeacher"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for editors; at run time the table below says where a name 
     from .ppo_config import TPRLPPOConfig as TPRLPPOConfig
     from .ppo_trainer import TPRLPPOTrainer as TPRLPPOTrainer
     from .teachers import AnswerTeacher as AnswerTeacher
+    from .teachers import BoxTeacher as BoxTeacher
     from .teachers import GradientTeacher as GradientTeacher
     from .teachers import LeaveOutTeacher as LeaveOutTeacher
     from .tuning import MixedBudgets as MixedBudgets
@@ -39,6 +40,7 @@ _MODULE_OF = {
     "generate_demonstrations": "demonstrations",
     "budget_steps": "demonstrations",
     "AnswerTeacher": "teachers",
+    "BoxTeacher": "teachers",
     "GradientTeacher": "teachers",
     "LeaveOutTeacher": "teachers",
     "calibrate_threshold": "calibration",

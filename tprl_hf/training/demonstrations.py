@@ -136,7 +136,7 @@ def generate_demonstrations(
         if not all(0 < later < earlier <= 1 for earlier, later in zip([1.0, *schedule], schedule, strict=False)):
             raise ValueError(f"keep_ratios are fractions that are KEPT, below 1 and descending; got {schedule}.")
     score = one_of(("logprob", "agreement"))("score", score)
-    if isinstance(teacher, AnswerTeacher) and score == "logprob":
+    if isinstance(teacher, AnswerTeacher) and teacher.reads_answers and score == "logprob":
         needs_answers(dataset, "dataset", "the teacher reads it; set score='agreement' for teaching without labels")
     needs_attention = isinstance(teacher, TokenPruner) and teacher.needs_attention
     directory = None if needs_attention else feature_cache_dir

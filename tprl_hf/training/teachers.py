@@ -4,13 +4,16 @@ import torch
 from torch import Tensor
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.pruners.oracle import OraclePruner
 
-from .answer_batches import AnswerBatch
+from .answer_batches import AnswerBatch, images_of, open_images
 from .answer_scores import gradient_saliency, score_answers
 
 
 class AnswerTeacher:
     """Says which tokens the frozen LVLM needs for the reference answer."""
+
+    reads_answers = True
 
     def score(self, model: TPRLForConditionalGeneration, batch: AnswerBatch, keep_mask: Tensor) -> Tensor:
         """How much each token of `keep_mask [B, N]` matters, float `[B, N]`; higher is kept."""
@@ -54,3 +57,24 @@ class LeaveOutTeacher(AnswerTeacher):
         for sample, index, logprob in zip(sample_index, groups, rest, strict=True):
             scores[sample][group[sample] == index] = whole[sample] - logprob
         return scores
+
+
+class BoxTeacher(AnswerTeacher):
+    """Tokens on the boxes that the question is about, by how much of them is covered, then an even grid; without a box
+    the even grid. It needs no pass through the LLM, but data with `boxes`, and a tower that sees the image as a whole.
+    """
+
+    reads_answers = False
+
+    def score(self, model: TPRLForConditionalGeneration, batch: AnswerBatch, keep_mask: Tensor) -> Tensor:
+        boxes, sizes = [], []
+        for row in batch.rows:
+            if row.get("boxes") is None:
+                raise ValueError(
+                    f"The boxes teacher got a row without `boxes`, only {', '.join(row)}: give each row a list of "
+                    "(x0, y0, x1, y1) in pixels of its first image, empty where the question is about no place."
+                )
+            boxes.append(row["boxes"])
+            pictures = open_images(images_of(row)[:1])
+            sizes.append(pictures[0].size if pictures else (1, 1))
+        return OraclePruner(boxes, sizes).score(batch.inputs)
