@@ -103,7 +103,6 @@ def results(folder: Path):
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in skipped and "checkpoint-" not in path.as_posix()
-        if not path.suffix[1:].isdigit()  # a text of a killed process, not put in its place
     }
     # a step that is measured again gets a line more; a report reads the first
     return report.get("metrics"), logs, files, read_stage(folder).masks

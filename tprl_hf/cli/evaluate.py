@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tprl_hf.whole_files import write
+
 from .arguments import (
     add_loading_arguments,
     add_model_argument,
@@ -21,7 +23,6 @@ from .arguments import (
 from .evaluation_notes import ENLARGED, HALF_SIZE, MARK, RESIZE, notes_of
 from .progress import bar, note
 from .run_folder import PAGE, RUNS, claim_folder, default_folder, refuse_other_run
-from .whole_files import write
 
 if TYPE_CHECKING:
     from tprl_hf.evaluation.compare_pruners import Setting

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tprl_hf.whole_files import write
+
 from .paper_tables import Run, Table, minutes_left, of_the_paper, read_table, runs_of, table_names
 from .processes import say
-from .whole_files import write
 
 if TYPE_CHECKING:
     from .stop_signals import StopSignals

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tprl_hf.pruners import PRUNERS
 from tprl_hf.training.stages import STAGES
+from tprl_hf.whole_files import write
 
 from . import tune_stage
 from .arguments import add_loading_arguments, loading_options
@@ -25,7 +26,6 @@ from .start_over import delete_stages, refuse_several_processes
 from .train_plan import expected_seconds
 from .training_device import training_arguments, training_device
 from .tune_stage import tune
-from .whole_files import write
 
 if TYPE_CHECKING:
     from datasets import Dataset
