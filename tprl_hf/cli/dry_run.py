@@ -117,11 +117,11 @@ def data_words(stage: str, recipe: dict[str, Any]) -> str:
 def sizes_of_model(recipe: dict[str, Any]) -> tuple[int, int]:
     """Bytes of policy and autoencoder, and of the base model; no weight is made or read."""
     import torch
-    from transformers import AutoConfig
 
     import tprl_hf
+    from tprl_hf.loading import config_of
 
-    base: Any = AutoConfig.from_pretrained(model_of(recipe))
+    base: Any = config_of(model_of(recipe))
     if recipe.get("start_from"):
         config = base
     else:

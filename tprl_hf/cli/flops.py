@@ -99,16 +99,15 @@ def count(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything the tables show, as plain values; operations in units of one."""
     from dataclasses import asdict
 
-    from transformers import AutoConfig
-
     from tprl_hf.evaluation.flops import cost_of, flops_by_convention, shape_of
     from tprl_hf.evaluation.presets import PRESETS, preset_shape
+    from tprl_hf.loading import config_of
 
     if arguments.model in PRESETS:
         shape = preset_shape(arguments.model, arguments.tiles, arguments.image_size)
     else:
         try:
-            config = AutoConfig.from_pretrained(arguments.model)
+            config = config_of(arguments.model)
         except OSError as error:
             raise OSError(
                 f"{arguments.model!r} is not a preset ({', '.join(PRESETS)}), and no model could be read: {error}"

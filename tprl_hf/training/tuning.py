@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.peft_adapter import FOLDER, has_adapter, refuse_unless_one_lora, save_adapter
+from tprl_hf.modeling.values import KEPT_FRACTION, list_of, whole
 
 from .answer_batches import SampleEncoder, reference_answer, undecoded
 from .trainer_arguments import has_answers, needs_answers, take_one_device
@@ -45,14 +46,14 @@ class MixedBudgets(TrainerCallback):
     """
 
     def __init__(self, model: TPRLForConditionalGeneration, keep_ratios: Sequence[float], seed: int = 0):
-        if not keep_ratios or not all(0 < ratio <= 1 for ratio in keep_ratios):
-            raise ValueError(f"keep_ratios are fractions that are KEPT, in (0, 1]; got {list(keep_ratios)}.")
+        keep_ratios = list_of(KEPT_FRACTION, least=1)("keep_ratios", keep_ratios)
+        seed = whole()("seed", seed)
         if model.pruner.budget is not None:
             raise ValueError(
                 f"{type(model.pruner).__name__} has a budget of its own, {model.pruner.budget}, which goes before "
                 "keep_ratios: set the pruner without one."
             )
-        self.config, self.keep_ratios, self.seed = model.config, list(keep_ratios), seed
+        self.config, self.keep_ratios, self.seed = model.config, keep_ratios, seed
         self.own = {name: getattr(model.config, name) for name in BUDGETS}
 
     def ratio_of(self, step: int) -> float:
