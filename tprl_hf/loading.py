@@ -90,7 +90,9 @@ def device_named(device: "torch.device | str | None" = None) -> "torch.device":
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         there = "cpu" if accelerator is None else f"cpu and {torch.accelerator.device_count()} of {accelerator.type}"
-        raise ValueError(f"There is no device {device} ({said(error)}): this machine has {there}.") from error
+        raise ValueError(
+            f"There is no device {device} ({said(error)}): this machine has {there}; pass one of these."
+        ) from error
     return found
 
 

@@ -147,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
     samples, data_seeds, score, metric = load_samples(arguments)
     samples = undecoded(samples)
     if any(name.endswith("oracle") for name in arguments.pruners or ()) and not any(samples["boxes"]):
-        raise ValueError(f"The oracle needs boxes, which {arguments.data} has none of.")
+        raise ValueError(f"The oracle needs boxes, which {arguments.data} has none of: leave it out of --pruners.")
     known_before = describe_data(arguments, samples, metric)
     if not arguments.overwrite:
         refuse_other_run(folder, known_before)
@@ -312,7 +312,11 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
         data_seeds = [seed for seed in arguments.seed for _ in range(number)]
         return concatenate_datasets(parts) if len(parts) > 1 else parts[0], data_seeds, score, metric
     if len(arguments.seed) > 1:
-        raise ValueError(f"{data} has the same questions under every --seed; only mosaic and photo have others.")
+        written = ",".join(map(str, arguments.seed))
+        raise ValueError(
+            f"{data} has the same questions under every --seed, got {written}: pass one. Only mosaic and photo have "
+            "others."
+        )
     if is_source(data):
         number = arguments.num_samples or (2000 if data == "easy-vqa" else None)
         samples = read_source(data, split, num_samples=number)

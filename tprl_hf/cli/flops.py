@@ -115,6 +115,11 @@ def count(arguments: argparse.Namespace) -> dict[str, Any]:
         shape = shape_of(config, arguments.tiles or 1, arguments.image_size)
     total = shape.num_visual
     kept = [keep if isinstance(keep, int) else max(1, round(keep * total)) for keep in budgets_of(arguments)]
+    for keep in kept:
+        if keep > total:
+            raise ValueError(
+                f"--num-keep {keep} is more than {arguments.model} has: pass at most {total}, all its visual tokens."
+            )
     rows = []
     for num_kept in dict.fromkeys([total, *kept]):
         cost = cost_of(shape, num_kept, arguments.text_tokens, arguments.max_new_tokens)
