@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tprl_hf.json_files import read_json
 from tprl_hf.pruners import PRUNERS
 from tprl_hf.training.stages import STAGES
 from tprl_hf.whole_files import write
@@ -388,7 +389,7 @@ def base_directory(recipe: dict[str, Any]) -> str:
     directory = Path(recipe["output_dir"]) / "base"
     named = recipe.get("base_model")  # none for the embedded one, which lies elsewhere on each machine
     if (directory / TAKEN_FROM).is_file():
-        before = json.loads((directory / TAKEN_FROM).read_text())
+        before = read_json(directory / TAKEN_FROM, (str, None), f"delete {directory}.")
         if before != named:
             raise ValueError(f"{directory} is part of {before}, but the recipe names {named}: delete {directory}.")
     if is_first_process() and not directory.exists():

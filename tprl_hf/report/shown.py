@@ -34,6 +34,15 @@ HATCH_SVG = (
     'patternUnits="userSpaceOnUse"><path d="M-2 10L10 -2M-2 2L2 -2M6 10L10 6"/></pattern></svg>'
 )
 
+SAMPLE_SHAPE = {
+    **dict.fromkeys(("question", "question_type"), str),
+    "reference": (str, None),
+    "num_visual": int,
+    "grids": [
+        {"picture": str, "height": int, "width": int, "tokens": [int], "rows": [int], "columns": [int]},
+    ],
+}
+
 
 @dataclass(frozen=True)
 class ShownGrid:
