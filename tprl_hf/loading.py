@@ -55,6 +55,7 @@ def config_of(name: str) -> Any:
         `OSError`, `ValueError`: If there is no such model, or its config.json is not that of one; see
             [`check_model_name`].
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     check_model_name(name)
@@ -62,12 +63,12 @@ def config_of(name: str) -> Any:
         return AutoConfig.from_pretrained(name)
     except OSError as error:
         if Path(name).is_dir():
-            raise
+            raise OSError(f"{said(error)}: copy {name} again, or choose another model.") from error
         raise OSError(
             f"There is no directory {name}, and the Hub gave no such model: {said(error)}. Check the name."
         ) from error
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        if is_ours(error):  # which says more
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError, StrictDataclassError) as error:
+        if isinstance(error, ValueError) and is_ours(error):  # which says more
             raise
         raise ValueError(
             f"The config.json of {name} is not that of a model which this transformers knows ({said(error)}): choose "

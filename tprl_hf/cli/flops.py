@@ -3,6 +3,7 @@ convention."""
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from .arguments import OldSpelling, add_model_argument, keep_ratio, positive_int
@@ -109,6 +110,8 @@ def count(arguments: argparse.Namespace) -> dict[str, Any]:
         try:
             config = config_of(arguments.model)
         except OSError as error:
+            if Path(arguments.model).is_dir():
+                raise
             raise OSError(
                 f"{arguments.model!r} is not a preset ({', '.join(PRESETS)}), and no model could be read: {error}"
             ) from error

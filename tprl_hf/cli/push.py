@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tprl_hf.evaluation.lmms_eval.results import lmms_eval_results
     from tprl_hf.hub.publishing import publish, push_demonstrations
+    from tprl_hf.loading import config_of
     from tprl_hf.modeling.checkpoint_checks import refuse_untrained
     from tprl_hf.modeling.configuration_tprl import TPRLConfig
     from tprl_hf.report.evaluation_page import RESULTS_SHAPE
@@ -108,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError("--dry-run is for checkpoints; demonstrations are pushed at once.")
         commit = push_demonstrations(directory, arguments.repo, base_model=arguments.base_model, **options)
     else:
-        config = TPRLConfig.from_pretrained(directory) if (directory / "config.json").is_file() else None
+        config = config_of(str(directory)) if (directory / "config.json").is_file() else None
         if config is not None and config.model_type == TPRLConfig.model_type and config.pruner is None:
             refuse_untrained(config)
         paths = [*arguments.results, *(path for path, _, _ in arguments.benchmark)]

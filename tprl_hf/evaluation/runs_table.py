@@ -107,11 +107,13 @@ def read_run(folder: Path) -> Run:
         )
     cure = f"run its command once more with --output-dir {folder}, which keeps the answers."
     asked = read_json(folder / QUESTIONS, ASKED, cure)
-    cure = "run its command once more with another --output-dir: whose answers these are is not known."
-    digest = read_json(folder / "run.json", {"questions": str}, cure)["questions"]
-    num_samples = len(asked["units"])
-    if not num_samples:
-        raise ValueError(f"{folder / QUESTIONS} has no questions: leave {folder} out.")
+    cure = "whose answers these are is not known; run its command once more, and pass another --output-dir."
+    described = read_json(folder / "run.json", {"questions": str, "num_samples": COUNT}, cure)
+    num_samples = described["num_samples"]
+    if len(asked["units"]) != num_samples:
+        raise ValueError(
+            f"{folder / QUESTIONS} has {len(asked['units'])} units and not {num_samples}: leave {folder} out."
+        )
     found: dict[Name, dict[int | None, dict[int, Record]]] = {}
     for _, record in parse_lines(folder / "answers.jsonl")[0]:  # its command may still be running
         by_seed = found.setdefault((record.pruner, record.budget), {})
@@ -120,7 +122,9 @@ def read_run(folder: Path) -> Run:
     missing = {name: sum(num_samples - len(one) for one in by_seed.values()) for name, by_seed in found.items()}
     whole = {name: by_seed for name, by_seed in found.items() if not missing[name]}
     if ("none", "1") not in whole:
-        raise ValueError(f"{folder} has no unpruned answers to all questions yet: let its command finish.")
+        raise ValueError(
+            f"{folder} has no unpruned answers to all questions yet: let its command finish, or run it again."
+        )
     records = {
         name: [one[n] for one in by_seed.values() for n in range(num_samples)] for name, by_seed in whole.items()
     }
@@ -128,7 +132,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder,
         data if asked["split"] in ("test", None) else f"{data} {asked['split']}",
-        digest,
+        described["questions"],
         asked["units"],
         asked["llm_layers"],
         {name: np.array([r.score for r in own]).reshape(-1, num_samples) for name, own in records.items()},

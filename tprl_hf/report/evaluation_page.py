@@ -10,7 +10,7 @@ from tprl_hf.json_files import COUNT, read_json
 from tprl_hf.style import PALETTE, colour_of, html_page
 
 from .charts import CHART_CSS, DASHES, Series, bar_cell, cell, line_chart, table
-from .shown import HATCH_SVG, SAMPLE_SHAPE, SHOWN_CSS, ShownPictures, ShownSample
+from .shown import HATCH_SVG, SAMPLE_SHAPE, SHOWN_CSS, ShownPictures, ShownSample, fits
 
 AGAIN = "run the command of this evaluation again, which keeps the answers."
 RESULTS, BROKEN = "results.json", "broken.json"
@@ -69,7 +69,15 @@ def read_broken(folder: Path) -> dict[str, Any]:
     """Which questions pruning broke; empty where it was not noted."""
     if not (folder / BROKEN).exists():
         return {}
-    return read_json(folder / BROKEN, BROKEN_SHAPE, AGAIN)
+    broken = read_json(folder / BROKEN, BROKEN_SHAPE, AGAIN)
+    triples = all(len(three) == 3 for row in broken["counts"] for three in row["by_type"].values())
+    shown = [case for case in broken["cases"] if "shown" in case]
+    there = all({case["shown"], str(case["sample"])} <= broken["samples"].keys() for case in shown)
+    if not (
+        triples and there and all("keep_mask" in case for case in shown) and all(map(fits, broken["samples"].values()))
+    ):
+        raise ValueError(f"{folder / BROKEN} is damaged (its parts do not fit each other): {AGAIN}")
+    return broken
 
 
 def evaluation_page(folder: Path) -> str:

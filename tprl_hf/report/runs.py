@@ -9,7 +9,7 @@ from typing import Any
 
 from tprl_hf.json_files import Shape, misfit, read_json
 
-from .shown import SAMPLE_SHAPE, ShownSample
+from .shown import SAMPLE_SHAPE, ShownSample, fits
 
 NUMBERS = ("accuracy", "logprob", "agreement", "kl", "reward", "explained_variance")
 ROW = {
@@ -180,10 +180,7 @@ def read_stage(folder: Path) -> StageRun:
         max_steps=max_steps,
         seconds=seconds,
         num_bytes=disk_of(folder),
-        samples=[
-            ShownSample.from_json(one)
-            for one in checked_object(folder / SHOWN, {"?samples": [SAMPLE_SHAPE]}).get("samples", [])
-        ],
+        samples=samples_in(folder / SHOWN),
         # measured again at the end, they are of the weights that were best
         masks=list({line["step"]: line for line in reversed(json_lines(folder / MASKS, MASKS_ROW))}.values())[::-1],
     )
@@ -220,6 +217,14 @@ def disk_of(folder: Path) -> dict[str, int]:
     return found
 
 
+def samples_in(path: Path) -> list[ShownSample]:
+    """The pictures that are watched; none where there is no such file. Raises `ValueError` for a damaged one."""
+    found = checked_object(path, {"?samples": [SAMPLE_SHAPE]}).get("samples", [])
+    if not all(map(fits, found)):
+        raise ValueError(f"{path} is damaged (its parts do not fit each other): delete it, or {path.parent}.")
+    return [ShownSample.from_json(one) for one in found]
+
+
 def checked_object(path: Path, shape: Shape) -> dict[str, Any]:
     """What a file that is written whole holds; empty where there is none. Raises `ValueError` for a damaged one."""
     if not path.exists():
@@ -231,7 +236,7 @@ def json_object(path: Path) -> dict[str, Any]:
     """What a JSON file holds; empty where there is none, or it is half written."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -239,13 +244,13 @@ def json_object(path: Path) -> dict[str, Any]:
 def json_lines(path: Path, shape: Shape = None) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file; a line that is not whole, as while it is written, or of another shape is left
     out."""
-    if not path.exists():
+    if not path.is_file():
         return []
     found = []
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and (shape is None or misfit(row, shape) is None):
             found.append(row)

@@ -168,7 +168,9 @@ def chart_of(
         for run, stage in stages.items():
             points: dict[float, float] = {}
             for row in stage.history:
-                if metric in row and x_name in row:  # measured again at the end, it is of the weights that were best
+                if x_name in row and isinstance(
+                    row.get(metric), int | float
+                ):  # measured again at the end, it is of the weights that were best
                     points.setdefault(row[x_name], row[metric])
             label, dash = readable(metric, metrics), DASHES[names.index(run)]
             name = f"{label}, {run}" if len(names) > 1 else label
