@@ -61,6 +61,32 @@ def test_the_page_says_what_was_measured():
         assert f"| {one['batch']} | {as_written(one['unpruned'])} | {as_written(one['pruned'])} | {speed_ups}" in page
 
 
+def test_the_page_says_what_a_gpu_gave():
+    page = " ".join((DOCS / "evaluation.md").read_text().split())
+    files = [DOCS / "results" / "gpu" / f"llava-1.5-7b_{share}.json" for share in ("third", "ninth")]
+    found = [json.loads(path.read_text()) for path in files]
+    assert all(f"(results/gpu/{path.name})" in page for path in files)
+    assert [one["num_keep"] for one in found] == [192, 64] and all(one["num_visual"] == 576 for one in found)
+
+    def row(title: str, cells: list[str]) -> None:
+        assert f"| {title} | {' | '.join(cells)} |" in page
+
+    for title, part in {
+        "prefill unpruned, ms": "prefill unpruned",
+        "prefill pruned, ms": "prefill pruned",
+        "floor, ms": "prefill floor",
+        "pruner, ms": "pruner",
+    }.items():
+        spreads = [one["milliseconds"][part] for one in found]
+        row(title, [f"{of['median']:.1f} ({of['low']:.1f} to {of['high']:.1f})" for of in spreads])
+    for place, words in enumerate(("one at a time", "batches of 16")):
+        row(f"speed-up of whole answers, {words}", [as_written(one["load"][place]["speed_up"]) for one in found])
+    peaks = [[one["peak_bytes"][f"answer {name}"] / 1e6 for name in ("unpruned", "pruned")] for one in found]
+    row("peak of a whole answer without weights, MB", [f"{before:.1f} to {after:.1f}" for before, after in peaks])
+    caches = [[one[f"kv_bytes_{name}"] / 1e6 for name in ("unpruned", "pruned")] for one in found]
+    row("KV cache of a prompt, MB", [f"{before:.1f} to {after:.1f}" for before, after in caches])
+
+
 def test_readme_says_what_was_measured():
     ratios = {name: spread["median"] for name, spread in RESULTS["llava-0.5b-cpu"]["ratios"].items()}
     readme = " ".join((DOCS.parent / "README.md").read_text().split())

@@ -75,6 +75,7 @@ FIELDS = {
     "policy_positions": is_flag,
     "policy_steps": or_none(is_count),
     "policy_budget": is_flag,
+    "policy_input_norm": is_flag,
     "num_steps": lambda value: is_count(value, 1, 1000),
 }
 BUDGETS = ("keep_ratio", "num_keep", "threshold")
@@ -95,7 +96,10 @@ WANTED: dict[str, Any] = {
     "latent_dim": st.sampled_from([8, 16, 7, 64]),
     "policy_num_heads": st.sampled_from([1, 2, 4, 3]),
     **dict.fromkeys(("policy_dim", "policy_num_layers", "policy_steps", "num_steps"), st.integers(1, 9)),
-    **dict.fromkeys(("includes_base_model", "query_agnostic", "policy_positions", "policy_budget"), st.booleans()),
+    **dict.fromkeys(
+        ("includes_base_model", "query_agnostic", "policy_positions", "policy_budget", "policy_input_norm"),
+        st.booleans(),
+    ),
 }
 FIELD_VALUES: dict[str, Any] = {
     name: st.booleans().flatmap(lambda odd, name=name: ANYTHING if odd else WANTED[name]) for name in FIELDS

@@ -64,7 +64,8 @@ def test_autoencoder_follows_the_equations():
 @torch.no_grad()
 def test_only_what_is_kept_is_seen(extended):
     torch.manual_seed(0)
-    more = {"num_layers": 2, "use_positions": True, "num_steps": 3, "use_budget": True} if extended else {}
+    parts = {"use_positions": True, "num_steps": 3, "use_budget": True, "use_input_norm": True}
+    more = {"num_layers": 2, **parts} if extended else {}
     policy = PruningPolicy(latent_dim=16, token_dim=12, hidden_dim=24, num_heads=2, **more)
     codes, query, places = torch.randn(2, 6, 16), torch.randn(2, 4, 12), torch.rand(2, 6, 2)
     kept = torch.tensor([[1, 1, 0, 1, 0, 1], [1, 1, 1, 0, 0, 0]]).bool()
@@ -90,9 +91,30 @@ def test_only_what_is_kept_is_seen(extended):
     assert torch.allclose(turned.logits.flip(1)[kept], output.logits[kept], atol=1e-5)
 
 
+@pytest.mark.parametrize("num_layers", [1, 2])
 @torch.no_grad()
-def test_nothing_to_see_is_no_nan():
-    policy = PruningPolicy(latent_dim=16, token_dim=12, num_heads=2)
+def test_small_word_embeddings_are_read(num_layers):
+    """Those of pretrained LLMs are up to a hundred times smaller than the codes."""
+    torch.manual_seed(0)
+    sizes = {"latent_dim": 16, "token_dim": 12, "hidden_dim": 24, "num_heads": 2, "num_layers": num_layers}
+    codes, words, everything = 3 * torch.randn(1, 9, 16), torch.randn(8, 4, 12), torch.ones(8, 9, dtype=torch.bool)
+
+    def differences(policy, scale):
+        logits = policy(codes.expand(8, -1, -1), everything, scale * words).logits
+        return logits.std(0).mean().item() / logits.std(1).mean().item()  # over questions, over tokens
+
+    plain, normed = PruningPolicy(**sizes), PruningPolicy(**sizes, use_input_norm=True)
+    assert differences(plain, 0.01) < 0.1 * differences(plain, 1.0)
+    assert differences(normed, 0.01) == pytest.approx(differences(normed, 1.0), rel=0.01)
+    assert differences(normed, 0.01) > 5 * differences(plain, 0.01)
+    loud, quiet = (normed(scale * codes, everything[:1], words[:1]).logits for scale in (1.0, 0.1))
+    assert torch.allclose(loud, quiet, atol=1e-4)
+
+
+@pytest.mark.parametrize("use_input_norm", [False, True])
+@torch.no_grad()
+def test_nothing_to_see_is_no_nan(use_input_norm):
+    policy = PruningPolicy(latent_dim=16, token_dim=12, num_heads=2, use_input_norm=use_input_norm)
     output = policy(torch.randn(1, 3, 16), torch.zeros(1, 3, dtype=torch.bool), torch.randn(1, 0, 12))
     assert output.logits.isfinite().all()
     assert output.values.isfinite().all()

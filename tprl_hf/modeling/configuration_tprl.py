@@ -48,6 +48,7 @@ CHECKS: dict[str, Check] = {
     "policy_positions": flag,
     "policy_steps": optional(COUNT),
     "policy_budget": flag,
+    "policy_input_norm": flag,
     "num_steps": whole(1, 1000),
 }
 
@@ -149,6 +150,10 @@ class TPRLConfig(PreTrainedConfig):
             Tell the policy which of so many steps it is at. Not in the paper.
         policy_budget (`bool`, defaults to `False`):
             Tell the policy which fraction is to be kept. Not in the paper.
+        policy_input_norm (`bool`, defaults to `False`):
+            LayerNorm of codes and words before the policy's attention. Not in the paper. Set it for an LLM whose word
+            embeddings are much smaller than its visual tokens, as pretrained ones are: else the policy keeps the same
+            tokens whatever the question.
         num_steps (`int`, defaults to 1):
             Steps in which the learned pruner reaches its budget at inference, at most 1000. The paper prunes in one
             shot (eq. 16).
@@ -190,6 +195,7 @@ class TPRLConfig(PreTrainedConfig):
     policy_positions: bool = False
     policy_steps: int | None = None
     policy_budget: bool = False
+    policy_input_norm: bool = False
     num_steps: int = 1
 
     def __post_init__(self, **kwargs):

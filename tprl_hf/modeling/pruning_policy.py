@@ -14,6 +14,7 @@ from .token_autoencoder import Float32Module
 NUM_FREQUENCIES = 4  # of the place in an image, whose sides are 1
 NUM_WORD_FREQUENCIES = 6  # of the place in a question
 MAX_WORDS = 64  # words that the slowest of them tells apart
+WORD_EPS = 1e-8  # word embeddings have variances of 1e-4 and less
 
 
 @dataclass
@@ -79,6 +80,8 @@ class PruningPolicy(Float32Module):
             word's place in the question. Not in the paper, whose policy tells tokens apart by their codes alone.
         num_steps (`int`, *optional*): add an embedding of the step, for so many steps. Not in the paper.
         use_budget (`bool`, defaults to `False`): add an embedding of the fraction to be kept. Not in the paper.
+        use_input_norm (`bool`, defaults to `False`): LayerNorm of codes and words before attention. Not in the paper.
+            Word embeddings are often tens of times smaller than the codes, and then the policy does not read them.
     """
 
     def __init__(
@@ -91,9 +94,12 @@ class PruningPolicy(Float32Module):
         use_positions: bool = False,
         num_steps: int | None = None,
         use_budget: bool = False,
+        use_input_norm: bool = False,
     ):
         super().__init__()
         refuse_uneven_heads(latent_dim, num_heads)
+        self.code_norm = nn.LayerNorm(latent_dim, WORD_EPS) if use_input_norm else nn.Identity()
+        self.query_norm = nn.LayerNorm(token_dim, WORD_EPS) if use_input_norm else nn.Identity()
         self.query_proj = PolicyLinear(token_dim, latent_dim)
         self.position_proj = PolicyLinear(4 * NUM_FREQUENCIES, latent_dim) if use_positions else None
         self.word_proj = PolicyLinear(2 * NUM_WORD_FREQUENCIES, latent_dim) if use_positions else None
@@ -120,6 +126,7 @@ class PruningPolicy(Float32Module):
             config.policy_positions,
             config.policy_steps,
             config.policy_budget,
+            config.policy_input_norm,
         )
 
     def forward(
@@ -166,7 +173,7 @@ class PruningPolicy(Float32Module):
         keep_ratio: Tensor | None = None,
     ) -> Tensor:
         """What attention makes of each token, f_i of eq. 10: float32 `[B, N, Z]`. Arguments as in [`forward`]."""
-        x = codes.float()
+        x = self.code_norm(codes.float())
         num_tokens = x.shape[1]
         if self.position_proj is not None:
             if positions is None:
@@ -180,7 +187,7 @@ class PruningPolicy(Float32Module):
         seen = keep_mask
         if query is not None and query.shape[1] > 0:
             attended = query.new_ones(query.shape[:2]) if query_valid is None else query_valid
-            words = self.query_proj(query.float())
+            words = self.query_proj(self.query_norm(query.float()))
             if self.word_proj is not None:
                 place = (attended.long().cumsum(1) - 1).clamp(min=0)
                 words = words + self.word_proj(octaves(place / MAX_WORDS, NUM_WORD_FREQUENCIES))

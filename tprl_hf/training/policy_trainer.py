@@ -1,6 +1,7 @@
 """What all trainers of the policy have in common: measured as it prunes at inference, the best is kept."""
 
 import os
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from tprl_hf.data.digest import data_digest
 from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.pruning_policy import PolicyOutput
-from tprl_hf.modeling.token_pruner import PruningInputs
+from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs
 
 from .answer_batches import AnswerBatch
 from .answer_scores import score_answers
@@ -36,6 +37,14 @@ OF_OWN_ANSWER = {"accuracy": "agreement", "logprob": "agreement_logprob"}
 def rises(metric: str) -> int:
     """1 for metrics that rise when a policy gets better, -1 for those that fall."""
     return -1 if metric == "kl" else 1
+
+
+def question_effect(pruner: LearnedPruner, inputs: PruningInputs, budget: Budget, keep_mask: Tensor) -> Tensor:
+    """Percentage of each sample's kept tokens that the question of another sample would not keep: float32 `[B]`."""
+    assert inputs.query is not None and inputs.query_valid is not None
+    others = replace(inputs, query=inputs.query.roll(1, 0), query_valid=inputs.query_valid.roll(1, 0))
+    other_mask, _ = pruner.choose(others, budget)
+    return 100 * (keep_mask & ~other_mask).sum(1) / keep_mask.sum(1).clamp(min=1)
 
 
 class PolicyNetworks(TrainedNetworks):
@@ -103,7 +112,9 @@ class PolicyTrainer(PrunerTrainer):
         Returns:
             `dict`: `accuracy@R` and `logprob@R` for each budget R, and their means `accuracy` and `logprob`. An answer
             is correct when greedy decoding gives exactly the reference. Without labels the reference is what the LVLM
-            itself answers unpruned: `agreement`, `agreement_logprob` and `kl`, in the same way.
+            itself answers unpruned: `agreement`, `agreement_logprob` and `kl`, in the same way. Besides,
+            `question_effect`, the percentage of the kept tokens that the question of the next sample in a batch would
+            not keep: near 0 the policy does not read the question (see `policy_input_norm` of [`TPRLConfig`]).
         """
         metrics, chosen = self.measure_masks(dataset)
         self.chosen.append((dataset, chosen))
@@ -122,6 +133,7 @@ class PolicyTrainer(PrunerTrainer):
         # Each process takes every so many-th sample.
         mine = range(self.args.process_index, len(dataset), self.args.world_size)
         batch_size = self.args.per_device_eval_batch_size
+        reads_questions = batch_size > 1 and not model.config.query_agnostic
         following = [dataset[i] for i in mine[:batch_size]]
         for start in range(0, len(mine), batch_size):
             numbers, batch = mine[start : start + batch_size], self.encoder(following)
@@ -132,7 +144,10 @@ class PolicyTrainer(PrunerTrainer):
             for column, ratio in enumerate(ratios):
                 budget = Budget(keep_ratio=ratio, min_keep=model.config.min_keep)
                 keep_mask, of_tokens = pruner.choose(batch.inputs, budget)
-                for name, values in self.measure_answers(batch, keep_mask).items():
+                measured = self.measure_answers(batch, keep_mask)
+                if reads_questions:
+                    measured["question_effect"] = question_effect(pruner, batch.inputs, budget, keep_mask)
+                for name, values in measured.items():
                     zeros = torch.zeros(len(ratios), device=self.args.device)
                     sums.setdefault(name, zeros)[column] += values.sum()
                 chosen.append(keep_mask)

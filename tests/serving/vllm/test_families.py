@@ -11,7 +11,10 @@ from tprl_hf.missing_packages import load_processor
 BUDGETS = [{"prune": False}, {}, {"keep_ratio": 0.3}, {"num_keep": 3}, {"num_keep": 9}]
 QUESTIONS = ["what colour is the cat ?", "where is the dog", "red left green"]
 SIZES = [(40, 30), (30, 60), (24, 24), (70, 30)]
-POLICY = {"policy_training": {"stage": "lfd"}, "policy_positions": True, "policy_budget": True, "policy_num_heads": 4}
+POLICY = {
+    **{"policy_training": {"stage": "lfd"}, "policy_positions": True, "policy_budget": True},
+    **{"policy_num_heads": 4, "policy_input_norm": True},
+}
 WAYS = [
     ("llava_next", {}),
     ("llava_onevision", {}),
