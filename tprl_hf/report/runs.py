@@ -165,6 +165,7 @@ def read_stage(folder: Path) -> StageRun:
     seconds = done.get("seconds")
     if starts:
         seconds = sum(last - first for first, last in sessions(lines))
+    samples = samples_in(folder / SHOWN)
     max_steps = starts[-1].get("max_steps") if starts else state.get("max_steps")
     return StageRun(
         name=name,
@@ -180,9 +181,9 @@ def read_stage(folder: Path) -> StageRun:
         max_steps=max_steps,
         seconds=seconds,
         num_bytes=disk_of(folder),
-        samples=samples_in(folder / SHOWN),
+        samples=samples,
         # measured again at the end, they are of the weights that were best
-        masks=list({line["step"]: line for line in reversed(json_lines(folder / MASKS, MASKS_ROW))}.values())[::-1],
+        masks=list({line["step"]: line for line in reversed(masks_in(folder / MASKS, samples))}.values())[::-1],
     )
 
 
@@ -223,6 +224,21 @@ def samples_in(path: Path) -> list[ShownSample]:
     if not all(map(fits, found)):
         raise ValueError(f"{path} is damaged (its parts do not fit each other): delete it, or {path.parent}.")
     return [ShownSample.from_json(one) for one in found]
+
+
+def masks_in(path: Path, samples: Sequence[ShownSample]) -> list[dict[str, Any]]:
+    """The lines of a file of keep masks that fit the pictures which are watched; others are not whole."""
+    counts = [sample.num_visual for sample in samples]
+    found = []
+    for line in json_lines(path, MASKS_ROW):
+        budgets = len(line["keep_ratios"])
+        boxes = [box for by_type in line.get("kept_by_type", []) for box in by_type.values()]
+        masks = [[len(bits) for bits in of_sample] for of_sample in line["masks"]]
+        if masks != [[count] * budgets for count in counts] or any(len(box) != 5 for box in boxes):
+            continue
+        if len(line.get("kept_by_type", [])) in (0, budgets) and budgets:
+            found.append(line)
+    return found
 
 
 def checked_object(path: Path, shape: Shape) -> dict[str, Any]:

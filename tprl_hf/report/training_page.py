@@ -207,6 +207,8 @@ def kept_by_type(stages: Mapping[str, StageRun], names: Sequence[str]) -> list[s
             continue
         last = stage.masks[-1]
         for ratio, by_type in zip(last["keep_ratios"], last["kept_by_type"], strict=True):
+            if not by_type:  # nothing was kept
+                continue
             title = f"Tokens kept by question type, {ratio:.3g} on average"
             title += f", {run}" if len(names) > 1 else ""
             high = max(box[-1] for box in by_type.values())
