@@ -121,7 +121,7 @@ def count(arguments: argparse.Namespace) -> dict[str, Any]:
     for keep in kept:
         if keep > total:
             raise ValueError(
-                f"--num-keep {keep} is more than {arguments.model} has: pass at most {total}, all its visual tokens."
+                f"Cannot keep {keep} of {total} visual tokens of {arguments.model}: pass --num-keep of at most that."
             )
     rows = []
     for num_kept in dict.fromkeys([total, *kept]):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tprl_hf.json_files import Shape, misfit, read_json
+from tprl_hf.json_files import Shape, misfit
 
 from .shown import SAMPLE_SHAPE, ShownSample, fits
 
@@ -242,10 +242,12 @@ def masks_in(path: Path, samples: Sequence[ShownSample]) -> list[dict[str, Any]]
 
 
 def checked_object(path: Path, shape: Shape) -> dict[str, Any]:
-    """What a file that is written whole holds; empty where there is none. Raises `ValueError` for a damaged one."""
-    if not path.exists():
-        return {}
-    return read_json(path, shape, f"delete it, or {path.parent} to run this stage again.")
+    """As [`json_object`], for a file whose shape is known. Raises `ValueError` for one that holds something else."""
+    found = json_object(path)
+    reason = misfit(found, shape) if found else None
+    if reason is not None:
+        raise ValueError(f"{path} is damaged ({reason}): delete it, or {path.parent} to run this stage again.")
+    return found
 
 
 def json_object(path: Path) -> dict[str, Any]:
