@@ -24,7 +24,8 @@ GOOD = ("correct", "refused")
 
 CURE = re.compile(
     r"\b(must|pass|choose|leave|use|set|did you mean|write|has no|needs? |there are|list|give|change|lower|raise|"
-    r"one of|such as|is not a multiple|hold|wants|copy|download|instead|at least|in \()",
+    r"one of|such as|is not a multiple|hold|wants|copy|download|instead|at least|in \(|"
+    r"run (?:its|the) command|save it|delete|again)",
     re.I,
 )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import tprl_hf
 
-from .missing_packages import load_processor, said
+from .missing_packages import is_ours, load_processor, said
 
 if TYPE_CHECKING:
     import torch
@@ -47,21 +47,33 @@ def check_model_name(name: str) -> str:
     raise ValueError(f"There is no directory {name}{hint}")
 
 
-def model_type(name: str) -> str:
+def config_of(name: str) -> Any:
     """
-    The type that a model's config names.
+    The config of a model, by the name that users write.
 
     Raises:
-        `OSError`, `ValueError`: If there is no such model; see [`check_model_name`].
+        `OSError`, `ValueError`: If there is no such model, or its config.json is not that of one; see
+            [`check_model_name`].
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    check_model_name(name)
     try:
-        return AutoConfig.from_pretrained(check_model_name(name)).model_type
+        return AutoConfig.from_pretrained(name)
     except OSError as error:
         if Path(name).is_dir():
+            raise OSError(f"{said(error)}: copy {name} again, or choose another model.") from error
+        raise OSError(
+            f"There is no directory {name}, and the Hub gave no such model: {said(error)}. Check the name."
+        ) from error
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError, StrictDataclassError) as error:
+        if isinstance(error, ValueError) and is_ours(error):  # which says more
             raise
-        raise OSError(f"There is no directory {name}, and the Hub gave no such model: {said(error)}.") from error
+        raise ValueError(
+            f"The config.json of {name} is not that of a model which this transformers knows ({said(error)}): choose "
+            "another model, or update transformers."
+        ) from error
 
 
 def device_named(device: "torch.device | str | None" = None) -> "torch.device":
@@ -79,7 +91,9 @@ def device_named(device: "torch.device | str | None" = None) -> "torch.device":
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         there = "cpu" if accelerator is None else f"cpu and {torch.accelerator.device_count()} of {accelerator.type}"
-        raise ValueError(f"There is no device {device} ({said(error)}): this machine has {there}.") from error
+        raise ValueError(
+            f"There is no device {device} ({said(error)}): this machine has {there}; pass one of these."
+        ) from error
     return found
 
 
@@ -96,9 +110,7 @@ def chosen_dtype(path: str, device: "torch.device | str | None" = None) -> tuple
     Half precision, where it is faster and the LLM is not a tiny one: that of the checkpoint on an accelerator, or
     bfloat16 for a float32 checkpoint; bfloat16 on a CPU with units for it. Everything else is float32.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path)
+    config = config_of(path)
     config = config.base_config if config.model_type == tprl_hf.TPRLConfig.model_type else config
     place, own = device_named(device).type, str(config.dtype or "").removeprefix("torch.")
     if place != "cpu" and own in ("float16", "bfloat16"):
@@ -178,10 +190,10 @@ def load_model(
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     path = path or tprl_hf.embedded_checkpoint()
-    is_ours = model_type(path) == tprl_hf.TPRLConfig.model_type
+    is_tprl = config_of(path).model_type == tprl_hf.TPRLConfig.model_type
     arguments = pretrained_arguments(device, **{**how, "dtype": how.get("dtype") or chosen_dtype(path, device)[0]})
     model_class = tprl_hf.TPRLForConditionalGeneration
-    load = model_class.from_pretrained if is_ours else model_class.from_base_model
+    load = model_class.from_pretrained if is_tprl else model_class.from_base_model
     try:
         model = load(path, **arguments)
     except SafetensorError as error:

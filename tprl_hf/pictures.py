@@ -52,7 +52,7 @@ def picture_size(source: str | Path | bytes, name: str | None = None) -> tuple[i
 def opened(source: str | Path | bytes, name: str) -> Iterator[Image.Image]:
     """A file whose header was read and found to be within the limits; what Pillow raises is told as ours."""
     if not isinstance(source, bytes) and not Path(source).is_file():
-        raise FileNotFoundError(f"There is no image file {name}.")
+        raise FileNotFoundError(f"There is no image file {name}: pass the path of one.")
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with Image.open(file, formats=FORMATS) as image:
@@ -66,14 +66,14 @@ def opened(source: str | Path | bytes, name: str) -> Iterator[Image.Image]:
             yield image
     except UnidentifiedImageError:
         raise PictureError(
-            f"{name} is not an image that Pillow can read: it is none of {', '.join(FORMATS)}."
+            f"{name} is not an image that Pillow can read: it is none of {', '.join(FORMATS)}. Save it as one."
         ) from None
     except Image.DecompressionBombError:
         raise PictureError(too_large(name, "more")) from None
     except PictureError:
         raise
     except Exception as error:  # a damaged file makes Pillow raise whatever it stumbles over
-        raise PictureError(f"{name} is damaged ({error}).") from error
+        raise PictureError(f"{name} is damaged ({error}): copy it again, or leave it out.") from error
 
 
 def too_large(name: str, size: str) -> str:

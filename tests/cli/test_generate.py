@@ -109,7 +109,8 @@ def test_what_does_not_fit_together_is_one_line_and_exit_code_2(generate, words,
 
 def test_files_that_are_missing_or_broken_are_one_line_and_exit_code_2(generate, tmp_path):
     code, _, err = generate(image=tmp_path / "none.png")
-    assert code == 2 and err == f"tprl generate: error: There is no image file {tmp_path / 'none.png'}.\n"
+    missing = f"There is no image file {tmp_path / 'none.png'}: pass the path of one."
+    assert code == 2 and err == f"tprl generate: error: {missing}\n"
 
     (tmp_path / "text.png").write_text("no image")
     code, _, err = generate(image=tmp_path / "text.png")

@@ -131,21 +131,33 @@ def memory_mb(pid: int, name: str = "VmRSS") -> float:
 
 @dataclass
 class Pulse:
-    """How long /health took, whoever asked else."""
+    """How long /health took, whoever asked else: by the clock, and without the time that nobody had a core for it."""
 
+    by_the_clock: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
 
+def waited_for_a_core(thread: Path) -> float:
+    """Seconds in which a thread could have run, and others had all cores."""
+    return int((thread / "schedstat").read_text().split()[1]) / 1e9
+
+
 @contextlib.contextmanager
-def pulse_of(address: Address, pause: float = 0.1) -> Iterator[Pulse]:
-    """Asks for /health again and again. It has to be answered each time."""
+def pulse_of(address: Address, pid: int, pause: float = 0.1) -> Iterator[Pulse]:
+    """Asks the server of process `pid` for /health again and again. It has to be answered each time."""
     pulse, over = Pulse(), Event()
+    loop = Path(f"/proc/{pid}")  # as a thread the main one, in which requests arrive
+
+    def waited() -> float:
+        return waited_for_a_core(loop) + waited_for_a_core(Path("/proc/thread-self"))
 
     def ask() -> None:
         while not over.is_set():
+            before = waited()
             answer = send(address, None, {}, 60, "/health", "GET")
             assert answer.status == 200
-            pulse.seconds.append(answer.seconds)
+            pulse.by_the_clock.append(answer.seconds)
+            pulse.seconds.append(answer.seconds - (waited() - before))
             over.wait(pause)
 
     thread = Thread(target=ask)

@@ -23,18 +23,37 @@ import torch
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli import processes
 from tprl_hf.cli.main import main
+from tprl_hf.cli.stop_signals import SaveAndStop
 from tprl_hf.modeling import checkpoint_tprl
-from tprl_hf.training.pruner_trainer import PrunerTrainer
+from tprl_hf.training.saved_masks import SavedMasks
 
-# how often each stage is killed; docs/reliability.md has the figures of 40
+# how often each stage is killed; docs/reliability.md has the figures of 40, and of 12 for other faults
 FEW = {"autoencoder": 6, "demonstrations": 5, "lfd": 6, "ppo": 2}
 FEW |= dict.fromkeys(("grpo", "mapo", "counterfactual", "noise_gate", "tune"), 1)
+BY_DEFAULT = {
+    "autoencoder": {"denied"},
+    "demonstrations": {"full", "SIGTERM", "missing"},
+    "lfd": {"full", "denied", "SIGTERM", "SIGINT"},
+    "ppo": {"full", "SIGINT"},
+    "grpo": {"denied"},
+    "mapo": {"full"},
+    "counterfactual": {"denied"},
+    "noise_gate": {"full", "zeroed"},
+    "tune": {"full", "SIGTERM", "truncated"},
+}
 LIMIT = 300
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
 def number_of_faults(stage: str) -> int:
     return int(os.environ.get("TPRL_TEST_FAULTS", FEW[stage]))
+
+
+def number_of_others(stage: str, fault: str) -> int:
+    """How often a stage meets a full disk, missing rights, a signal or a damaged file: by default one of these."""
+    if "TPRL_TEST_FAULTS" in os.environ:
+        return max(int(os.environ["TPRL_TEST_FAULTS"]) // 3, 1)
+    return int(fault in BY_DEFAULT[stage])
 
 
 @dataclass
@@ -108,15 +127,20 @@ save_with_torch = torch.save
 
 
 def send_at_step(fault: Fault) -> None:
-    """A signal in the middle of a training step."""
-    step = PrunerTrainer.training_step
+    """A signal within a training step, or when a batch of demonstrations is noted."""
+    begin, add = SaveAndStop.on_step_begin, SavedMasks.add
 
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step + 1 == fault.at:
+    def on_step_begin(self, args, state, control, **kwargs):
+        begin(self, args, state, control, **kwargs)
+        if state.global_step + 1 == fault.at:
             os.kill(os.getpid(), getattr(signal, fault.what))
-        return step(self, *args, **kwargs)
 
-    PrunerTrainer.training_step = training_step
+    def add_masks(self, first, masks):
+        add(self, first, masks)
+        if len(self.found) >= fault.at:
+            os.kill(os.getpid(), getattr(signal, fault.what))
+
+    SaveAndStop.on_step_begin, SavedMasks.add = on_step_begin, add_masks
 
 
 def child(function: Any, arguments: list, fault: Fault, connection: Any) -> None:

@@ -1,6 +1,7 @@
 """Runs that are cut off, and resumed: each ends with the weights of an undisturbed one, or says what to do."""
 
 import errno
+import functools
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from tprl_hf.report.runs import LOG, MASKS, read_stage
 from tprl_hf.training.whole_checkpoints import MANIFEST, checkpoint_to_resume, newest_whole
 
 from .conftest import make_dataset
-from .cut_off import Fault, number_of_faults, show_life, start, train
+from .cut_off import Fault, number_of_faults, number_of_others, show_life, start, train
 from .test_trainers import stage, weights_of
 
 TRAINED = {
@@ -103,7 +104,6 @@ def results(folder: Path):
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in skipped and "checkpoint-" not in path.as_posix()
-        if not path.suffix[1:].isdigit()  # a text of a killed process, not put in its place
     }
     # a step that is measured again gets a line more; a report reads the first
     return report.get("metrics"), logs, files, read_stage(folder).masks
@@ -114,6 +114,22 @@ def run(request, finished, tmp_path):
     return Run(request.param, finished, tmp_path / "run")
 
 
+@pytest.fixture(scope="module")
+def counted(finished, tmp_path_factory):
+    """A function: how many changes of files a stage makes undisturbed, and its seconds."""
+
+    @functools.cache
+    def count(name):
+        again = Run(name, finished, tmp_path_factory.mktemp(name) / "run")
+        started = time.perf_counter()
+        ended = again.train()
+        seconds = time.perf_counter() - started
+        again.assert_as_undisturbed(ended)
+        return ended.changes, seconds
+
+    return count
+
+
 def moments(count: int, number: int, seed: int) -> list[int]:
     """`number` of `count` changes, spread evenly, and another set for each seed."""
     if number >= count:
@@ -122,14 +138,11 @@ def moments(count: int, number: int, seed: int) -> list[int]:
     return [1 + int((index + random.Random(seed + index).random()) * width) for index in range(number)]
 
 
-def test_a_run_that_is_killed_ends_as_undisturbed(run, tmp_path):
+def test_a_run_that_is_killed_ends_as_undisturbed(run, counted, tmp_path):
     """At changes of files, within them, and at moments of the clock."""
-    started = time.perf_counter()
-    undisturbed = run.train()
-    seconds = time.perf_counter() - started  # the clock's kills lie within them
-    run.assert_as_undisturbed(undisturbed)
+    changes, seconds = counted(run.stage)  # the clock's kills lie within them
     killed = timed = 0
-    for index, at in enumerate(moments(undisturbed.changes, number_of_faults(run.stage), seed=len(run.stage))):
+    for index, at in enumerate(moments(changes, number_of_faults(run.stage), seed=len(run.stage))):
         by_clock = index % 4 == 3
         again = Run(run.stage, run.finished, tmp_path / f"kill-{index}")
         when = random.Random(index).uniform(0.2, 1) * seconds if by_clock else at
@@ -142,15 +155,21 @@ def test_a_run_that_is_killed_ends_as_undisturbed(run, tmp_path):
             killed += 1
         again.assert_as_undisturbed(again.train())
         shutil.rmtree(again.folder)
-    print(f"\n{run.stage}: {killed} kills, {timed} by the clock, {undisturbed.changes} changes, {seconds:.1f} s a run")
+    print(f"\n{run.stage}: {killed} kills, {timed} by the clock, {changes} changes, {seconds:.1f} s a run")
 
 
-@pytest.mark.parametrize(("name", "what"), [("lfd", "full"), ("lfd", "denied"), ("demonstrations", "full")])
-def test_a_run_without_room_or_rights_says_so_and_ends_as_undisturbed(finished, tmp_path, name, what):
+def faults(*kinds):
+    """Each stage and kind of fault that is tried."""
+    pairs = [(stage, kind) for stage in STAGES for kind in kinds if number_of_others(stage, kind)]
+    return pytest.mark.parametrize(("name", "what"), pairs)
+
+
+@faults("full", "denied")
+def test_a_run_without_room_or_rights_says_so_and_ends_as_undisturbed(finished, counted, tmp_path, name, what):
     """From some change of a file on, in each part of a checkpoint as the number of faults grows."""
-    changes = Run(name, finished, tmp_path / "run").train().changes
+    changes, _ = counted(name)
     failed = 0
-    for index, at in enumerate(moments(changes, number_of_faults("lfd") // 3, seed=len(what))):
+    for index, at in enumerate(moments(changes, number_of_others(name, what), seed=len(name + what))):
         again = Run(name, finished, tmp_path / f"{what}-{index}")
         ended = again.train(what, at)
         assert ended.code in (0, 2) and "Traceback" not in ended.output, ended.output
@@ -163,16 +182,23 @@ def test_a_run_without_room_or_rights_says_so_and_ends_as_undisturbed(finished, 
     print(f"\n{name}: {failed} times {what}")
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_saves_the_step_and_the_same_command_resumes(finished, tmp_path, name, code):
-    run = Run("lfd", finished, tmp_path / "run")
-    ended = run.train(name, at=3)
-    assert ended.code == code, ended.output
-    place = f"{run.folder}/lfd/checkpoint-3"
-    assert f"stopped by {name}; step 3 is in {place}. The same command resumes." in ended.output
-    again = run.train()
-    assert f"lfd: resumes from {place}" in again.output
-    run.assert_as_undisturbed(again)
+CODES = {"SIGTERM": 143, "SIGINT": 130}
+
+
+@faults(*CODES)
+def test_a_signal_saves_the_step_and_the_same_command_resumes(finished, tmp_path, name, what):
+    """Demonstrations have no steps: those that are noted are not made again."""
+    for step in range(3, 3 + min(number_of_others(name, what), 4)):
+        run = Run(name, finished, tmp_path / f"at-{step}")
+        ended = run.train(what, at=step)
+        assert ended.code == CODES[what], ended.output
+        assert f"stopped by {what}; " in ended.output and "The same command resumes." in ended.output
+        again = run.train()
+        if name != "demonstrations":
+            place = f"{run.folder}/{name}/checkpoint-{step}"
+            assert f"step {step} is in {place}. The" in ended.output
+            assert f"{name}: resumes from {place}" in again.output
+        run.assert_as_undisturbed(again)
 
 
 def test_a_signal_outside_of_training_or_a_second_one_or_a_long_step_ends_at_once(monkeypatch):
@@ -234,6 +260,24 @@ DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "zeroed": lambda path: path.write_bytes(b"\0" * path.stat().st_size),
 }
+
+
+@faults("missing", "truncated", "zeroed")
+def test_a_run_whose_last_checkpoint_is_damaged_ends_as_undisturbed(finished, tmp_path, name, what):
+    """It has this one alone, so that it starts again; demonstrations have their dataset."""
+    last = "dataset" if name == "demonstrations" else "checkpoint-6"
+    files = sorted(path for path in (finished / "run" / name / last).rglob("*") if path.is_file())
+    for at in moments(len(files), number_of_others(name, what), seed=len(name + what)):
+        run = Run(name, finished, tmp_path / f"file-{at}")
+        shutil.copytree(finished / "run" / name, run.folder / name)
+        (run.folder / name / "training.json").unlink()
+        damaged = run.folder / files[at - 1].relative_to(finished / "run")
+        DAMAGES[what](damaged)
+        ended = run.train()
+        run.assert_as_undisturbed(ended)
+        if name != "demonstrations":
+            assert f"{name}: starts again" in ended.output and damaged.name in ended.output
+        shutil.rmtree(run.folder)
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo"])

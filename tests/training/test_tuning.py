@@ -80,7 +80,7 @@ def test_each_step_draws_its_budget_by_its_number(base):
     drawn = [budgets.ratio_of(step) for step in range(300)]
     assert drawn == [MixedBudgets(model, [1, 0.5, 0.25], seed=3).ratio_of(step) for step in range(300)]
     assert all(70 < drawn.count(ratio) < 130 for ratio in (1, 0.5, 0.25))
-    with pytest.raises(ValueError, match=r"in \(0, 1\]; got \[2\]"):
+    with pytest.raises(ValueError, match=r"keep_ratios\[0\] must be .* in \(0, 1\]; got 2\."):
         MixedBudgets(model, [2])
     model.set_pruner("divprune", keep_ratio=0.5)
     with pytest.raises(ValueError, match="has a budget of its own"):
@@ -113,7 +113,7 @@ def test_the_stage_tune_of_a_recipe(base, processor, dataset, tmp_path, capsys):
     assert "is finished" in capsys.readouterr().out
     for wrong, message in {
         "tune.keep_ratio=1": "tune has no setting 'keep_ratio'; did you mean 'keep_ratios'?",
-        "tune.keep_ratios=[2]": "tune.keep_ratios is a list of fractions that are KEPT, in (0, 1]; got [2]",
+        "tune.keep_ratios=[2]": "tune.keep_ratios[0] must be the fraction of visual tokens that is KEPT",
         "tune.lora={rank: 3}": "tune.lora has no setting 'rank'",
     }.items():
         assert main(["train", "all", "--config", str(recipe), "--set", wrong, f"output_dir={tmp_path}/other"]) == 2

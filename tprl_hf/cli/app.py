@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from .arguments import add_loading_arguments, add_model_argument, positive_int
+from .arguments import add_loading_arguments, add_model_argument, port, positive_int
 from .serve import LOOPBACK, bind
 
 NAME = "app"
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default=LOOPBACK[0], help=f"address to listen at (default: {LOOPBACK[0]}, this machine only)"
     )
-    parser.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: 7860)")
+    parser.add_argument("--port", type=port, default=7860, help="0 takes a free one (default: 7860)")
     parser.add_argument(
         "--max-new-tokens", type=positive_int, default=64, metavar="N", help="longest answer (default: 64)"
     )

@@ -9,18 +9,20 @@ from typing import Any
 
 from tprl_hf.loading import check_model_name
 from tprl_hf.pruners import DEFAULT_PRUNER, PRUNERS
+from tprl_hf.pruners.by_name import split_settings
 
 DEFAULT_KEEP_RATIO = 1 / 3
 A_MODEL = "a TPRL checkpoint or any LVLM, as a directory or a name on the Hub (default: the embedded one)"
+MAX_SEED, MAX_PORT = 2**32 - 1, 2**16 - 1
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def keep_ratio(text: str) -> float:
     """A fraction in (0, 1]; "1/3" is one too."""
-    numerator, _, denominator = text.partition("/")
+    numerator, slash, denominator = text.partition("/")
     try:
-        value = float(numerator) / float(denominator or 1)
+        value = float(numerator) / float(denominator if slash else 1)
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a fraction; write it as 0.333 or 1/3") from None
     if not 0 < value <= 1:
@@ -40,15 +42,34 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """A whole number that every random stream can begin with."""
+    if not text.isascii() or not text.isdigit() or int(text) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {MAX_SEED}, such as 7")
+    return int(text)
+
+
+def port(text: str) -> int:
+    """A port, or 0 for a free one."""
+    if not text.isascii() or not text.isdigit() or int(text) > MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: give a whole number from 0 to {MAX_PORT}")
+    return int(text)
+
+
 def check_arguments(arguments: argparse.Namespace) -> None:
     """
     Looks at what a command reads and writes, and at options that exclude each other, before it loads anything.
 
     Raises:
         `OSError`, `ValueError`: If the model's directory is not there or not a model's, the output's cannot be
-            written, or there is a budget for the pruner that keeps everything.
+            written, a text is empty, or there is a budget for the pruner that keeps everything.
     """
     given = vars(arguments)
+    for name, value in given.items():
+        texts = value if isinstance(value, list) else [value]
+        # an empty one, as of a variable of the shell that is not set, would count as none
+        if any(isinstance(one, str) and not one.strip() for one in texts) and name != "question":
+            raise ValueError(f"{name.replace('_', '-')} is empty (got {value!r}): give a text, or leave it out.")
     if given.get("pruner") == "none" and "no_prune" in given:
         refuse_budget_of_none(budget_of(arguments))
     if given.get("model") is not None:
@@ -110,8 +131,12 @@ def pruner_names(text: str, others: tuple[str, ...] = ()) -> list[str]:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
             raise argparse.ArgumentTypeError(f"there is no pruner {name!r}; {hint}")
+        try:
+            split_settings(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
     if not names:
-        raise argparse.ArgumentTypeError("no pruner is named")
+        raise argparse.ArgumentTypeError(f"no pruner is named in {text!r}; choose from {', '.join(known)}")
     return names
 
 
@@ -199,7 +224,7 @@ def add_pruner_arguments(parser: argparse.ArgumentParser) -> None:
         choices=method_names(),
         help=f"default: the checkpoint's own: learned if its policy is trained; without one, {DEFAULT_PRUNER}",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random pruner (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the random pruner (default: 0)")
 
 
 def method_names() -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from .arguments import (
     positive_int,
     pruner_names,
     rounds,
+    seed,
 )
 from .progress import bar, note
 
@@ -82,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead: what each of these pruners costs in the vision tower and by itself; 'all' for all of them",
     )
     parser.add_argument("--rounds", type=rounds, default=7, metavar="N", help="timed rounds (default: 7)")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and prompts (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of random weights and prompts (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_loading_arguments(parser)
 
@@ -223,11 +224,14 @@ def compare(model, inputs, num_keep: int, arguments: argparse.Namespace) -> dict
     from dataclasses import asdict
 
     from tprl_hf.evaluation.benchmark import Spread, pruner_calls, ratio, time_in_turns
-    from tprl_hf.pruners import PRUNERS
+    from tprl_hf.pruners import NoPruner
+    from tprl_hf.pruners.by_name import make_pruner
 
     pruners, refused = {}, {}
-    for name in arguments.pruners:
-        pruner = model.learned_pruner() if name == "learned" else PRUNERS[name]()
+    for name in dict.fromkeys(arguments.pruners):
+        pruner = (
+            model.learned_pruner() if name == "learned" else make_pruner(model, name, arguments.seed) or NoPruner()
+        )
         try:
             with model.using(pruner):
                 model.prune(**inputs, num_keep=num_keep)

@@ -12,6 +12,7 @@ from .arguments import (
     positive_int,
     pruner_names,
     question,
+    seed,
 )
 from .progress import bar, note
 
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: all that the model can have; the unpruned model is always there",
     )
     parser.add_argument("--answer", metavar="TEXT", help="the reference: marks which answers are correct")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random pruner (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the random pruner (default: 0)")
     parser.add_argument(
         "--max-new-tokens", type=positive_int, default=64, metavar="N", help="longest answer (default: 64)"
     )

@@ -23,15 +23,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     images = [open_picture(file) for file in arguments.image]
 
-    from transformers import AutoConfig
-
     import tprl_hf
     from tprl_hf.costs import budget_in_use, own_budget, placeholder_ids, prompt_cost
     from tprl_hf.evaluation.answers import chat_inputs
+    from tprl_hf.loading import config_of
     from tprl_hf.missing_packages import load_processor
 
     path = arguments.model or tprl_hf.embedded_checkpoint()
-    config = AutoConfig.from_pretrained(path)
+    config = config_of(path)
     if not isinstance(config, tprl_hf.TPRLConfig):
         config = tprl_hf.TPRLConfig(base_config=config, keep_ratio=DEFAULT_KEEP_RATIO)
     given: dict[str, Any] = {"prune": False} if arguments.no_prune else budget_of(arguments)

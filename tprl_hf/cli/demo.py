@@ -12,6 +12,7 @@ from .arguments import (
     keep_ratios,
     loading_words,
     positive_int,
+    seed,
 )
 from .progress import bar, note
 from .tables import describe_device, format_table
@@ -36,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many of them to print and draw (default: 6)",
     )
-    parser.add_argument("--seed", type=int, default=7, help="seed of the images and of the random pruner (default: 7)")
+    parser.add_argument(
+        "--seed", type=seed, default=7, help="seed of the images and of the random pruner (default: 7)"
+    )
     parser.add_argument(
         "--keep-ratios",
         type=keep_ratios,

@@ -1,11 +1,11 @@
 """What `tprl train` would do: its stages, their data and steps, and the disk that they need. Nothing is written."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tprl_hf.json_files import COUNT, read_json
 from tprl_hf.training.stages import STAGES
 
 from .recipe_file import model_of
@@ -72,14 +72,22 @@ def feature_lines(stages: list[str], recipe: dict[str, Any], base: int) -> list[
     return lines + [f"Features of images take at most {megabytes(room)} of {path}." for path, room in on_disk.items()]
 
 
+def seconds_of(directory: Path) -> float:
+    """How long a finished stage took. Raises `ValueError` where what it wrote at its end is damaged."""
+    cure = f"delete {directory} to run this stage again."
+    return read_json(directory / "training.json", {"seconds": float}, cure)["seconds"]
+
+
 def state_of(stage: str, directory: Path) -> tuple[str, str]:
     """Whether a stage has run, and the time that it took or still needs, as far as it is known."""
     if (directory / "training.json").exists():
-        seconds = json.loads((directory / "training.json").read_text(encoding="utf-8"))["seconds"]
-        return "finished", duration(seconds)
+        return "finished", duration(seconds_of(directory))
     found = []
     for path in directory.glob("checkpoint-*/trainer_state.json"):
-        state = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            state = read_json(path, {"global_step": COUNT, "max_steps": COUNT}, "it is passed over.")
+        except ValueError:  # as the stage itself does
+            continue
         found.append((state["global_step"], path.stat().st_mtime, state["max_steps"]))
     if not found:
         return "to do", "not known"
@@ -117,11 +125,11 @@ def data_words(stage: str, recipe: dict[str, Any]) -> str:
 def sizes_of_model(recipe: dict[str, Any]) -> tuple[int, int]:
     """Bytes of policy and autoencoder, and of the base model; no weight is made or read."""
     import torch
-    from transformers import AutoConfig
 
     import tprl_hf
+    from tprl_hf.loading import config_of
 
-    base: Any = AutoConfig.from_pretrained(model_of(recipe))
+    base: Any = config_of(model_of(recipe))
     if recipe.get("start_from"):
         config = base
     else:

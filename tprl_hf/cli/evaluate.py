@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tprl_hf.whole_files import write
+
 from .arguments import (
     add_loading_arguments,
     add_model_argument,
@@ -21,7 +23,6 @@ from .arguments import (
 from .evaluation_notes import ENLARGED, HALF_SIZE, MARK, RESIZE, notes_of
 from .progress import bar, note
 from .run_folder import PAGE, RUNS, claim_folder, default_folder, refuse_other_run
-from .whole_files import write
 
 if TYPE_CHECKING:
     from tprl_hf.evaluation.compare_pruners import Setting
@@ -146,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
     samples, data_seeds, score, metric = load_samples(arguments)
     samples = undecoded(samples)
     if any(name.endswith("oracle") for name in arguments.pruners or ()) and not any(samples["boxes"]):
-        raise ValueError(f"The oracle needs boxes, which {arguments.data} has none of.")
+        raise ValueError(f"The oracle needs boxes, which {arguments.data} has none of: leave it out of --pruners.")
     known_before = describe_data(arguments, samples, metric)
     if not arguments.overwrite:
         refuse_other_run(folder, known_before)
@@ -311,7 +312,11 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
         data_seeds = [seed for seed in arguments.seed for _ in range(number)]
         return concatenate_datasets(parts) if len(parts) > 1 else parts[0], data_seeds, score, metric
     if len(arguments.seed) > 1:
-        raise ValueError(f"{data} has the same questions under every --seed; only mosaic and photo have others.")
+        written = ",".join(map(str, arguments.seed))
+        raise ValueError(
+            f"{data} has the same questions under every --seed, got {written}: pass one. Only mosaic and photo have "
+            "others."
+        )
     if is_source(data):
         number = arguments.num_samples or (2000 if data == "easy-vqa" else None)
         samples = read_source(data, split, num_samples=number)

@@ -3,6 +3,7 @@ convention."""
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from .arguments import OldSpelling, add_model_argument, keep_ratio, positive_int
@@ -99,23 +100,29 @@ def count(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything the tables show, as plain values; operations in units of one."""
     from dataclasses import asdict
 
-    from transformers import AutoConfig
-
     from tprl_hf.evaluation.flops import cost_of, flops_by_convention, shape_of
     from tprl_hf.evaluation.presets import PRESETS, preset_shape
+    from tprl_hf.loading import config_of
 
     if arguments.model in PRESETS:
         shape = preset_shape(arguments.model, arguments.tiles, arguments.image_size)
     else:
         try:
-            config = AutoConfig.from_pretrained(arguments.model)
+            config = config_of(arguments.model)
         except OSError as error:
+            if Path(arguments.model).is_dir():
+                raise
             raise OSError(
                 f"{arguments.model!r} is not a preset ({', '.join(PRESETS)}), and no model could be read: {error}"
             ) from error
         shape = shape_of(config, arguments.tiles or 1, arguments.image_size)
     total = shape.num_visual
     kept = [keep if isinstance(keep, int) else max(1, round(keep * total)) for keep in budgets_of(arguments)]
+    for keep in kept:
+        if keep > total:
+            raise ValueError(
+                f"Cannot keep {keep} of {total} visual tokens of {arguments.model}: pass --num-keep of at most that."
+            )
     rows = []
     for num_kept in dict.fromkeys([total, *kept]):
         cost = cost_of(shape, num_kept, arguments.text_tokens, arguments.max_new_tokens)

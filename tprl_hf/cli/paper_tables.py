@@ -15,6 +15,7 @@ import yaml  # type: ignore[import-untyped]
 
 from tprl_hf.training.stages import STAGES, stages_until
 
+from .dry_run import seconds_of
 from .recipe_file import OURS, check_names, read_recipe
 
 FOLDER = OURS / "paper"
@@ -189,7 +190,7 @@ def minutes_left(runs: Iterable[Run], folder: Path) -> float:
     """How long it takes to train what is missing, by what stages of the same kind took here, or else by ours."""
     took: dict[str, list[float]] = {}
     for path in folder.glob("stages*/*/training.json"):
-        took.setdefault(path.parent.name.rpartition("-")[0], []).append(json.loads(path.read_text())["seconds"] / 60)
+        took.setdefault(path.parent.name.rpartition("-")[0], []).append(seconds_of(path.parent) / 60)
     known = yaml.safe_load((FOLDER / f"{MINUTES}.yaml").read_text(encoding="utf-8"))
     missing = {run.directories[stage] for run in runs for stage in run.missing()}
     total = 0.0

@@ -2,17 +2,31 @@
 what was measured. The directory stays as it is, and what others wrote on the card stays too."""
 
 import argparse
-import json
 import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from tprl_hf.json_files import COUNT, read_json
+
 from .progress import note
 
 NAME = "push"
 HELP = "publish a checkpoint or demonstrations on the Hub"
+RESULTS_CURE = "pass the results.json that tprl evaluate wrote."
+LATENCY = {
+    **dict.fromkeys(("command", "device", "pruner"), str),
+    **dict.fromkeys(("num_keep", "num_visual", "batch", "new_tokens", "rounds"), COUNT),
+    "milliseconds": {...: {"median": float, "low": float, "high": float}},
+}
+LATENCY_CURE = "pass what tprl benchmark --json printed."
+FLOPS = {
+    "command": str,
+    **dict.fromkeys(("num_visual", "text_tokens", "new_tokens"), COUNT),
+    "rows": [{"num_kept": COUNT, "conventions": {...: float}}],
+}
+FLOPS_CURE = "pass what tprl flops --json printed."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,8 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tprl_hf.evaluation.lmms_eval.results import lmms_eval_results
     from tprl_hf.hub.publishing import publish, push_demonstrations
+    from tprl_hf.loading import config_of
     from tprl_hf.modeling.checkpoint_checks import refuse_untrained
     from tprl_hf.modeling.configuration_tprl import TPRLConfig
+    from tprl_hf.report.evaluation_page import RESULTS_SHAPE
     from tprl_hf.training.training_record import recorded_stages
 
     options = {
@@ -93,19 +109,19 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError("--dry-run is for checkpoints; demonstrations are pushed at once.")
         commit = push_demonstrations(directory, arguments.repo, base_model=arguments.base_model, **options)
     else:
-        config = TPRLConfig.from_pretrained(directory) if (directory / "config.json").is_file() else None
+        config = config_of(str(directory)) if (directory / "config.json").is_file() else None
         if config is not None and config.model_type == TPRLConfig.model_type and config.pruner is None:
             refuse_untrained(config)
         paths = [*arguments.results, *(path for path, _, _ in arguments.benchmark)]
         facts = {
-            "results": [read(path) for path in paths],
+            "results": [read_json(Path(path), RESULTS_SHAPE, RESULTS_CURE) for path in paths],
             "benchmarks": {
                 len(arguments.results) + number: (dataset, task)
                 for number, (_, dataset, task) in enumerate(arguments.benchmark)
             },
             "benchmark_results": [entry for path in arguments.lmms_eval for entry in lmms_eval_results(path)],
-            "latency": read(arguments.latency) if arguments.latency else None,
-            "flops": read(arguments.flops) if arguments.flops else None,
+            "latency": read_json(Path(arguments.latency), LATENCY, LATENCY_CURE) if arguments.latency else None,
+            "flops": read_json(Path(arguments.flops), FLOPS, FLOPS_CURE) if arguments.flops else None,
             "base_model": arguments.base_model,
             "stages": recorded_stages(directory),
         }
@@ -131,14 +147,6 @@ def merge(directory: Path, folder: Path) -> Path:
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
     return folder
-
-
-def read(path: str) -> dict[str, Any]:
-    """A file of JSON. Raises `ValueError` where it is none."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} holds no JSON: {error}.") from error
 
 
 def show(directory: Path, repo: str, facts: dict[str, Any]) -> int:

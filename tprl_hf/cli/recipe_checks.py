@@ -1,12 +1,28 @@
-"""What the settings of a recipe may be that no config checks: those of data and of demonstrations; and names that YAML
-takes for truth values. Imports torch."""
+"""What the settings of a recipe may be that no config checks: those of data and of demonstrations, and those of
+transformers, TRL and PEFT; and names that YAML takes for truth values. Imports torch."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from tprl_hf.modeling.values import COUNT, Check, flag, one_of, optional, text, whole, wrong
+from tprl_hf.modeling.values import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Check,
+    did_you_mean,
+    flag,
+    list_of,
+    number,
+    one_of,
+    optional,
+    plain,
+    text,
+    whole,
+    wrong,
+)
 
 from .recipe_file import AS_TEXT, check_names
 
@@ -18,6 +34,7 @@ def as_it_is(name: str, value: Any) -> Any:
     return value
 
 
+SEED = whole(0, 2**32 - 1)
 DATA_CHECKS: dict[str, Check] = {
     "source": text,
     "split": text,
@@ -28,7 +45,7 @@ DATA_CHECKS: dict[str, Check] = {
 }
 DEMONSTRATION_CHECKS: dict[str, Check] = {
     "teacher": text,
-    "seed": whole(0),
+    "seed": SEED,
     "keep_ratios": as_it_is,
     "num_samples": optional(COUNT),
     "batch_size": COUNT,
@@ -36,6 +53,53 @@ DEMONSTRATION_CHECKS: dict[str, Check] = {
     "feature_cache_dir": optional(text),
     "score": one_of(("logprob", "agreement")),
     "max_answer_length": COUNT,
+}
+
+
+def none(name: str, value: Any) -> None:
+    """A check for null."""
+    if value is not None:
+        raise wrong(name, value, "null")
+
+
+# By type, in words and as a check, what a setting of it may be.
+TYPES: dict[Any, tuple[str, Check]] = {
+    bool: ("True or False", flag),
+    int: ("a whole number", whole()),
+    float: ("a number, and finite", number()),
+    str: ("a text that is not empty", text),
+    list[str]: ("a list of texts", list_of(text, least=1)),
+    type(None): ("null", none),
+}
+MOST_NAMES = 8
+
+
+def number_of_steps(name: str, value: Any) -> int:
+    """A check for `max_steps`: -1 leaves it to the epochs; 0 would do so too."""
+    return -1 if plain(value) == -1 else whole(1, cure="-1, or leaving it out, trains num_train_epochs.")(name, value)
+
+
+RANGES: dict[str, Check] = {
+    "learning_rate": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "warmup_steps": NOT_NEGATIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "adam_epsilon": POSITIVE,
+    "num_train_epochs": POSITIVE,
+    "max_steps": number_of_steps,
+    "logging_steps": POSITIVE,
+    "save_steps": POSITIVE,
+    "eval_steps": optional(POSITIVE),
+    "save_total_limit": optional(COUNT),
+    "gradient_accumulation_steps": COUNT,
+    "per_device_train_batch_size": COUNT,
+    "per_device_eval_batch_size": COUNT,
+    "max_length": optional(COUNT),
+    "seed": SEED,
+    "data_seed": optional(SEED),
+    "r": COUNT,
+    "lora_alpha": COUNT,
+    "lora_dropout": number(least=0, below=1, what="a number in [0, 1)"),
 }
 
 
@@ -66,6 +130,40 @@ def restore_names(section: dict[str, Any], config_class: type, where: str) -> No
             section[name] = found[0]
         elif all(kind is str or names_of(kind) for kind in kinds):
             raise wrong(f"{where}.{name}", value, " or ".join(map(repr, names)) or "a text", AS_TEXT)
+
+
+def check_types(section: dict[str, Any], config_class: type, where: str) -> None:
+    """
+    Checks fields of transformers, TRL and PEFT, whose configs take anything. Whole numbers become `int`.
+
+    Raises:
+        `ValueError`: for a value of another type than its field has, one out of its range, and a name that is not
+            among those of the field.
+    """
+    hints = get_type_hints(config_class)
+    for name, value in section.items():
+        if name in RANGES:
+            section[name] = RANGES[name](f"{where}.{name}", value)
+            continue
+        kinds = alternatives(hints[name]) if name in hints else []
+        named = [one for kind in kinds for one in names_of(kind) if isinstance(kind, type)]
+        if named and str in kinds:  # as in `IntervalStrategy | str`
+            if value not in named:
+                some = ", ".join(named[:MOST_NAMES]) + (", ..." if len(named) > MOST_NAMES else "")
+                raise wrong(f"{where}.{name}", value, f"one of {some}", did_you_mean(value, named))
+        elif kinds and all(isinstance(kind, str) for kind in kinds):  # a literal
+            section[name] = one_of(kinds)(f"{where}.{name}", value)
+        elif kinds and all(kind in TYPES for kind in kinds):
+            checks = [TYPES[kind] for kind in kinds]
+            section[name] = first_that_fits(checks, f"{where}.{name}", value)
+
+
+def first_that_fits(checks: Sequence[tuple[str, Check]], name: str, value: Any) -> Any:
+    """What the first check that lets the value through makes of it."""
+    for _, check in checks:
+        with contextlib.suppress(ValueError):
+            return check(name, value)
+    raise wrong(name, value, " or ".join(words for words, _ in checks))
 
 
 def alternatives(hint: Any) -> list[Any]:

@@ -114,9 +114,11 @@ def read_recipe(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     if recipe.get("output_dir") is None:
         raise ValueError(f"{path} must say `output_dir`: where each stage has its directory.")
     for name in NAMES:
-        if not isinstance(recipe.get(name, ""), str | None):
-            cure = f" {AS_TEXT}" if isinstance(recipe[name], bool) else ""
-            raise ValueError(f"{name} in {path} must be a text; got {recipe[name]!r}.{cure}")
+        value = recipe.get(name)
+        if value is not None and (not isinstance(value, str) or not value.strip()):
+            cure = f" {AS_TEXT}" if isinstance(value, bool) else ""
+            what = "a text that is not empty" if isinstance(value, str) else "a text"
+            raise ValueError(f"{name} in {path} must be {what}; got {value!r}.{cure}")
     fill_sections(recipe, path)
     recipe = {name: value if name in NAMES else as_number(value) for name, value in recipe.items()}
     check_names(recipe.get("data", {}), ("train", "validation", *STAGES), "data")

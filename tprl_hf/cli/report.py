@@ -5,8 +5,9 @@ import argparse
 import time
 from pathlib import Path
 
+from tprl_hf.whole_files import write
+
 from .arguments import check_writable, positive_int
-from .whole_files import write
 
 NAME = "report"
 HELP = "write a page about a training run or an evaluation"

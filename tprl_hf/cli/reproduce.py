@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tprl_hf.json_files import read_json
+from tprl_hf.whole_files import write
+
 from .paper_tables import Run, Table, minutes_left, of_the_paper, read_table, runs_of, table_names
 from .processes import say
-from .whole_files import write
 
 if TYPE_CHECKING:
     from .stop_signals import StopSignals
@@ -140,7 +142,11 @@ def training_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """By run, the seconds of each stage and the curve of its last one: accuracy on validation by step."""
     found = []
     for one in runs:
-        records = {stage: json.loads((path / "training.json").read_text()) for stage, path in one.directories.items()}
+        shape = {"seconds": float, "?log_history": [{}]}
+        records = {
+            stage: read_json(path / "training.json", shape, f"delete {path} to train it again.")
+            for stage, path in one.directories.items()
+        }
         history = records[one.stages[-1]].get("log_history", [])
         curve = [
             {key: entry[key] for key in entry if key in ("step", "llm_passes") or key.startswith("eval_accuracy")}

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tprl_hf.whole_files import write
+
 from .arguments import loading_words
-from .whole_files import write
 
 RUNS = "tprl_output/evaluate"
 # not the name of the data: a file may change under its name, or move

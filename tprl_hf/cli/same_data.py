@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tprl_hf.whole_files import write
+
 from .processes import is_first_process
-from .whole_files import write
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -12,6 +12,7 @@ from .arguments import (
     add_loading_arguments,
     add_model_argument,
     add_pruner_arguments,
+    port,
     positive_int,
 )
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default=LOOPBACK[0], help=f"address to listen at (default: {LOOPBACK[0]}, this machine only)"
     )
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    parser.add_argument("--port", type=port, default=8000, help="0 takes a free one (default: 8000)")
     add_budget_arguments(parser)
     add_pruner_arguments(parser)
     parser.add_argument(
@@ -121,7 +122,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError, TypeError) as error:  # the last two for names that cannot be one
         listener.close()
         raise ValueError(f"Cannot listen at {host}, port {port} ({error}): pass another --host or --port.") from error
     return listener

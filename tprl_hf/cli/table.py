@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from .whole_files import write
+from tprl_hf.whole_files import write
 
 NAME = "table"
 HELP = "join evaluations into one table: percent of the unpruned model, by task"

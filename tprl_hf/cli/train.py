@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tprl_hf.json_files import read_json
 from tprl_hf.pruners import PRUNERS
 from tprl_hf.training.stages import STAGES
+from tprl_hf.whole_files import write
 
 from . import tune_stage
 from .arguments import add_loading_arguments, loading_options
@@ -25,7 +27,6 @@ from .start_over import delete_stages, refuse_several_processes
 from .train_plan import expected_seconds
 from .training_device import training_arguments, training_device
 from .tune_stage import tune
-from .whole_files import write
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -172,7 +173,7 @@ def make_config(stage: str, recipe: dict[str, Any], **others: Any) -> Any:
 
     from transformers import TrainingArguments
 
-    from .recipe_checks import restore_names
+    from .recipe_checks import check_types, restore_names
 
     config_class, _ = STAGES[stage].classes()
     restore_names(recipe[stage], config_class, stage)
@@ -181,6 +182,9 @@ def make_config(stage: str, recipe: dict[str, Any], **others: Any) -> Any:
     names = [field.name for field in fields(config_class)]
     ours = [name for name in names if name not in {field.name for field in fields(TrainingArguments)}]
     check_names(settings, [*names, *not_of_config], stage, [*not_of_config, *ours])
+    others_own = {name: value for name, value in settings.items() if name not in ours}
+    check_types(others_own, TrainingArguments, stage)
+    settings |= others_own
     if "unpruned_answers_dir" in names:  # what one stage has generated, the next one reads
         settings = {"unpruned_answers_dir": answers_folder(recipe), **settings}
     try:
@@ -196,8 +200,8 @@ def answers_folder(recipe: dict[str, Any]) -> str:
 
 def reward_functions(stage: str, recipe: dict[str, Any]) -> list[Any]:
     """The functions that a stage's `reward_funcs` name."""
-    names = recipe[stage].get("reward_funcs") or []
-    if not STAGES[stage].takes_rewards:
+    names = recipe[stage].get("reward_funcs")
+    if not STAGES[stage].takes_rewards or names is None:
         return []
     from tprl_hf.training.rewards import check_rewards, load_reward
 
@@ -375,17 +379,17 @@ def check_policy(model: "TPRLForConditionalGeneration", recipe: dict[str, Any]) 
 def base_directory(recipe: dict[str, Any]) -> str:
     """The frozen LVLM as a directory or name; that of a TPRL checkpoint is taken out of it."""
     import tprl_hf
-    from tprl_hf.loading import model_type
+    from tprl_hf.loading import config_of
     from tprl_hf.missing_packages import load_processor
     from tprl_hf.modeling.saved_files import made_whole
 
     base = recipe.get("base_model") or tprl_hf.embedded_checkpoint()
-    if model_type(base) != tprl_hf.TPRLConfig.model_type:
+    if config_of(base).model_type != tprl_hf.TPRLConfig.model_type:
         return str(base)
     directory = Path(recipe["output_dir"]) / "base"
     named = recipe.get("base_model")  # none for the embedded one, which lies elsewhere on each machine
     if (directory / TAKEN_FROM).is_file():
-        before = json.loads((directory / TAKEN_FROM).read_text())
+        before = read_json(directory / TAKEN_FROM, (str, None), f"delete {directory}.")
         if before != named:
             raise ValueError(f"{directory} is part of {before}, but the recipe names {named}: delete {directory}.")
     if is_first_process() and not directory.exists():

@@ -28,19 +28,26 @@ def make_config(recipe: dict[str, Any], **others: Any) -> Any:
     from peft import LoraConfig
     from trl import SFTConfig
 
-    from .recipe_checks import restore_names
+    from tprl_hf.modeling.values import COUNT, KEPT_FRACTION, list_of, optional
+
+    from .recipe_checks import check_types, restore_names
 
     section = recipe["tune"]
+    lora = {} if section.get("lora") is None else section["lora"]
+    if not isinstance(lora, dict):
+        raise ValueError(f"tune.lora must be a section of peft.LoraConfig's settings, such as r: 16; got {lora!r}.")
     restore_names(section, SFTConfig, "tune")
-    restore_names(section.get("lora") or {}, LoraConfig, "tune.lora")
+    restore_names(lora, LoraConfig, "tune.lora")
     names = [field.name for field in fields(SFTConfig)]
     check_names(section, [*OWN, *names], "tune", [*OWN, "max_steps", "learning_rate", "per_device_train_batch_size"])
-    check_names(
-        section.get("lora") or {}, [field.name for field in fields(LoraConfig)], "tune.lora", ["r", "lora_alpha"]
-    )
-    ratios = section.get("keep_ratios")
-    if not isinstance(ratios, list) or not ratios or not all(0 < ratio <= 1 for ratio in ratios):
-        raise ValueError(f"tune.keep_ratios is a list of fractions that are KEPT, in (0, 1]; got {ratios!r}.")
+    check_names(lora, [field.name for field in fields(LoraConfig)], "tune.lora", ["r", "lora_alpha"])
+    check_types(section, SFTConfig, "tune")
+    check_types(lora, LoraConfig, "tune.lora")
+    if "keep_ratios" not in section:
+        raise ValueError("tune.keep_ratios must be a list of fractions that are KEPT, such as [1, 1/3]; got none.")
+    section["keep_ratios"] = list_of(KEPT_FRACTION, least=1)("tune.keep_ratios", section["keep_ratios"])
+    if "num_samples" in section:
+        section["num_samples"] = optional(COUNT)("tune.num_samples", section["num_samples"])
     settings = {name: value for name, value in section.items() if name not in OWN}
     if others.get("use_cpu") or not torch.accelerator.is_available():
         settings.setdefault("bf16", False)  # TRL's default is True

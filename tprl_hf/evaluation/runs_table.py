@@ -1,6 +1,5 @@
 """Several evaluations as one table: pruners and budgets against tasks, in percent of the unpruned model."""
 
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tprl_hf.intervals import Estimate
+from tprl_hf.json_files import COUNT, read_json
 from tprl_hf.pruners import PRUNERS
 from tprl_hf.pruners.by_name import split_settings
 from tprl_hf.pruners.llm_attention import LLMAttentionPruner
@@ -19,6 +19,7 @@ from .compare_pruners import Record, parse_lines
 
 # What `tprl evaluate` notes of its questions beside `answers.jsonl`.
 QUESTIONS = "questions.json"
+ASKED = {"data": str, "split": (str, None), "units": [str], "llm_layers": COUNT}
 NUM_RESAMPLES = 2000
 Name = tuple[str, str]  # of a row: pruner and budget
 
@@ -104,17 +105,26 @@ def read_run(folder: Path) -> Run:
             f"{folder} has no {QUESTIONS}: run its command once more with the same --output-dir, which keeps the "
             "answers."
         )
-    asked = json.loads((folder / QUESTIONS).read_text(encoding="utf-8"))
-    digest = json.loads((folder / "run.json").read_text(encoding="utf-8"))["questions"]
-    num_samples = len(asked["units"])
+    cure = f"run its command once more with --output-dir {folder}, which keeps the answers."
+    asked = read_json(folder / QUESTIONS, ASKED, cure)
+    cure = "whose answers these are is not known; run its command once more, and pass another --output-dir."
+    described = read_json(folder / "run.json", {"questions": str, "num_samples": COUNT}, cure)
+    num_samples = described["num_samples"]
+    if len(asked["units"]) != num_samples:
+        raise ValueError(
+            f"{folder / QUESTIONS} has {len(asked['units'])} units and not {num_samples}: leave {folder} out."
+        )
     found: dict[Name, dict[int | None, dict[int, Record]]] = {}
     for _, record in parse_lines(folder / "answers.jsonl")[0]:  # its command may still be running
         by_seed = found.setdefault((record.pruner, record.budget), {})
-        by_seed.setdefault(record.seed, {})[record.sample] = record
+        if record.sample < num_samples:
+            by_seed.setdefault(record.seed, {})[record.sample] = record
     missing = {name: sum(num_samples - len(one) for one in by_seed.values()) for name, by_seed in found.items()}
     whole = {name: by_seed for name, by_seed in found.items() if not missing[name]}
     if ("none", "1") not in whole:
-        raise ValueError(f"{folder} has no unpruned answers to all questions yet: let its command finish.")
+        raise ValueError(
+            f"{folder} has no unpruned answers to all questions yet: let its command finish, or run it again."
+        )
     records = {
         name: [one[n] for one in by_seed.values() for n in range(num_samples)] for name, by_seed in whole.items()
     }
@@ -122,7 +132,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder,
         data if asked["split"] in ("test", None) else f"{data} {asked['split']}",
-        digest,
+        described["questions"],
         asked["units"],
         asked["llm_layers"],
         {name: np.array([r.score for r in own]).reshape(-1, num_samples) for name, own in records.items()},

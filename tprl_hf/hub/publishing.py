@@ -12,6 +12,7 @@ from huggingface_hub.utils import get_session, hf_raise_for_status
 from transformers import AutoConfig, TrainingArguments
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from tprl_hf.json_files import read_json
 from tprl_hf.model_cards import dataset_card, eval_results_yaml, model_index, policy_card, without_paths
 from tprl_hf.modeling.checkpoint_checks import check_weight_files, refuse_other_base
 from tprl_hf.modeling.configuration_tprl import TPRLConfig
@@ -102,11 +103,14 @@ def files_to_publish(
     directory = Path(directory)
     if not (directory / CONFIG_NAME).is_file():
         raise OSError(f"{directory} holds no checkpoint: there is no {CONFIG_NAME}.")
-    written = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    cure = "save the checkpoint again."
+    written = read_json(directory / CONFIG_NAME, {"?model_type": str, "?base_config": {}}, cure)
     if written.get("model_type") != TPRLConfig.model_type:
         raise ValueError(
             f"{directory} holds a {written.get('model_type')!r}, no TPRL checkpoint; only these are pushed."
         )
+    if "base_config" not in written:
+        raise ValueError(f"{directory / CONFIG_NAME} is damaged (base_config is missing): {cure}")
     check_weight_files(str(directory), {})
     config = TPRLConfig.from_pretrained(directory)
     if base_model is not None:
@@ -279,8 +283,9 @@ def push_demonstrations(
     if not isinstance(dataset, Dataset):
         folder = Path(dataset)
         if (folder / "training.json").exists():
-            done = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-            settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+            again = f"delete {folder}, and make them again."
+            done = read_json(folder / "training.json", {"teacher": str}, again)
+            settings = read_json(folder / "settings.json", {"?base_model": (str, None), "?data": {}}, again)
             teacher, base_model = done["teacher"], base_model or settings.get("base_model")
             sections = training_data("demonstrations", settings)
             sections = sections if isinstance(sections, list) else [sections]

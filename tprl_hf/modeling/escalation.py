@@ -106,7 +106,10 @@ def refuse_with_escalation(
         )
     for name in _NOT_TAKEN_BACK:
         if call.get(name) is not None:
-            raise ValueError(f"`{name}` does not go with escalate: the first look of an unsure sample is thrown away.")
+            raise ValueError(
+                f"`{name}` does not go with escalate, because the first look of an unsure sample is thrown away: "
+                "leave one of them out."
+            )
     if setting("prompt_lookup_num_tokens", dict(call), *configs):
         raise ValueError("`prompt_lookup_num_tokens` does not go with escalate: leave one of them out.")
     for name in _OF_ONE_LOOK:

@@ -6,13 +6,46 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tprl_hf.json_files import COUNT, read_json
 from tprl_hf.style import PALETTE, colour_of, html_page
 
 from .charts import CHART_CSS, DASHES, Series, bar_cell, cell, line_chart, table
-from .runs import json_object
-from .shown import HATCH_SVG, SHOWN_CSS, ShownPictures, ShownSample
+from .shown import HATCH_SVG, SAMPLE_SHAPE, SHOWN_CSS, ShownPictures, ShownSample, fits
 
+AGAIN = "run the command of this evaluation again, which keeps the answers."
 RESULTS, BROKEN = "results.json", "broken.json"
+ESTIMATE = {"value": float, "low": float, "high": float}
+RESULTS_SHAPE = {
+    **dict.fromkeys(("command", "device", "data", "questions", "score", "weights"), str),
+    "versions": {...: str},
+    "split": (str, None),
+    "seed": (int, [int]),
+    "num_samples": COUNT,
+    "?notes": [str],
+    "rows": [
+        {
+            **dict.fromkeys(("pruner", "budget"), str),
+            **dict.fromkeys(("mean_kept", "mean_visual"), float),
+            "accuracy": ESTIMATE,
+            "difference": ESTIMATE,
+            "by_type": {...: {**ESTIMATE, "count": int}},
+            "?milliseconds": ({"median": float}, None),
+            "?counted": ({...: float}, None),
+        }
+    ],
+}
+BROKEN_SHAPE = {
+    "counts": [{"pruner": str, "budget": str, "by_type": {...: [int]}}],
+    "cases": [
+        {
+            **dict.fromkeys(("pruner", "budget", "unpruned", "answer"), str),
+            **dict.fromkeys(("sample", "num_kept", "num_visual"), int),
+            "?shown": str,
+            "?keep_mask": str,
+        }
+    ],
+    "samples": {...: SAMPLE_SHAPE},
+}
 CSS = """
 .cases { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 0 1.4rem; }
 .cases .shown { grid-template-columns: repeat(2, minmax(0, 11rem)); }
@@ -27,10 +60,24 @@ def is_evaluation(folder: Path) -> bool:
 
 def read_results(folder: Path) -> dict[str, Any]:
     """What `tprl evaluate` came to; raises `ValueError` if it is not finished."""
-    results = json_object(folder / RESULTS)
-    if not results:
+    if not (folder / RESULTS).exists():
         raise ValueError(f"{folder} has no {RESULTS} yet: let its command finish; it keeps the answers.")
-    return results
+    return read_json(folder / RESULTS, RESULTS_SHAPE, AGAIN)
+
+
+def read_broken(folder: Path) -> dict[str, Any]:
+    """Which questions pruning broke; empty where it was not noted."""
+    if not (folder / BROKEN).exists():
+        return {}
+    broken = read_json(folder / BROKEN, BROKEN_SHAPE, AGAIN)
+    triples = all(len(three) == 3 for row in broken["counts"] for three in row["by_type"].values())
+    shown = [case for case in broken["cases"] if "shown" in case]
+    there = all({case["shown"], str(case["sample"])} <= broken["samples"].keys() for case in shown)
+    if not (
+        triples and there and all("keep_mask" in case for case in shown) and all(map(fits, broken["samples"].values()))
+    ):
+        raise ValueError(f"{folder / BROKEN} is damaged (its parts do not fit each other): {AGAIN}")
+    return broken
 
 
 def evaluation_page(folder: Path) -> str:
@@ -42,7 +89,7 @@ def evaluation_page(folder: Path) -> str:
     """
     results = read_results(folder)
     rows = results["rows"]
-    broken, pictures = json_object(folder / BROKEN), ShownPictures()
+    broken, pictures = read_broken(folder), ShownPictures()
     title = f"{Path(results['data']).name}, {results['split']}"
     notes = results.get("notes") or [
         f"{results['num_samples']} questions, seed {results['seed']}. Accuracy: {results['score']}.",

@@ -7,8 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .shown import ShownSample
+from tprl_hf.json_files import Shape, misfit
 
+from .shown import SAMPLE_SHAPE, ShownSample, fits
+
+NUMBERS = ("accuracy", "logprob", "agreement", "kl", "reward", "explained_variance")
+ROW = {
+    **dict.fromkeys(("?step", "?llm_passes"), int),
+    "?time": float,
+    **dict.fromkeys([f"?eval_{name}" for name in NUMBERS], float),
+}
+LOG_ROW = {**ROW, "?start": {"time": float, "?step": int, "?max_steps": (int, None), "?settings": {}, "?versions": {}}}
+MASKS_ROW = {"step": int, "keep_ratios": [float], "masks": [[str]], "?kept_by_type": [{...: [float]}]}
+STATE = {"?global_step": int, "?max_steps": (int, None), "?log_history": [ROW]}
+DONE = {
+    "?stage": str,
+    "?seconds": float,
+    "?metrics": {...: float},
+    "?best_step": (int, None),
+    "?log_history": [ROW],
+}
 LOG, SHOWN, MASKS = "log.jsonl", "watched.json", "watched_masks.jsonl"
 NOT_FACTS = (
     "stage",
@@ -123,7 +141,7 @@ def read_training(folder: Path) -> TrainingRun:
 
 def begun(folder: Path) -> float:
     """When a stage was begun, as far as its files say: settings are written first, and renewed at each start."""
-    starts = [row["start"]["time"] for row in json_lines(folder / LOG) if "start" in row]
+    starts = [row["start"]["time"] for row in json_lines(folder / LOG, LOG_ROW) if "start" in row]
     if starts:
         return float(starts[0])
     first = next((name for name in ("data.json", "settings.json", "training.json") if (folder / name).exists()), None)
@@ -132,14 +150,14 @@ def begun(folder: Path) -> float:
 
 def read_stage(folder: Path) -> StageRun:
     """One stage; see [`read_training`]."""
-    done = json_object(folder / "training.json")
+    done = checked_object(folder / "training.json", DONE)
     name = done.get("stage", folder.resolve().name)
-    lines = json_lines(folder / LOG)
+    lines = json_lines(folder / LOG, LOG_ROW)
     starts, rows = [row["start"] for row in lines if "start" in row], [row for row in lines if "start" not in row]
     state = newest_state(folder)
     if not rows:
         rows = done.get("log_history") or state.get("log_history", [])
-    settings = json_object(folder / "settings.json")
+    settings = checked_object(folder / "settings.json", {})
     own = settings.get(name) if isinstance(settings.get(name), dict) else None
     if not settings and starts:
         own = starts[-1].get("settings", {})
@@ -147,6 +165,7 @@ def read_stage(folder: Path) -> StageRun:
     seconds = done.get("seconds")
     if starts:
         seconds = sum(last - first for first, last in sessions(lines))
+    samples = samples_in(folder / SHOWN)
     max_steps = starts[-1].get("max_steps") if starts else state.get("max_steps")
     return StageRun(
         name=name,
@@ -162,9 +181,9 @@ def read_stage(folder: Path) -> StageRun:
         max_steps=max_steps,
         seconds=seconds,
         num_bytes=disk_of(folder),
-        samples=[ShownSample.from_json(one) for one in json_object(folder / SHOWN).get("samples", [])],
+        samples=samples,
         # measured again at the end, they are of the weights that were best
-        masks=list({line["step"]: line for line in reversed(json_lines(folder / MASKS))}.values())[::-1],
+        masks=list({line["step"]: line for line in reversed(masks_in(folder / MASKS, samples))}.values())[::-1],
     )
 
 
@@ -182,6 +201,7 @@ def sessions(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
 def newest_state(folder: Path) -> dict[str, Any]:
     """What transformers noted in the newest checkpoint that can be read."""
     found = [json_object(path) for path in folder.glob("checkpoint-*/trainer_state.json")]
+    found = [state for state in found if misfit(state, STATE) is None]
     return max(found, key=lambda state: state.get("global_step", -1), default={})
 
 
@@ -198,26 +218,59 @@ def disk_of(folder: Path) -> dict[str, int]:
     return found
 
 
+def samples_in(path: Path) -> list[ShownSample]:
+    """The pictures that are watched; none where there is no such file. Raises `ValueError` for a damaged one."""
+    found = checked_object(path, {"?samples": [SAMPLE_SHAPE]}).get("samples", [])
+    if not all(map(fits, found)):
+        raise ValueError(f"{path} is damaged (its parts do not fit each other): delete it, or {path.parent}.")
+    return [ShownSample.from_json(one) for one in found]
+
+
+def masks_in(path: Path, samples: Sequence[ShownSample]) -> list[dict[str, Any]]:
+    """The lines of a file of keep masks that fit the pictures which are watched; others are not whole."""
+    counts = [sample.num_visual for sample in samples]
+    found = []
+    for line in json_lines(path, MASKS_ROW):
+        budgets = len(line["keep_ratios"])
+        boxes = [box for by_type in line.get("kept_by_type", []) for box in by_type.values()]
+        masks = [[len(bits) for bits in of_sample] for of_sample in line["masks"]]
+        if masks != [[count] * budgets for count in counts] or any(len(box) != 5 for box in boxes):
+            continue
+        if len(line.get("kept_by_type", [])) in (0, budgets) and budgets:
+            found.append(line)
+    return found
+
+
+def checked_object(path: Path, shape: Shape) -> dict[str, Any]:
+    """As [`json_object`], for a file whose shape is known. Raises `ValueError` for one that holds something else."""
+    found = json_object(path)
+    reason = misfit(found, shape) if found else None
+    if reason is not None:
+        raise ValueError(f"{path} is damaged ({reason}): delete it, or {path.parent} to run this stage again.")
+    return found
+
+
 def json_object(path: Path) -> dict[str, Any]:
     """What a JSON file holds; empty where there is none, or it is half written."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; a line that is not whole, as while it is written, is left out."""
-    if not path.exists():
+def json_lines(path: Path, shape: Shape = None) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; a line that is not whole, as while it is written, or of another shape is left
+    out."""
+    if not path.is_file():
         return []
     found = []
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict):
+        if isinstance(row, dict) and (shape is None or misfit(row, shape) is None):
             found.append(row)
     return found
 

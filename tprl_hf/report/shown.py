@@ -34,6 +34,28 @@ HATCH_SVG = (
     'patternUnits="userSpaceOnUse"><path d="M-2 10L10 -2M-2 2L2 -2M6 10L10 6"/></pattern></svg>'
 )
 
+MOST_CELLS = 1_000_000  # of a grid; a file that names more is damaged
+SAMPLE_SHAPE = {
+    **dict.fromkeys(("question", "question_type"), str),
+    "reference": (str, None),
+    "num_visual": int,
+    "grids": [
+        {"picture": str, "height": int, "width": int, "tokens": [int], "rows": [int], "columns": [int]},
+    ],
+}
+
+
+def fits(sample: Mapping[str, Any]) -> bool:
+    """Whether each token of each grid of a sample in a file has its place."""
+    grids = sample["grids"]
+    for grid in grids:
+        if not len(grid["tokens"]) == len(grid["rows"]) == len(grid["columns"]):
+            return False
+        bounds = (("tokens", sample["num_visual"]), ("rows", grid["height"]), ("columns", grid["width"]))
+        if not all(0 <= number < bound for name, bound in bounds for number in grid[name]):
+            return False
+    return all(0 < grid["height"] * grid["width"] <= MOST_CELLS and grid["width"] > 0 for grid in grids)
+
 
 @dataclass(frozen=True)
 class ShownGrid:

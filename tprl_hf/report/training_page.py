@@ -168,7 +168,9 @@ def chart_of(
         for run, stage in stages.items():
             points: dict[float, float] = {}
             for row in stage.history:
-                if metric in row and x_name in row:  # measured again at the end, it is of the weights that were best
+                if x_name in row and isinstance(
+                    row.get(metric), int | float
+                ):  # measured again at the end, it is of the weights that were best
                     points.setdefault(row[x_name], row[metric])
             label, dash = readable(metric, metrics), DASHES[names.index(run)]
             name = f"{label}, {run}" if len(names) > 1 else label
@@ -205,6 +207,8 @@ def kept_by_type(stages: Mapping[str, StageRun], names: Sequence[str]) -> list[s
             continue
         last = stage.masks[-1]
         for ratio, by_type in zip(last["keep_ratios"], last["kept_by_type"], strict=True):
+            if not by_type:  # nothing was kept
+                continue
             title = f"Tokens kept by question type, {ratio:.3g} on average"
             title += f", {run}" if len(names) > 1 else ""
             high = max(box[-1] for box in by_type.values())

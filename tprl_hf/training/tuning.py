@@ -1,6 +1,5 @@
 """The LLM learns from pruned prompts (Table 5 of the TPRL paper): TRL's SFTTrainer, a LoRA of PEFT, mixed budgets."""
 
-import contextlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,15 +7,24 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.peft_adapter import FOLDER, has_adapter, refuse_unless_one_lora, save_adapter
+from tprl_hf.modeling.values import KEPT_FRACTION, list_of, whole
 
 from .answer_batches import SampleEncoder, reference_answer, undecoded
 from .trainer_arguments import has_answers, needs_answers, take_one_device
 from .unpruned_answers import COLUMN, UnprunedAnswers
-from .whole_checkpoints import AfterSaving, NothingLeft, StopBeforeAnotherStep, mark_whole
+from .whole_checkpoints import (
+    MANIFEST,
+    AfterSaving,
+    NothingLeft,
+    StopBeforeAnotherStep,
+    could_not_be_written,
+    mark_whole,
+)
 
 # Of the LLM alone: vision tower, projector and policy stay as they are.
 LLM_LAYERS = r"lvlm\..*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -45,14 +53,14 @@ class MixedBudgets(TrainerCallback):
     """
 
     def __init__(self, model: TPRLForConditionalGeneration, keep_ratios: Sequence[float], seed: int = 0):
-        if not keep_ratios or not all(0 < ratio <= 1 for ratio in keep_ratios):
-            raise ValueError(f"keep_ratios are fractions that are KEPT, in (0, 1]; got {list(keep_ratios)}.")
+        keep_ratios = list_of(KEPT_FRACTION, least=1)("keep_ratios", keep_ratios)
+        seed = whole()("seed", seed)
         if model.pruner.budget is not None:
             raise ValueError(
                 f"{type(model.pruner).__name__} has a budget of its own, {model.pruner.budget}, which goes before "
                 "keep_ratios: set the pruner without one."
             )
-        self.config, self.keep_ratios, self.seed = model.config, list(keep_ratios), seed
+        self.config, self.keep_ratios, self.seed = model.config, keep_ratios, seed
         self.own = {name: getattr(model.config, name) for name in BUDGETS}
 
     def ratio_of(self, step: int) -> float:
@@ -132,6 +140,10 @@ def tune_lvlm(
 
     Returns:
         `list[dict]`: what was logged.
+
+    Raises:
+        `ValueError`: for a LoRA beside one that the model has, and a model that cannot be tuned.
+        `OSError`: when a checkpoint could not be written; those before it are as they were.
     """
     from peft import LoraConfig
     from trl import SFTTrainer
@@ -160,8 +172,15 @@ def tune_lvlm(
     for make in callbacks:
         trainer.add_callback(make(trainer))
     trainer.add_callback(StopBeforeAnotherStep())
-    with contextlib.suppress(NothingLeft):  # then all is restored
+    try:
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    except NothingLeft:  # all is restored
+        pass
+    except (OSError, RuntimeError, SafetensorError) as error:
+        being_written = Path(args.output_dir, f"checkpoint-{trainer.state.global_step}")
+        if not being_written.exists() or (being_written / MANIFEST).exists():
+            raise
+        raise could_not_be_written(being_written, error) from error
     with tempfile.TemporaryDirectory() as scratch:
         trainer.model.save_pretrained(scratch)
         trainer.model.unload()

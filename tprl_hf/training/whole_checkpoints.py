@@ -134,6 +134,14 @@ def make_room(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint)
 
 
+def could_not_be_written(checkpoint: Path, error: Exception) -> OSError:
+    """The error for a checkpoint that is half written, after it was deleted."""
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    return OSError(
+        f"{checkpoint} could not be written ({error}). Checkpoints before it are as they were: make room, and resume."
+    )
+
+
 def remove_old(newest: Path, limit: int | None, best: str | None) -> None:
     """
     Deletes what a whole checkpoint makes unnecessary.

@@ -1,16 +1,23 @@
 """Results of lmms-eval as entries of a model card."""
 
-import json
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
 
+from tprl_hf.json_files import misfit, read_json
 from tprl_hf.model_cards.policy_card import without_paths
 
 # of lmms-eval's `throughput`, what [`~tprl_hf.evaluation.lmms_eval.model.TPRL`] puts there
 MEASURED = ("avg_visual_tokens_kept", "avg_visual_tokens", "avg_vision_ms", "avg_prefill_ms")
+WRITTEN = {
+    "results": {...: {}},
+    "configs": {...: {"dataset_path": str}},
+    "config": {"model_args": object},
+    "n-samples": {...: {"effective": int}},
+    "?throughput": {},
+}
 
 
 def lmms_eval_results(path: str | Path) -> list[EvalResult]:
@@ -30,10 +37,14 @@ def lmms_eval_results(path: str | Path) -> list[EvalResult]:
     Raises:
         `ValueError`: If the file is not of lmms-eval.
     """
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    cure = "pass the results file that lmms-eval wrote in its --output_path."
+    found = read_json(Path(path), {}, cure)
     missing = [name for name in ("results", "configs", "config", "n-samples") if name not in found]
     if missing:
         raise ValueError(f"{path} is not a results file of lmms-eval: it lacks {', '.join(missing)}.")
+    reason = misfit(found, WRITTEN)
+    if reason is not None:
+        raise ValueError(f"{path} is damaged ({reason}): {cure}")
     throughput = found.get("throughput", {})
     shared = {
         "model_args": without_paths(found["config"]["model_args"]),

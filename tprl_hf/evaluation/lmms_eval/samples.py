@@ -37,9 +37,10 @@ def lmms_eval_samples(
         from loguru import logger
     except ImportError:
         raise ValueError(
-            f"{task_name!r} is neither mosaic, easy-vqa nor a file that ends in .jsonl. Tasks of lmms-eval need it in "
-            "an environment of its own: pip install 'tprl_hf[lmms,eval]'; pip uninstall torchvision. There, the same "
-            f"command works, and so does lmms-eval --model tprl --model_args keep_ratio=1/3 --tasks {task_name}."
+            f"{task_name!r} is neither mosaic, easy-vqa, photo nor a file that ends in .jsonl. Tasks of lmms-eval "
+            "need it in an environment of its own: pip install 'tprl_hf[lmms,eval]'; pip uninstall torchvision. "
+            "There, the same command works, and so does lmms-eval --model tprl --model_args keep_ratio=1/3 --tasks "
+            f"{task_name}."
         ) from None
 
     logger.disable("lmms_eval")  # a line for each file in its folders that is not a task
@@ -47,8 +48,8 @@ def lmms_eval_samples(
     if task_name not in manager.all_subtasks:
         known = "is a group of tasks" if task_name in manager.all_tasks else "is not a task of lmms-eval"
         raise ValueError(
-            f"{task_name!r} {known}, nor is it mosaic, easy-vqa or a .jsonl file. `lmms-eval tasks subtasks` lists "
-            "the tasks."
+            f"{task_name!r} {known}, nor is it mosaic, easy-vqa, photo or a .jsonl file. `lmms-eval tasks subtasks` "
+            "lists the tasks."
         )
     task = get_task_dict([task_name], manager)[task_name]
     if task.OUTPUT_TYPE != "generate_until":
