@@ -1,0 +1,61 @@
+"""docs/photo.md says what was measured: its tables against docs/results/photo_llava."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+BUDGETS = ["1/3", "1/9", "1/18", "1/36"]
+
+
+@pytest.fixture(scope="module")
+def page():
+    return " ".join((DOCS / "photo.md").read_text(encoding="utf-8").split())
+
+
+def result(name):
+    return json.loads((DOCS / "results" / "photo_llava" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("file", "pruner", "title"),
+    [
+        ("h200_rules", "oracle", "oracle"),
+        ("h200_imitation", "learned", "learned, 12,000 demonstrations, three seeds"),
+        ("h200_rules", "learned", "learned, 1,200 demonstrations, shipped"),
+        ("h200_rules", "vispruner", "VisPruner"),
+        ("h200_rules", "divprune", "DivPrune"),
+        ("h200_rules", "uniform", "uniform"),
+        ("h200_rules", "random", "random"),
+    ],
+)
+def test_rows_on_the_test_questions(page, file, pruner, title):
+    found = {row["budget"]: row["percent"]["photo"] for row in result(file)["rows"] if row["pruner"] == pruner}
+    cells = [found[budget] for budget in BUDGETS]
+    assert all(cell["count"] == 4480 * (3 if file == "h200_imitation" else 1) for cell in cells)
+    written = [f"{cell['value']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]" for cell in cells]
+    assert f"| {title} | {' | '.join(written)} |" in page
+
+
+@pytest.mark.parametrize(
+    ("part", "step", "title"),
+    [
+        ("input norm, gradient", 600, "1,200 gradient demonstrations, step 600"),
+        ("input norm, boxes", 800, "6,000 demonstrations of boxes, step 800"),
+        ("input norm, boxes", 2400, "the same, step 2,400"),
+    ],
+)
+def test_rows_with_the_input_norm(page, part, step, title):
+    found = next(one for one in result("question")[part]["lfd"] if one["step"] == step)
+    names = [f"@{share}" for share in ("0.333", "0.111", "0.056", "0.028")]
+    written = [f"{found['accuracy' + name]:.1f} ({found['question_effect' + name]:.0f})" for name in names]
+    assert f"| {title} | {' | '.join(written)} |" in page
+
+
+def test_imitation_stops_early_whatever_the_seed_and_the_network():
+    found = result("question")["imitation on an H200"]
+    for run in [*found["seeds"].values(), found["a larger network"]]:
+        losses = run["lfd, loss"]
+        early, late = ([losses[str(step)] for step in steps] for steps in ((250, 300, 350), (1100, 1150, 1200)))
+        assert sum(late) / sum(early) > 0.9
