@@ -112,7 +112,8 @@ RESULTS = {
     "device": "cpu, float32, 1 threads",
     "versions": {"torch": "2.13.0"},
     "data": "easy|<script>alert(1)</script>\nlicense: mit",
-    **{"split": "test", "seed": 7, "num_samples": 8, "metric": "exact", "weights": "0123456789abcdef"},
+    **{"split": "test", "seed": 7, "num_samples": 8, "score": "exact", "weights": "0123456789abcdef"},
+    "questions": "fedcba9876543210",
     "rows": [row("none", "1", 16.0, 0.5), row("random", "1/2", 8.0, 0.25), row("learned", "1/2", 8.0, 0.4375)],
 }
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tprl_hf.whole_files import write
 
 from .arguments import (
+    MAX_SEED,
     add_loading_arguments,
     add_model_argument,
     check_writable,
@@ -118,8 +119,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def seeds(text: str) -> list[int]:
     """Whole numbers, each of them once."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different whole numbers, such as 7 or 7,8,9")
+    are_seeds = all(part.isascii() and part.isdigit() and int(part) <= MAX_SEED for part in parts)
+    if not are_seeds or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of different whole numbers up to {MAX_SEED}, such as 7 or 7,8,9"
+        )
     return [int(part) for part in parts]
 
 
