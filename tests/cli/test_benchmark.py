@@ -27,7 +27,7 @@ PARTS = [
 
 
 @pytest.fixture
-def benchmark(capsys, base_checkpoint):
+def run_benchmark(capsys, base_checkpoint):
     """Runs `tprl benchmark` on the tiny model and returns exit code, stdout and stderr."""
 
     def run(*words: str):
@@ -37,8 +37,8 @@ def benchmark(capsys, base_checkpoint):
     return run
 
 
-def test_every_part_is_timed_and_the_floor_stands_beside(benchmark):
-    code, out, _ = benchmark("--batch-size", "2")
+def test_every_part_is_timed_and_the_floor_stands_beside(run_benchmark):
+    code, out, _ = run_benchmark("--batch-size", "2")
     assert code == 0
     rows = table_under(out, "part")
     assert [row[0] for row in rows[1:]] == PARTS and all(float(row[1]) > 0 for row in rows[1:])
@@ -47,8 +47,8 @@ def test_every_part_is_timed_and_the_floor_stands_beside(benchmark):
     assert rows[0][-1] == "peak MB" and all(float(row[-1]) >= 0 for row in rows[1:])
 
 
-def test_json_and_another_pruner(benchmark):
-    code, out, _ = benchmark("--json", "--pruner", "divprune")
+def test_json_and_another_pruner(run_benchmark):
+    code, out, _ = run_benchmark("--json", "--pruner", "divprune")
     found = json.loads(out)
     assert code == 0 and found["pruner"] == "divprune" and list(found["milliseconds"]) == PARTS
     peaks = found["peak_bytes"]
@@ -58,23 +58,23 @@ def test_json_and_another_pruner(benchmark):
     assert found["versions"].keys() == {"tprl_hf", "torch", "transformers"} and "load" not in found
 
 
-def test_requests_per_second_against_batch_size(benchmark):
-    code, out, _ = benchmark("--load", "1,3", "--json")
+def test_requests_per_second_against_batch_size(run_benchmark):
+    code, out, _ = run_benchmark("--load", "1,3", "--json")
     assert code == 0
     load = json.loads(out)["load"]
     assert [one["batch"] for one in load] == [1, 3]
     assert all(one[name]["low"] <= one[name]["median"] for one in load for name in ("unpruned", "pruned", "speed_up"))
-    code, out, _ = benchmark("--load", "2")
+    code, out, _ = run_benchmark("--load", "2")
     rows = table_under(out, "batch")
     assert rows[1][0] == "2" and float(rows[1][1]) > 0 and "--load 2" in out
 
 
-def test_what_each_pruner_costs(benchmark):
-    code, out, _ = benchmark("--pruners", "all", "--json")
+def test_what_each_pruner_costs(run_benchmark):
+    code, out, _ = run_benchmark("--pruners", "all", "--json")
     found = json.loads(out)
     assert code == 0 and [row["pruner"] for row in found["pruners"]] == [*PRUNERS, "learned"] and not found["refused"]
     assert all(row["choose_ms"]["median"] > 0 and row["tower_ms"]["median"] > 0 for row in found["pruners"])
-    code, out, _ = benchmark("--pruners", "divprune,fastv")
+    code, out, _ = run_benchmark("--pruners", "divprune,fastv")
     assert code == 0 and [row[0] for row in table_under(out, "pruner")[1:]] == ["divprune", "fastv"]
     assert "Command: tprl benchmark" in out and "--pruners divprune,fastv" in out
 
