@@ -163,7 +163,7 @@ def test_a_command_that_fails_ends_the_table(tmp_path, capsys):
 def test_a_signal_ends_the_command_and_says_what_resumes(tmp_path, monkeypatch, capsys):
     """The same answer as of `tprl train`: what is saved, and 128 + the signal."""
 
-    def stopped(table, runs, folder, signals, command):
+    def stopped(table, runs, folder, signals, command, settings):
         os.kill(os.getpid(), signal.SIGTERM)  # outside of a training step
 
     monkeypatch.setattr(reproduce, "reproduce", stopped)
