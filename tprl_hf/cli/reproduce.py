@@ -271,7 +271,7 @@ def as_table(table: Table, result: dict[str, Any]) -> str:
     text += (
         f", mean of {seeds} training seeds; sd: standard deviation over them." if seeds > 1 else ", one training seed."
     )
-    parts = [as_markdown(rows), text]
+    parts = [as_markdown(rows).rstrip(), text]
     if table.against is not None:
         other = next(slug for slug, label in labels.items() if label == table.against)
         compared = {
@@ -279,7 +279,7 @@ def as_table(table: Table, result: dict[str, Any]) -> str:
             for slug, label in labels.items()
             if slug != other
         }
-        parts += [as_markdown([head, *([label, *cells] for label, cells in compared.items())])]
+        parts += [as_markdown([head, *([label, *cells] for label, cells in compared.items())]).rstrip()]
         parts += [f"The same in points compared with the row *{table.against}*."]
     changed = ", ".join(f"{name} {json.dumps(value)}" for name, value in result["settings"].items())
     trained = f"Trained by recipes/{result['recipe']}.yaml" + (f", with {changed} in all rows." if changed else ".")
