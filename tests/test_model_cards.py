@@ -40,9 +40,12 @@ def test_card_of_photo_llava_is_made_of_its_results():
     results = ROOT / "docs/results/photo_llava"
     values = {
         name: json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("test", "training", "policy", "policy_training")
+        for name in ("test", "training", "policy", "policy_training", "rules")
     }
     card = render_card("photo_llava", **values)
+    assert values["policy"]["questions"] == values["rules"]["questions"]
+    unpruned = [next(row for row in values[name]["rows"] if row["pruner"] == "none") for name in ("policy", "rules")]
+    assert unpruned[0]["accuracy"] == unpruned[1]["accuracy"]
     assert (TRAINED.parent / "README.md").read_text(encoding="utf-8") == card
     assert (ROOT / "model_cards/photo-llava.md").read_text(encoding="utf-8") == card
     assert values["test"]["num_samples"] >= 2000 and values["test"]["split"] == "test"
