@@ -1,9 +1,9 @@
 """Batches for training Photo-LLaVA: many questions about a picture packed in one sequence.
 
 A sequence is `<|im_start|> [K visual tokens]` followed by segments `question <|im_end|> answer <|im_end|>`. Each
-segment sees the picture and itself, and counts its positions from the end of all visual tokens, so it learns just what
-it would learn alone. With fewer visual tokens, the patches of things and some others are there, at their own positions.
-A smaller picture has fewer patches: N is 256 at full size.
+segment sees the picture and itself, and counts its positions from the end of all visual tokens, so it learns just
+what it would learn alone. With fewer visual tokens, the patches of things and some others are there, at their own
+positions. N is 256 at full size; a smaller picture has fewer patches.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class PhotoBatch:
 
 
 def label_scene(scene: PhotoScene, questions: list[PhotoQuestion], side: int = PATCHES_PER_SIDE) -> LabelledScene:
-    """Say what each patch of a scene shows, its picture shrunk to `side` by `side` patches as the processor does it."""
+    """Say what each patch of a scene shows, its picture shrunk to `side` by `side` patches as the processor would."""
     pixels, instances = scene.pixels, scene.instances
     if side < PATCHES_PER_SIDE:
         size = (side * PATCH_SIZE, side * PATCH_SIZE)

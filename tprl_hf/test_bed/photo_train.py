@@ -89,7 +89,7 @@ class PhotoLVLMConfig:
         save_minutes (`float`), log_steps (`int`): Minutes between saved states, and steps between log lines.
         start_from (`str`): A file of trained weights to continue from, in place of the projector's training alone.
         smallest_side (`int`): Patches a side of the smallest pictures in training, 16 at full size, which a third of
-            the batches has. The others have one of the sizes between, all as often.
+            the batches has. The others have one of the sizes between, the smaller more often.
     """
 
     output_dir: str
