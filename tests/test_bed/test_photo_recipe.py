@@ -456,7 +456,9 @@ def test_policy_finds_the_base_that_was_built(untrained, model, processor, tmp_p
     weights, policy = tmp_path / "trained.safetensors", tmp_path / "policy"
     photo_model.save_trained(model, weights)
     built = photo_checkpoint(print, weights)
-    assert main_of_checkpoint(["--trained", str(weights)]) == 0 and capsys.readouterr().out.splitlines()[-1] == str(built)
+    assert main_of_checkpoint(["--trained", str(weights)]) == 0 and capsys.readouterr().out.splitlines()[-1] == str(
+        built
+    )
     assert photo_policy_checkpoint(print, weights, policy) == built, "without a policy the plain LLaVA"
     saved = TPRLForConditionalGeneration.from_base_model(built, policy_training={"stage": "lfd"}, keep_ratio=1 / 9)
     saved.save_pretrained(policy)
