@@ -95,7 +95,7 @@ def test_from_nothing_to_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
         drawn = None if table.trajectories is None else {**table.trajectories, "num_samples": 2}
         return replace(
             table, rows=rows, short=SMALL, test={"seeds": [7], "num_samples": 12}, keep_ratios=["1/9"],
-            trajectories=drawn,
+            trajectories=drawn, against="LfD" if name == "table7" else None,
         )  # fmt: skip
 
     monkeypatch.setattr(reproduce, "read_table", small)
@@ -121,6 +121,10 @@ def test_from_nothing_to_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
     for row in ("T = 5", "LfD", "rule: vispruner", "rule: random"):
         assert re.search(rf"^\| {row} \| [+-]\d+\.\d\d \[", text, re.MULTILINE), row
     assert "12 test questions (seeds 7), one training seed." in text
+    (less,) = [row["less row1"] for row in result["measured"]["rows"] if row["way"] == "row0"]
+    assert f"\n| T = 5 | {100 * less['value']:+.2f} [" in text.partition("one training seed.")[2]
+    assert "compared with the row *LfD*" in text and "Trained by recipes/mosaic_llava_paper.yaml, with" in text
+    assert result["settings"] == SMALL and all(name in text for name in SMALL)
     assert (tmp_path / "out" / "table7.png").stat().st_size > 5000
     assert (tmp_path / "out" / "fig4.png").stat().st_size > 5000
 
@@ -135,7 +139,7 @@ def test_from_nothing_to_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
 def test_a_table_of_commands_holds_what_they_print_and_is_not_made_twice(tmp_path):
     table = replace(read_table("table4"), commands=["flops llava-1.5-7b --num-keep 192"])
     with StopSignals() as signals:
-        reproduce.reproduce(table, [], tmp_path, signals, "tprl reproduce table4")
+        reproduce.reproduce(table, [], tmp_path, signals, "tprl reproduce table4", {})
     page = (tmp_path / "table4.md").read_text()
     assert page.startswith("# Table 4: KV cache") and "`tprl flops llava-1.5-7b --num-keep 192`\n\n```\n" in page
     assert "prefill G" in page.split("```")[-2] and "Command: tprl flops llava-1.5-7b --num-keep 192" in page
@@ -159,7 +163,7 @@ def test_a_command_that_fails_ends_the_table(tmp_path, capsys):
 def test_a_signal_ends_the_command_and_says_what_resumes(tmp_path, monkeypatch, capsys):
     """The same answer as of `tprl train`: what is saved, and 128 + the signal."""
 
-    def stopped(table, runs, folder, signals, command):
+    def stopped(table, runs, folder, signals, command, settings):
         os.kill(os.getpid(), signal.SIGTERM)  # outside of a training step
 
     monkeypatch.setattr(reproduce, "reproduce", stopped)

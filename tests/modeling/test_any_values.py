@@ -76,6 +76,7 @@ FIELDS = {
     "policy_steps": or_none(is_count),
     "policy_budget": is_flag,
     "policy_input_norm": is_flag,
+    "policy_similarity": is_flag,
     "num_steps": lambda value: is_count(value, 1, 1000),
 }
 BUDGETS = ("keep_ratio", "num_keep", "threshold")
@@ -97,7 +98,10 @@ WANTED: dict[str, Any] = {
     "policy_num_heads": st.sampled_from([1, 2, 4, 3]),
     **dict.fromkeys(("policy_dim", "policy_num_layers", "policy_steps", "num_steps"), st.integers(1, 9)),
     **dict.fromkeys(
-        ("includes_base_model", "query_agnostic", "policy_positions", "policy_budget", "policy_input_norm"),
+        (
+            *("includes_base_model", "query_agnostic", "policy_positions", "policy_budget", "policy_input_norm"),
+            "policy_similarity",
+        ),
         st.booleans(),
     ),
 }

@@ -11,6 +11,7 @@ from tprl_hf.training.rollouts import (
     Budgets,
     collect_rollouts,
     logits_at_budget,
+    read_similarity,
     replayed_logprobs,
     take_inputs,
 )
@@ -43,7 +44,12 @@ def test_a_batch_of_a_family(family):
     torch.manual_seed(0)
     base = build(family)
     model = TPRLForConditionalGeneration.from_base_model(
-        base, latent_dim=16, policy_training={"stage": "lfd"}, policy_num_heads=4, policy_dim=16
+        base,
+        latent_dim=16,
+        policy_training={"stage": "lfd"},
+        policy_num_heads=4,
+        policy_dim=16,
+        policy_similarity=True,
     )
     model.requires_grad_(False)
     samples = [sample(family, num_images=1, seed=0), sample(family, num_images=2, seed=1, text=3)]
@@ -60,11 +66,14 @@ def test_a_batch_of_a_family(family):
         torch.Generator().manual_seed(0),
         Budgets(torch.tensor([0.5, 0.3])),
     )
-    inputs, keep_masks = take_inputs(batch.inputs, rollouts.sample_index), rollouts.keep_masks
+    inputs = take_inputs(read_similarity(model.policy, batch.inputs), rollouts.sample_index)
+    keep_masks = rollouts.keep_masks
     codes = model.autoencoder.encode(batch.inputs.tokens)[rollouts.sample_index]
     positions = inputs.layout.positions()
+    question = inputs.query, inputs.query_valid
     logits = [
-        model.policy(codes, keep_masks[t], inputs.query, inputs.query_valid, t, positions).logits for t in range(2)
+        model.policy(codes, keep_masks[t], *question, t, positions, None, inputs.known_similarity).logits
+        for t in range(2)
     ]
     replayed = replayed_logprobs(rollouts, logits_at_budget(rollouts, torch.stack(logits), 1.0), 1.0)
     torch.testing.assert_close(replayed, rollouts.logprobs, atol=1e-5, rtol=1e-5)

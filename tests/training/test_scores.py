@@ -148,7 +148,9 @@ def test_features_join(make_model, processor, dataset):
 
 
 def test_the_policy_sees_in_training_what_it_sees_at_inference(make_model, processor, dataset):
-    model = make_model(policy_positions=True, policy_budget=True, policy_training={"stage": "lfd"})
+    model = make_model(
+        policy_positions=True, policy_budget=True, policy_similarity=True, policy_training={"stage": "lfd"}
+    )
     encoder = SampleEncoder(model, processor)
     batch = encoder(rows_of(dataset)[:3])
     keep, _ = model.pruner.choose(batch.inputs, Budget(keep_ratio=0.25))
@@ -158,7 +160,7 @@ def test_the_policy_sees_in_training_what_it_sees_at_inference(make_model, proce
 
 
 def test_the_policy_says_the_same_of_kept_tokens_when_it_sees_only_these(make_model, processor, dataset):
-    model = make_model(policy_positions=True, policy_steps=2, policy_budget=True)
+    model = make_model(policy_positions=True, policy_steps=2, policy_budget=True, policy_similarity=True)
     inputs = SampleEncoder(model, processor)(rows_of(dataset)[:3]).inputs
     inputs = replace(inputs, keep_ratio=torch.tensor([0.1, 0.5, 0.3]))
     codes = model.autoencoder.encode(inputs.tokens)
@@ -166,8 +168,9 @@ def test_the_policy_says_the_same_of_kept_tokens_when_it_sees_only_these(make_mo
     keep[2, 9] = True
     few = policy_on_kept(model.policy, codes, keep, inputs, step=1)
     every = model.policy(
-        codes, keep, inputs.query, inputs.query_valid, 1, inputs.layout.positions(), inputs.keep_ratio
-    )
+        codes, keep, inputs.query, inputs.query_valid, 1, inputs.layout.positions(), inputs.keep_ratio,
+        inputs.similarity(),
+    )  # fmt: skip
     torch.testing.assert_close(few.logits, every.logits.masked_fill(~keep, 0.0), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(few.values, every.values, atol=1e-5, rtol=1e-5)
     nothing = policy_on_kept(model.policy, codes, torch.zeros_like(keep), inputs, step=1)

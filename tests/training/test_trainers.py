@@ -83,16 +83,16 @@ def stage(name, make_model, processor, dataset, output_dir, **settings):
         return LfDTrainer(make_model(), config, **data)
     if name == "grpo":
         config = TPRLGRPOConfig(output_dir, **{**GRPO, **settings})
-        return TPRLGRPOTrainer(make_model(policy_budget=True), config, **data)
+        return TPRLGRPOTrainer(make_model(policy_budget=True, policy_similarity=True), config, **data)
     if name == "mapo":
         config = TPRLMAPOConfig(output_dir, **{**GRPO, "shared_budget": 0.0, **settings})
         return TPRLMAPOTrainer(make_model(policy_budget=True), config, **data)
     if name == "counterfactual":
         config = CounterfactualConfig(output_dir, **{**COUNTERFACTUAL, **settings})
-        return CounterfactualTrainer(make_model(policy_budget=True), config, **data)
+        return CounterfactualTrainer(make_model(policy_budget=True, policy_similarity=True), config, **data)
     if name == "noise_gate":
         config = NoiseGateConfig(output_dir, **{**ROLLOUTS, "rollout_keep_ratios": [0.5, 0.25], **settings})
-        return NoiseGateTrainer(make_model(policy_budget=True), config, **data)
+        return NoiseGateTrainer(make_model(policy_budget=True, policy_similarity=True), config, **data)
     config = TPRLPPOConfig(output_dir, **{**PPO, "score": "logprob", **settings})
     return TPRLPPOTrainer(make_model(), config, **data)
 

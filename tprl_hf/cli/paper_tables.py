@@ -33,6 +33,7 @@ class Table:
         recipe, stage (`str`, *optional*): how its policies are trained, and the stage whose model is measured.
         seeds (`list[int]`): each row is trained under each.
         rows (`dict`): by label, what differs from the recipe: `SECTION.SETTING: value`, or `stage`.
+        against (`str`, *optional*): the row with which the others are compared, besides the unpruned model.
         common, short (`dict`): settings of all rows; and those of the short version, which two cores can train.
         keep_ratios (`list[str]`): budgets of the measurement.
         test (`dict`): `seeds` of the test questions, and `num_samples` of each.
@@ -49,6 +50,7 @@ class Table:
     stage: str | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    against: str | None = None
     common: dict[str, Any] = field(default_factory=dict)
     short: dict[str, Any] = field(default_factory=dict)
     keep_ratios: list[str] = field(default_factory=lambda: ["1/3", "2/9", "1/9", "1/18"])
@@ -123,7 +125,15 @@ def read_table(name: str) -> Table:
         raise ValueError(f"There is no table {name!r}; there are {', '.join(table_names())}; all and more.")
     content = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     check_names(content, [each for each in Table.__dataclass_fields__ if each != "name"], f"{name}.yaml")
-    return Table(name=name, **content)
+    table = Table(name=name, **content)
+    if table.against is not None and table.against not in (*table.checkpoints, *table.rows):
+        raise ValueError(f"{name}.yaml: against: {table.against!r} is not one of its rows.")
+    return table
+
+
+def settings_of_all(table: Table, full: bool) -> dict[str, Any]:
+    """What all rows change in the recipe."""
+    return {**table.common, **({} if full else table.short)}
 
 
 def runs_of(table: Table, folder: Path, full: bool, extra: Iterable[str] = ()) -> list[Run]:
@@ -141,7 +151,7 @@ def runs_of(table: Table, folder: Path, full: bool, extra: Iterable[str] = ()) -
         if table.recipe is None or stage not in STAGES:
             raise ValueError(f"{table.name}: the row {label!r} has no recipe or no stage.")
         for seed in table.seeds:
-            changed = {**table.common, **({} if full else table.short), **settings}
+            changed = {**settings_of_all(table, full), **settings}
             recipe = recipe_of(table.recipe, stage, changed, seed, extra)
             recipe["output_dir"] = str(folder / table.name / f"row{row}-seed{seed}")
             stages = [each for each in stages_until(stage) if each in recipe]

@@ -10,14 +10,14 @@ import platform
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tprl_hf.json_files import read_json
 from tprl_hf.whole_files import write
 
-from .paper_tables import Run, Table, minutes_left, of_the_paper, read_table, runs_of, table_names
+from .paper_tables import Run, Table, minutes_left, of_the_paper, read_table, runs_of, settings_of_all, table_names
 from .processes import say
 
 if TYPE_CHECKING:
@@ -71,7 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         with StopSignals() as signals:
             for table in tables:
-                reproduce(table, runs[table.name], Path(arguments.output_dir), signals, command_of(table, arguments))
+                settings = settings_of_all(table, arguments.full)
+                command = command_of(table, arguments)
+                reproduce(table, runs[table.name], Path(arguments.output_dir), signals, command, settings)
     except Stopped as stopped:
         saved = stopped.saved or "nothing new was saved"
         reason = signal.Signals(stopped.signum).name
@@ -92,8 +94,15 @@ def command_of(table: Table, arguments: argparse.Namespace) -> str:
     return shlex.join([*words, *(["--set", *arguments.set] if arguments.set else [])])
 
 
-def reproduce(table: Table, runs: Sequence[Run], folder: Path, signals: "StopSignals", command: str) -> None:
-    """Trains, measures and writes one table."""
+def reproduce(
+    table: Table,
+    runs: Sequence[Run],
+    folder: Path,
+    signals: "StopSignals",
+    command: str,
+    settings: Mapping[str, Any],
+) -> None:
+    """Trains, measures and writes one table; `settings` are those in which all rows differ from the recipe."""
     from .train import run_stages
 
     for number, one in enumerate(runs, start=1):
@@ -113,6 +122,7 @@ def reproduce(table: Table, runs: Sequence[Run], folder: Path, signals: "StopSig
     }
     parts = []
     if runs:
+        result["recipe"], result["settings"] = table.recipe, dict(settings)
         result["labels"] = slugs(table)
         result["training"] = training_of(runs)
     if runs and table.trajectories is None:
@@ -235,22 +245,25 @@ def run_command(text: str, folder: Path) -> str:
 
 
 def as_table(table: Table, result: dict[str, Any]) -> str:
-    """Points compared with unpruned, by row and budget, with intervals and the spread over seeds."""
+    """Points compared with unpruned, by row and budget, with intervals and the spread over seeds; then the rows
+    compared with the one that the table is `against`, and how they were trained."""
     from tprl_hf.evaluation.tables import as_markdown
 
     measured, labels = result["measured"], result["labels"]
-    seeds = len(table.seeds)
-    rows = [["", *(f"at {ratio}" for ratio in table.keep_ratios)]]
+    head = ["", *(f"at {ratio}" for ratio in table.keep_ratios)]
     by_place = {(row["way"], row["budget"]): row for row in measured["rows"]}
+
+    def points(of: Mapping[str, float]) -> str:
+        value, low, high = (100 * of[end] for end in ("value", "low", "high"))
+        return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+    rows = [head]
     for way in [*labels, *dict.fromkeys(row["way"] for row in measured["rows"] if row["way"] not in labels)]:
-        cells = [labels.get(way, f"rule: {way}")]
-        for ratio in table.keep_ratios:
-            row = by_place[way, ratio]
-            value, low, high = (100 * row["difference"][end] for end in ("value", "low", "high"))
-            spread = f", sd {100 * row['spread']:.2f}" if row["spread"] is not None else ""
-            cells.append(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]{spread}")
-        rows.append(cells)
-    unpruned = measured["unpruned"]
+        found = [by_place[way, ratio] for ratio in table.keep_ratios]
+        spreads = ["" if row["spread"] is None else f", sd {100 * row['spread']:.2f}" for row in found]
+        cells = [points(row["difference"]) + spread for row, spread in zip(found, spreads, strict=True)]
+        rows.append([labels.get(way, f"rule: {way}"), *cells])
+    unpruned, seeds = measured["unpruned"], len(table.seeds)
     text = (
         f"Accuracy in points compared with unpruned ({100 * unpruned['value']:.2f} %), paired 95 % intervals over "
         f"the images of {measured['num_samples']} test questions (seeds {', '.join(map(str, measured['seeds']))})"
@@ -258,7 +271,19 @@ def as_table(table: Table, result: dict[str, Any]) -> str:
     text += (
         f", mean of {seeds} training seeds; sd: standard deviation over them." if seeds > 1 else ", one training seed."
     )
-    return f"{as_markdown(rows)}\n{text}\n"
+    parts = [as_markdown(rows).rstrip(), text]
+    if table.against is not None:
+        other = next(slug for slug, label in labels.items() if label == table.against)
+        compared = {
+            label: [points(by_place[slug, ratio][f"less {other}"]) for ratio in table.keep_ratios]
+            for slug, label in labels.items()
+            if slug != other
+        }
+        parts += [as_markdown([head, *([label, *cells] for label, cells in compared.items())]).rstrip()]
+        parts += [f"The same in points compared with the row *{table.against}*."]
+    changed = ", ".join(f"{name} {json.dumps(value)}" for name, value in result["settings"].items())
+    trained = f"Trained by recipes/{result['recipe']}.yaml" + (f", with {changed} in all rows." if changed else ".")
+    return "\n\n".join([*parts, trained]) + "\n"
 
 
 def plot(table: Table, result: dict[str, Any], path: Path) -> None:

@@ -49,6 +49,7 @@ CHECKS: dict[str, Check] = {
     "policy_steps": optional(COUNT),
     "policy_budget": flag,
     "policy_input_norm": flag,
+    "policy_similarity": flag,
     "num_steps": whole(1, 1000),
 }
 
@@ -154,6 +155,9 @@ class TPRLConfig(PreTrainedConfig):
             LayerNorm of codes and words before the policy's attention. Not in the paper. Set it for an LLM whose word
             embeddings are much smaller than its visual tokens, as pretrained ones are: else the policy keeps the same
             tokens whatever the question.
+        policy_similarity (`bool`, defaults to `False`):
+            Tell the policy how similar each visual token is to the words of the question, as cosines in the LLM's
+            input space. Not in the paper. It need not learn then which words mean what is seen.
         num_steps (`int`, defaults to 1):
             Steps in which the learned pruner reaches its budget at inference, at most 1000. The paper prunes in one
             shot (eq. 16).
@@ -196,6 +200,7 @@ class TPRLConfig(PreTrainedConfig):
     policy_steps: int | None = None
     policy_budget: bool = False
     policy_input_norm: bool = False
+    policy_similarity: bool = False
     num_steps: int = 1
 
     def __post_init__(self, **kwargs):

@@ -15,6 +15,8 @@ NUM_FREQUENCIES = 4  # of the place in an image, whose sides are 1
 NUM_WORD_FREQUENCIES = 6  # of the place in a question
 MAX_WORDS = 64  # words that the slowest of them tells apart
 WORD_EPS = 1e-8  # word embeddings have variances of 1e-4 and less
+NUM_WORD_SHARES = 4  # ways to weigh the words of a question
+SIMILARITY_SCALE = 10.0  # cosines of visual tokens and words differ by a tenth
 
 
 @dataclass
@@ -82,6 +84,8 @@ class PruningPolicy(Float32Module):
         use_budget (`bool`, defaults to `False`): add an embedding of the fraction to be kept. Not in the paper.
         use_input_norm (`bool`, defaults to `False`): LayerNorm of codes and words before attention. Not in the paper.
             Word embeddings are often tens of times smaller than the codes, and then the policy does not read them.
+        use_similarity (`bool`, defaults to `False`): add an embedding of each token's similarity to the words of the
+            question, see [`SimilarityEmbedding`]. Not in the paper.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class PruningPolicy(Float32Module):
         num_steps: int | None = None,
         use_budget: bool = False,
         use_input_norm: bool = False,
+        use_similarity: bool = False,
     ):
         super().__init__()
         refuse_uneven_heads(latent_dim, num_heads)
@@ -104,6 +109,7 @@ class PruningPolicy(Float32Module):
         self.position_proj = PolicyLinear(4 * NUM_FREQUENCIES, latent_dim) if use_positions else None
         self.word_proj = PolicyLinear(2 * NUM_WORD_FREQUENCIES, latent_dim) if use_positions else None
         self.budget_proj = BudgetEmbedding(latent_dim) if use_budget else None
+        self.similarity_proj = SimilarityEmbedding(token_dim, latent_dim) if use_similarity else None
         self.step_embedding = nn.Embedding(num_steps, latent_dim) if num_steps is not None else None
         last = num_layers - 1
         self.layers = nn.ModuleList(
@@ -127,6 +133,7 @@ class PruningPolicy(Float32Module):
             config.policy_steps,
             config.policy_budget,
             config.policy_input_norm,
+            config.policy_similarity,
         )
 
     def forward(
@@ -138,6 +145,7 @@ class PruningPolicy(Float32Module):
         step: int = 0,
         positions: Tensor | None = None,
         keep_ratio: Tensor | None = None,
+        similarity: Tensor | None = None,
     ) -> PolicyOutput:
         """
         Args:
@@ -149,11 +157,12 @@ class PruningPolicy(Float32Module):
             positions (`[B, N, 2]`, *optional*): row and column of each token in its image, both in [0, 1].
             keep_ratio (`[B]`, *optional*): fraction of all tokens that is to be left in the end; 1 where there is no
                 such budget.
+            similarity (`[B, N, Q]`, *optional*): cosine of each token with each word, for a policy that reads it.
 
         Returns:
             [`PolicyOutput`] with `logits [B, N]` and `values [B]`.
         """
-        features = self.features(codes, keep_mask, query, query_valid, step, positions, keep_ratio)
+        features = self.features(codes, keep_mask, query, query_valid, step, positions, keep_ratio, similarity)
         kept = keep_mask[..., None].to(features.dtype)
         pooled = (features * kept).sum(1) / kept.sum(1).clamp(min=1)
         return PolicyOutput(self.logits(features), self.value_head(self.value_mlp(pooled)).squeeze(-1))
@@ -171,6 +180,7 @@ class PruningPolicy(Float32Module):
         step: int = 0,
         positions: Tensor | None = None,
         keep_ratio: Tensor | None = None,
+        similarity: Tensor | None = None,
     ) -> Tensor:
         """What attention makes of each token, f_i of eq. 10: float32 `[B, N, Z]`. Arguments as in [`forward`]."""
         x = self.code_norm(codes.float())
@@ -187,6 +197,10 @@ class PruningPolicy(Float32Module):
         seen = keep_mask
         if query is not None and query.shape[1] > 0:
             attended = query.new_ones(query.shape[:2]) if query_valid is None else query_valid
+            if self.similarity_proj is not None:
+                if similarity is None:
+                    raise ValueError("This policy has use_similarity=True and needs `similarity` [B, N, Q].")
+                x = x + self.similarity_proj(similarity, query.float(), attended.bool())
             words = self.query_proj(self.query_norm(query.float()))
             if self.word_proj is not None:
                 place = (attended.long().cumsum(1) - 1).clamp(min=0)
@@ -210,6 +224,41 @@ class BudgetEmbedding(nn.Module):
 
     def forward(self, keep_ratio: Tensor) -> Tensor:
         return self.linear_out(self.linear_in(keep_ratio.float().log()[:, None]).tanh())[:, None]
+
+
+class SimilarityEmbedding(nn.Module):
+    """
+    A vector for each token from its cosines with the words of the question: the largest of them, and means over the
+    words, whose weights are learned. The projector brings visual tokens into the space of word embeddings, where a
+    thing is often near to its name.
+    """
+
+    def __init__(self, token_dim: int, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(token_dim, WORD_EPS)
+        self.word_weights = PolicyLinear(token_dim, NUM_WORD_SHARES)
+        self.linear_in = PolicyLinear(NUM_WORD_SHARES + 1, dim)
+        self.linear_out = PolicyLinear(dim, dim)
+
+    def forward(self, similarity: Tensor, query: Tensor, query_valid: Tensor) -> Tensor:
+        """
+        Args:
+            similarity (`[B, N, Q]`), query (`[B, Q, D]`), query_valid (`bool [B, Q]`): as the policy gets them.
+
+        Returns:
+            `[B, N, Z]`; zero for a sample without words.
+        """
+        hidden = ~query_valid
+        shares = self.word_weights(self.norm(query)).masked_fill(hidden[..., None], -1e9).softmax(1)
+        means = similarity.masked_fill(hidden[:, None], 0.0) @ shares  # (B, N, shares)
+        largest = similarity.masked_fill(hidden[:, None], -1.0).amax(2, keepdim=True)
+        found = self.linear_out(F.gelu(self.linear_in(SIMILARITY_SCALE * torch.cat([largest, means], dim=2))))
+        return found * query_valid.any(1)[:, None, None]
+
+
+def cosines(tokens: Tensor, words: Tensor) -> Tensor:
+    """Of each token `[B, N, D]` with each word `[B, Q, D]`: float32 `[B, N, Q]`."""
+    return F.normalize(tokens.float(), dim=-1) @ F.normalize(words.float(), dim=-1).transpose(1, 2)
 
 
 def octaves(places: Tensor, num_frequencies: int) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .budget import Budget, keep_counts
 from .configuration_tprl import CHECKS
 from .keep_mask import keep_above_threshold, keep_top_k
-from .pruning_policy import PruningPolicy
+from .pruning_policy import PruningPolicy, cosines
 from .token_autoencoder import TokenAutoencoder
 from .token_layout import TokenLayout
 from .values import number
@@ -41,6 +41,7 @@ class PruningInputs:
         keep_ratio (`[B]`, *optional*): fraction that is to be kept, for policies that are told; without it no budget.
         attention (`float [B, N]`, *optional*): attention each token received in the vision tower; only there for
             pruners with `needs_attention`.
+        known_similarity (`[B, N, Q]`, *optional*): [`similarity`] of inputs whose tokens were left out.
         lvlm (`PreTrainedModel`, *optional*): the base model, for methods that run a part of it. Others use it too:
             nothing in it is to be changed.
     """
@@ -55,7 +56,12 @@ class PruningInputs:
     sample_keys: list[int]
     keep_ratio: Tensor | None = None
     attention: Tensor | None = None
+    known_similarity: Tensor | None = None
     lvlm: PreTrainedModel | None = None
+
+    def similarity(self) -> Tensor:
+        """Cosine of each visual token with each word of the question, as the LLM sees both: float32 `[B, N, Q]`."""
+        return cosines(self.tokens, self.query) if self.known_similarity is None else self.known_similarity
 
     @property
     def query_mask(self) -> Tensor:
@@ -240,8 +246,9 @@ class LearnedPruner(TokenPruner):
     def logits(self, inputs: PruningInputs, codes: Tensor, keep_mask: Tensor, step: int) -> Tensor:
         """Log-odds of keeping each token at `step`, given what is still kept: float32 `[B, N]`."""
         positions = inputs.layout.positions() if self.policy.position_proj is not None else None
+        similarity = inputs.similarity() if self.policy.similarity_proj is not None else None
         query, words = inputs.query, inputs.query_valid
-        features = self.policy.features(codes, keep_mask, query, words, step, positions, inputs.keep_ratio)
+        features = self.policy.features(codes, keep_mask, query, words, step, positions, inputs.keep_ratio, similarity)
         return self.policy.logits(features)
 
     def score(self, inputs: PruningInputs) -> Tensor:

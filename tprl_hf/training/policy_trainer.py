@@ -42,7 +42,8 @@ def rises(metric: str) -> int:
 def question_effect(pruner: LearnedPruner, inputs: PruningInputs, budget: Budget, keep_mask: Tensor) -> Tensor:
     """Percentage of each sample's kept tokens that the question of another sample would not keep: float32 `[B]`."""
     assert inputs.query is not None and inputs.query_valid is not None
-    others = replace(inputs, query=inputs.query.roll(1, 0), query_valid=inputs.query_valid.roll(1, 0))
+    query, query_valid = inputs.query.roll(1, 0), inputs.query_valid.roll(1, 0)
+    others = replace(inputs, query=query, query_valid=query_valid, known_similarity=None)
     other_mask, _ = pruner.choose(others, budget)
     return 100 * (keep_mask & ~other_mask).sum(1) / keep_mask.sum(1).clamp(min=1)
 

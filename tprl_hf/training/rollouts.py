@@ -20,8 +20,9 @@ from .plackett_luce import NOT_DRAWN, draw_ordered, ordered_logprobs
 def take_inputs(inputs: PruningInputs, index: Tensor) -> PruningInputs:
     """
     Inputs of samples `index [S]`, which may repeat, as far as the policy reads them: tokens, which it reads as codes,
-    are left out, as they are the largest part.
+    are left out, as they are the largest part. What it reads of them besides, see [`read_similarity`], stays.
     """
+    similarity = inputs.known_similarity
     return replace(
         inputs,
         tokens=inputs.tokens[..., :0][index],
@@ -34,7 +35,15 @@ def take_inputs(inputs: PruningInputs, index: Tensor) -> PruningInputs:
         sample_keys=[inputs.sample_keys[i] for i in index.tolist()],
         keep_ratio=None if inputs.keep_ratio is None else inputs.keep_ratio[index],
         attention=None,
+        known_similarity=None if similarity is None else similarity[index],
     )
+
+
+def read_similarity(policy: PruningPolicy, inputs: PruningInputs) -> PruningInputs:
+    """`inputs` with the similarity of tokens and words, if the policy reads it."""
+    if policy.similarity_proj is None or inputs.known_similarity is not None:
+        return inputs
+    return replace(inputs, known_similarity=inputs.similarity())
 
 
 def policy_on_kept(
@@ -49,19 +58,24 @@ def policy_on_kept(
     Returns:
         [`PolicyOutput`] with `logits [S, N]`, 0 where a token is gone.
     """
-    positions = inputs.layout.positions()
+    positions, similarity = inputs.layout.positions(), read_similarity(policy, inputs).known_similarity
     counts = keep_mask.sum(1)
     longest = max(int(counts.max()), 1)
     index = (~keep_mask).long().argsort(dim=1, stable=True)[:, :longest]  # kept tokens first, in their order
     seen = torch.arange(longest, device=index.device) < counts[:, None]
+
+    def left(values: Tensor) -> Tensor:
+        return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))
+
     output = policy(
-        codes.gather(1, index[..., None].expand(-1, -1, codes.shape[2])),
+        left(codes),
         seen,
         inputs.query,
         inputs.query_valid,
         step,
-        positions.gather(1, index[..., None].expand(-1, -1, 2)),
+        left(positions),
         inputs.keep_ratio,
+        None if similarity is None else left(similarity),
     )
     logits = torch.zeros_like(keep_mask, dtype=output.logits.dtype)
     return replace(output, logits=logits.scatter(1, index, output.logits.masked_fill(~seen, 0.0)))
@@ -86,6 +100,7 @@ def policy_on_trajectories(
     Returns:
         [`PolicyOutput`] with `logits [T, S, N]` and `values [T, S]`.
     """
+    inputs = read_similarity(policy, inputs)
     samples, which = sample_index.unique(return_inverse=True)
     outputs = [policy_on_kept(policy, codes[samples], inputs.valid[samples], take_inputs(inputs, samples), 0)]
     outputs[0] = PolicyOutput(outputs[0].logits[which], outputs[0].values[which])
@@ -277,7 +292,7 @@ def collect_rollouts(
     """
     budgets = budgets or Budgets()
     sample_index = torch.arange(len(inputs.valid), device=inputs.valid.device).repeat_interleave(num_generations)
-    codes = autoencoder.encode(inputs.tokens)
+    codes, inputs = autoencoder.encode(inputs.tokens), read_similarity(policy, inputs)
     rows = take_inputs(inputs, sample_index)
     keep_mask = rows.valid
     keep_masks, action_masks, shifts, all_targets, logprobs, values = [keep_mask], [], [], [], [], []

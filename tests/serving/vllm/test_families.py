@@ -13,7 +13,7 @@ QUESTIONS = ["what colour is the cat ?", "where is the dog", "red left green"]
 SIZES = [(40, 30), (30, 60), (24, 24), (70, 30)]
 POLICY = {
     **{"policy_training": {"stage": "lfd"}, "policy_positions": True, "policy_budget": True},
-    **{"policy_num_heads": 4, "policy_input_norm": True},
+    **{"policy_num_heads": 4, "policy_input_norm": True, "policy_similarity": True},
 }
 WAYS = [
     ("llava_next", {}),

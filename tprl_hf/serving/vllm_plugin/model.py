@@ -23,6 +23,7 @@ from tprl_hf.modeling.token_autoencoder import TokenAutoencoder
 from tprl_hf.modeling.token_layout import Block, TokenLayout
 from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs, TokenPruner
 
+from .adapter import read_adapter, with_adapter
 from .engine_config import base_source, named_pruner, pruned_config
 from .families import build_dummy_inputs, build_info, build_processor, family_of
 from .places import full_prompt, place_columns, read_places
@@ -73,6 +74,8 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         if not config.includes_base_model:
             source = base_source(model_config.model, config)
             self.secondary_weights = [DefaultModelLoader.Source(source, config.base_model_revision)]
+        self.source = model_config.model
+        self.adapter = read_adapter(self.source, model_config.revision) if config.includes_adapter else {}
 
     def make_policy(self) -> TokenPruner:
         config = self.config
@@ -91,11 +94,15 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
                 else:
                     yield self.family.rename(name.removeprefix(BASE_PREFIX)), value
 
-        loaded = {f"{BASE_PREFIX}{name}" for name in self.lvlm.load_weights(of_base())}
+        base = with_adapter(of_base(), self.adapter, self.name_in_vllm, self.source)
+        loaded = {f"{BASE_PREFIX}{name}" for name in self.lvlm.load_weights(base)}
         if isinstance(self.pruner, LearnedPruner):
             load_policy(self, ours, "the checkpoint")
             loaded.update(ours)
         return loaded
+
+    def name_in_vllm(self, name: str) -> str:
+        return self.lvlm.hf_to_vllm_mapper.map_name(name) or name
 
     # ---- choosing ----
 
