@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -27,12 +28,32 @@ from transformers import (
 from tests.stand_ins.photographs import write_photographs
 from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
-from tprl_hf.data.photo import COUNTS, QUESTION_TYPES, RELATIONS, PhotoQuestion, photo_directory, pictures_root
+from tprl_hf.data.photo import (
+    COUNTS,
+    QUESTION_TYPES,
+    RELATIONS,
+    PhotoQuestion,
+    draw_scene,
+    photo_directory,
+    pictures_root,
+    scene_rng,
+)
 from tprl_hf.data.photo_things import KINDS, NEW_THINGS, THINGS
+from tprl_hf.evaluation.smaller_pictures import PictureShrinker
 from tprl_hf.test_bed import photo_baseline, photo_model, photo_parts, photo_train
 from tprl_hf.test_bed.photo_baseline import guess_from_text
-from tprl_hf.test_bed.photo_batches import ANSWER, IGNORE, NOUN, few_patches, pack, training_batches, training_scene
+from tprl_hf.test_bed.photo_batches import (
+    ANSWER,
+    IGNORE,
+    NOUN,
+    few_patches,
+    label_scene,
+    pack,
+    training_batches,
+    training_scene,
+)
 from tprl_hf.test_bed.photo_checkpoint import POLICY, TRAINED, photo_checkpoint, photo_policy_checkpoint
+from tprl_hf.test_bed.photo_checkpoint import main as main_of_checkpoint
 from tprl_hf.test_bed.photo_model import freeze_and_correct, load_trained, merge, put_together, trained_weights
 from tprl_hf.test_bed.photo_parts import PartMissingError
 from tprl_hf.test_bed.photo_train import (
@@ -241,6 +262,42 @@ def test_batches_depend_on_the_step_and_the_process_only(processor, directory):
     assert not second.kept.all() and next(batches(0, 3)).kept.all()
 
 
+@torch.no_grad()
+def test_a_smaller_picture_is_packed_as_it_is_evaluated(model, processor, directory):
+    """Equals the row `resize` of `tprl evaluate`: its pixels, its number of visual tokens, their positions."""
+    scene, full = (training_scene(11, 0, pictures_root(), side) for side in (5, 16))
+    batch = pack([scene], processor.tokenizer)
+    assert int(batch.visual.sum()) == 25 and batch.kept.all()
+    logits = answer_logits(model, batch)
+    shrinker = PictureShrinker(TPRLForConditionalGeneration.from_base_model(model, pruner="none"), processor)
+    for question, (_, first, _) in zip(scene.questions, batch.answer_rows, strict=True):
+        smaller, sample = shrinker({"images": [Image.fromarray(full.pixels)], "prompt": question.prompt}, 1 / 9)
+        single = smaller(images=sample["images"][0], text=prompt_of(processor, question), return_tensors="pt")
+        assert torch.allclose(single["pixel_values"], batch.pixel_values, atol=1e-5)
+        assert torch.allclose(logits[0, first], model(**single).logits[0, -1], atol=2e-5)
+
+
+def test_patches_of_a_smaller_picture_show_what_lies_there(directory):
+    for number in range(4):
+        scene = draw_scene(scene_rng("train", 11, number), "train", pictures_root())
+        owners = label_scene(scene, [], side=8).owners
+        for owner, block in zip(
+            owners, scene.instances.reshape(8, 28, 8, 28).swapaxes(1, 2).reshape(64, -1), strict=True
+        ):
+            if len(set(block.tolist())) == 1:
+                assert owner == block[0]
+        assert set(owners.tolist()) >= set(range(len(scene.objects)))
+
+
+def test_the_size_of_pictures_depends_on_the_step_only(processor, directory):
+    def sides(rank):
+        stream = training_batches(processor.tokenizer, pictures_root(), 1, 0, rank, 2, 0, full_from=0, smallest_side=4)
+        return [math.isqrt(batch.kept.shape[1]) for batch in islice(stream, 12)]
+
+    assert sides(0) == sides(1)
+    assert min(sides(0)) < 8 and max(sides(0)) == 16
+
+
 def test_merged_corrections_answer_as_separate_ones(model, processor, scenes):
     batch = pack(scenes[:1], processor.tokenizer)
     plain = answer_logits(model, batch)
@@ -344,6 +401,24 @@ def test_a_resumed_run_equals_an_unbroken_one(untrained, tmp_path, quick, monkey
     assert type(model).__name__ == "LlavaForConditionalGeneration" and model.dtype == torch.bfloat16
 
 
+def test_training_starts_from_trained_weights(untrained, model, tmp_path, quick):
+    freeze_and_correct(model, seed=3)
+    torch.nn.init.normal_(model.model.language_model.layers[0].mlp.up_proj.up, std=0.02)
+    photo_model.save_trained(model, tmp_path / "start.safetensors")
+    still = {"learning_rate": 0.0, "projector_learning_rate": 0.0, "smallest_side": 4, "steps": 2}
+    train(0, settings(tmp_path, start_from=str(tmp_path / "start.safetensors"), **still), untrained, 0)
+    first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("start", "trained"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert not (tmp_path / "aligned.safetensors").exists()
+    assert json.loads((tmp_path / "training.json").read_text())["config"]["smallest_side"] == 4
+
+
+@pytest.mark.parametrize("side", [0, 17])
+def test_sizes_that_pictures_cannot_have_are_refused(side):
+    with pytest.raises(ValueError, match=f"smallest_side is a number from 1 to 16, got {side}"):
+        PhotoLVLMConfig("x", smallest_side=side)
+
+
 def test_a_state_of_another_model_is_refused(untrained, model, tmp_path, quick):
     train(0, settings(tmp_path, steps=1, log_steps=1), untrained, 0)
     freeze_and_correct(model, seed=0)
@@ -374,13 +449,16 @@ def test_checkpoint_is_built_once_and_again_for_other_weights(untrained, model, 
 
 
 @torch.no_grad()
-def test_policy_finds_the_base_that_was_built(untrained, model, processor, tmp_path, scenes, monkeypatch):
+def test_policy_finds_the_base_that_was_built(untrained, model, processor, tmp_path, scenes, monkeypatch, capsys):
     monkeypatch.setenv("TPRL_PHOTO", str(tmp_path))
     (tmp_path / "untrained").symlink_to(untrained)
     freeze_and_correct(model, seed=0)
     weights, policy = tmp_path / "trained.safetensors", tmp_path / "policy"
     photo_model.save_trained(model, weights)
     built = photo_checkpoint(print, weights)
+    assert main_of_checkpoint(["--trained", str(weights)]) == 0 and capsys.readouterr().out.splitlines()[-1] == str(
+        built
+    )
     assert photo_policy_checkpoint(print, weights, policy) == built, "without a policy the plain LLaVA"
     saved = TPRLForConditionalGeneration.from_base_model(built, policy_training={"stage": "lfd"}, keep_ratio=1 / 9)
     saved.save_pretrained(policy)

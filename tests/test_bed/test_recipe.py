@@ -9,11 +9,24 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
+from tprl_hf import TPRLForConditionalGeneration, embedded_checkpoint
 from tprl_hf.data.easy import EASY_VQA_COLORS, EASY_VQA_SHAPES
 from tprl_hf.data.mosaic import COLORS, SHAPES, draw_scene, mosaic_scenes, scene_rng
-from tprl_hf.test_bed.batches import ANSWER_LAYER, IGNORE, NOUN_LAYER, PREFIX_LENGTH, mosaic_image, pack
-from tprl_hf.test_bed.model import PATCHES_PER_SIDE, TEXT_HEADS, build_lvlm, build_processor
+from tprl_hf.evaluation.answers import chat_inputs
+from tprl_hf.evaluation.smaller_pictures import PictureShrinker
+from tprl_hf.test_bed.batches import (
+    ANSWER_LAYER,
+    IGNORE,
+    NOUN_LAYER,
+    PATCH_COLORS,
+    PATCH_KINDS,
+    label_scene,
+    mosaic_image,
+    pack,
+)
+from tprl_hf.test_bed.model import NUM_PATCHES, PATCHES_PER_SIDE, TEXT_HEADS, build_lvlm, build_processor
 from tprl_hf.test_bed.train import (
     GROUNDED_HEADS,
     MosaicLVLMConfig,
@@ -71,6 +84,25 @@ def test_packed_questions_equal_single_prompts(processor, model, images):
 
 
 @torch.no_grad()
+def test_a_smaller_picture_is_packed_as_it_is_evaluated(processor, model, images):
+    """Equals the row `resize` of `tprl evaluate`: its pixels, its number of visual tokens, their positions."""
+    small = mosaic_image("train", 11, 0, side=4)
+    batch = pack([small], processor.tokenizer, [False])
+    patches, _ = run_tower(model, batch.pixel_values)
+    logits = answer_losses(model, ReadingHeads(192), patches, batch).logits
+    pruned = TPRLForConditionalGeneration.from_base_model(model, pruner="none")
+    shrinker = PictureShrinker(pruned, processor)
+    for question, (_, first, _) in zip(small.questions, batch.answer_rows, strict=True):
+        sample = {"images": [Image.fromarray(images[0].pixels)], "prompt": question.prompt}
+        smaller, shrunk = shrinker(sample, 1 / 9)
+        single = chat_inputs(smaller, [shrunk])
+        assert torch.allclose(single["pixel_values"], batch.pixel_values, atol=1e-5)
+        features = pruned.encode_images(**single, **pruned.adapter.smaller_picture_options)
+        expected = pruned(**single, visual_features=features).logits[0, -1]
+        assert torch.allclose(logits[0, first], expected, atol=2e-5)
+
+
+@torch.no_grad()
 def test_packed_conversation_equals_the_chat_template(processor, model, images):
     batch = pack(images[:1], processor.tokenizer, [True])
     patches, _ = run_tower(model, batch.pixel_values)
@@ -109,6 +141,25 @@ def test_patch_labels_say_what_lies_there():
             assert {item.number // 10, 10 + item.number % 10} <= set(labelled.digits.tolist())
 
 
+@pytest.mark.parametrize("side", [3, 6])
+def test_patch_labels_of_a_smaller_picture_say_what_lies_there(side):
+    scene = draw_scene(scene_rng("train", 3, 0))
+    labelled = label_scene(scene, [], side)
+    assert labelled.pixels.shape == (12 * side, 12 * side, 3) and labelled.kinds.shape == (side**2,)
+    for item, shown in zip(scene.objects, labelled.object_patches, strict=True):
+        rows, columns = np.divmod(np.flatnonzero(shown), side)
+        x0, y0, x1, y1 = (place * side / 144 for place in item.box)
+        assert shown.any() and rows.min() >= int(y0) and rows.max() < math.ceil(y1)
+        assert columns.min() >= int(x0) and columns.max() < math.ceil(x1)
+    blocks = scene.instances.reshape(side, 144 // side, side, 144 // side).swapaxes(1, 2).reshape(side**2, -1)
+    for kind, color, block in zip(labelled.kinds, labelled.colors, blocks, strict=True):
+        names = {("background", None)} | {
+            (item.kind, item.color) for i, item in enumerate(scene.objects) if i in block
+        }
+        found = (PATCH_KINDS[kind], None if color == IGNORE else PATCH_COLORS[color])
+        assert kind == IGNORE or found in names
+
+
 def test_grounding_loss_reads_the_models_own_attention(processor, images):
     model = build_lvlm(processor.tokenizer)
     batch = pack(images, processor.tokenizer, [False, True])
@@ -119,7 +170,7 @@ def test_grounding_loss_reads_the_models_own_attention(processor, images):
     llm.set_attn_implementation("eager")
     embeds = model.get_input_embeddings()(batch.input_ids)
     projected = model.model.multi_modal_projector(patches)
-    embeds = torch.cat([embeds[:, :2], projected, embeds[:, PREFIX_LENGTH:]], dim=1)
+    embeds = torch.cat([embeds[:, :2], projected, embeds[:, batch.prefix_length :]], dim=1)
     attentions = llm(
         inputs_embeds=embeds,
         attention_mask=batch.attention_mask(),
@@ -130,7 +181,7 @@ def test_grounding_loss_reads_the_models_own_attention(processor, images):
     for layer in (NOUN_LAYER, ANSWER_LAYER):
         asked = batch.grounding_rows[:, 2] == layer
         i, row = batch.grounding_rows[asked, 0], batch.grounding_rows[asked, 1]
-        mass = attentions[layer][i, :GROUNDED_HEADS, row, 2:PREFIX_LENGTH] * batch.grounding[asked, None]
+        mass = attentions[layer][i, :GROUNDED_HEADS, row, 2 : batch.prefix_length] * batch.grounding[asked, None]
         expected = expected - (mass.sum(-1) + 1e-6).log().mean() / 2
     assert torch.allclose(grounding, expected, atol=1e-5)
 
@@ -173,7 +224,7 @@ def test_llm_starts_with_heads_for_the_text(processor, images):
     for layer, heads in zip(attentions, TEXT_HEADS, strict=True):
         for head, offset in heads.items():
             last = layer[0, head, -1]
-            assert last[2:PREFIX_LENGTH].sum() < 0.1
+            assert last[2 : 2 + NUM_PATCHES].sum() < 0.1
             if offset is not None:
                 assert int(last.argmax()) == len(last) - 1 - offset
 
@@ -193,6 +244,28 @@ def test_state_is_saved_and_loaded_whole(processor, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(modules.parameters(), other.parameters(), strict=True))
     for i, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(value, moments[i][name]) for name, value in state.items())
+
+
+def test_training_starts_from_a_checkpoint_and_keeps_its_policy(tmp_path, monkeypatch):
+    pytest.importorskip("easy_vqa")
+    monkeypatch.setattr("tprl_hf.test_bed.train.VALIDATION_IMAGES", (2, 1))
+    threads = torch.get_num_threads()
+    still = {"learning_rate": 1e-30, "joint_tower_learning_rate": 1e-30, "tower_minutes": 0.0, "joint_minutes": 0.01}
+    start = embedded_checkpoint()
+    config = MosaicLVLMConfig(str(tmp_path), start_from=str(start), smallest_side=3, num_processes=1, **still)
+    train(0, config, port=0)
+    torch.set_num_threads(threads)
+    before, after = (AutoModelForImageTextToText.from_pretrained(path) for path in (start, tmp_path / "model"))
+    assert type(after) is TPRLForConditionalGeneration and after.config.policy_training
+    for name, weight in before.state_dict().items():
+        assert torch.equal(weight, after.state_dict()[name]), name
+    assert json.loads((tmp_path / "training.json").read_text())["validation"]["color"] > 0.9
+
+
+@pytest.mark.parametrize("side", [0, 13])
+def test_sizes_that_pictures_cannot_have_are_refused(side):
+    with pytest.raises(ValueError, match=f"smallest_side is a number from 1 to 12, got {side}"):
+        MosaicLVLMConfig("x", smallest_side=side)
 
 
 def test_recipe_runs_resumes_and_answers(processor, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import nn
 from tprl_hf.test_bed.training_run import (
     average_gradients,
     config_of,
+    drawn_side,
     join_processes,
     leave_processes,
     run_processes,
@@ -56,3 +58,11 @@ def test_each_field_is_an_option(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         config_of(Settings, "What it does.")
     assert "--steps: invalid int value: 'many'" in capsys.readouterr().err
+
+
+def test_a_third_of_the_sizes_is_full_and_small_ones_are_drawn_as_often_as_large_ones():
+    sides = [drawn_side(np.random.default_rng([5, step]), 4, 16) for step in range(6000)]
+    assert set(sides) == set(range(4, 17))
+    shares = [np.mean(part) for part in (np.equal(sides, 16), np.less(sides, 8))]
+    assert shares == pytest.approx([1 / 3, 1 / 3], abs=0.02)
+    assert {drawn_side(np.random.default_rng(step), 16, 16) for step in range(9)} == {16}

@@ -1,8 +1,9 @@
 """Batches for training the embedded LVLM: many questions about an image packed in one sequence.
 
-A sequence is `<s> <user> [144 image tokens]` followed by segments `question <assistant> answer </s>`. Each segment
+A sequence is `<s> <user> [N image tokens]` followed by segments `question <assistant> answer </s>`. Each segment
 sees the image and itself and counts its positions from the end of the image, so it learns just what it would learn
 alone, at a twelfth of the cost. One image in eight is a conversation instead: its segments see what went before.
+N is 144 at full size; a smaller picture has fewer patches.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from tprl_hf.data.mosaic import (
 )
 from tprl_hf.pictures import open_picture
 
-from .model import NUM_PATCHES, PATCH_SIZE, PATCHES_PER_SIDE, SPECIAL_TOKENS
+from .model import PATCH_SIZE, PATCHES_PER_SIDE, SPECIAL_TOKENS
+from .training_run import drawn_side
 
-PREFIX_LENGTH = 2 + NUM_PATCHES
 IGNORE = -100
 PATCH_KINDS = ("background", *SHAPES, "rectangle", "sign")
 PATCH_COLORS = tuple(dict.fromkeys([*COLORS, *SIGNS, *EASY_VQA_COLORS]))
@@ -46,7 +47,8 @@ QUESTIONS_PER_IMAGE = (
     *("counting",) * 3,
     "reading",
 )
-MIN_PATCH_PIXELS = 20
+MIN_PATCH_PIXELS = 20  # at full size; of smaller pictures fewer, as their objects are smaller
+MIN_PATCH_PIXELS_SHRUNK = 4
 # Where the grounding loss looks: a question's nouns seek their objects in the second LLM layer; what predicts the
 # answer seeks them in the third, but for relations, which compare what the two nouns have found.
 NOUN_LAYER, ANSWER_LAYER = 1, 2
@@ -58,19 +60,20 @@ class PackedBatch:
     """B images with their packed questions, L tokens a sequence.
 
     Args:
-        pixel_values (`torch.FloatTensor` of shape `[B, 3, 144, 144]`): In [-1, 1].
+        pixel_values (`torch.FloatTensor` of shape `[B, 3, S, S]`): In [-1, 1]; S is 144 at full size.
         input_ids (`torch.LongTensor` of shape `[B, L]`), position_ids (`torch.LongTensor` of shape `[B, L]`).
         segment_ids (`torch.LongTensor` of shape `[B, L]`): 0 for the image, 1, 2, ... for questions, -1 for padding.
         conversation (`torch.BoolTensor` of shape `[B]`): Where segments see what went before.
         labels (`torch.LongTensor` of shape `[B, L]`): The next token where it belongs to an answer, else -100.
-        kinds, colors, digits (`torch.LongTensor` of shape `[B, 144]`): What each patch shows, -100 for "don't ask".
-        centers (`torch.BoolTensor` of shape `[B, 144]`): Patches in which an object's center lies.
+        kinds, colors, digits (`torch.LongTensor` of shape `[B, N]`): What each patch shows, -100 for "don't ask".
+        centers (`torch.BoolTensor` of shape `[B, N]`): Patches in which an object's center lies.
         present (`torch.FloatTensor` of shape `[B, 80]`): Which shapes, colours and pairs of them the image holds, for
             the CLS token; -100 for images of easy-VQA.
-        grounding (`torch.BoolTensor` of shape `[Q, 144]`), grounding_rows (`torch.LongTensor` of shape `[Q, 3]`): For
+        grounding (`torch.BoolTensor` of shape `[Q, N]`), grounding_rows (`torch.LongTensor` of shape `[Q, 3]`): For
             what is asked about objects: their patches, and (batch index, position, LLM layer) that should look there.
         relation_rows (`torch.LongTensor` of shape `[R, 3]`), relation_centers (`torch.FloatTensor` of shape
-            `[R, 2, 2]`): For relations: (batch index, positions of the nouns), and x and y of their objects in pixels.
+            `[R, 2, 2]`): For relations: (batch index, positions of the nouns), and x and y of their objects, in
+            pixels of the full size.
         question_types (`list[str]`), answer_rows (`list[tuple[int, int, int]]`): For scoring, by question: the type,
             and (batch index, first, last + 1) of the positions that predict the answer.
     """
@@ -93,6 +96,11 @@ class PackedBatch:
     question_types: list[str]
     answer_rows: list[tuple[int, int, int]]
 
+    @property
+    def prefix_length(self) -> int:
+        """Columns before the first question."""
+        return 2 + self.kinds.shape[1]
+
     def attention_mask(self) -> torch.Tensor:
         """Additive mask `[B, 1, L, L]`: causal, and each question sees the image and itself only."""
         segments = self.segment_ids
@@ -106,7 +114,7 @@ class PackedBatch:
 
 @dataclass
 class LabelledImage:
-    """One image before packing: pixels uint8 `[144, 144, 3]`, questions, and the labels of its patches."""
+    """One image before packing: pixels uint8 `[S, S, 3]`, questions, and the labels of its N patches."""
 
     pixels: np.ndarray
     questions: list[MosaicQuestion]
@@ -120,57 +128,68 @@ class LabelledImage:
 
 
 def _patch_counts(mask: np.ndarray) -> np.ndarray:
-    """Pixels of a boolean image `[144, 144]` in each patch, `[144]`."""
-    side = PATCHES_PER_SIDE
+    """Pixels of a boolean image `[S, S]` in each patch, `[N]`."""
+    side = len(mask) // PATCH_SIZE
     return mask.reshape(side, PATCH_SIZE, side, PATCH_SIZE).sum(axis=(1, 3)).reshape(-1)
 
 
-def _patch_of(x: float, y: float) -> int:
-    return int(y // PATCH_SIZE) * PATCHES_PER_SIDE + int(x // PATCH_SIZE)
+def label_scene(scene: MosaicScene, questions: list[MosaicQuestion], side: int = PATCHES_PER_SIDE) -> LabelledImage:
+    """Say what each patch of a scene shows, its picture shrunk to `side` by `side` patches as the processor would."""
+    pixels, instances = scene.pixels, scene.instances
+    if side < PATCHES_PER_SIDE:
+        size = (side * PATCH_SIZE, side * PATCH_SIZE)
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+        instances = np.asarray(Image.fromarray(instances.astype(np.int16)).resize(size, Image.Resampling.NEAREST))
 
+    def patch_of(x: float, y: float) -> int:
+        return int(y * side // IMAGE_SIZE) * side + int(x * side // IMAGE_SIZE)
 
-def label_scene(scene: MosaicScene, questions: list[MosaicQuestion]) -> LabelledImage:
-    """Say what each patch of a scene shows."""
-    kinds, colors, digits = (np.full(NUM_PATCHES, IGNORE, dtype=np.int64) for _ in range(3))
-    kinds[_patch_counts(scene.instances >= 0) == 0] = 0
-    centers, present = np.zeros(NUM_PATCHES, dtype=bool), np.zeros(CLS_CLASSES, dtype=np.float32)
-    object_patches = []
+    kinds, colors, digits = (np.full(side**2, IGNORE, dtype=np.int64) for _ in range(3))
+    kinds[_patch_counts(instances >= 0) == 0] = 0
+    centers, present = np.zeros(side**2, dtype=bool), np.zeros(CLS_CLASSES, dtype=np.float32)
+    counts = np.stack([_patch_counts(instances == i) for i in range(len(scene.objects))])
+    min_pixels = max(MIN_PATCH_PIXELS_SHRUNK, MIN_PATCH_PIXELS * (side / PATCHES_PER_SIDE) ** 2)
     for i, item in enumerate(scene.objects):
-        counts = _patch_counts(scene.instances == i)
-        object_patches.append(counts >= MIN_PATCH_PIXELS)
-        shown = counts >= MIN_PATCH_PIXELS
+        # a patch of a small picture can show several objects, and is labelled as the largest
+        shown = (counts[i] >= min_pixels) & (counts.argmax(axis=0) == i)
         kinds[shown], colors[shown] = PATCH_KINDS.index(item.kind), PATCH_COLORS.index(item.color)
         if item.number is not None:
             x, y = item.box[0], item.center[1]
-            digits[_patch_of(x + 5, y)], digits[_patch_of(x + 17, y)] = item.number // 10, 10 + item.number % 10
+            tens, ones = patch_of(x + 5, y), patch_of(x + 17, y)
+            if tens != ones:  # a large patch can hold the whole number
+                digits[tens], digits[ones] = item.number // 10, 10 + item.number % 10
             continue
-        centers[_patch_of(*item.center)] = True
+        centers[patch_of(*item.center)] = True
         shape, color = SHAPES.index(item.kind), list(COLORS).index(item.color)
         present[[shape, 8 + color, 16 + 8 * shape + color]] = 1
     places = [item.center for item in scene.objects]
-    return LabelledImage(scene.pixels, questions, object_patches, places, kinds, colors, digits, centers, present)
+    return LabelledImage(
+        pixels, questions, list(counts >= min_pixels), places, kinds, colors, digits, centers, present
+    )
 
 
-def mosaic_image(split: str, seed: int, index: int) -> LabelledImage:
+def mosaic_image(split: str, seed: int, index: int, side: int = PATCHES_PER_SIDE) -> LabelledImage:
     """A scene with the questions of `QUESTIONS_PER_IMAGE` that it allows, in random order."""
     rng = scene_rng(split, seed, index)
     scene = draw_scene(rng)
     questions = [ask(scene, QUESTIONS_PER_IMAGE[i], rng) for i in rng.permutation(len(QUESTIONS_PER_IMAGE))]
-    return label_scene(scene, [question for question in questions if question is not None])
+    return label_scene(scene, [question for question in questions if question is not None], side)
 
 
-def easy_image(image: EasyVQAImage, rng: np.random.Generator | None = None) -> LabelledImage:
+def easy_image(
+    image: EasyVQAImage, rng: np.random.Generator | None = None, side: int = PATCHES_PER_SIDE
+) -> LabelledImage:
     """An image of easy-VQA, flipped left to right half the time if `rng` is given."""
     small = open_picture(image.path)
     if rng is not None and rng.random() < 0.5:
         small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = np.asarray(small.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
+    pixels = np.asarray(small.resize((side * PATCH_SIZE, side * PATCH_SIZE), Image.Resampling.BICUBIC))
     answers = [answer for _, answer in image.questions]
     # The background is one pale colour, and the shape covers the minority of the pixels.
     values, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
     inside = np.abs(pixels.astype(int) - values[counts.argmax()]).sum(axis=-1) > 60
     shown = _patch_counts(inside) >= MIN_PATCH_PIXELS
-    kinds, colors = (np.full(NUM_PATCHES, IGNORE, dtype=np.int64) for _ in range(2))
+    kinds, colors = (np.full(side**2, IGNORE, dtype=np.int64) for _ in range(2))
     kinds[_patch_counts(inside) == 0] = 0
     shape = next((answer for answer in answers if answer in EASY_VQA_SHAPES), None)
     color = next((answer for answer in answers if answer in EASY_VQA_COLORS), None)
@@ -178,9 +197,9 @@ def easy_image(image: EasyVQAImage, rng: np.random.Generator | None = None) -> L
         kinds[shown] = PATCH_KINDS.index(shape)
     if color is not None:
         colors[shown] = PATCH_COLORS.index(color)
-    digits = np.full(NUM_PATCHES, IGNORE, dtype=np.int64)
+    digits = np.full(side**2, IGNORE, dtype=np.int64)
     questions = [MosaicQuestion(prompt, answer, "easy", ()) for prompt, answer in image.questions]
-    no_center, unknown = np.zeros(NUM_PATCHES, dtype=bool), np.full(CLS_CLASSES, IGNORE, dtype=np.float32)
+    no_center, unknown = np.zeros(side**2, dtype=bool), np.full(CLS_CLASSES, IGNORE, dtype=np.float32)
     return LabelledImage(pixels, questions, [shown], [], kinds, colors, digits, no_center, unknown)
 
 
@@ -196,15 +215,16 @@ def pack(images: list[LabelledImage], tokenizer: PreTrainedTokenizerFast, conver
     rows, grounding, grounding_rows, question_types, answer_rows = [], [], [], [], []
     relation_rows, relation_centers = [], []
     for i, (image, conversation) in enumerate(zip(images, conversations, strict=True)):
-        tokens = [ids["<s>"], ids["<user>"]] + [ids["<image>"]] * NUM_PATCHES
-        positions, segments, labels = list(range(PREFIX_LENGTH)), [0] * PREFIX_LENGTH, [IGNORE] * PREFIX_LENGTH
+        tokens = [ids["<s>"], ids["<user>"]] + [ids["<image>"]] * len(image.kinds)
+        prefix_length = len(tokens)
+        positions, segments, labels = list(range(prefix_length)), [0] * prefix_length, [IGNORE] * prefix_length
         for number, question in enumerate(image.questions, start=1):
             prompt = [*_token_ids(question.prompt, tokenizer), ids["<assistant>"]]
             if conversation and number > 1:
                 prompt = [ids["<user>"], *prompt]
             answer = [*_token_ids(question.answer, tokenizer), ids["</s>"]]
             first = len(tokens) + len(prompt) - 1
-            start = len(tokens) if conversation else PREFIX_LENGTH
+            start = len(tokens) if conversation else prefix_length
             positions += range(start, start + len(prompt) + len(answer))
             segments += [number] * (len(prompt) + len(answer))
             labels += [IGNORE] * (len(prompt) - 1) + answer + [IGNORE]
@@ -268,13 +288,18 @@ def training_batches(
     rank: int,
     world_size: int,
     first_step: int,
+    smallest_side: int = PATCHES_PER_SIDE,
 ) -> Iterator[PackedBatch]:
-    """Yield batches without end; batch `step` of process `rank` is always the same: training resumes where it was."""
+    """Yield batches without end; batch `step` of process `rank` is always the same: training resumes where it was.
+
+    A third of the batches has pictures of the full size, the others a size drawn from `smallest_side` patches a side.
+    """
     step = first_step
     while True:
         rng = np.random.default_rng([seed, step, rank])
         start = (step * world_size + rank) * num_mosaic
-        images = [mosaic_image("train", seed, start + i) for i in range(num_mosaic)]
-        images += [easy_image(easy_images[i], rng) for i in rng.integers(0, len(easy_images), num_easy)]
+        side = drawn_side(np.random.default_rng([seed, step, world_size]), smallest_side, PATCHES_PER_SIDE)
+        images = [mosaic_image("train", seed, start + i, side) for i in range(num_mosaic)]
+        images += [easy_image(easy_images[i], rng, side) for i in rng.integers(0, len(easy_images), num_easy)]
         yield pack(images, tokenizer, [bool(rng.random() < 1 / 8) for _ in images])
         step += 1

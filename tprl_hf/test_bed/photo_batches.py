@@ -1,9 +1,9 @@
 """Batches for training Photo-LLaVA: many questions about a picture packed in one sequence.
 
 A sequence is `<|im_start|> [K visual tokens]` followed by segments `question <|im_end|> answer <|im_end|>`. Each
-segment sees the picture and itself, and counts its positions from the end of all 256 visual tokens, so it learns just
+segment sees the picture and itself, and counts its positions from the end of all visual tokens, so it learns just
 what it would learn alone. With fewer visual tokens, the patches of things and some others are there, at their own
-positions.
+positions. N is 256 at full size; a smaller picture has fewer patches.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from tprl_hf.data.photo import PhotoObject, PhotoQuestion, PhotoScene, ask, draw_scene, scene_rng
 
-from .photo_parts import NUM_PATCHES, PATCH_SIZE, PATCHES_PER_SIDE
+from .photo_parts import PATCH_SIZE, PATCHES_PER_SIDE
+from .training_run import drawn_side
 
 IGNORE = -100
 MIN_PATCH_PIXELS = 20
@@ -41,10 +43,10 @@ IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass
 class LabelledScene:
-    """A scene before packing: its pixels, questions, objects, and what the 256 patches show.
+    """A scene before packing: its pixels, questions, objects (in pixels of the full size), and what its patches show.
 
     Args:
-        owners (`np.ndarray`): int64 `[256]`, the index in `objects` of what a patch shows most of, -1 for none.
+        owners (`np.ndarray`): int64 `[N]`, the index in `objects` of what a patch shows most of, -1 for none.
     """
 
     pixels: np.ndarray
@@ -58,11 +60,11 @@ class PhotoBatch:
     """B scenes with their packed questions, L tokens a sequence, K of them visual at most.
 
     Args:
-        pixel_values (`torch.FloatTensor` of shape `[B, 3, 224, 224]`): Normalized.
+        pixel_values (`torch.FloatTensor` of shape `[B, 3, S, S]`): Normalized; S is 224 at full size.
         input_ids, position_ids (`torch.LongTensor` of shape `[B, L]`).
         segment_ids (`torch.LongTensor` of shape `[B, L]`): 0 for the picture, 1, 2, ... for questions, -1 for padding.
         visual (`torch.BoolTensor` of shape `[B, L]`): Columns of visual tokens.
-        kept (`torch.BoolTensor` of shape `[B, 256]`): The patches that they stand for.
+        kept (`torch.BoolTensor` of shape `[B, N]`): The patches that they stand for.
         labels (`torch.LongTensor` of shape `[B, L]`): The next token where it belongs to an answer, else -100.
         first (`torch.BoolTensor` of shape `[B, L]`): Where an answer's first token is predicted.
         look_rows (`torch.LongTensor` of shape `[Q, 3]`), look_targets (`torch.BoolTensor` of shape `[Q, L]`): What
@@ -100,16 +102,20 @@ class PhotoBatch:
         return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
-def label_scene(scene: PhotoScene, questions: list[PhotoQuestion]) -> LabelledScene:
-    """Say what each patch of a scene shows."""
-    side = PATCHES_PER_SIDE
-    patches = scene.instances.reshape(side, PATCH_SIZE, side, PATCH_SIZE)
+def label_scene(scene: PhotoScene, questions: list[PhotoQuestion], side: int = PATCHES_PER_SIDE) -> LabelledScene:
+    """Say what each patch of a scene shows, its picture shrunk to `side` by `side` patches as the processor would."""
+    pixels, instances = scene.pixels, scene.instances
+    if side < PATCHES_PER_SIDE:
+        size = (side * PATCH_SIZE, side * PATCH_SIZE)
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+        instances = np.asarray(Image.fromarray(instances.astype(np.int16)).resize(size, Image.Resampling.NEAREST))
+    patches = instances.reshape(side, PATCH_SIZE, side, PATCH_SIZE)
     counts = np.stack([(patches == i).sum(axis=(1, 3)).reshape(-1) for i in range(len(scene.objects))])
     owners = np.where(counts.max(axis=0) >= MIN_PATCH_PIXELS, counts.argmax(axis=0), -1)
-    return LabelledScene(scene.pixels, questions, scene.objects, owners)
+    return LabelledScene(pixels, questions, scene.objects, owners)
 
 
-def training_scene(seed: int, index: int, root: Path) -> LabelledScene:
+def training_scene(seed: int, index: int, root: Path, side: int = PATCHES_PER_SIDE) -> LabelledScene:
     """A scene with the questions of `QUESTIONS_PER_SCENE` that it allows, in random order, each asked once."""
     rng = scene_rng("train", seed, index)
     scene = draw_scene(rng, "train", root)
@@ -118,11 +124,12 @@ def training_scene(seed: int, index: int, root: Path) -> LabelledScene:
         for i in rng.permutation(len(QUESTIONS_PER_SCENE))
         if len(scene.objects) > 1
     ]
-    return label_scene(scene, list(dict.fromkeys(question for question in questions if question is not None)))
+    asked = list(dict.fromkeys(question for question in questions if question is not None))
+    return label_scene(scene, asked, side)
 
 
 def normalized(pixels: list[np.ndarray]) -> torch.Tensor:
-    """uint8 pictures `[224, 224, 3]` as the processor gives them to the tower: `[B, 3, 224, 224]`."""
+    """uint8 pictures `[S, S, 3]` as the processor gives them to the tower: `[B, 3, S, S]`."""
     values = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
     return (values - torch.tensor(IMAGE_MEAN).view(3, 1, 1)) / torch.tensor(IMAGE_STD).view(3, 1, 1)
 
@@ -155,10 +162,10 @@ def pack(
     """Tokenize the questions of each scene and lay them out in one sequence a scene.
 
     Args:
-        kept (`list[np.ndarray]`, *optional*): Patches bool `[256]` of each scene that are there; all by default.
+        kept (`list[np.ndarray]`, *optional*): Patches bool `[N]` of each scene that are there; all by default.
     """
     start_id, image_id, end_id = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<image>", END])
-    kept = kept or [np.ones(NUM_PATCHES, dtype=bool)] * len(scenes)
+    kept = kept or [np.ones(len(scene.owners), dtype=bool) for scene in scenes]
     rows, looks, nouns, orders, question_types, answer_rows = [], [], [], [], [], []
     for i, (scene, keep) in enumerate(zip(scenes, kept, strict=True)):
         columns = np.flatnonzero(keep)
@@ -169,7 +176,7 @@ def pack(
             answer = token_ids(f" {question.answer}", tokenizer)
             begin, first = len(tokens), len(tokens) + len(prompt) - 1
             tokens += prompt + answer
-            positions += range(1 + NUM_PATCHES, 1 + NUM_PATCHES + len(prompt) + len(answer))
+            positions += range(1 + len(keep), 1 + len(keep) + len(prompt) + len(answer))
             segments += [number] * (len(prompt) + len(answer))
             labels += [IGNORE] * (len(prompt) - 1) + answer + [end_id]
             question_types.append(question.question_type)
@@ -229,7 +236,7 @@ def pack(
 
 
 def few_patches(scene: LabelledScene, rng: np.random.Generator) -> np.ndarray:
-    """The patches of all things and random others, 48 together where the things allow it: bool `[256]`."""
+    """The patches of all things and random others, 48 together where the things allow it: bool `[N]`."""
     keep = scene.owners >= 0
     others = rng.permutation(np.flatnonzero(~keep))
     keep[others[: max(FEW_TOKENS - int(keep.sum()), 6)]] = True
@@ -245,15 +252,18 @@ def training_batches(
     world_size: int,
     first_step: int,
     full_from: int,
+    smallest_side: int = PATCHES_PER_SIDE,
 ) -> Iterator[PhotoBatch]:
     """Yield batches without end, with all visual tokens from step `full_from`.
 
+    A third of the batches has pictures of the full size, the others a size drawn from `smallest_side` patches a side.
     Batch `step` of process `rank` is always the same: training resumes where it was.
     """
     step = first_step
     while True:
         rng = np.random.default_rng([seed, step, rank])
         start = (step * world_size + rank) * num_scenes
-        scenes = [training_scene(seed, start + i, root) for i in range(num_scenes)]
+        side = drawn_side(np.random.default_rng([seed, step, world_size]), smallest_side, PATCHES_PER_SIDE)
+        scenes = [training_scene(seed, start + i, root, side) for i in range(num_scenes)]
         yield pack(scenes, tokenizer, None if step >= full_from else [few_patches(scene, rng) for scene in scenes])
         step += 1

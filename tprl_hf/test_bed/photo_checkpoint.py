@@ -93,9 +93,17 @@ def photo_policy_checkpoint(
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", action="store_true", help="the model with its policy (default: the plain LLaVA)")
-    make = photo_policy_checkpoint if parser.parse_args(words).policy else photo_checkpoint
+    parser.add_argument(
+        "--trained",
+        type=Path,
+        default=TRAINED,
+        metavar="FILE",
+        help="weights of your own photo_train, trained.safetensors (default: those of this package)",
+    )
+    arguments = parser.parse_args(words)
+    make = photo_policy_checkpoint if arguments.policy else photo_checkpoint
     try:
-        print(make(lambda line: print(line, file=sys.stderr)))
+        print(make(lambda line: print(line, file=sys.stderr), arguments.trained))
     except PartMissingError as error:
         print(error, file=sys.stderr)
         return 1

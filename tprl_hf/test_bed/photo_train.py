@@ -44,7 +44,7 @@ from .photo_model import (
     tower_features,
     trained_weights,
 )
-from .photo_parts import PartMissingError, build_untrained
+from .photo_parts import PATCHES_PER_SIDE, PartMissingError, build_untrained
 from .training_run import (
     Moments,
     average_gradients,
@@ -87,6 +87,9 @@ class PhotoLVLMConfig:
         reading_weight (`float`): Weight of reading places and orders from the LLM.
         validation_scenes (`int`), validate_every (`int`): Scenes, seven questions each, and steps between validations.
         save_minutes (`float`), log_steps (`int`): Minutes between saved states, and steps between log lines.
+        start_from (`str`): A file of trained weights to continue from, in place of the projector's training alone.
+        smallest_side (`int`): Patches a side of the smallest pictures in training, 16 at full size, which a third of
+            the batches has. The others have one of the sizes between, the smaller more often.
     """
 
     output_dir: str
@@ -105,6 +108,12 @@ class PhotoLVLMConfig:
     validate_every: int = 150
     save_minutes: float = 8.0
     log_steps: int = 10
+    start_from: str = ""
+    smallest_side: int = PATCHES_PER_SIDE
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.smallest_side <= PATCHES_PER_SIDE:
+            raise ValueError(f"smallest_side is a number from 1 to {PATCHES_PER_SIDE}, got {self.smallest_side}.")
 
 
 class ReadingHeads(nn.Module):
@@ -271,7 +280,15 @@ def train_answers(
         load_moments(optimizer, moments)
     full_from = round(config.full_share * config.steps)
     batches = training_batches(
-        tokenizer, pictures_root(), config.scenes, config.seed, rank, config.num_processes, step, full_from
+        tokenizer,
+        pictures_root(),
+        config.scenes,
+        config.seed,
+        rank,
+        config.num_processes,
+        step,
+        full_from,
+        config.smallest_side,
     )
     sums: dict[str, float] = defaultdict(float)
     correct: dict[str, list[float]] = defaultdict(list)
@@ -334,8 +351,8 @@ def train(rank: int, config: PhotoLVLMConfig, untrained: Path, port: int) -> Non
     model = LlavaForConditionalGeneration.from_pretrained(untrained, dtype=TYPE)
     tokenizer = AutoTokenizer.from_pretrained(untrained)
     freeze_and_correct(model, config.seed)
-    aligned = directory / "aligned.safetensors"
-    if rank == 0 and not aligned.exists():
+    aligned = Path(config.start_from) if config.start_from else directory / "aligned.safetensors"
+    if rank == 0 and not aligned.exists() and not config.start_from:
         align_projector(model, tokenizer, pictures_root())
         unfinished = aligned.with_suffix(".tmp")
         save_file({name: value.contiguous() for name, value in trained_weights(model).items()}, unfinished)

@@ -28,6 +28,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tprl_hf.data.easy import EasyVQAImage, easy_vqa_images
+from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
 from .batches import (
     ANSWER_LAYER,
@@ -36,14 +37,13 @@ from .batches import (
     NOUN_LAYER,
     PATCH_COLORS,
     PATCH_KINDS,
-    PREFIX_LENGTH,
     PackedBatch,
     easy_image,
     mosaic_image,
     pack,
     training_batches,
 )
-from .model import NUM_PATCHES, PATCH_SIZE, PATCHES_PER_SIDE, build_lvlm, build_processor
+from .model import PATCH_SIZE, PATCHES_PER_SIDE, build_lvlm, build_processor
 from .training_run import (
     Moments,
     average_gradients,
@@ -76,6 +76,10 @@ class MosaicLVLMConfig:
         relation_weight (`float`): Weight of reading a relation's objects from the LLM.
         patch_weight (`float`): Weight of the tower's own losses in the joint phase.
         save_every (`float`), log_every (`float`): Minutes between saved states, and between log lines.
+        start_from (`str`): A merged checkpoint whose LVLM is trained further, in place of a new one. The finished
+            model keeps its policy.
+        smallest_side (`int`): Patches a side of the smallest pictures in training, 12 at full size, which a third of
+            the batches has. The others have one of the sizes between, the smaller more often.
     """
 
     output_dir: str
@@ -94,6 +98,12 @@ class MosaicLVLMConfig:
     patch_weight: float = 0.3
     save_every: float = 3.0
     log_every: float = 1.0
+    start_from: str = ""
+    smallest_side: int = PATCHES_PER_SIDE
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.smallest_side <= PATCHES_PER_SIDE:
+            raise ValueError(f"smallest_side is a number from 1 to {PATCHES_PER_SIDE}, got {self.smallest_side}.")
 
 
 GROUNDED_HEADS = 2
@@ -141,20 +151,27 @@ class ReadingHeads(nn.Module):
         return loss + F.binary_cross_entropy_with_logits(self.order(compared), first)
 
     def losses(self, patches: torch.Tensor, cls: torch.Tensor, batch: PackedBatch) -> dict[str, torch.Tensor]:
-        """Losses by name from the tower's last layer, `patches` `[B, 144, D]` and normalized `cls` `[B, D]`."""
+        """Losses by name from the tower's last layer, `patches` `[B, N, D]` and normalized `cls` `[B, D]`."""
         hidden = self.norm(patches)
         # Three patches in four show background: a quarter of their weight goes to them.
         kind_weight = torch.ones(len(PATCH_KINDS))
         kind_weight[0] = 0.25
-        place = torch.arange(NUM_PATCHES).expand(len(hidden), -1)
+        side = math.isqrt(hidden.shape[1])
+        # rows and columns are those of the full size, whatever the picture's
+        ticks = (torch.arange(side) * 2 + 1) * PATCHES_PER_SIDE // (2 * side)
+        row, column = (torch.cartesian_prod(ticks, ticks)[:, i].expand(len(hidden), -1) for i in range(2))
         known = batch.present != IGNORE
         return {
             "kind": F.cross_entropy(self.kind(hidden).transpose(1, 2), batch.kinds, kind_weight, ignore_index=IGNORE),
             "color": F.cross_entropy(self.color(hidden).transpose(1, 2), batch.colors, ignore_index=IGNORE),
-            "digit": F.cross_entropy(self.digit(hidden).transpose(1, 2), batch.digits, ignore_index=IGNORE),
+            # small pictures may have no patch that shows a single digit
+            "digit": F.cross_entropy(
+                self.digit(hidden).transpose(1, 2), batch.digits, ignore_index=IGNORE, reduction="sum"
+            )
+            / (batch.digits != IGNORE).sum().clamp(min=1),
             "center": F.binary_cross_entropy_with_logits(self.center(hidden)[..., 0], batch.centers.float()),
-            "place": 0.05 * F.cross_entropy(self.row(hidden).transpose(1, 2), place // PATCHES_PER_SIDE)
-            + 0.05 * F.cross_entropy(self.column(hidden).transpose(1, 2), place % PATCHES_PER_SIDE),
+            "place": 0.05 * F.cross_entropy(self.row(hidden).transpose(1, 2), row)
+            + 0.05 * F.cross_entropy(self.column(hidden).transpose(1, 2), column),
             "present": F.binary_cross_entropy_with_logits(self.present(cls)[known], batch.present[known]),
         }
 
@@ -170,8 +187,8 @@ class ReadingHeads(nn.Module):
 
 
 def run_tower(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What LLaVA takes from the tower, `[B, 144, D]` (CLS dropped), and the normalized CLS token `[B, D]`."""
-    output = model.model.vision_tower(pixel_values, output_hidden_states=True)
+    """What LLaVA takes from the tower, `[B, N, D]` (CLS dropped), and the normalized CLS token `[B, D]`."""
+    output = model.model.vision_tower(pixel_values, output_hidden_states=True, interpolate_pos_encoding=True)
     return output.hidden_states[model.config.vision_feature_layer][:, 1:], output.pooler_output
 
 
@@ -197,7 +214,7 @@ def grounding_loss(attention: LlamaAttention, arguments: dict, batch: PackedBatc
         query = turned(F.linear(hidden[rows], attention.q_proj.weight[:width]), cos[rows], sin[rows])
         keys = turned(F.linear(hidden, attention.k_proj.weight[:width]), cos, sin)
         scores = torch.einsum("rhd,lhd->rhl", query, keys) * attention.scaling
-        weights = (scores + arguments["attention_mask"][i, 0, rows][:, None]).softmax(-1)[..., 2:PREFIX_LENGTH]
+        weights = (scores + arguments["attention_mask"][i, 0, rows][:, None]).softmax(-1)[..., 2 : batch.prefix_length]
         losses.append(-((weights * batch.grounding[mine, None]).sum(-1) + 1e-6).log())
     return torch.cat(losses).mean()
 
@@ -222,7 +239,7 @@ def answer_losses(
     """Cross-entropy of the answers, and the two auxiliary losses of the LLM; `grounding` is zero unless asked for."""
     embeds = model.get_input_embeddings()(batch.input_ids)
     image = model.model.multi_modal_projector(patches)
-    embeds = torch.cat([embeds[:, :2], image, embeds[:, PREFIX_LENGTH:]], dim=1)
+    embeds = torch.cat([embeds[:, :2], image, embeds[:, batch.prefix_length :]], dim=1)
     llm, grounded = model.model.language_model, (NOUN_LAYER, ANSWER_LAYER) if with_grounding else ()
     called: dict[int, dict] = {}
 
@@ -329,7 +346,15 @@ def train_phase(
     # Scenes of the two phases are different ones.
     seed = 2 * config.seed + int(joint)
     batches = training_batches(
-        tokenizer, easy, config.mosaic_images, config.easy_images, seed, rank, config.num_processes, step
+        tokenizer,
+        easy,
+        config.mosaic_images,
+        config.easy_images,
+        seed,
+        rank,
+        config.num_processes,
+        step,
+        config.smallest_side,
     )
     start, clock = spent, time.monotonic()
     next_save, next_log, next_validation = spent + config.save_every, spent, spent + 5 * config.log_every
@@ -395,7 +420,9 @@ def train(rank: int, config: MosaicLVLMConfig, port: int) -> None:
     join_processes(rank, config.num_processes, port)
     processor = build_processor()
     tokenizer = processor.tokenizer
-    model = build_lvlm(tokenizer, config.seed)
+    whole = TPRLForConditionalGeneration.from_pretrained(config.start_from) if config.start_from else None
+    model = build_lvlm(tokenizer, config.seed) if whole is None else whole.lvlm.float().train()
+    torch.manual_seed(config.seed)
     heads = ReadingHeads(model.config.vision_config.hidden_size)
     easy = easy_vqa_images("train")
     validation = []
@@ -412,7 +439,8 @@ def train(rank: int, config: MosaicLVLMConfig, port: int) -> None:
         print("validation", json.dumps(scores))
         finished = Path(config.output_dir) / "model"
         # Position embeddings and the like included, half precision costs nothing measurable here and halves the file.
-        model.to(torch.float16).save_pretrained(finished)
+        model.to(torch.float16)
+        (model if whole is None else whole).save_pretrained(finished)
         processor.save_pretrained(finished)
         (Path(config.output_dir) / "training.json").write_text(
             json.dumps({"config": asdict(config) | {"output_dir": "."}, "validation": scores}, indent=2) + "\n"
