@@ -23,7 +23,7 @@ def result(name):
     [
         ("h200_rules", "oracle", "oracle"),
         ("h200_imitation", "learned", "learned, 12,000 demonstrations, three seeds"),
-        ("h200_rules", "learned", "learned, 1,200 demonstrations, shipped"),
+        ("h200_rules", "learned", "learned, 1,200 demonstrations"),
         ("h200_rules", "vispruner", "VisPruner"),
         ("h200_rules", "divprune", "DivPrune"),
         ("h200_rules", "uniform", "uniform"),
@@ -44,6 +44,9 @@ def test_rows_on_the_test_questions(page, file, pruner, title):
         ("input norm, gradient", 600, "1,200 gradient demonstrations, step 600"),
         ("input norm, boxes", 800, "6,000 demonstrations of boxes, step 800"),
         ("input norm, boxes", 2400, "the same, step 2,400"),
+        ("similarity left out, boxes", 1500, "input norm, step 1,500"),
+        ("similarity, boxes", 1000, "input norm and similarity, step 1,000"),
+        ("similarity, boxes", 2000, "the same, step 2,000, shipped"),
     ],
 )
 def test_rows_with_the_input_norm(page, part, step, title):
@@ -59,3 +62,24 @@ def test_imitation_stops_early_whatever_the_seed_and_the_network():
         losses = run["lfd, loss"]
         early, late = ([losses[str(step)] for step in steps] for steps in ((250, 300, 350), (1100, 1150, 1200)))
         assert sum(late) / sum(early) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("file", "pruner", "title"),
+    [
+        ("rules", "oracle", "oracle"),
+        ("policy", "learned", "**learned**"),
+        ("rules", "learned", "learned, 1,200 demonstrations, without similarity"),
+        ("rules", "divprune", "DivPrune"),
+        ("rules", "vispruner", "VisPruner"),
+    ],
+)
+def test_points_of_the_shipped_policy(page, file, pruner, title):
+    found = {row["budget"]: row["difference"] for row in result(file)["rows"] if row["pruner"] == pruner}
+    cells = [
+        "–"
+        if cell is None
+        else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * cell[end] for end in ("value", "low", "high")))
+        for cell in (found.get(budget) for budget in BUDGETS)
+    ]
+    assert result(file)["num_samples"] == 1120 and f"| {title} | {' | '.join(cells)} |" in page
