@@ -45,7 +45,7 @@ def test_card_of_photo_llava_is_made_of_its_results():
     card = render_card("photo_llava", **values)
     assert values["policy"]["questions"] == values["rules"]["questions"]
     unpruned = [next(row for row in values[name]["rows"] if row["pruner"] == "none") for name in ("policy", "rules")]
-    assert unpruned[0]["accuracy"] == unpruned[1]["accuracy"]
+    assert abs(unpruned[0]["accuracy"]["value"] - unpruned[1]["accuracy"]["value"]) < 0.005  # of bfloat16
     assert (TRAINED.parent / "README.md").read_text(encoding="utf-8") == card
     assert (ROOT / "model_cards/photo-llava.md").read_text(encoding="utf-8") == card
     assert values["test"]["num_samples"] >= 2000 and values["test"]["split"] == "test"

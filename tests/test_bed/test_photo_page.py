@@ -83,3 +83,28 @@ def test_points_of_the_shipped_policy(page, file, pruner, title):
         for cell in (found.get(budget) for budget in BUDGETS)
     ]
     assert result(file)["num_samples"] == 1120 and f"| {title} | {' | '.join(cells)} |" in page
+
+
+def test_what_is_said_of_the_gap(page):
+    points = {
+        (row["pruner"], row["budget"]): 100 * row["difference"]["value"]
+        for file in ("rules", "policy")  # the rules' policy is the earlier one
+        for row in result(file)["rows"]
+    }
+    rules = ("divprune", "vispruner", "uniform", "cdpruner", "query-similarity")
+    best = {budget: max(points[rule, budget] for rule in rules) for budget in ("1/9", "1/18")}
+    closed = [
+        100 * (points["learned", budget] - rule) / (points["oracle", budget] - rule) for budget, rule in best.items()
+    ]
+    assert (
+        "closes {:.0f} % of the gap between the best rule and the oracle at 1/9, and {:.0f} %".format(*closed) in page
+    )
+    readme = " ".join((DOCS.parent / "README.md").read_text(encoding="utf-8").split())
+    said = f"loses {-points['learned', '1/18']:.1f} points, and the best published method {-best['1/18']:.1f}."
+    assert f"with 14 of 256 tokens its policy {said}" in readme
+    counting = {
+        row["budget"]: row["by_type"]["counting"]["value"]
+        for row in result("policy")["rows"]
+        if row["pruner"] in ("none", "learned")
+    }
+    assert f"counting ({100 * counting['1']:.1f} % unpruned, {100 * counting['1/9']:.1f} at 1/9)" in page
