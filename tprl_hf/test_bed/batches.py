@@ -32,7 +32,7 @@ from tprl_hf.data.mosaic import (
 from tprl_hf.pictures import open_picture
 
 from .model import PATCH_SIZE, PATCHES_PER_SIDE, SPECIAL_TOKENS
-from .training_run import drawn_side
+from .training_run import drawn_side, shrunk
 
 IGNORE = -100
 PATCH_KINDS = ("background", *SHAPES, "rectangle", "sign")
@@ -135,11 +135,7 @@ def _patch_counts(mask: np.ndarray) -> np.ndarray:
 
 def label_scene(scene: MosaicScene, questions: list[MosaicQuestion], side: int = PATCHES_PER_SIDE) -> LabelledImage:
     """Say what each patch of a scene shows, its picture shrunk to `side` by `side` patches as the processor would."""
-    pixels, instances = scene.pixels, scene.instances
-    if side < PATCHES_PER_SIDE:
-        size = (side * PATCH_SIZE, side * PATCH_SIZE)
-        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
-        instances = np.asarray(Image.fromarray(instances.astype(np.int16)).resize(size, Image.Resampling.NEAREST))
+    pixels, instances = shrunk(scene.pixels, scene.instances, side * PATCH_SIZE)
 
     def patch_of(x: float, y: float) -> int:
         return int(y * side // IMAGE_SIZE) * side + int(x * side // IMAGE_SIZE)

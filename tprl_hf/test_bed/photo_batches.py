@@ -15,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from tprl_hf.data.photo import PhotoObject, PhotoQuestion, PhotoScene, ask, draw_scene, scene_rng
 
 from .photo_parts import PATCH_SIZE, PATCHES_PER_SIDE
-from .training_run import drawn_side
+from .training_run import drawn_side, shrunk
 
 IGNORE = -100
 MIN_PATCH_PIXELS = 20
@@ -104,11 +103,7 @@ class PhotoBatch:
 
 def label_scene(scene: PhotoScene, questions: list[PhotoQuestion], side: int = PATCHES_PER_SIDE) -> LabelledScene:
     """Say what each patch of a scene shows, its picture shrunk to `side` by `side` patches as the processor would."""
-    pixels, instances = scene.pixels, scene.instances
-    if side < PATCHES_PER_SIDE:
-        size = (side * PATCH_SIZE, side * PATCH_SIZE)
-        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
-        instances = np.asarray(Image.fromarray(instances.astype(np.int16)).resize(size, Image.Resampling.NEAREST))
+    pixels, instances = shrunk(scene.pixels, scene.instances, side * PATCH_SIZE)
     patches = instances.reshape(side, PATCH_SIZE, side, PATCH_SIZE)
     counts = np.stack([(patches == i).sum(axis=(1, 3)).reshape(-1) for i in range(len(scene.objects))])
     owners = np.where(counts.max(axis=0) >= MIN_PATCH_PIXELS, counts.argmax(axis=0), -1)

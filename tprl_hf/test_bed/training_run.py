@@ -1,4 +1,4 @@
-"""What both recipes share: options, processes that average their gradients, and a state to resume from."""
+"""What both recipes share: options, sizes of pictures, processes that average gradients, a state to resume from."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -90,6 +91,15 @@ def drawn_side(rng: np.random.Generator, smallest: int, full: int) -> int:
     if smallest >= full or rng.random() < 1 / 3:
         return full
     return int(smallest * (full / smallest) ** rng.random())
+
+
+def shrunk(pixels: np.ndarray, instances: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture uint8 `[S, S, 3]` and its map of objects `[S, S]`, at `size` pixels a side instead of S."""
+    if size == len(pixels):
+        return pixels, instances
+    small = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+    owners = Image.fromarray(instances.astype(np.int16)).resize((size, size), Image.Resampling.NEAREST)
+    return np.asarray(small), np.asarray(owners)
 
 
 def write_state(

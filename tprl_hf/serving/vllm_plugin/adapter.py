@@ -16,10 +16,10 @@ from tprl_hf.modeling.peft_adapter import FOLDER, WEIGHTS
 PLAIN: dict[str, Any] = {"bias": "none", "fan_in_fan_out": False, "use_dora": False, "alpha_pattern": {}}
 
 
-def read_adapter(source: str, revision: str | None) -> dict[str, Tensor]:
+def read_adapter(source: str, revision: str | None) -> dict[str, tuple[Tensor, Tensor]]:
     """
-    What the LoRA of the checkpoint `source` adds to weights: float32 `[out, in]` by the weight's name in the base
-    model, as transformers calls it.
+    The LoRA of the checkpoint `source`: float32 `[out, r]` and `[r, in]`, whose product is what it adds, by the
+    weight's name in the base model, as transformers calls it.
 
     Raises:
         `ValueError`: for a LoRA that is more than two matrices a layer.
@@ -41,12 +41,15 @@ def read_adapter(source: str, revision: str | None) -> dict[str, Tensor]:
             layer = name.removesuffix(".lora_A.weight")
             scale = config["lora_alpha"] / (math.sqrt(len(down)) if config.get("use_rslora") else len(down))
             weight = layer.removeprefix("base_model.model.").removeprefix(BASE_PREFIX) + ".weight"
-            added[weight] = scale * state[f"{layer}.lora_B.weight"].float() @ down.float()
+            added[weight] = scale * state[f"{layer}.lora_B.weight"].float(), down.float()
     return added
 
 
 def with_adapter(
-    weights: Iterable[tuple[str, Tensor]], added: dict[str, Tensor], name_in_vllm: Callable[[str], str], source: str
+    weights: Iterable[tuple[str, Tensor]],
+    added: dict[str, tuple[Tensor, Tensor]],
+    name_in_vllm: Callable[[str], str],
+    source: str,
 ) -> Iterator[tuple[str, Tensor]]:
     """
     The base model's weights with what its LoRA adds.
@@ -63,7 +66,10 @@ def with_adapter(
     left = {name_in_vllm(name): value for name, value in added.items()}
     for name, value in weights:
         own = left.pop(name_in_vllm(name), None)
-        yield name, value if own is None else (value.float() + own.to(value.device)).to(value.dtype)
+        if own is not None:  # one product at a time: together they are as large as the model
+            up, down = (matrix.to(value.device) for matrix in own)
+            value = (value.float() + up @ down).to(value.dtype)
+        yield name, value
     if left:
         raise ValueError(
             f"{len(left)} weights of the LoRA in {source}/{FOLDER} have no place in the base model (as {min(left)}): "
