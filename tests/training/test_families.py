@@ -5,13 +5,13 @@ import torch
 
 from tests.families.tiny_models import FAMILIES, Sample, build, collate, sample
 from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.modeling.token_pruner import read_similarity
 from tprl_hf.training.answer_batches import EncodedSample, SampleEncoder
 from tprl_hf.training.answer_scores import gradient_saliency, score_answers
 from tprl_hf.training.rollouts import (
     Budgets,
     collect_rollouts,
     logits_at_budget,
-    read_similarity,
     replayed_logprobs,
     take_inputs,
 )

@@ -61,7 +61,7 @@ class PruningInputs:
 
     def similarity(self) -> Tensor:
         """Cosine of each visual token with each word of the question, as the LLM sees both: float32 `[B, N, Q]`."""
-        return cosines(self.tokens, self.query) if self.known_similarity is None else self.known_similarity
+        return cosines(self.tokens, self.query)
 
     @property
     def query_mask(self) -> Tensor:
@@ -214,6 +214,13 @@ class SetPruner(TokenPruner):
         return (inputs.valid[row] & ~inputs.layout.protected[row]).nonzero()[:, 0]
 
 
+def read_similarity(policy: PruningPolicy, inputs: PruningInputs) -> PruningInputs:
+    """`inputs` with the similarity of tokens and words, if the policy reads it."""
+    if policy.similarity_proj is None or inputs.known_similarity is not None:
+        return inputs
+    return replace(inputs, known_similarity=inputs.similarity())
+
+
 # What a threshold is compared with.
 PROBABILITY = number(least=0, most=1, what="a number in [0, 1], a probability of keeping")
 
@@ -246,7 +253,7 @@ class LearnedPruner(TokenPruner):
     def logits(self, inputs: PruningInputs, codes: Tensor, keep_mask: Tensor, step: int) -> Tensor:
         """Log-odds of keeping each token at `step`, given what is still kept: float32 `[B, N]`."""
         positions = inputs.layout.positions() if self.policy.position_proj is not None else None
-        similarity = inputs.similarity() if self.policy.similarity_proj is not None else None
+        similarity = read_similarity(self.policy, inputs).known_similarity
         query, words = inputs.query, inputs.query_valid
         features = self.policy.features(codes, keep_mask, query, words, step, positions, inputs.keep_ratio, similarity)
         return self.policy.logits(features)
@@ -271,7 +278,7 @@ class LearnedPruner(TokenPruner):
             share = torch.full(num_visual.shape, self.threshold_keep_ratio or 1.0, device="cpu")
             probability = torch.tensor(float(PROBABILITY("threshold", budget.threshold)), device="cpu")
             above = replace(budget, threshold=float(probability.logit().nan_to_num()))
-        inputs = replace(inputs, keep_ratio=share.to(codes.device))
+        inputs = read_similarity(self.policy, replace(inputs, keep_ratio=share.to(codes.device)))
         for step in range(self.num_steps):
             logits = self.logits(inputs, codes, keep_mask, step)
             scores = torch.where(keep_mask, step + logits.sigmoid(), scores)

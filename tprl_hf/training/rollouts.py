@@ -11,7 +11,7 @@ from torch import Tensor
 from tprl_hf.modeling.keep_mask import keep_entropy, keep_logprobs, sample_keep_mask
 from tprl_hf.modeling.pruning_policy import PolicyOutput, PruningPolicy
 from tprl_hf.modeling.token_autoencoder import TokenAutoencoder
-from tprl_hf.modeling.token_pruner import PruningInputs
+from tprl_hf.modeling.token_pruner import PruningInputs, read_similarity
 
 from .advantages import mean_over_steps, mean_over_tokens
 from .plackett_luce import NOT_DRAWN, draw_ordered, ordered_logprobs
@@ -37,13 +37,6 @@ def take_inputs(inputs: PruningInputs, index: Tensor) -> PruningInputs:
         attention=None,
         known_similarity=None if similarity is None else similarity[index],
     )
-
-
-def read_similarity(policy: PruningPolicy, inputs: PruningInputs) -> PruningInputs:
-    """`inputs` with the similarity of tokens and words, if the policy reads it."""
-    if policy.similarity_proj is None or inputs.known_similarity is not None:
-        return inputs
-    return replace(inputs, known_similarity=inputs.similarity())
 
 
 def policy_on_kept(
