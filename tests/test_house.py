@@ -38,6 +38,20 @@ class TestImport:
         code = "import sys, tprl_hf; print(sorted({'torch', 'transformers', 'datasets', 'PIL'} & set(sys.modules)))"
         assert run_python(code) == "[]"
 
+    @pytest.mark.parametrize(
+        "modules",
+        [
+            "cli.evaluate, tprl_hf.evaluation.broken",
+            "cli.generate",
+            "cli.compare",
+            "cli.demo",
+            "modeling.modeling_tprl",
+        ],
+    )
+    def test_what_does_not_train_loads_no_trainer(self, modules):
+        names = {"transformers.trainer", "peft", "trl", "bitsandbytes", "matplotlib.pyplot", "scipy"}
+        assert run_python(f"import sys, tprl_hf.{modules}; print(sorted({names} & set(sys.modules)))") == "[]"
+
     @pytest.mark.parametrize("name", tprl_hf.__all__)
     def test_every_public_name_is_there(self, name):
         assert getattr(tprl_hf, name) is not None

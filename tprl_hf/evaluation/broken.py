@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from tprl_hf.answer_rules import CORRECT
+from tprl_hf.modeling.text_query import question_of
 from tprl_hf.pictures import picture_of
 from tprl_hf.report.shown import as_bits, shown_sample
-from tprl_hf.training.completion_log import question_of
 
 from .answers import chat_inputs
 from .compare_pruners import Record, Setting, encode_once, first_observer, using

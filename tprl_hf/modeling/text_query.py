@@ -134,6 +134,14 @@ def chat_messages(prompt: str | list[dict[str, Any]], num_images: int) -> list[d
     return [{**message, "content": content} for message, content in zip(messages, parts, strict=True)]
 
 
+def question_of(prompt: str | list[dict[str, Any]]) -> str:
+    """The text of a prompt's last message of the user."""
+    if isinstance(prompt, str):
+        return prompt
+    content = next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
+    return " ".join(part["text"] for part in text_parts(content) if part["type"] == "text")
+
+
 def text_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The parts of a message, of which a plain string is one."""
     return [{"type": "text", "text": content}] if isinstance(content, str) else content

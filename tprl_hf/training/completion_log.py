@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from tprl_hf.modeling.saved_files import written_whole
+from tprl_hf.modeling.text_query import question_of
 from tprl_hf.visualization import Panel, draw_figures, figures_by_block, seen_pictures
 
 from .answer_batches import AnswerBatch, SampleEncoder, images_of, open_images, reference_answer
@@ -54,16 +55,6 @@ class Completion:
             "reference": self.reference,
             "score": self.score,
         }
-
-
-def question_of(prompt: str | list[dict[str, Any]]) -> str:
-    """The text of a prompt's last message of the user."""
-    if isinstance(prompt, str):
-        return prompt
-    content = next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
-    return (
-        content if isinstance(content, str) else " ".join(part["text"] for part in content if part["type"] == "text")
-    )
 
 
 def completions_of(
