@@ -160,7 +160,7 @@ def commands() -> None:
         sizes = ["--num-samples", "6", "--keep-ratios", "1/3"]
         assert main(["evaluate", "--pruners", pruners, *sizes, "--output-dir", folder]) == 0
         assert main(["benchmark", "--rounds", "2", "--max-new-tokens", "2", "--load", "1,2"]) == 0
-        assert main(["demo", "--num-shown", "1", "--output-dir", folder]) == 0
+        assert main(["demo", "--num-shown", "1", "--num-samples", "6", "--output-dir", folder]) == 0
 
 
 def more_commands() -> None:
