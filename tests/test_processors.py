@@ -155,6 +155,36 @@ class TestMissingPackages:
             assert f"{package} missing (" in lines[-1] and "pip install 'tprl_hf[processors]'" in lines[-1]
             assert "Traceback" not in "\n".join(lines)
 
+    def test_an_extra_that_is_missing_is_named_before_anything_long_begins(self, tmp_path):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(
+            f"output_dir: {tmp_path / 'out'}\ndata: {{train: {{source: easy-vqa}}}}\nautoencoder: {{}}\n"
+        )
+        calls = {  # without these packages, and what is said of the first
+            f"['train', 'all', '--config', {str(recipe)!r}, '--dry-run']": ("easy_vqa", "train"),
+            "['evaluate', '--data', 'easy-vqa']": ("easy_vqa", "train"),
+            "['train', 'all', '--config', 'mosaic_llava_tuned', '--dry-run']": ("peft", "train"),
+            "['completion', 'bash']": ("shtab", "completion"),
+        }
+        for words, (module, extra) in calls.items():
+            done = run_without(f"from tprl_hf.cli.main import main; sys.exit(main({words}))", module)
+            said = done.stderr.splitlines()[-1]
+            assert done.returncode == 2, done.stderr
+            assert said.endswith(f": error: No module named '{module}': pip install 'tprl_hf[{extra}]'."), said
+
+    def test_without_matplotlib_an_evaluation_has_no_plot_and_all_else(self, tmp_path):
+        words = ["evaluate", "--pruners", "uniform", "--num-samples", "4", "--max-new-tokens", "2"]
+        code = f"from tprl_hf.cli.main import main; sys.exit(main({[*words, '--output-dir', str(tmp_path)]!r}))"
+        with_it = subprocess.run(
+            [sys.executable, "-c", "import sys; " + code], cwd=ROOT, capture_output=True, text=True
+        )
+        assert with_it.returncode == 0 and ", .png and" in with_it.stdout, with_it.stderr
+        files = {path.name for path in tmp_path.iterdir()}
+        done = run_without(code, "matplotlib")
+        assert done.returncode == 0 and ".png" not in done.stdout, done.stderr
+        assert "No results.png, which needs matplotlib: pip install 'tprl_hf[eval]'" in done.stderr
+        assert {path.name for path in tmp_path.iterdir()} == files - {"results.png"}
+
     def test_a_torchvision_of_another_build_is_named(self, tmp_path):
         """What a torchvision for CUDA does beside a torch for the CPU: its operators are not there."""
         info = tmp_path / "torchvision-0.28.0.dist-info"

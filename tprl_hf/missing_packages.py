@@ -2,7 +2,8 @@
 
 import importlib.util
 import os
-from importlib.metadata import version
+import re
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 # Modules of the extra `processors` by what pip calls them; docs/families.md says which family needs what.
@@ -72,13 +73,42 @@ def explain(error: BaseException) -> str:
     """
     if mismatch := of_another_build(error):
         return mismatch
+    if f"pip install '{__package__}[" in str(error):
+        return said(error) + "."
     if names := missing(str(error)):
         return f"{', '.join(names)} missing ({said(error)}): {INSTALL}."
     if isinstance(error, TypeError):  # of a part that is `None`, for want of a package or of a file
         absent = ", ".join(missing(" ".join(PACKAGES)))
         install = f"Not installed: {absent}; {INSTALL}. " if absent else ""
         return f"{said(error)}. {install}The checkpoint may also lack a file."
+    if isinstance(error, ImportError) and (extra := extra_of((error.name or "").split(".")[0])):
+        return f"{said(error)}: pip install 'tprl_hf[{extra}]'."
     return f"{said(error)}. Install what is missing or too old."
+
+
+def extra_of(module: str) -> str | None:
+    """The first extra of ours that brings a module; `None` where none does."""
+    try:
+        wanted = requires("tprl_hf") or []
+    except PackageNotFoundError:  # a checkout that is not installed
+        return None
+    name = re.escape(module.replace("_", "-"))
+    found = (re.match(rf"{name}(?![\w-]).*extra == ['\"](\w+)['\"]", line.replace("_", "-")) for line in wanted)
+    return next((match[1] for match in found if match), None)
+
+
+def require(*modules: str) -> None:
+    """
+    Asks for packages before long work begins.
+
+    Raises:
+        `ModuleNotFoundError`: For the first module that is not installed; it says which extra brings it.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            extra = extra_of(module)
+            brought = f": pip install 'tprl_hf[{extra}]'" if extra else ""
+            raise ModuleNotFoundError(f"No module named {module!r}{brought}.", name=module)
 
 
 def of_another_build(error: BaseException) -> str | None:

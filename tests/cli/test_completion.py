@@ -40,4 +40,4 @@ def test_without_its_package_it_is_one_line():
     code = "from tprl_hf.cli.main import main; sys.exit(main(['completion', 'zsh']))"
     done = run_without(code, "shtab")
     assert done.returncode == 2
-    assert done.stderr == "tprl completion: error: Completion needs shtab: pip install 'tprl_hf[completion]'.\n"
+    assert done.stderr == "tprl completion: error: No module named 'shtab': pip install 'tprl_hf[completion]'.\n"

@@ -3,6 +3,8 @@
 
 import argparse
 
+from tprl_hf.missing_packages import require
+
 NAME = "completion"
 HELP = "print what lets bash, zsh or tcsh complete commands and options"
 SHELLS = ("bash", "zsh", "tcsh")
@@ -13,10 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        import shtab
-    except ImportError:
-        raise ValueError("Completion needs shtab: pip install 'tprl_hf[completion]'.") from None
+    require("shtab")
+    import shtab
+
     from .main import make_parser
 
     print(shtab.complete(make_parser(), arguments.shell))

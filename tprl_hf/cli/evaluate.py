@@ -3,6 +3,7 @@ keeping."""
 
 import argparse
 import functools
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from .arguments import (
 )
 from .evaluation_notes import ENLARGED, HALF_SIZE, MARK, RESIZE, notes_of
 from .progress import bar, note
-from .run_folder import PAGE, RUNS, claim_folder, default_folder, refuse_other_run
+from .run_folder import PAGE, PLOT, RUNS, claim_folder, default_folder, refuse_other_run
 
 if TYPE_CHECKING:
     from tprl_hf.evaluation.compare_pruners import Setting
@@ -129,10 +130,6 @@ def seeds(text: str) -> list[int]:
 
 def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ValueError("The plot needs matplotlib: pip install 'tprl_hf[eval]'.") from None
     from tprl_hf.evaluation.broken import broken_questions
     from tprl_hf.evaluation.compare_pruners import append_records, compare_pruners, read_records
     from tprl_hf.evaluation.confidence import confidence_table
@@ -207,7 +204,7 @@ def run(arguments: argparse.Namespace) -> int:
     for table in (accuracy_table(rows), type_table(rows), confidence_table(rows)):
         print(format_table(table))
     print("\n".join(notes_of(rows, described)))
-    print(f"Written: {folder}/results.html, .json, .csv, .md, .png and answers.jsonl")
+    print(f"Written: {folder}/results.html, .json, .csv, .md{', .png' * (folder / PLOT).exists()} and answers.jsonl")
     print(f"Took {time.perf_counter() - started:.0f} s")
     return 0
 
@@ -389,7 +386,7 @@ def describe_run(arguments: argparse.Namespace, model, known_before: dict[str, A
 
 
 def write_results(folder: Path, rows, described: dict[str, Any]) -> None:
-    """Writes results.json, results.csv, results.md and results.png."""
+    """Writes results.json, results.csv, results.md and, where matplotlib is installed, results.png."""
     from dataclasses import asdict
 
     from tprl_hf.evaluation.confidence import confidence_table
@@ -402,4 +399,8 @@ def write_results(folder: Path, rows, described: dict[str, Any]) -> None:
     page = [*map(as_markdown, tables), *notes_of(rows, described)]
     write(folder / "results.md", "\n".join(page) + "\n")
     title = f"{described['data']} {described['split']}, {described['num_samples']} questions, seed {described['seed']}"
-    plot_accuracy(rows, folder / "results.png", title)
+    if importlib.util.find_spec("matplotlib") is None:
+        (folder / PLOT).unlink(missing_ok=True)  # of other rows
+        note(f"No {PLOT}, which needs matplotlib: pip install 'tprl_hf[eval]'; the same command then only draws.")
+        return
+    plot_accuracy(rows, folder / PLOT, title)

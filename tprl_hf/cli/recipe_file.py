@@ -11,6 +11,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from tprl_hf.loading import check_model_name
+from tprl_hf.missing_packages import require
 from tprl_hf.training.stages import STAGES
 
 from .arguments import DTYPES, check_writable
@@ -166,7 +167,10 @@ def located(source: str, folder: Path, where: str) -> str:
 
 
 def check_places(recipe: Mapping[str, Any]) -> None:
-    """Raises `OSError` or `ValueError` for directories and files of a recipe that are not there or not to be used."""
+    """
+    Raises `OSError` or `ValueError` for directories and files of a recipe that are not there or not to be used, and
+    `ModuleNotFoundError` for a package that its data come with.
+    """
     for name in ("base_model", "start_from"):
         if isinstance(recipe.get(name), str):
             check_model_name(recipe[name])
@@ -174,6 +178,8 @@ def check_places(recipe: Mapping[str, Any]) -> None:
     for name, section in sources_in(recipe):
         source = section["source"]
         if source in NAMED_SOURCES or Path(source).exists():
+            if source == "easy-vqa":
+                require("easy_vqa")
             continue
         close = difflib.get_close_matches(source, NAMED_SOURCES, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tprl_hf.json_files import read_json
+from tprl_hf.missing_packages import require
 from tprl_hf.whole_files import write
 
 from .paper_tables import Run, Table, minutes_left, of_the_paper, read_table, runs_of, settings_of_all, table_names
@@ -65,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     say(f"Training that is missing takes about {minutes_left(everything, folder):.0f} minutes on two free cores.")
     if arguments.dry_run:
         return 0
+    require("easy_vqa", "matplotlib", "peft", "trl")
 
     from .stop_signals import Stopped, StopSignals
 

@@ -14,10 +14,11 @@ from .arguments import loading_words
 RUNS = "tprl_output/evaluate"
 # not the name of the data: a file may change under its name, or move
 DEPENDS_ON = ("questions", "split", "seed", "num_samples", "max_new_tokens", "score", "settings", "weights")
+PLOT = "results.png"
 PAGE = "results.html"
 WRITTEN = (
     *("run.json", "questions.json", "answers.jsonl", "broken.json"),
-    *("results.json", "results.csv", "results.md", "results.png", PAGE),
+    *("results.json", "results.csv", "results.md", PLOT, PAGE),
 )
 
 
