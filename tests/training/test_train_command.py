@@ -97,6 +97,12 @@ def test_all_stages_from_one_recipe(recipe, tmp_path, capsys, monkeypatch):
     assert out.count("is finished") == 3
     assert main(["train", "lfd", "--config", str(recipe), "--set", "lfd.max_steps=3"]) == 2
     assert "other settings" in capsys.readouterr().err
+    # demonstrations read no validation data, and stay when these change
+    fewer = ["--set", "data.validation.num_samples=2"]
+    assert main(["train", "demonstrations", "--config", str(recipe), *fewer]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert main(["train", "lfd", "--config", str(recipe), *fewer]) == 2
+    assert "other settings" in capsys.readouterr().err
 
     # what is damaged or gone is said, with what to do
     run = tmp_path / "run"
