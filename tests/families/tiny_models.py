@@ -331,9 +331,9 @@ def entry(family: str) -> Family:
     """The entry here, or in `more`."""
     if family in FAMILIES:
         return FAMILIES[family]
-    from tests.families.more import OTHERS
+    from tests.families.more import EVERY
 
-    return OTHERS[family]
+    return EVERY[family]
 
 
 def config_of(family: str, **changes) -> PreTrainedConfig:

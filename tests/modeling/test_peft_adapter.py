@@ -12,6 +12,7 @@ from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.hub.publishing import files_to_publish
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.short
 
 FAMILIES = ["llava", "gemma3", "qwen2_5_vl"]
 LORA = {"r": 2, "target_modules": r".*language_model.*(q_proj|v_proj)", "init_lora_weights": False}
@@ -78,6 +79,11 @@ def test_pruning_and_lora_switched_off_give_the_base_bit_for_bit(tuned, folders,
     assert logits_of(again, family, prune=False).equal(logits_of(base, family))
     again.enable_adapters()
     assert logits_of(again, family).equal(logits_of(tuned, family))
+    again.delete_adapter("default")
+    assert logits_of(again, family, prune=False).equal(logits_of(base, family))
+    for call in (again.disable_adapters, again.enable_adapters, lambda: again.delete_adapter("default")):
+        with pytest.raises(ValueError, match="The model has no adapter"):
+            call()
 
 
 def test_it_is_merged_by_peft(tuned, folders, family, tmp_path):
@@ -118,6 +124,8 @@ def test_what_would_be_lost_is_refused(tuned, folders, tmp_path):
     tuned.load_adapter(str(folders / "lora"), adapter_name="second")
     with pytest.raises(ValueError, match=r"one LoRA beside the policy; the model has .*second.*delete_adapter"):
         tuned.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no adapter third; it has default, second"):
+        tuned.delete_adapter("third")
     tuned.delete_adapter("second")
     tuned.save_pretrained(tmp_path)
     with torch.no_grad():

@@ -21,6 +21,7 @@ WITHOUT = {
     "deepseek_ocr2": "do not become",
     "idefics2": "do not become",
     "nemotron_h_omni": "do not become",
+    "apertus1p5": "in a way of its own",
     "got_ocr2": "in a way of its own",
     "lfm3_vl": "in a way of its own",
     "pp_chart2table": "in a way of its own",

@@ -14,7 +14,10 @@ from transformers import PreTrainedModel, modeling_flash_attention_utils
 
 # Of these the base model itself, unpruned, fails with Flash Attention or answers otherwise than with sdpa. Ernie and
 # GLM-4V-MoE hand it positions of three axes, which it reads as three packed prompts.
-BASE_FAILS = ("dots3_note", "ernie4_5_vl_moe", "glm4v_moe", "glm5_next", "mistral_large4", "qwen4_exp")
+BASE_FAILS = (
+    *("dots3_note", "ernie4_5_vl_moe", "glm4v_moe", "glm5_next", "hy_v4_vl", "inkling2_loop", "mistral_large4"),
+    "qwen4_exp",
+)
 BASE_DIFFERS = ("deepseek_ocr2", "gemma3", "gemma4_unified", "inkling2", "molmo2")
 # Layers with a state, and positions with gaps: a new image behind a cache is refused.
 BEAR_NO_PADDING = ("lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "nemotron_h_omni")

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from tprl_hf.missing_packages import require
-
 from .samples import SAMPLE_FEATURES, check_number
 
 EASY_VQA_SPLITS = ("train", "test")
@@ -33,9 +31,10 @@ def easy_vqa_images(split: str) -> list[EasyVQAImage]:
     """
     if split not in EASY_VQA_SPLITS:
         raise ValueError(f"Unknown split {split!r} of easy-VQA; one of {', '.join(EASY_VQA_SPLITS)}.")
-    require("easy_vqa")
-    import easy_vqa as package
-
+    try:
+        import easy_vqa as package
+    except ImportError as error:
+        raise ImportError("easy-VQA comes with its own package: pip install 'tprl_hf[train]'.") from error
     if split == "train":
         paths, (prompts, answers, image_ids) = package.get_train_image_paths(), package.get_train_questions()
     else:

@@ -50,7 +50,15 @@ from .hub_tprl import (
     set_code,
     update_card,
 )
-from .peft_adapter import FOLDER, has_adapter, load_own_adapter, refuse_unless_one_lora, save_adapter, without_adapter
+from .peft_adapter import (
+    FOLDER,
+    TPRLAdapterMixin,
+    has_adapter,
+    load_own_adapter,
+    refuse_unless_one_lora,
+    save_adapter,
+    without_adapter,
+)
 from .policy_linear import PolicyLinear
 from .policy_weights import load_policy, policy_in_files, policy_state, read_policy, refuse_broken
 from .saved_files import finish_saving, written_whole
@@ -101,7 +109,7 @@ def refuse_unless_whole(info: dict[str, Any], source: str, tolerant: bool) -> No
         )
 
 
-class TPRLPreTrainedModel(PreTrainedModel):
+class TPRLPreTrainedModel(TPRLAdapterMixin, PreTrainedModel):
     """Base class for loading and saving."""
 
     config_class = TPRLConfig
@@ -303,27 +311,6 @@ class TPRLPreTrainedModel(PreTrainedModel):
         if upload:
             hub.setdefault("repo_id", directory.name)
             self.push_to_hub(**hub, save_base_model=whole, base_dtype=base_dtype)
-
-    def add_adapter(self, adapter_config, adapter_name: str | None = None) -> None:
-        """Raises `ValueError`: `Trainer` could not resume what it adds."""
-        raise ValueError(
-            "add_adapter would add weights that a resumed Trainer does not find again: train with "
-            "peft.get_peft_model(model, config), save that, and put it into this model with "
-            "model.load_adapter(DIRECTORY): save_pretrained then saves policy and LoRA together."
-        )
-
-    def load_adapter(self, *args, is_trainable: bool = False, **kwargs) -> Any:
-        """As [`~transformers.PreTrainedModel.load_adapter`]: `save_pretrained` saves the LoRA beside the policy.
-
-        Raises:
-            `ValueError`: for `is_trainable=True`, because a `Trainer` that resumes would not find the LoRA again.
-        """
-        if is_trainable:
-            raise ValueError(
-                "load_adapter(is_trainable=True) would train weights that a resumed Trainer does not find: train "
-                "with peft.PeftModel.from_pretrained(model, DIRECTORY, is_trainable=True)."
-            )
-        return super().load_adapter(*args, **kwargs)
 
     def _weights(self) -> dict[str, Tensor]:
         """All weights, of which those that lie on a disk until they are needed can only be had by writing them."""

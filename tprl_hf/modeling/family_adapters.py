@@ -222,6 +222,17 @@ class HunYuanAdapter(RopeIndexAdapter):
         return positions.expand(num_axes, -1, -1)
 
 
+class HunYuan4Adapter(RopeIndexAdapter):
+    """HunYuan 4: the rows of an image and of each frame end in a newline, which has a place in the positions."""
+
+    patches_row_by_row = True
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        merge = self.config.vision_config.spatial_merge_size
+        grids = inputs[f"{modality}_grid_thw"].tolist()
+        return [[Block(height // merge, width // merge, row_newline=True)] * frames for frames, height, width in grids]
+
+
 class Emu3Adapter(LVLMAdapter):
     """Emu3: the rows of an image's code book entries end in one that means the end of the row."""
 
@@ -341,6 +352,7 @@ ADAPTERS: dict[str, type[LVLMAdapter]] = {
     "granite4_vision": Granite4VisionAdapter,
     "granite_docling": GraniteDoclingAdapter,
     "hunyuan_vl": HunYuanAdapter,
+    "hy_v4_vl": HunYuan4Adapter,
     "llama4": Llama4Adapter,
     "molmo2": Molmo2Adapter,
     "unlimited_ocr": UnlimitedOcrAdapter,
@@ -356,16 +368,16 @@ ADAPTERS: dict[str, type[LVLMAdapter]] = {
 
 # Types whose invariants the tests hold; docs/families.md is the table.
 SUPPORTED = (
-    "aria", "aya_vision", "chameleon", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni",
-    "deepseek_ocr2", "deepseek_vl", "deepseek_vl_hybrid", "dots3_note", "emu3", "ernie4_5_vl_moe", "exaone4_5", "fuyu",
-    "gemma3", "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "glmga", "got_ocr2",
-    "granite4_vision", "granite_docling", "hunyuan_vl", "hyperclovax_vision_v2", "idefics2", "idefics3", "inkling2",
-    "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4", "llava", "llava_next",
-    "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl", "mistral3",
-    "mistral_large4", "molmo2", "muse_glimmer", "muse_spark", "nemotron_h_omni", "ovis2", "paddleocr_vl", "paligemma",
-    "pp_chart2table", "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe",
-    "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp", "smolvlm", "step3p7", "unlimited_ocr",
-    "video_llama_3", "video_llava", "vipllava",
+    "apertus1p5", "aria", "aya_vision", "chameleon", "cohere2_vision", "cohere_compass", "cosmos3_edge",
+    "cosmos3_omni", "deepseek_ocr2", "deepseek_vl", "deepseek_vl_hybrid", "dots3_note", "emu3", "ernie4_5_vl_moe",
+    "exaone4_5", "fuyu", "gemma3", "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr",
+    "glmga", "got_ocr2", "granite4_vision", "granite_docling", "hunyuan_vl", "hy_v4_vl", "hyperclovax_vision_v2",
+    "idefics2", "idefics3", "inkling2", "inkling2_loop", "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl",
+    "lighton_ocr", "llama4", "llava", "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr",
+    "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl", "mistral3", "mistral_large4", "molmo2", "muse_glimmer",
+    "muse_spark", "nemotron_h_omni", "ovis2", "paddleocr_vl", "paligemma", "pp_chart2table", "qianfan_ocr",
+    "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl",
+    "qwen3_vl_moe", "qwen4_exp", "smolvlm", "step3p7", "unlimited_ocr", "video_llama_3", "video_llava", "vipllava",
 )  # fmt: skip
 # Types that take `mm_encoder_outputs` and cannot be pruned all the same.
 REFUSED = {

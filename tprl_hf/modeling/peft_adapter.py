@@ -1,4 +1,8 @@
-"""A LoRA of PEFT inside a checkpoint: the LLM that was tuned on pruned prompts, beside the policy that prunes them."""
+"""A LoRA of PEFT inside a checkpoint: the LLM that was tuned on pruned prompts, beside the policy that prunes them.
+
+PEFT is called directly where transformers only hands on: transformers 5.24 refuses releases of PEFT before 0.22, which
+was not out when it came.
+"""
 
 import os
 from pathlib import Path
@@ -7,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations import PeftAdapterMixin
 from transformers.utils import is_peft_available
 
 FOLDER = "adapter"
@@ -41,11 +46,13 @@ def save_adapter(model: Any, directory: Path, base: str | None) -> None:
     Args:
         base (`str`, *optional*): the name of the checkpoint that it belongs to.
     """
+    from peft import get_peft_model_state_dict
+
     refuse_unless_one_lora(model)
     (name,) = model.peft_config
     folder = directory / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    state = model.get_adapter_state_dict(name)
+    state = get_peft_model_state_dict(model, adapter_name=name)
     # PEFT's own names: those of a PeftModel around this one
     named = {f"base_model.model.{key}": value.detach().contiguous().cpu() for key, value in state.items()}
     save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
@@ -80,3 +87,66 @@ def load_own_adapter(model: Any, source: str, hub_kwargs: dict[str, Any]) -> Non
             f"{len(wrong)} weights of the LoRA in {source}/{FOLDER} are missing or have no place (as {wrong[0]}): "
             "copy the checkpoint again."
         )
+
+
+class TPRLAdapterMixin(PeftAdapterMixin):
+    """What transformers' models have for PEFT. `save_pretrained` saves a LoRA beside the policy."""
+
+    peft_config: dict[str, Any]
+
+    def add_adapter(self, adapter_config, adapter_name: str | None = None) -> None:
+        """Raises `ValueError`: `Trainer` could not resume what it adds."""
+        raise ValueError(
+            "add_adapter would add weights that a resumed Trainer does not find again: train with "
+            "peft.get_peft_model(model, config), save that, and put it into this model with "
+            "model.load_adapter(DIRECTORY): save_pretrained then saves policy and LoRA together."
+        )
+
+    def load_adapter(self, *args, is_trainable: bool = False, **kwargs) -> Any:
+        """As [`~transformers.PreTrainedModel.load_adapter`]: `save_pretrained` saves the LoRA beside the policy.
+
+        Raises:
+            `ValueError`: for `is_trainable=True`, because a `Trainer` that resumes would not find the LoRA again.
+        """
+        if is_trainable:
+            raise ValueError(
+                "load_adapter(is_trainable=True) would train weights that a resumed Trainer does not find: train "
+                "with peft.PeftModel.from_pretrained(model, DIRECTORY, is_trainable=True)."
+            )
+        return super().load_adapter(*args, **kwargs)
+
+    def enable_adapters(self) -> None:
+        """Switches the LoRA on again. Raises `ValueError` where there is none."""
+        self._switch_adapters(True)
+
+    def disable_adapters(self) -> None:
+        """Switches the LoRA off, without removing it. Raises `ValueError` where there is none."""
+        self._switch_adapters(False)
+
+    def _switch_adapters(self, on: bool) -> None:
+        self._refuse_without_adapter()
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        for module in self.modules():
+            if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+                module.enable_adapters(enabled=on)
+
+    def delete_adapter(self, adapter_names: list[str] | str) -> None:
+        """Removes LoRAs by name. Raises `ValueError` for one that is not there."""
+        self._refuse_without_adapter()
+        from peft.functional import delete_adapter
+
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if absent := [name for name in names if name not in self.peft_config]:
+            raise ValueError(f"The model has no adapter {', '.join(absent)}; it has {', '.join(self.peft_config)}.")
+        for name in names:
+            kind = self.peft_config.pop(name).peft_type.value.lower()
+            delete_adapter(self, adapter_name=name, prefix=f"{kind}_")
+        if not self.peft_config:
+            del self.peft_config
+            self._hf_peft_config_loaded = False
+
+    def _refuse_without_adapter(self) -> None:
+        if not self._hf_peft_config_loaded:
+            raise ValueError("The model has no adapter: model.load_adapter(DIRECTORY) puts one into it.")
