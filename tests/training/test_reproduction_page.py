@@ -68,3 +68,10 @@ def test_the_numbers_of_the_papers_tables_are_those_of_the_runs():
     assert f"PPO changes LfD by {gains[0]}, {gains[1]}, {gains[2]} and {gains[3]} points at 1/3, 2/9" in PAGE
     value, high, low = re.findall(r"[\d.]+", points("table6", "RL from scratch", "1/3", "LfD only"))
     assert f"recipe {value} [{low}, {high}] points below LfD at 1/3" in PAGE
+    tuned, control, frozen = "tuned on pruned prompts", "control: tuned unpruned", "frozen, the shipped checkpoint"
+    gains = [points("table5", tuned, budget, frozen) for budget in ("1", "1/3", "1/9", "1/18")]
+    assert f"LLM by {gains[0]} points unpruned, and {gains[1]}, {gains[2]} and {gains[3]} at 1/3, 1/9 and 1/18" in PAGE
+    assert f"changes nothing: {points('table5', control, '1/18', frozen)} at 1/18" in PAGE
+    for budget, least, most in (("1/9", 0.45, 0.55), ("1/18", 0.30, 0.37)):  # "half" and "a third"
+        lost = -float(points("table5", frozen, budget).split()[0])
+        assert least < float(points("table5", tuned, budget, frozen).split()[0]) / lost < most
