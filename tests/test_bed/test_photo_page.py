@@ -108,3 +108,14 @@ def test_what_is_said_of_the_gap(page):
         if row["pruner"] in ("none", "learned")
     }
     assert f"counting ({100 * counting['1']:.1f} % unpruned, {100 * counting['1/9']:.1f} at 1/9)" in page
+
+
+def test_rows_of_the_shipped_policys_three_seeds(page):
+    rows = {row["budget"]: row for row in result("seeds")["rows"] if row["pruner"] == "learned"}
+    cells = [rows[budget]["percent"]["photo"] for budget in BUDGETS]
+    assert all(cell["count"] == 3 * 1120 for cell in cells)
+    mean = [f"{cell['value']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]" for cell in cells]
+    assert f"| mean | {' | '.join(mean)} |" in page
+    for seed, title in enumerate(("seed 0, shipped", "seed 1", "seed 2")):
+        written = [f"{rows[budget]['by_replicate']['photo'][seed]:.1f}" for budget in BUDGETS]
+        assert f"| {title} | {' | '.join(written)} |" in page
