@@ -175,9 +175,7 @@ class TestMissingPackages:
     def test_without_matplotlib_an_evaluation_has_no_plot_and_all_else(self, tmp_path):
         words = ["evaluate", "--pruners", "uniform", "--num-samples", "4", "--max-new-tokens", "2"]
         code = f"from tprl_hf.cli.main import main; sys.exit(main({[*words, '--output-dir', str(tmp_path)]!r}))"
-        with_it = subprocess.run(
-            [sys.executable, "-c", "import sys; " + code], cwd=ROOT, capture_output=True, text=True
-        )
+        with_it = run_without(code)
         assert with_it.returncode == 0 and ", .png and" in with_it.stdout, with_it.stderr
         files = {path.name for path in tmp_path.iterdir()}
         done = run_without(code, "matplotlib")

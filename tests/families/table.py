@@ -140,7 +140,7 @@ def why_not(model_type: str) -> tuple[str, str]:
     """Status and reason of a type without an entry."""
     forward = getattr(transformers, registered()[model_type]).forward
     if BASE_BROKEN.get(model_type) == transformers.__version__:
-        return "broken", f"exact with other releases; in {transformers.__version__} the base model itself fails"
+        return "broken", f"exact with transformers 5.23; in {transformers.__version__} the base model itself fails"
     if model_type in REFUSED:
         return "refused", REFUSED[model_type]
     if "mm_encoder_outputs" in inspect.signature(forward).parameters:
@@ -170,8 +170,9 @@ def table() -> str:
             wrapped(
                 f"Of the {len(registered())} image-text-to-text types that transformers {transformers.__version__} "
                 f"registers, **{len(exact)} are exact** on tiny random models, {counts['untested']} are untested, "
-                f"{counts['refused']} are refused, and {counts['broken']} fail without pruning too. An untested "
-                "type gets the default adapter and a warning. "
+                f"{counts['refused']} are refused and {counts['broken']} "
+                f"{'is' if counts['broken'] == 1 else 'are'} broken in this release, pruned or not. An untested type "
+                "gets the default adapter and a warning. "
                 f"The largest deviation of all is **{largest:.1e}**."
             ),
             "",
