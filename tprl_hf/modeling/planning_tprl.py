@@ -21,6 +21,7 @@ from .checkpoint_tprl import HUB_NAMES, TPRLPreTrainedModel
 from .columns import unpad_rows
 from .configuration_tprl import TPRLConfig, own_fields
 from .family_adapters import adapter_for
+from .frozen_head import watch_head
 from .outputs_tprl import PrunePlan
 from .pruned_batch import PromptBatch
 from .pruned_core import note_labels
@@ -52,6 +53,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         self.policy = PruningPolicy.of(config)
         self.autoencoder.float()
         self.policy.float()
+        watch_head(self.lvlm)
         self.adapter = adapter_for(self.lvlm)
         if config.position_ids == "original" and not self.adapter.keeps_positions:
             raise ValueError(
