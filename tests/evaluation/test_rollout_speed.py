@@ -48,7 +48,17 @@ def test_a_shape_with_random_weights_reads_prompts_of_the_wanted_length(tmp_path
     vision = {**presets.CLIP_L_336, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     tiny = presets.Preset("llava", {"vision_config": {**vision, "num_attention_heads": 2}, "text_config": text}, 1, "")
     monkeypatch.setitem(presets.PRESETS, "tiny", tiny)
-    words = [str(tmp_path / "speed.json"), "--model", "tiny", "--text-tokens", "40", "--questions", "4", "--rounds", "1"]
+    words = [
+        str(tmp_path / "speed.json"),
+        "--model",
+        "tiny",
+        "--text-tokens",
+        "40",
+        "--questions",
+        "4",
+        "--rounds",
+        "1",
+    ]
     monkeypatch.setattr(sys, "argv", ["rollout_speed", *words])
     rollout_speed.main()
     found = json.loads((tmp_path / "speed.json").read_text())

@@ -1,5 +1,6 @@
 """What training costs: the hours of docs/at_real_size.md are those that its command prints, and work adds up."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -90,3 +91,27 @@ def test_a_teacher_that_knows_the_answer_runs_the_llm():
     costs = {teacher: demonstration_work(teacher, 4, PROMPTS).llm_tokens for teacher in ("vispruner", "gradient")}
     assert costs == {"vispruner": 0, "gradient": 4 * 3 * 110}
     assert demonstration_work("leave-out", 4, PROMPTS).llm_tokens > costs["gradient"]
+
+
+def test_rates_of_a_gpu_are_those_of_its_file(printed):
+    """The table of docs/at_real_size.md, and what follows from it."""
+    file = Path(__file__).parents[2] / "docs" / "results" / "gpu" / "rollouts_llava-1.5-7b.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    ways = {row["way"]: row for row in found["ways"]}
+    page = " ".join(PAGE.split())
+    for name, row in ways.items():
+        ratios = [row[f"times the {naive}"] for naive in ("naive loop", "naive loop, features cached")]
+        cells = [(row["rollouts_per_second"], row), *((ratio["median"], ratio) for ratio in ratios)]
+        written = [f"{value:.2f} ({one['lowest']:.2f}–{one['highest']:.2f})" for value, one in cells]
+        assert f"| {name} | {' | '.join(written)} | {row['llm_tokens_per_rollout']:.0f} |" in page
+    later, updated, first = ways["later visits"], ways["later visits and updates"], ways["first visit"]
+    tokens = later["rollouts_per_second"] * later["llm_tokens_per_rollout"]
+    tflops = 2 * 6.74e9 * tokens / 1e12
+    update = found["questions"] / 16 * (1 / updated["rollouts_per_second"] - 1 / later["rollouts_per_second"])
+    more = first["llm_tokens_per_rollout"] - later["llm_tokens_per_rollout"]
+    image = 1 / first["rollouts_per_second"] - 1 / later["rollouts_per_second"] - more / tokens
+    assert f"{tflops:.0f} TFLOP/s in the LLM, {1e3 * update:.0f} ms for an update and {1 / image:.0f} images" in page
+    words = re.search(r"training_costs (--tflops [^`]*)`\) the sum is (\d+) h again", page)
+    assert words is not None
+    assert words[1] == f"--tflops {tflops:.0f} --update-ms {1e3 * update:.0f} --images-per-second {1 / image:.0f}"
+    assert round(printed(*words[1].split())["sum"]) == int(words[2])

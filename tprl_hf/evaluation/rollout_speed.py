@@ -197,8 +197,9 @@ def main() -> None:
         said = {
             "command": "python -m tprl_hf.evaluation.rollout_speed " + " ".join(sys.argv[1:]),
             "unit": f"rollouts in a {unit}", "threads": torch.get_num_threads(), "dtype": str(model.dtype),
-            "device": str(model.device), "questions": arguments.questions, "steps": NUM_STEPS,
-            "rounds": arguments.rounds, "version": tprl_hf.__version__, "ways": table,
+            "device": torch.cuda.get_device_name() if model.device.type == "cuda" else str(model.device),
+            "model": arguments.model, "text_tokens": arguments.text_tokens, "questions": arguments.questions,
+            "steps": NUM_STEPS, "rounds": arguments.rounds, "version": tprl_hf.__version__, "ways": table,
         }  # fmt: skip
         arguments.output.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
