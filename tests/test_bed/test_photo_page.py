@@ -140,3 +140,31 @@ def test_rows_of_what_was_held_out(page, file, pruner, title):
     assert result(file)["num_samples"] == 1120 and f"| {title} | {' | '.join(cells)} |" in page
     unpruned = 100 * result(file)["rows"][0]["accuracy"]["value"]
     assert f"{unpruned:.1f} % of {file.removesuffix('_rules').replace('_', ' ')}" in page
+
+
+def test_times_are_those_of_their_files(page):
+    """Each number in the order of the table, and what a server and a user would notice."""
+
+    def cell(one, digits=2):
+        return f"{one['median']:.{digits}f} ({one['low']:.{digits}f} to {one['high']:.{digits}f})"
+
+    found = [result("benchmark_third"), result("benchmark_ninth")]
+    rows = {
+        f"{name}, ms": [cell(one["milliseconds"][part], digits) for one in found]
+        for name, part, digits in [
+            ("prefill unpruned", "prefill unpruned", 0),
+            ("prefill pruned", "prefill pruned", 0),
+            ("floor", "prefill floor", 0),
+            ("pruner", "pruner", 1),
+            ("vision tower", "vision", 0),
+        ]
+    }
+    rows["speed-up of the prefill"] = [cell(one["ratios"]["prefill speed-up"]) for one in found]
+    rows["speed-up of whole answers, one at a time"] = [cell(one["load"][0]["speed_up"]) for one in found]
+    rows["speed-up of whole answers, batches of 8"] = [cell(one["load"][1]["speed_up"]) for one in found]
+    for way in ("unpruned", "pruned"):
+        rows[f"answers in a second, batches of 8, {way}"] = [cell(one["load"][1][way]) for one in found]
+    for title, cells in rows.items():
+        assert f"| {title} | {' | '.join(cells)} |" in page
+    assert [one["num_keep"] for one in found] == [85, 28] and all("2 threads" in one["device"] for one in found)
+    assert all(one["ratios"]["prefill pruned / floor"]["median"] < 1.05 for one in found)
