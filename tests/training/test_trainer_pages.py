@@ -1,5 +1,6 @@
 """docs/trainers: each page's start runs and prints what it says, and its metrics are those that the trainer logs."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -133,3 +134,26 @@ def test_the_page_of_tuning_explains_what_trl_logs(base, processor, tmp_path):
     )
     log = tune_lvlm(model, processor, make_dataset(), config, [1, 0.5], {"r": 4})
     assert documented(PAGES["tune"]) == {name for entry in log for name in entry} - {"step"}
+
+
+def test_what_counterfactual_credit_brought_is_what_the_files_say():
+    results = DOCS / "results"
+    read = {
+        name: json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        for name in (
+            "mosaic_llava/policy_training",
+            "mosaic_llava/other_start",
+            "photo_llava/seeds",
+            "photo_llava/seeds_imitation",
+        )
+    }
+    stages, other = read["mosaic_llava/policy_training"]["stages"], read["mosaic_llava/other_start"]
+    validation = [stages["lfd"], stages["ppo"], other["lfd"], other["counterfactual"]]
+    rows = [[one["metrics"][f"accuracy@{share}"] for share in ("0.333", "0.111", "0.056")] for one in validation]
+    for name in ("photo_llava/seeds_imitation", "photo_llava/seeds"):
+        accuracy = {row["budget"]: row["accuracy"]["photo"] for row in read[name]["rows"] if row["pruner"] != "random"}
+        rows.append([100 * accuracy[budget] for budget in ("1/3", "1/9", "1/18")])
+        assert f"unpruned {100 * accuracy['1']:.1f})" in PAGES["counterfactual"]
+    table = re.findall(r"^\| [^|]*[a-z][^|]* \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGES["counterfactual"], re.M)
+    assert [list(cells) for cells in table] == [[f"{value:.1f}" for value in row] for row in rows]
+    assert abs(validation[1]["metrics"]["accuracy"] - validation[3]["metrics"]["accuracy"]) < 0.1  # the same place
