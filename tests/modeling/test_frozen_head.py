@@ -22,7 +22,7 @@ class CopiedHeads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture(params=["llava", "qwen2_vl", "internvl"])
+@pytest.fixture(params=["llava", "qwen2_vl", "internvl", "nemotron_h_omni"])
 def frozen(request):
     base = build(request.param)
     model = TPRLForConditionalGeneration.from_base_model(base, pruner="divprune").eval()
@@ -34,7 +34,7 @@ def frozen(request):
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_frozen_head_is_not_copied_for_each_prompt(frozen, budget, count):
     model, inputs = frozen
-    head = model.lvlm.get_output_embeddings()
+    head = model.lvlm.get_output_embeddings() or model.lvlm.language_model.get_output_embeddings()
     with torch.no_grad(), CopiedHeads(head.weight.shape[0]) as seen:
         logits = model(**inputs, **budget, logits_to_keep=count).logits
     assert seen.count == 0

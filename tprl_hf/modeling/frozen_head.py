@@ -19,5 +19,7 @@ def contiguous_input(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] 
 def watch_head(lvlm: nn.Module) -> None:
     """Has the head of `lvlm` called with [`contiguous_input`], once however often it is wrapped."""
     head = lvlm.get_output_embeddings()  # type: ignore[operator]
+    if head is None and hasattr(lvlm, "language_model"):  # Nemotron's LLM has it
+        head = lvlm.language_model.get_output_embeddings()  # type: ignore[operator, union-attr]
     if head is not None and contiguous_input not in head._forward_pre_hooks.values():
         head.register_forward_pre_hook(contiguous_input)
