@@ -106,6 +106,16 @@ def test_what_is_said_of_tuning_and_of_the_best_rule(page):
         for row in result("h200_rules")["rows"]:
             if row["budget"] == budget != "1/3" and row["pruner"] not in ("oracle", "learned"):
                 assert tuned["low"] > row["percent"]["photo"]["high"]
+    closed = []
+    for budget in BUDGETS[1:]:
+        rows = {
+            row["pruner"]: row["percent"]["photo"]["value"]
+            for row in result("h200_rules")["rows"]
+            if row["budget"] == budget
+        }
+        oracle, best_rule = rows.pop("oracle"), max(value for name, value in rows.items() if name != "learned")
+        closed.append(round(100 * (learned("seeds", budget)["value"] - best_rule) / (oracle - best_rule)))
+    assert "closes {}, {} and {} % of the gap".format(*closed) in page
     assert all(learned("seeds", budget)["low"] < 100 < learned("seeds", budget)["high"] for budget in ("1/3", "1/9"))
     rules = {(row["pruner"], row["budget"]): row["accuracy"]["photo"] for row in result("h200_rules")["rows"]}
     own = next(row["accuracy"]["photo"] for row in result("seeds")["rows"] if row["pruner"] == "none")
