@@ -104,3 +104,35 @@ def test_twins_were_trained_as_the_page_says(page, bed, module):
         if name != "--output-dir":
             recorded = config[name.removeprefix("--").replace("-", "_")]
             assert type(recorded)(value) == recorded, name
+
+
+def test_what_is_said_of_photographs(page):
+    text = " ".join(section(page, "Photo-LLaVA: ").split())
+    twin, shipped = result("Photo-LLaVA", "prune_or_shrink_twin"), result("Photo-LLaVA", "prune_or_shrink")
+
+    def lost(pruner, budget, sign=-1):
+        found = row_of(twin, pruner, budget)["difference"]
+        ends = sorted((sign * 100 * found["low"], sign * 100 * found["high"]))
+        return f"{sign * 100 * found['value']:.1f}", f"[{ends[0]:.1f}, {ends[1]:.1f}]"
+
+    def of_all(content, pruner, budget):
+        return f"{100 * row_of(content, pruner, budget)['accuracy']['value']:.1f}"
+
+    words = [
+        f"{title} {' '.join(lost(name, '1/9'))}" for title, name in (("loses", "resize"), ("DivPrune", "divprune"))
+    ]
+    words += [f"VisPruner {' '.join(lost('vispruner', '1/9'))}", f"gains {' '.join(lost('learned', '1/9', 1))}"]
+    for budget in ("1/3", "1/9"):
+        words.append(f"from {of_all(shipped, 'resize', budget)} to {of_all(twin, 'resize', budget)} %")
+    words.append(f"far above: {of_all(twin, 'enlarged', '1/9')} %")
+    words.append(f"loses {lost('enlarged', '1/9')[0]} points at 1/9 and {lost('enlarged', '1/18')[0]} at 1/18")
+    words.append(f"DivPrune loses {lost('divprune', '1/9')[0]} and {lost('divprune', '1/18')[0]} there")
+    words.append(f"the policy gains {lost('learned', '1/9', 1)[0]} and loses {lost('learned', '1/18')[0]}")
+    words.append(f"the twin has {of_all(twin, 'none', '1')} %, the shipped model {of_all(shipped, 'none', '1')}")
+    for said in words:
+        assert said in text, said
+    for budget in BUDGETS:
+        assert (
+            row_of(twin, "learned", budget)["accuracy"]["value"]
+            > row_of(twin, "enlarged", budget)["accuracy"]["value"]
+        )
