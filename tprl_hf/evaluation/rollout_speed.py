@@ -26,13 +26,14 @@ import torch
 
 import tprl_hf
 from tprl_hf.data import mosaic_vqa
-from tprl_hf.evaluation.presets import PRESETS, preset_config
 from tprl_hf.loading import device_named, load_model
 from tprl_hf.training import TPRLPPOConfig, TPRLPPOTrainer
 from tprl_hf.training.answer_batches import SampleEncoder
 from tprl_hf.training.feature_cache import FeatureCache
 from tprl_hf.training.rewards import generate_completions
 from tprl_hf.training.rollouts import collect_rollouts
+
+from .presets import PRESETS, preset_config
 
 NUM_STEPS, LAMBDA_DISC = 3, 0.5
 NAIVE, NAIVE_CACHED, FIRST, LATER, UPDATED = (
