@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument(
         "--model", help="a TPRL checkpoint, or a LLaVA-shaped preset with random weights (default: the embedded one)"
     )
-    parser.add_argument("--device", help="of a preset (default: the accelerator, if there is one)")
+    parser.add_argument("--device", help="such as cpu or cuda (default: the accelerator, if there is one)")
     parser.add_argument("--text-tokens", type=int, help="of a prompt; its question is repeated (default: as it is)")
     parser.add_argument("--questions", type=int, default=64, help="in a buffer")
     parser.add_argument("--rounds", type=int, default=5)
