@@ -152,6 +152,17 @@ def test_rows_of_what_was_held_out(page, file, pruner, title):
     assert f"{unpruned:.1f} % of {file.removesuffix('_rules').replace('_', ' ')}" in page
 
 
+@pytest.mark.parametrize(
+    ("file", "title"),
+    [("unlabelled", "without labels, imitation alone"), ("policy", "shipped, on the same questions")],
+)
+def test_rows_without_labels(page, file, title):
+    found = {row["budget"]: row["difference"] for row in result(file)["rows"] if row["pruner"] == "learned"}
+    ends = [[100 * found[budget][end] for end in ("value", "low", "high")] for budget in BUDGETS]
+    assert f"| {title} | {' | '.join('{:+.1f} [{:+.1f}, {:+.1f}]'.format(*cell) for cell in ends)} |" in page
+    assert result(file)["questions"] == result("policy")["questions"]
+
+
 def test_times_are_those_of_their_files(page):
     """Each number in the order of the table, and what a server and a user would notice."""
 
