@@ -68,5 +68,5 @@ def test_a_shape_with_random_weights_reads_prompts_of_the_wanted_length(tmp_path
     assert tokens[UPDATED] == tokens[LATER] and tokens[NAIVE] == tokens[NAIVE_CACHED]
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["rollout_speed", "--model", "qwen2-vl-2b"])
-    with pytest.raises(ValueError, match="qwen2-vl-2b is no LLaVA: name a LLaVA-shaped preset"):
+    with pytest.raises(ValueError, match="qwen2-vl-2b is not a LLaVA: name a LLaVA-shaped preset"):
         rollout_speed.main()

@@ -63,7 +63,9 @@ def random_model(preset: str, device: str | None) -> tuple[Any, Any]:
 
     config = preset_config(preset)
     if config.model_type != "llava":
-        raise ValueError(f"{preset} is no LLaVA: name a LLaVA-shaped preset of `tprl flops --list`, or a checkpoint.")
+        raise ValueError(
+            f"{preset} is not a LLaVA: name a LLaVA-shaped preset of `tprl flops --list`, or a checkpoint."
+        )
     own = AutoProcessor.from_pretrained(tprl_hf.embedded_checkpoint())
     side, patch = config.vision_config.image_size, config.vision_config.patch_size
     processor = LlavaProcessor(
