@@ -3,12 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 
 import pytest
 
-from tprl_hf.cli import paper_tables, reproduce
+from tprl_hf.cli import measured_runs, paper_tables, reproduce
 from tprl_hf.cli.main import main
 from tprl_hf.cli.paper_tables import read_table, runs_of, table_names
 from tprl_hf.cli.stop_signals import StopSignals
@@ -113,7 +114,7 @@ def test_from_nothing_to_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
     assert "run 1 of 2, T = 5, seed 0" in out and "run 2 of 2, LfD" not in out  # its policy is there already
 
     result = json.loads((tmp_path / "out" / "table7.json").read_text())
-    assert result["command"] == "tprl reproduce table7" and set(result["versions"]) == set(reproduce.PACKAGES)
+    assert result["command"] == "tprl reproduce table7" and set(result["versions"]) == set(measured_runs.PACKAGES)
     assert str(tmp_path) not in json.dumps(result)
     assert [one["row"] for one in result["training"]] == ["T = 5", "LfD"]
     assert all(one["curve"] and set(one["seconds"]) <= set(STAGES) for one in result["training"])
@@ -131,9 +132,60 @@ def test_from_nothing_to_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("training.json")}
     assert main(command) == 0
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("training.json")}
-    assert "stages are trained" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "training. 2 of 2 runs are measured.\n" in out and "step. 4 of 4 stages are trained\n" in out
     runs = runs_of(small("table7"), tmp_path / "runs", full=False)
     assert paper_tables.minutes_left(runs, tmp_path / "runs") == 0
+
+    # another machine has the results, but neither the policies nor the answers that are gone
+    shutil.rmtree(tmp_path / "runs")
+    kept = {path.name.partition("-")[0]: path for path in (tmp_path / "out" / "runs").iterdir()}
+    assert set(kept) == {"ppo", "lfd", "rules"}
+    kept["rules"].unlink()
+    (tmp_path / "out" / "table7.json").unlink()
+    here = ["reproduce", "table7", *command[3:]]
+    assert main(here) == 0
+    assert "run 1" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "table7.json").read_text()) == result
+
+    found = json.loads(kept["lfd"].read_text())
+    assert found["settings"]["lfd.max_steps"] == 2 and found["seed"] == 0 and found["recipe"] == "mosaic_llava_paper"
+    for damaged in ("{", json.dumps(found | {"answers": {"1/9": {"correct": "ffff", "kept": 16}}}), json.dumps(
+        found | {"answers": {"1/9": {"correct": "f0f0f0f0", "kept": 16, "on_boxes": 0.5}}}
+    )):  # fmt: skip
+        kept["lfd"].write_text(damaged)
+        assert main(here) == 2
+        err = capsys.readouterr().err
+        assert f"{kept['lfd']} is damaged (" in err and "delete it to measure the run again." in err
+    kept["lfd"].unlink()
+    assert main([*here, "--dry-run"]) == 0
+    assert "1 of 2 runs are measured. 0 of 3 stages are trained\n" in capsys.readouterr().out
+
+
+def test_answers_are_kept_question_by_question():
+    answers = {
+        "correct": [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0],
+        "kept": [16] * 9,
+        "on_boxes": [0.25, 0.5] * 4 + [0.0],
+    }
+    kept = measured_runs.packed(answers)
+    assert kept == {"correct": "9a80", "kept": 16, "on_boxes": 0.333333}
+    assert measured_runs.unpacked(kept, 9) == answers | {"kept": [16.0] * 9, "on_boxes": [0.333333] * 9}
+
+
+def test_what_is_kept_is_of_these_settings_and_these_questions_only(tmp_path):
+    table = read_table("table7")
+    (run,) = (one for one in runs_of(table, tmp_path, full=False) if one.label == "T = 3")
+
+    def path(**changed):
+        return measured_runs.MeasuredRuns(replace(table, **changed), tmp_path).path_of(run)
+
+    assert path() == path() == path(title="another title")
+    assert len({path(), path(test={"seeds": [8], "num_samples": 1400}), path(keep_ratios=["1/3"])}) == 3
+    longer = next(one for one in runs_of(table, tmp_path, full=True) if one.label == "T = 3")
+    elsewhere = next(one for one in runs_of(table, tmp_path / "elsewhere", full=False) if one.label == "T = 3")
+    assert measured_runs.MeasuredRuns(table, tmp_path).path_of(longer) != path()
+    assert measured_runs.MeasuredRuns(table, tmp_path).path_of(elsewhere) == path()
 
 
 def test_a_table_of_commands_holds_what_they_print_and_is_not_made_twice(tmp_path):

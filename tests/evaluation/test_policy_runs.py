@@ -51,9 +51,9 @@ def test_a_run_that_was_cut_off_asks_only_what_it_had_not(tmp_path, monkeypatch)
 
 
 def spy(seen, function):
-    def spied(self, settings):
+    def spied(self, model, processor, settings):
         seen.append(list(settings))
-        return function(self, settings)
+        return function(self, model, processor, settings)
 
     return spied
 

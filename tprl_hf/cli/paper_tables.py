@@ -68,6 +68,7 @@ class Run:
     Args:
         label (`str`): the row's.
         seed (`int`): of all stages.
+        settings (`dict`): what the run changes in the recipe of its table.
         recipe (`dict`): with `output_dir`, where each stage is a link into the shared directory.
         stages (`list[str]`): those that lead to its model, in their order.
         directories (`dict`): by stage, the shared directory.
@@ -75,6 +76,7 @@ class Run:
 
     label: str
     seed: int
+    settings: dict[str, Any]
     recipe: dict[str, Any]
     stages: list[str]
     directories: dict[str, Path]
@@ -89,15 +91,16 @@ class Run:
         return [stage for stage, path in self.directories.items() if not (path / "training.json").exists()]
 
     def link(self) -> None:
-        """Makes the directory of the run, whose stages are links; the frozen LVLM beside them is shared too."""
-        from .train import base_directory
+        """Makes the directory of the run, whose stages are links. The frozen LVLM and its answers are shared too."""
+        from .train import answers_folder, base_directory
 
         folder = Path(self.recipe["output_dir"])
         folder.mkdir(parents=True, exist_ok=True)
         shared = next(iter(self.directories.values())).parent
         shared.mkdir(parents=True, exist_ok=True)
         base = Path(base_directory({**self.recipe, "output_dir": str(shared)}))
-        linked = {**self.directories, **({"base": base} if base.parent == shared else {})}
+        answers = Path(answers_folder({"output_dir": str(shared)}))
+        linked = {**self.directories, answers.name: answers, **({"base": base} if base.parent == shared else {})}
         for name, path in linked.items():
             path.mkdir(exist_ok=True)
             if not (folder / name).is_symlink():
@@ -156,7 +159,7 @@ def runs_of(table: Table, folder: Path, full: bool, extra: Iterable[str] = ()) -
             recipe["output_dir"] = str(folder / table.name / f"row{row}-seed{seed}")
             stages = [each for each in stages_until(stage) if each in recipe]
             directories = shared_directories(recipe, stages, shared_folder(recipe, folder))
-            runs.append(Run(label, seed, recipe, stages, directories))
+            runs.append(Run(label, seed, changed, recipe, stages, directories))
     return runs
 
 

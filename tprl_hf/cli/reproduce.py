@@ -3,10 +3,8 @@ Markdown and plots. What is finished is not done again; an interrupted run resum
 
 import argparse
 import contextlib
-import importlib.metadata
 import io
 import json
-import platform
 import shlex
 import signal
 import sys
@@ -14,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tprl_hf.json_files import read_json
 from tprl_hf.missing_packages import require
 from tprl_hf.whole_files import write
 
+from .measured_runs import TRAINED, MeasuredRuns, machine, training_of
 from .paper_tables import Run, Table, minutes_left, of_the_paper, read_table, runs_of, settings_of_all, table_names
 from .processes import say
 
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
 NAME = "reproduce"
 HELP = "run the tables and figures of the TPRL paper on the embedded model"
-PACKAGES = ("tprl_hf", "torch", "transformers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +57,13 @@ def run(arguments: argparse.Namespace) -> int:
     tables = [read_table(name) for name in names]
     folder = Path(arguments.runs_dir)
     runs = {table.name: runs_of(table, folder, arguments.full, arguments.set) for table in tables}
+    results = Path(arguments.output_dir)
+    missing = {table.name: MeasuredRuns(table, results).missing(runs[table.name]) for table in tables}
     for table in tables:
-        say(f"{table.name}: {table.title}. {state(runs[table.name])}")
-    everything = [one for several in runs.values() for one in several]
+        if table.trajectories is not None:  # it needs the policy itself, to draw what it keeps
+            missing[table.name] = runs[table.name]
+        say(f"{table.name}: {table.title}. {state(runs[table.name], missing[table.name])}")
+    everything = [one for several in missing.values() for one in several]
     say(f"Training that is missing takes about {minutes_left(everything, folder):.0f} minutes on two free cores.")
     if arguments.dry_run:
         return 0
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
             for table in tables:
                 settings = settings_of_all(table, arguments.full)
                 command = command_of(table, arguments)
-                reproduce(table, runs[table.name], Path(arguments.output_dir), signals, command, settings)
+                reproduce(table, runs[table.name], results, signals, command, settings)
     except Stopped as stopped:
         saved = stopped.saved or "nothing new was saved"
         reason = signal.Signals(stopped.signum).name
@@ -84,10 +85,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def state(runs: Sequence[Run]) -> str:
-    """How many stages of a table are finished."""
-    directories = {path: (path / "training.json").exists() for one in runs for path in one.directories.values()}
-    return f"{sum(directories.values())} of {len(directories)} stages are trained" if runs else "Nothing to train"
+def state(runs: Sequence[Run], missing: Sequence[Run]) -> str:
+    """How much of a table is there already."""
+    if not runs:
+        return "Nothing to train"
+    directories = {path: (path / "training.json").exists() for one in missing for path in one.directories.values()}
+    measured = "" if len(missing) == len(runs) else f"{len(runs) - len(missing)} of {len(runs)} runs are measured. "
+    if not missing:
+        return measured.rstrip()
+    return f"{measured}{sum(directories.values())} of {len(directories)} stages are trained"
 
 
 def command_of(table: Table, arguments: argparse.Namespace) -> str:
@@ -105,34 +111,35 @@ def reproduce(
     settings: Mapping[str, Any],
 ) -> None:
     """Trains, measures and writes one table; `settings` are those in which all rows differ from the recipe."""
-    from .train import run_stages
-
-    for number, one in enumerate(runs, start=1):
+    measured = MeasuredRuns(table, folder)
+    draws = table.trajectories is not None
+    for number, one in enumerate(runs if draws else measured.missing(runs), start=1):
         if one.missing():
             say(f"{table.name}: run {number} of {len(runs)}, {one.label}, seed {one.seed}")
-            one.link()
-            assert table.recipe is not None
-            run_stages(one.stages, one.recipe, table.recipe, signals, loading={})
+            train(table, one, signals)
         one.link()
+        if not draws:
+            measured.keep(one)
     folder.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {
-        "title": table.title,
-        "about": " ".join(table.about.split()),
-        "command": command,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "machine": f"{platform.machine()}, {platform.system()}",
-    }
+    result: dict[str, Any] = {"title": table.title, "about": " ".join(table.about.split()), "command": command}
+    result |= machine()
     parts = []
     if runs:
         result["recipe"], result["settings"] = table.recipe, dict(settings)
         result["labels"] = slugs(table)
-        result["training"] = training_of(runs)
-    if runs and table.trajectories is None:
-        result["measured"] = measure(table, runs, folder)
+    if runs and draws:
+        result["training"] = [{"row": one.label, "seed": one.seed, **training_of(one)} for one in runs]
+    elif runs:
+        kept = [(one, measured.of(one)) for one in runs]
+        shown = (*TRAINED, "versions", "machine")
+        result["training"] = [
+            {"row": one.label, "seed": one.seed, **{name: found[name] for name in shown}} for one, found in kept
+        ]
+        result["measured"] = compare(table, kept, measured)
         parts.append(as_table(table, result))
         plot(table, result, folder / f"{table.name}.png")
         parts.append(f"![{table.title}]({table.name}.png)\n")
-    if table.trajectories is not None:
+    if draws:
         parts.append(draw_trajectories(table, runs[0], folder))
     for text in table.commands:
         parts.append(run_command(text.format(out=folder / table.name), folder / table.name))
@@ -145,53 +152,40 @@ def reproduce(
 # ---- training and measuring ----
 
 
+def train(table: Table, one: Run, signals: "StopSignals") -> None:
+    """The stages of a run that are not finished."""
+    from .train import run_stages
+
+    one.link()
+    assert table.recipe is not None
+    run_stages(one.stages, one.recipe, table.recipe, signals, loading={})
+
+
 def slugs(table: Table) -> dict[str, str]:
     """Labels by names without blanks and signs."""
     return {f"row{number}": label for number, label in enumerate([*table.checkpoints, *table.rows])}
 
 
-def training_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """By run, the seconds of each stage and the curve of its last one: accuracy on validation by step."""
-    found = []
-    for one in runs:
-        shape = {"seconds": float, "?log_history": [{}]}
-        records = {
-            stage: read_json(path / "training.json", shape, f"delete {path} to train it again.")
-            for stage, path in one.directories.items()
-        }
-        history = records[one.stages[-1]].get("log_history", [])
-        curve = [
-            {key: entry[key] for key in entry if key in ("step", "llm_passes") or key.startswith("eval_accuracy")}
-            for entry in history
-            if "eval_accuracy" in entry
-        ]
-        seconds = {stage: record["seconds"] for stage, record in records.items()}
-        found.append({"row": one.label, "seed": one.seed, "stage": one.stages[-1], "seconds": seconds, "curve": curve})
-    return found
-
-
-def measure(table: Table, runs: Sequence[Run], folder: Path) -> dict[str, Any]:
-    """What `policy_runs` measures of the rows, on the test questions."""
+def compare(table: Table, kept: Sequence[tuple[Run, Mapping[str, Any]]], measured: MeasuredRuns) -> dict[str, Any]:
+    """The rows of a table, with intervals; on the test questions."""
     import tprl_hf
-    from tprl_hf.evaluation.policy_runs import main
+    from tprl_hf.evaluation.policy_runs import Answers, compared
+
+    from .train import starting_model
 
     names = {label: slug for slug, label in slugs(table).items()}
-    variants: dict[str, list[str]] = {slug: [] for slug in slugs(table)}
+    found: Answers = {}
     for label, name in table.checkpoints.items():
-        variants[names[label]].append(tprl_hf.embedded_checkpoint() if name == "embedded" else name)
-    for one in runs:
-        variants[names[one.label]].append(str(one.model))
-    path = Path(runs[0].recipe["output_dir"]).parent / "measured.json"
-    main(
-        [
-            str(path), *(f"{slug}={','.join(paths)}" for slug, paths in variants.items()),
-            "--keep-ratios", ",".join(table.keep_ratios), "--adaptive", "",
-            "--seeds", ",".join(map(str, table.test["seeds"])), "--num-samples", str(table.test["num_samples"]),
-        ]
-    )  # fmt: skip
-    measured = json.loads(path.read_text(encoding="utf-8"))
-    del measured["command"]  # it names directories of this machine
-    return measured
+        path = str(tprl_hf.embedded_checkpoint()) if name == "embedded" else name
+        answered = measured.of_checkpoint(path)["answers"]
+        found |= {(names[label], 0, budget): answers for budget, answers in answered.items()}
+    for number, (one, of_it) in enumerate(kept):
+        found |= {(names[one.label], number, budget): answers for budget, answers in of_it["answers"].items()}
+    recipe = kept[0][0].recipe
+    base = [recipe.get("base_model"), recipe.get("start_from")]
+    rules = measured.of_rules(base, lambda: starting_model(kept[0][0].stages[0], recipe, {"dtype": "float32"}))
+    result = compared(names.values(), found, rules["answers"], table.keep_ratios, measured.questions)
+    return {"seeds": table.test["seeds"], **result}
 
 
 def draw_trajectories(table: Table, one: Run, folder: Path) -> str:

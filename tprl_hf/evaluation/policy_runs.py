@@ -12,7 +12,7 @@ import hashlib
 import json
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
@@ -45,36 +45,36 @@ POINTING_BASELINES = {"random": RandomPruner, "vispruner": VisPruner, "divprune"
 
 class Questions:
     """
-    The same questions for all policies: each image is encoded once.
+    The same questions for all policies.
 
     Args:
-        model ([`TPRLForConditionalGeneration`]): whose LVLM answers.
-        processor: its processor.
         dataset (`datasets.Dataset`): Mosaic-VQA, with boxes.
         batch_size (`int`, defaults to 60): questions at once.
     """
 
-    def __init__(self, model: TPRLForConditionalGeneration, processor: Any, dataset: Dataset, batch_size: int = 60):
-        self.model = model
+    def __init__(self, dataset: Dataset, batch_size: int = 60):
         self.rows = undecoded(dataset)
-        self.encoder = SampleEncoder(model, processor, with_attention=True)
         self.batch_size = batch_size
         self.types = dataset["question_type"]
         self.units = dataset["image_id"]
         self.image_size = dataset[0]["images"][0].size  # that of all of Mosaic-VQA
 
     @torch.no_grad()
-    def answer(self, settings: dict[Any, tuple[TokenPruner, Budget]]) -> dict[Any, dict[str, list[float]]]:
-        """For each setting, for each question: `correct` (0 or 1), `kept` tokens, and the share of them `on_boxes`."""
+    def answer(
+        self, model: TPRLForConditionalGeneration, processor: Any, settings: dict[Any, tuple[TokenPruner, Budget]]
+    ) -> dict[Any, dict[str, list[float]]]:
+        """For each setting, for each question: `correct` (0 or 1), `kept` tokens, and the share of them `on_boxes`.
+        The LVLM of `model` answers; each image is encoded once for all settings."""
+        encoder = SampleEncoder(model, processor, with_attention=True)
         found: dict[Any, dict[str, list[float]]] = {key: defaultdict(list) for key in settings}
         for start in tqdm(range(0, len(self.rows), self.batch_size), unit="batch"):
             rows = [self.rows[i] for i in range(start, min(start + self.batch_size, len(self.rows)))]
-            batch = self.encoder(rows)
+            batch = encoder(rows)
             shares = [covered(batch.inputs, i, row["boxes"], self.image_size) for i, row in enumerate(rows)]
-            boxes = (torch.stack(shares) > 0).to(self.model.device)
+            boxes = (torch.stack(shares) > 0).to(model.device)
             for key, (pruner, budget) in settings.items():
                 keep_mask, _ = pruner.choose(batch.inputs, budget)
-                scores = score_answers(self.model, batch, keep_mask, list(range(len(rows))), 96)
+                scores = score_answers(model, batch, keep_mask, list(range(len(rows))), 96)
                 found[key]["correct"] += scores.correct.float().tolist()
                 found[key]["kept"] += keep_mask.sum(1).tolist()
                 found[key]["on_boxes"] += ((keep_mask & boxes).sum(1) / keep_mask.sum(1).clamp(min=1)).tolist()
@@ -135,28 +135,34 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 Answers = dict[tuple[str, int, str], dict[str, list[float]]]
 
 
+def policy_settings(
+    trained: TPRLForConditionalGeneration, ratios: Mapping[str, float]
+) -> dict[Any, tuple[TokenPruner, Budget]]:
+    """A checkpoint's policy at each budget."""
+    pruner = LearnedPruner(trained.policy, trained.autoencoder, trained.config.num_steps)
+    return {name: (pruner, Budget(keep_ratio=ratio)) for name, ratio in ratios.items()}
+
+
+def rule_settings(ratios: Mapping[str, float]) -> dict[Any, tuple[TokenPruner, Budget]]:
+    """Unpruned, and each rule at each budget."""
+    rules: dict[Any, tuple[TokenPruner, Budget]] = {"none": (RandomPruner(), Budget(keep_ratio=1.0))}
+    for name, pruner in POINTING_BASELINES.items():
+        rules |= {f"{name} {budget}": (pruner(), Budget(keep_ratio=ratio)) for budget, ratio in ratios.items()}
+    return rules
+
+
 def answer_of_policy(
     trained: TPRLForConditionalGeneration, questions: Questions, processor: Any, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Answers by budget, and the threshold of each budget that is met on average, found on validation questions."""
+    settings = policy_settings(trained, arguments.ratios)
     parts = trained.policy, trained.autoencoder, trained.config.num_steps
-    settings: dict[Any, tuple[TokenPruner, Budget]] = {}
-    for name, ratio in arguments.ratios.items():
-        settings[name] = LearnedPruner(*parts), Budget(keep_ratio=ratio)
     validation = mosaic_vqa("validation", seed=1, num_samples=arguments.num_validation)
     thresholds = {}
     for name, ratio in arguments.adaptive.items():
         thresholds[name] = calibrate_threshold(trained, processor, validation, ratio)
         settings[f"{name} on average"] = LearnedPruner(*parts, ratio), Budget(threshold=thresholds[name])
-    return {"thresholds": thresholds, "answers": questions.answer(settings)}
-
-
-def answer_of_rules(questions: Questions, ratios: dict[str, float]) -> dict[str, Any]:
-    """Answers unpruned, and of each rule by budget."""
-    rules: dict[Any, tuple[TokenPruner, Budget]] = {"none": (RandomPruner(), Budget(keep_ratio=1.0))}
-    for name, pruner in POINTING_BASELINES.items():
-        rules |= {f"{name} {budget}": (pruner(), Budget(keep_ratio=ratio)) for budget, ratio in ratios.items()}
-    return questions.answer(rules)
+    return {"thresholds": thresholds, "answers": questions.answer(trained, processor, settings)}
 
 
 def correct_of(answers: dict[str, list[float]]) -> list[float]:
@@ -198,6 +204,42 @@ def differences(variant: str, others: Iterable[str], budget: str, found: Answers
     }
 
 
+def compared(
+    variants: Iterable[str],
+    found: Answers,
+    rules: Mapping[str, dict[str, list[float]]],
+    ratios: Iterable[str],
+    questions: Questions,
+) -> dict[str, Any]:
+    """
+    What all have answered, as a result.
+
+    Args:
+        variants (`Iterable[str]`): names of the policies, in the order of the rows.
+        found (`dict`): answers by variant, run and budget, at budgets of which all variants have the same.
+        rules (`dict`): answers by the names of [`rule_settings`].
+        ratios (`Iterable[str]`): budgets of the rules.
+        questions ([`Questions`]): those that were asked.
+    """
+    variants, budgets = list(variants), dict.fromkeys(budget for _, _, budget in found)
+    found = found | {(name, 0, budget): rules[f"{name} {budget}"] for name in POINTING_BASELINES for budget in ratios}
+    unpruned = correct_of(rules["none"])
+    rows = []
+    for variant in variants:
+        for budget in budgets:
+            row = row_of(variant, budget, found, unpruned, questions)
+            rows.append(row | differences(variant, variants, budget, found, questions))
+    for rule in POINTING_BASELINES:
+        rows += [row_of(rule, budget, found, unpruned, questions) for budget in ratios]
+    return {
+        "num_samples": len(questions.types),
+        "split": "test",
+        "unpruned": questions.estimate(unpruned),
+        "unpruned_by_type": questions.by_type(unpruned),
+        "rows": rows,
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = read_arguments(argv)
     ratios, variants = arguments.ratios, arguments.variants
@@ -206,45 +248,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = TPRLForConditionalGeneration.from_pretrained(first, dtype=torch.float32).to(device).eval()
     processor = AutoProcessor.from_pretrained(first)
     dataset = concatenate_datasets([mosaic_vqa("test", seed, arguments.num_samples) for seed in arguments.seeds])
-    questions = Questions(model, processor, dataset)
+    questions = Questions(dataset)
 
     settings = [arguments.seeds, arguments.num_samples, arguments.num_validation, ratios, arguments.adaptive]
     directory = arguments.output.with_suffix(".answers")
-    rules = once(directory, [fingerprint(model.lvlm), *settings], partial(answer_of_rules, questions, ratios))
-    found: Answers = {(name, 0, budget): rules[f"{name} {budget}"] for name in POINTING_BASELINES for budget in ratios}
+    answer_rules = partial(questions.answer, model, processor, rule_settings(ratios))
+    rules = once(directory, [fingerprint(model.lvlm), *settings], answer_rules)
+    found: Answers = {}
     thresholds: dict[str, list[float]] = defaultdict(list)
     for variant, paths in variants.items():
         for run, path in enumerate(paths):
             trained = TPRLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).to(device).eval()
             what = [fingerprint(trained), trained.config.num_steps, trained.config.position_ids, *settings]
-            # a tuned LLM answers itself; all others have the first one's
-            asked = Questions(trained, processor, dataset) if trained.config.includes_adapter else questions
-            answered = once(directory, what, partial(answer_of_policy, trained, asked, processor, arguments))
+            answered = once(directory, what, partial(answer_of_policy, trained, questions, processor, arguments))
             for name, threshold in answered["thresholds"].items():
                 thresholds[f"{variant} {name}"].append(threshold)
             found |= {(variant, run, budget): answers for budget, answers in answered["answers"].items()}
 
-    unpruned = correct_of(rules["none"])
-    budgets = [*ratios, *(f"{name} on average" for name in arguments.adaptive)]
-    rows = []
-    for variant in variants:
-        for budget in budgets:
-            row = row_of(variant, budget, found, unpruned, questions)
-            rows.append(row | differences(variant, variants, budget, found, questions))
-    for rule in POINTING_BASELINES:
-        rows += [row_of(rule, budget, found, unpruned, questions) for budget in ratios]
     result = {
         "command": f"python -m tprl_hf.evaluation.policy_runs {shlex.join(argv)}" if argv else "",
-        "num_samples": len(dataset),
-        "split": "test",
         "seeds": arguments.seeds,
-        "unpruned": questions.estimate(unpruned),
-        "unpruned_by_type": questions.by_type(unpruned),
         "thresholds": thresholds,
-        "rows": rows,
+        **compared(variants, found, rules, ratios, questions),
     }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    for row in rows:
+    for row in result["rows"]:
         print(row["way"], row["budget"], row["accuracy"], row["difference"], row["accuracy_by_run"], row["on_boxes"])
 
 
