@@ -196,6 +196,7 @@ def test_a_table_of_commands_holds_what_they_print_and_is_not_made_twice(tmp_pat
     assert page.startswith("# Table 4: KV cache") and "`tprl flops llava-1.5-7b --num-keep 192`\n\n```\n" in page
     assert "prefill G" in page.split("```")[-2] and "Command: tprl flops llava-1.5-7b --num-keep 192" in page
     assert json.loads((tmp_path / "table4.json").read_text())["command"] == "tprl reproduce table4"
+    assert not (tmp_path / "table4").exists()  # the command wrote no files
 
     # what a command wrote into its directory is the answer, and counts as there
     (tmp_path / "out").mkdir()

@@ -223,7 +223,6 @@ def run_command(text: str, folder: Path) -> str:
     """Runs a `tprl` command; what it printed, as Markdown."""
     from .main import main
 
-    folder.mkdir(parents=True, exist_ok=True)
     words = shlex.split(text)
     if "--output-dir" in words and (folder / "results.md").exists() and (folder / "results.json").exists():
         return (folder / "results.md").read_text(encoding="utf-8")
