@@ -69,3 +69,11 @@ def test_the_numbers_of_the_papers_tables_are_those_of_the_runs():
     for budget, least, most in (("1/9", 0.45, 0.55), ("1/18", 0.30, 0.37)):  # "half" and "a third"
         lost = -float(points("table5", frozen, budget).split()[0])
         assert least < float(points("table5", tuned, budget, frozen).split()[0]) / lost < most
+
+
+def test_the_timings_are_those_of_the_gpu():
+    timed = json.loads((ROOT / "docs" / "results" / "gpu" / "llava-1.5-7b_third.json").read_text(encoding="utf-8"))
+    before, after = (timed["milliseconds"][f"prefill {way}"]["median"] for way in ("unpruned", "pruned"))
+    assert f"a prefill from {before:.1f} to {after:.1f} ms" in PAGE
+    (batches,) = (one for one in timed["load"] if one["batch"] == 16)
+    assert f"in batches of 16: {batches['speed_up']['median']:.3f} times" in PAGE
