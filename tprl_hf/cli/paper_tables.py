@@ -32,7 +32,7 @@ class Table:
         title, about (`str`): what it shows, and what the paper says.
         recipe, stage (`str`, *optional*): how its policies are trained, and the stage whose model is measured.
         seeds (`list[int]`): each row is trained under each.
-        rows (`dict`): by label, what differs from the recipe: `SECTION.SETTING: value`, or `stage`.
+        rows (`dict`): by label, what differs from the recipe: `SECTION.SETTING: value`, or `stage`; or own `seeds`.
         against (`str`, *optional*): the row with which the others are compared, besides the unpruned model.
         common, short (`dict`): settings of all rows; and those of the short version, which two cores can train.
         keep_ratios (`list[str]`): budgets of the measurement.
@@ -153,8 +153,8 @@ def runs_of(table: Table, folder: Path, full: bool, extra: Iterable[str] = ()) -
         stage = settings.get("stage", table.stage)
         if table.recipe is None or stage not in STAGES:
             raise ValueError(f"{table.name}: the row {label!r} has no recipe or no stage.")
-        for seed in table.seeds:
-            changed = {**settings_of_all(table, full), **settings}
+        changed = {**settings_of_all(table, full), **settings}
+        for seed in changed.pop("seeds", table.seeds):
             recipe = recipe_of(table.recipe, stage, changed, seed, extra)
             recipe["output_dir"] = str(folder / table.name / f"row{row}-seed{seed}")
             stages = [each for each in stages_until(stage) if each in recipe]

@@ -261,11 +261,14 @@ def as_table(table: Table, result: dict[str, Any]) -> str:
     unpruned, seeds = measured["unpruned"], len(table.seeds)
     text = (
         f"Accuracy in points compared with unpruned ({100 * unpruned['value']:.2f} %), paired 95 % intervals over "
-        f"the images of {measured['num_samples']} test questions (seeds {', '.join(map(str, measured['seeds']))})"
+        f"the images of {measured['num_samples']} test questions (seeds {listed(measured['seeds'])})"
     )
     text += (
         f", mean of {seeds} training seeds; sd: standard deviation over them." if seeds > 1 else ", one training seed."
     )
+    for label, settings in table.rows.items():
+        if "seeds" in settings:
+            text += f" *{label}*: of training seed{'s' * (len(settings['seeds']) > 1)} {listed(settings['seeds'])}."
     parts = [as_markdown(rows).rstrip(), text]
     if table.against is not None:
         other = next(slug for slug, label in labels.items() if label == table.against)
@@ -279,6 +282,11 @@ def as_table(table: Table, result: dict[str, Any]) -> str:
     changed = ", ".join(f"{name} {json.dumps(value)}" for name, value in result["settings"].items())
     trained = f"Trained by recipes/{result['recipe']}.yaml" + (f", with {changed} in all rows." if changed else ".")
     return "\n\n".join([*parts, trained]) + "\n"
+
+
+def listed(seeds: Sequence[int]) -> str:
+    """Seeds as a text."""
+    return ", ".join(map(str, seeds))
 
 
 def plot(table: Table, result: dict[str, Any], path: Path) -> None:
