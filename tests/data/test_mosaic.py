@@ -1,13 +1,19 @@
 """What Mosaic-VQA promises: one seed, one sample; splits apart; small objects; right, balanced answers."""
 
+import errno
 import hashlib
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tprl_hf.data import QUESTION_TYPES, mosaic_vqa
+from tprl_hf.data import QUESTION_TYPES, drawn, mosaic, mosaic_vqa
+from tprl_hf.data import scenes as rows
 from tprl_hf.data.mosaic import COLORS, MosaicObject, MosaicScene, draw_scene, mosaic_scenes, scene_rng
 
 PATCH = 12
@@ -144,12 +150,61 @@ def test_dataset_rows():
     assert mosaic_vqa(split="validation", seed=1, num_samples=6)["prompt"] == dataset["prompt"][:6]
 
 
-def test_parts_of_a_dataset_do_not_show(monkeypatch):
-    whole = mosaic_vqa("train", num_samples=14)
-    monkeypatch.setattr("tprl_hf.data.scenes.ROWS_PER_PART", 6)
+@pytest.fixture
+def small_parts(monkeypatch, tmp_path):
+    """Drawn questions go to files from the seventh on."""
+    monkeypatch.setattr(rows, "ROWS_PER_PART", 6)
+    monkeypatch.setattr(rows, "_DRAWN", {})
+    monkeypatch.setattr(drawn.tempfile, "tempdir", str(tmp_path))
+    drawn.folder.cache_clear()
+    yield tmp_path
+    drawn.folder.cache_clear()
+
+
+def test_many_questions_lie_in_files_and_are_drawn_once(small_parts, monkeypatch):
     parts = mosaic_vqa("train", num_samples=14)
+    (folder,) = small_parts.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["0.arrow", "1.arrow", "2.arrow"]
+    assert {Path(one["filename"]).parent for one in parts.cache_files} == {folder}
+    monkeypatch.setattr(mosaic, "draw_scene", None)
+    assert parts[:14] == mosaic_vqa("train", num_samples=14)[:14]
+    shorter = mosaic_vqa("train", num_samples=8)
+    assert len(shorter) == 8 and shorter[:8] == parts[:8]
+    shorter.set_format("numpy")
+    assert mosaic_vqa("train", num_samples=8).format["type"] is None
+    with pytest.raises(TypeError):  # it draws
+        mosaic_vqa("train", seed=1, num_samples=8)
+    monkeypatch.undo()
+
+    whole = mosaic_vqa("train", num_samples=14)
+    assert not whole.cache_files
     assert parts.data.num_rows == 14 and parts.features == whole.features
     assert [parts[i] for i in range(14)] == [whole[i] for i in range(14)]
+
+    drawn.remove(folder, os.getpid() + 1)  # a forked process that ends
+    assert folder.exists()
+    drawn.remove(folder, os.getpid())
+    assert not folder.exists()
+
+
+def test_files_of_killed_processes_go_and_those_of_others_stay(small_parts):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for process in (gone.pid, os.getppid()):
+        (small_parts / f"{drawn.PREFIX}{process}-x").mkdir()
+    assert len(mosaic_vqa("train", num_samples=8)) == 8
+    left = sorted(path.name.removeprefix(drawn.PREFIX).partition("-")[0] for path in small_parts.iterdir())
+    assert left == sorted([str(os.getpid()), str(os.getppid())])
+
+
+def test_where_no_file_can_be_written_questions_stay_in_memory(small_parts, monkeypatch):
+    monkeypatch.setattr(drawn.tempfile, "mkdtemp", refuse)
+    found = mosaic_vqa("train", num_samples=8)
+    assert len(found) == 8 and not found.cache_files and found[7]["prompt"]
+
+
+def refuse(**settings):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(

@@ -369,6 +369,6 @@ def photo_vqa(split: str = "test", seed: int = 0, num_samples: int = 2000) -> Da
         `FileNotFoundError`: If the photographs are not on this machine.
     """
     seed, num_samples = check_number("seed", seed, 0), check_number("num_samples", num_samples, 1)
-    return rows_of_scenes(
-        photo_scenes(split, seed, pictures_root()), f"photo-{split}-{seed}", num_samples, "Drawing scenes"
-    )
+    root = pictures_root()
+    scenes = photo_scenes(split, seed, root)
+    return rows_of_scenes(scenes, f"photo-{split}-{seed}", num_samples, "Drawing scenes", str(root))
