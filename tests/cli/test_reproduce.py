@@ -139,7 +139,7 @@ def test_from_nothing_to_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
 
     # another machine has the results, but neither the policies nor the answers that are gone
     shutil.rmtree(tmp_path / "runs")
-    kept = {path.name.partition("-")[0]: path for path in (tmp_path / "out" / "runs").iterdir()}
+    kept = {path.name.partition("-")[0]: path for path in (tmp_path / "out" / "measured").iterdir()}
     assert set(kept) == {"ppo", "lfd", "rules"}
     kept["rules"].unlink()
     (tmp_path / "out" / "table7.json").unlink()
@@ -200,11 +200,12 @@ def test_a_table_of_commands_holds_what_they_print_and_is_not_made_twice(tmp_pat
 
     # what a command wrote into its directory is the answer, and counts as there
     (tmp_path / "out").mkdir()
-    for name in ("results.md", "results.json"):
+    for name in ("results.md", "results.json", "results.png"):
         (tmp_path / "out" / name).write_text("made before")
-    assert (
-        reproduce.run_command(f"evaluate no-such-model --output-dir {tmp_path}/out", tmp_path / "out") == "made before"
-    )
+    table = replace(table, name="out", title="A table", commands=["evaluate no-such-model --output-dir {out}"])
+    with StopSignals() as signals:
+        reproduce.reproduce(table, [], tmp_path, signals, "tprl reproduce out", {})
+    assert (tmp_path / "out.md").read_text().endswith("made before\n![A table](out/results.png)\n")
 
 
 def test_a_command_that_fails_ends_the_table(tmp_path, capsys):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tprl_hf.evaluation.policy_runs import Questions
 
 PACKAGES = ("tprl_hf", "torch", "transformers")
-FOLDER = "runs"
+FOLDER = "measured"
 ANSWERS = {...: {"correct": str, "kept": COUNT, "on_boxes": float}}
 KEPT = {"versions": {...: str}, "machine": str, "answers": ANSWERS}
 TRAINED = {"stage": str, "seconds": {...: float}, "curve": [{}]}

@@ -143,6 +143,8 @@ def reproduce(
         parts.append(draw_trajectories(table, runs[0], folder))
     for text in table.commands:
         parts.append(run_command(text.format(out=folder / table.name), folder / table.name))
+        if (folder / table.name / "results.png").exists():
+            parts.append(f"![{table.title}]({table.name}/results.png)\n")
     write(folder / f"{table.name}.json", json.dumps(result, indent=2) + "\n")
     head = f"# {table.title}\n\n{' '.join(table.about.split())}\n\n```bash\n{command}\n```\n\n"
     write(folder / f"{table.name}.md", head + "\n".join(parts))
