@@ -22,7 +22,7 @@ from .arguments import (
     positive_int,
     pruner_names,
 )
-from .evaluation_notes import ENLARGED, HALF_SIZE, MARK, RESIZE, notes_of
+from .evaluation_notes import ENLARGED, HALF_SIZE, MARK, RESIZE, notes_of, seeds_of
 from .progress import bar, note
 from .run_folder import PAGE, PLOT, RUNS, claim_folder, default_folder, refuse_other_run
 
@@ -398,7 +398,7 @@ def write_results(folder: Path, rows, described: dict[str, Any]) -> None:
     tables = (accuracy_table(rows), type_table(rows), confidence_table(rows))
     page = [*map(as_markdown, tables), *notes_of(rows, described)]
     write(folder / "results.md", "\n".join(page) + "\n")
-    title = f"{described['data']} {described['split']}, {described['num_samples']} questions, seed {written}"
+    title = f"{described['data']} {described['split']}, {described['num_samples']} questions, {seeds_of(described)}"
     if importlib.util.find_spec("matplotlib") is None:
         (folder / PLOT).unlink(missing_ok=True)  # of other rows
         note(f"No {PLOT}, which needs matplotlib: pip install 'tprl_hf[eval]'; the same command then only draws.")

@@ -1,6 +1,6 @@
 """The lines below the tables of `tprl evaluate`: what each column and each row is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ def notes_of(rows: Sequence["Row"], described: dict[str, Any]) -> list[str]:
             "an unfair advantage here; do not compare it with other rows."
         )
     versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
-    written = described["seed"] if isinstance(described["seed"], int) else ",".join(map(str, described["seed"]))
+    asked = f"{described['num_samples']} questions of {described['data']}, split {described['split']}"
     return [
-        f"{described['num_samples']} questions of {described['data']}, split {described['split']}, seed {written}. "
+        f"{asked}, {seeds_of(described)}. "
         f"Accuracy: {described['score']}; in brackets 95 % bootstrap intervals over images (2000 resamples).",
         "vs. unpruned (pp): mean of the paired differences to the unpruned model on the same questions, in percentage "
         "points.",
@@ -72,3 +72,9 @@ def notes_of(rows: Sequence["Row"], described: dict[str, Any]) -> list[str]:
         f"Device: {described['device']}; {versions}; weights {described['weights']}.",
         f"Command: {described['command']}",
     ]
+
+
+def seeds_of(described: Mapping[str, Any]) -> str:
+    """The seed of the questions, or the seeds."""
+    several = isinstance(described["seed"], list)
+    return f"seeds {', '.join(map(str, described['seed']))}" if several else f"seed {described['seed']}"
