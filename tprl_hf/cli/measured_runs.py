@@ -1,6 +1,6 @@
 """What `tprl reproduce` keeps of each run in the folder of its results: how long it trained, and what it answered.
 
-A run that is kept is neither trained nor measured again, on no machine: a long table can be made in parts. The name of
+A run that is kept is not trained or measured again on any machine: a long table can be made in parts. The name of
 its file follows from all settings that it depends on.
 """
 
