@@ -1,6 +1,8 @@
+import argparse
 import csv
 import json
 import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -9,6 +11,8 @@ from tests.cli.test_demo import table_under
 from tests.families.tiny_models import build
 from tests.families.tiny_processor import make_processor
 from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.cli import evaluate as command
+from tprl_hf.cli import loading
 from tprl_hf.cli.main import main
 from tprl_hf.pruners import PRUNERS
 
@@ -338,3 +342,21 @@ def test_smaller_pictures_have_rows(evaluate, tmp_path):
 def test_the_oracle_needs_boxes(evaluate, own_data):
     code, _, err = evaluate("--pruners", "oracle", "--data", str(own_data))
     assert code == 2 and "needs boxes" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [(["--data", "photo"], "photo-llava"), (["mine", "--data", "photo"], "mine"), ([], None)],
+)
+def test_questions_about_photographs_are_for_photo_llava(words, asked, monkeypatch):
+    """Without a model's name: the other embedded model has never seen a photograph."""
+    from tprl_hf.test_bed import photo_checkpoint
+
+    loaded = []
+    monkeypatch.setattr(photo_checkpoint, "photo_policy_checkpoint", lambda log: Path("photo-llava"))
+    monkeypatch.setattr(loading, "load_named_model", lambda arguments: loaded.append(arguments.model))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    arguments = parser.parse_args(words)
+    command.load_asked_model(arguments)
+    assert loaded == [asked] and arguments.model == (asked if asked == "mine" else None)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tprl_hf.whole_files import write
 
 from .arguments import (
+    A_MODEL,
     MAX_SEED,
     add_loading_arguments,
     add_model_argument,
@@ -28,6 +29,7 @@ from .run_folder import PAGE, PLOT, RUNS, claim_folder, default_folder, refuse_o
 
 if TYPE_CHECKING:
     from tprl_hf.evaluation.compare_pruners import Setting
+    from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
 NAME = "evaluate"
 HELP = "measure a model's accuracy under several pruners and budgets"
@@ -49,7 +51,7 @@ OTHERS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_argument(parser)
+    add_model_argument(parser, f"{A_MODEL}; Photo-LLaVA with --data photo")
     parser.add_argument(
         "--data",
         default="mosaic",
@@ -140,7 +142,6 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.report.evaluation_page import BROKEN, evaluation_page
     from tprl_hf.training.answer_batches import undecoded
 
-    from .loading import load_named_model
     from .tables import format_table
 
     folder = Path(arguments.output_dir or default_folder(arguments))
@@ -152,7 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
     known_before = describe_data(arguments, samples, metric)
     if not arguments.overwrite:
         refuse_other_run(folder, known_before)
-    model, processor = load_named_model(arguments)
+    model, processor = load_asked_model(arguments)
     names = arguments.pruners or default_pruners(model, processor, samples[0])
     settings = make_settings(model, names, arguments)
 
@@ -207,6 +208,18 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"Written: {folder}/results.html, .json, .csv, .md{', .png' * (folder / PLOT).exists()} and answers.jsonl")
     print(f"Took {time.perf_counter() - started:.0f} s")
     return 0
+
+
+def load_asked_model(arguments: argparse.Namespace) -> "tuple[TPRLForConditionalGeneration, Any]":
+    """The model that is asked, and its processor. Without a name, questions about photographs are for Photo-LLaVA."""
+    from .loading import load_named_model
+
+    named = vars(arguments)
+    if arguments.model is None and arguments.data == "photo":
+        from tprl_hf.test_bed.photo_checkpoint import photo_policy_checkpoint
+
+        named = {**named, "model": str(photo_policy_checkpoint(note))}
+    return load_named_model(argparse.Namespace(**named))
 
 
 def make_settings(model, names: list[str], arguments: argparse.Namespace) -> list["Setting"]:
