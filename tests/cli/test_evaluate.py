@@ -11,6 +11,7 @@ from tests.cli.test_demo import table_under
 from tests.families.tiny_models import build
 from tests.families.tiny_processor import make_processor
 from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.answer_rules import is_correct
 from tprl_hf.cli import evaluate as command
 from tprl_hf.cli import loading
 from tprl_hf.cli.main import main
@@ -250,7 +251,6 @@ def test_it_reads_the_users_own_questions(evaluate, own_data):
         ("", "has no samples"),
         ("{", "line 1: not JSON"),
         ("[]", "line 1: expected an object"),
-        ('{"prompt": "q"}', "broken.jsonl has no `answer`, which evaluate compares with"),
         ('{"prompt": ["q"], "answer": "a"}', '`prompt` must be the question as a text; got ["q"]'),
         ('{"prompt": "q", "answer": "a", "image": "none.png"}', "there is no image file"),
     ],
@@ -260,6 +260,28 @@ def test_broken_data_is_one_line_and_exit_code_2(evaluate, tmp_path, line, messa
     path.write_text(line + "\n")
     code, _, err = evaluate("--data", str(path))
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_without_answers_pruned_answers_are_compared_with_unpruned_ones(evaluate, own_data, tmp_path):
+    lines = [json.loads(line) for line in own_data.read_text().splitlines() if line]
+    own_data.write_text("".join(json.dumps({**line, "answer": None}) + "\n" for line in lines))
+    code, out, _ = evaluate("--data", str(own_data))
+    assert code == 0 and "so the unpruned model's own answers are the references" in out and "ECE" not in out
+    folder = tmp_path / "out"
+    records = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    unpruned = {one["sample"]: one["answer"] for one in records if one["pruner"] == "none"}
+    assert all(one["score"] == is_correct(one["answer"], unpruned[one["sample"]]) for one in records)
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert rows[0]["accuracy"]["value"] == 1 and 0 < min(row["accuracy"]["value"] for row in rows) < 1
+
+    # resumed where the unpruned answers are there already
+    kept = [json.dumps(one) + "\n" for one in records if one["pruner"] == "none"]
+    (folder / "answers.jsonl").write_text("".join(kept))
+    assert evaluate("--data", str(own_data))[0] == 0
+    assert json.loads((folder / "results.json").read_text())["rows"] == rows
+
+    code, _, err = evaluate("--data", str(own_data), "--metric", "yes-no")
+    assert code == 2 and "has no `answer`, which --metric yes-no compares with" in err and err.count("\n") == 1
 
 
 def test_a_trained_policy_has_rows_of_its_own(evaluate, tmp_path):

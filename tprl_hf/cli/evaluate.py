@@ -43,6 +43,7 @@ METRICS = {
     "choice": ("choice_score", "share of multiple-choice answers that name the letter of the correct option"),
     "yes-no": ("yes_no_score", "POPE's accuracy: no if the first sentence has no or not, else yes"),
 }
+NEED_REFERENCES = ("choice", "yes-no")  # they read a reference as the letter of an option, or as yes or no
 # The oracle needs data with boxes, and shrinking a picture is not a pruner's work, so that only this command has them.
 OTHERS = (
     *("oracle", RESIZE, ENLARGED),
@@ -57,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="mosaic",
         metavar="NAME|FILE",
         help="mosaic, easy-vqa, photo, a .jsonl file with image, prompt, answer a line, the directory of a saved "
-        "dataset, or a task of lmms-eval where that is installed (default: mosaic)",
+        "dataset, or a task of lmms-eval where that is installed (default: mosaic); without answers, pruned answers "
+        "are compared with unpruned ones",
     )
     parser.add_argument("--include-path", metavar="DIR", help="folder with lmms-eval tasks of your own")
     parser.add_argument(
@@ -134,11 +136,10 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     from tprl_hf.evaluation.broken import broken_questions
     from tprl_hf.evaluation.compare_pruners import append_records, compare_pruners, read_records
-    from tprl_hf.evaluation.confidence import confidence_table
     from tprl_hf.evaluation.flops import llm_shape
     from tprl_hf.evaluation.runs_table import QUESTIONS
     from tprl_hf.evaluation.setting_costs import count_settings, time_settings
-    from tprl_hf.evaluation.tables import accuracy_table, summarize, type_table
+    from tprl_hf.evaluation.tables import summarize
     from tprl_hf.report.evaluation_page import BROKEN, evaluation_page
     from tprl_hf.training.answer_batches import undecoded
 
@@ -196,13 +197,17 @@ def run(arguments: argparse.Namespace) -> int:
             known += records
             answered.update(len(records))
 
-    rows = summarize(
-        known, settings, samples["question_type"], units, 0.95, data_seeds, counted, times, list(samples["answer"])
-    )
+    references = None
+    if "answer" in samples.column_names:
+        references = list(samples["answer"])
+    else:
+        own = {record.sample: record.answer for record in known if record.key == settings[0].key}
+        samples = samples.add_column("answer", [own[number] for number in range(len(samples))])
+    rows = summarize(known, settings, samples["question_type"], units, 0.95, data_seeds, counted, times, references)
     write_results(folder, rows, described)
     write(folder / BROKEN, json.dumps(broken_questions(model, processor, samples, settings, known)) + "\n")
     write(folder / PAGE, evaluation_page(folder))
-    for table in (accuracy_table(rows), type_table(rows), confidence_table(rows)):
+    for table in tables_of(rows):
         print(format_table(table))
     print("\n".join(notes_of(rows, described)))
     print(f"Written: {folder}/results.html, .json, .csv, .md{', .png' * (folder / PLOT).exists()} and answers.jsonl")
@@ -335,7 +340,12 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
         number = arguments.num_samples or (2000 if data == "easy-vqa" else None)
         samples = read_source(data, split, num_samples=number)
         if "answer" not in samples.column_names:
-            raise ValueError(f"{data} has no `answer`, which evaluate compares with: add the correct answers.")
+            if arguments.metric in NEED_REFERENCES:
+                raise ValueError(
+                    f"{data} has no `answer`, which --metric {arguments.metric} compares with: add the correct "
+                    "answers, or leave --metric out to compare with the unpruned model's."
+                )
+            metric += "; there are none, so the unpruned model's own answers are the references"
         return samples, None, score, metric
     check_task_name(data)
     if arguments.metric:
@@ -398,18 +408,25 @@ def describe_run(arguments: argparse.Namespace, model, known_before: dict[str, A
     }
 
 
+def tables_of(rows) -> list[list[list[str]]]:
+    """Accuracy, accuracy by question type, and how sure the answers are where that was noted, as texts."""
+    from tprl_hf.evaluation.confidence import confidence_table
+    from tprl_hf.evaluation.tables import accuracy_table, type_table
+
+    tables = [accuracy_table(rows), type_table(rows)]
+    return [*tables, confidence_table(rows)] if any(row.confidence for row in rows) else tables
+
+
 def write_results(folder: Path, rows, described: dict[str, Any]) -> None:
     """Writes results.json, results.csv, results.md and, where matplotlib is installed, results.png."""
     from dataclasses import asdict
 
-    from tprl_hf.evaluation.confidence import confidence_table
-    from tprl_hf.evaluation.tables import accuracy_table, as_csv, as_markdown, plot_accuracy, type_table
+    from tprl_hf.evaluation.tables import as_csv, as_markdown, plot_accuracy
 
     content = {**described, "notes": notes_of(rows, described), "rows": [asdict(row) for row in rows]}
     write(folder / "results.json", json.dumps(content, indent=1) + "\n")
     write(folder / "results.csv", as_csv(rows))
-    tables = (accuracy_table(rows), type_table(rows), confidence_table(rows))
-    page = [*map(as_markdown, tables), *notes_of(rows, described)]
+    page = [*map(as_markdown, tables_of(rows)), *notes_of(rows, described)]
     write(folder / "results.md", "\n".join(page) + "\n")
     title = f"{described['data']} {described['split']}, {described['num_samples']} questions, {seeds_of(described)}"
     if importlib.util.find_spec("matplotlib") is None:

@@ -109,7 +109,8 @@ def compare_pruners(
         processor ([`ProcessorMixin`]):
             Its processor.
         samples (`Sequence[dict]`):
-            Each with `images`, `prompt` and `answer`. Samples with the same `image_id` share their images.
+            Each with `images`, `prompt` and `answer`. Samples with the same `image_id` share their images. Without
+            `answer`, the reference is what the model says under the first setting.
         settings (`Sequence[Setting]`):
             The rows of the comparison.
         batch_size (`int`, *optional*, defaults to 48):
@@ -125,6 +126,7 @@ def compare_pruners(
         `list[Record]`: The new records of one batch and one setting.
     """
     done = {(*record.key, record.sample) for record in known}
+    own = {record.sample: record.answer for record in known if record.key == settings[0].key}
     shrinker = PictureShrinker(model, processor)
     observer = first_observer(settings)
     for start in range(0, len(samples), batch_size):
@@ -145,13 +147,15 @@ def compare_pruners(
             found: dict[int, tuple[str, int, float, float]] = {}
             for part in prompts:
                 found |= answer(model, processor, batch, setting, part, **generate_kwargs)
+            if setting is settings[0]:
+                own |= {number: found[number - start][0] for number in missing[setting.key]}
             yield [
                 Record(
                     setting.pruner,
                     setting.budget,
                     sample=number,
                     answer=text,
-                    score=float(score(text, batch[number - start]["answer"])),
+                    score=float(score(text, batch[number - start].get("answer", own[number]))),
                     num_kept=num_kept,
                     num_visual=full.num_visual[number - start],
                     seed=setting.seed,

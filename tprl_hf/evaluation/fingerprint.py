@@ -17,5 +17,5 @@ def questions_digest(samples: Dataset) -> str:
     for sample in undecoded(samples):
         for image in sample["images"]:
             digest.update(hashlib.sha256(image["bytes"] or Path(image["path"]).read_bytes()).digest())
-        digest.update(repr((sample["prompt"], sample["answer"], sample["boxes"])).encode())
+        digest.update(repr((sample["prompt"], sample.get("answer"), sample["boxes"])).encode())
     return digest.hexdigest()[:16]
