@@ -3,8 +3,10 @@
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
-from tprl_hf.cli.paper_tables import table_names
+from tprl_hf.cli.measured_runs import MeasuredRuns, unpacked
+from tprl_hf.cli.paper_tables import read_table, runs_of, table_names
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
@@ -69,6 +71,30 @@ def test_the_numbers_of_the_papers_tables_are_those_of_the_runs():
     for budget, least, most in (("1/9", 0.45, 0.55), ("1/18", 0.30, 0.37)):  # "half" and "a third"
         lost = -float(points("table5", frozen, budget).split()[0])
         assert least < float(points("table5", tuned, budget, frozen).split()[0]) / lost < most
+
+
+def test_the_number_of_steps():
+    losses = [points("table7", f"T = {number}", "1/3").split()[0][1:] for number in (1, 2, 3, 4, 5)]
+    assert "at 1/3 T = 1, 2, 3, 4 and 5 lose {}, {}, {}, {} and {} points, one seed".format(*losses) in PAGE
+    one, five = (points("table7", f"T = {number}", "1/3", "T = 3") for number in (1, 5))
+    assert f"T = 1 is {one} better than T = 3, T = 5 {five} |" in PAGE
+    assert max(map(float, losses)) == float(losses[4])
+
+
+def test_the_runs_without_labels_that_are_measured():
+    """Of a table that is not whole yet."""
+    table, seeds = read_table("unlabelled"), (0, 1)
+    runs = runs_of(table, Path("runs"), full=False)
+    measured = MeasuredRuns(table, PAPER)
+    texts = []
+    for budget in table.keep_ratios:
+        correct = []
+        for one in (one for one in runs if one.label == "without labels" and one.seed in seeds):
+            kept = json.loads(measured.path_of(one).read_text(encoding="utf-8"))["answers"][budget]
+            correct += unpacked(kept, RESULTS["num_samples"])["correct"]
+        texts.append(f"{100 * (RESULTS['unpruned']['value'] - fmean(correct)):.2f}")
+        assert abs(float(texts[-1]) - float(lost("ppo", budget))) < 0.1  # "as much as with labels"
+    assert "Seeds 0 and 1 without labels lose {}, {} and {} points at 1/3, 1/9 and 1/18".format(*texts) in PAGE
 
 
 def test_the_timings_are_those_of_the_gpu():

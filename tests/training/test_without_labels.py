@@ -1,6 +1,7 @@
 """Each stage on rows that have pictures and prompts only; and labels as benchmarks have them, by name."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +182,23 @@ def test_a_recipe_on_pictures_and_prompts_alone(base, own_data, tmp_path, capsys
     assert len(keys) == len(set(keys)) and {length: lengths.count(length) for length in lengths} == {4: 2, 128: 1}
     assert [length for length, _ in keys].count(4) == [length for length, _ in keys].count(128) == 8
     assert not (tmp_path / "run" / "lfd" / "unpruned_answers").exists()
+
+
+def test_the_recipe_for_own_data_needs_no_answers(base, own_data, tmp_path):
+    small = {
+        "base_model": base, "output_dir": tmp_path / "run",
+        "data.train.source": own_data, "data.validation.source": own_data,
+        "policy.latent_dim": 16, "policy.policy_num_heads": 4, "policy.policy_dim": 16,
+        "lfd.num_train_epochs": 1, "counterfactual.num_flips": 2,
+    }  # fmt: skip
+    for stage in ("autoencoder", "lfd", "counterfactual"):
+        small |= {f"{stage}.max_steps": 1, f"{stage}.use_cpu": True}
+    for stage in ("demonstrations", "lfd", "counterfactual"):
+        small[f"{stage}.max_answer_length"] = 4
+    words = [f"{name}={json.dumps(str(value) if isinstance(value, Path) else value)}" for name, value in small.items()]
+    assert main(["train", "all", "--config", "own_data", "--set", *words]) == 0
+    metrics = json.loads((tmp_path / "run" / "counterfactual" / "training.json").read_text())["metrics"]
+    assert metrics.keys() >= {"agreement@0.333", "agreement@0.111"} and "accuracy" not in metrics
 
 
 def test_a_recipe_can_leave_labels_out_and_mix_one_answer_with_several(dataset, tmp_path):
