@@ -73,7 +73,8 @@ def test_a_table_that_there_is_not(capsys):
 
 
 def test_a_dry_run_says_how_long_it_takes_and_trains_nothing(tmp_path, capsys):
-    assert main(["reproduce", "table7", "fig4", "--runs-dir", str(tmp_path / "runs"), "--dry-run"]) == 0
+    where = ["--runs-dir", str(tmp_path / "runs"), "--output-dir", str(tmp_path / "out")]  # where no run is kept
+    assert main(["reproduce", "table7", "fig4", *where, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "table7: Table 7: steps of a trajectory in training. 0 of 8 stages are trained" in out
     assert re.search(r"missing takes about 7[0-9] minutes", out)  # what fig4 shares is counted once
@@ -83,7 +84,7 @@ def test_a_dry_run_says_how_long_it_takes_and_trains_nothing(tmp_path, capsys):
 def test_all_is_the_papers_and_more_is_the_rest(tmp_path, capsys):
     listed = {}
     for word in ("all", "more"):
-        assert main(["reproduce", word, "--runs-dir", str(tmp_path), "--dry-run"]) == 0
+        assert main(["reproduce", word, "--runs-dir", str(tmp_path), "--output-dir", str(tmp_path), "--dry-run"]) == 0
         listed[word] = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if "trained" in line]
     assert "table7" in listed["all"] and "teachers" in listed["more"] and not {*listed["all"]} & {*listed["more"]}
 
