@@ -380,5 +380,5 @@ def test_questions_about_photographs_are_for_photo_llava(words, asked, monkeypat
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     arguments = parser.parse_args(words)
-    command.load_asked_model(arguments)
+    loading.load_model_for(arguments.data, arguments)
     assert loaded == [asked] and arguments.model == (asked if asked == "mine" else None)

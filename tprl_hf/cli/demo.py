@@ -67,15 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.evaluation.answers import generate_answers
     from tprl_hf.pruners.by_name import make_pruner, own_pruner
 
-    from .loading import load_named_model, using_pruner
+    from .loading import load_model_for, using_pruner
     from .pictures import name_of_model, write_pictures
 
     source = "photo" if arguments.photo else "mosaic"
-    if arguments.photo and arguments.model is None:
-        from tprl_hf.test_bed.photo_checkpoint import photo_policy_checkpoint
-
-        arguments.model = str(photo_policy_checkpoint(note))
-    model, processor = load_named_model(arguments)
+    model, processor = load_model_for(source, arguments)
     names = [*SHOWN, *(["learned"] if own_pruner(model) == "learned" else [])]
     pruners = {name: make_pruner(model, name, arguments.seed) for name in names}
     note(f"Drawing {arguments.num_samples} questions ...")

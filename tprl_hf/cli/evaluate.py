@@ -29,7 +29,6 @@ from .run_folder import PAGE, PLOT, RUNS, claim_folder, default_folder, refuse_o
 
 if TYPE_CHECKING:
     from tprl_hf.evaluation.compare_pruners import Setting
-    from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
 NAME = "evaluate"
 HELP = "measure a model's accuracy under several pruners and budgets"
@@ -143,6 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.report.evaluation_page import BROKEN, evaluation_page
     from tprl_hf.training.answer_batches import undecoded
 
+    from .loading import load_model_for
     from .tables import format_table
 
     folder = Path(arguments.output_dir or default_folder(arguments))
@@ -154,7 +154,7 @@ def run(arguments: argparse.Namespace) -> int:
     known_before = describe_data(arguments, samples, metric)
     if not arguments.overwrite:
         refuse_other_run(folder, known_before)
-    model, processor = load_asked_model(arguments)
+    model, processor = load_model_for(arguments.data, arguments)
     names = arguments.pruners or default_pruners(model, processor, samples[0])
     settings = make_settings(model, names, arguments)
 
@@ -197,10 +197,8 @@ def run(arguments: argparse.Namespace) -> int:
             known += records
             answered.update(len(records))
 
-    references = None
-    if "answer" in samples.column_names:
-        references = list(samples["answer"])
-    else:
+    references = list(samples["answer"]) if "answer" in samples.column_names else None
+    if references is None:
         own = {record.sample: record.answer for record in known if record.key == settings[0].key}
         samples = samples.add_column("answer", [own[number] for number in range(len(samples))])
     rows = summarize(known, settings, samples["question_type"], units, 0.95, data_seeds, counted, times, references)
@@ -213,18 +211,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"Written: {folder}/results.html, .json, .csv, .md{', .png' * (folder / PLOT).exists()} and answers.jsonl")
     print(f"Took {time.perf_counter() - started:.0f} s")
     return 0
-
-
-def load_asked_model(arguments: argparse.Namespace) -> "tuple[TPRLForConditionalGeneration, Any]":
-    """The model that is asked, and its processor. Without a name, questions about photographs are for Photo-LLaVA."""
-    from .loading import load_named_model
-
-    named = vars(arguments)
-    if arguments.model is None and arguments.data == "photo":
-        from tprl_hf.test_bed.photo_checkpoint import photo_policy_checkpoint
-
-        named = {**named, "model": str(photo_policy_checkpoint(note))}
-    return load_named_model(argparse.Namespace(**named))
 
 
 def make_settings(model, names: list[str], arguments: argparse.Namespace) -> list["Setting"]:
@@ -345,7 +331,7 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
                     f"{data} has no `answer`, which --metric {arguments.metric} compares with: add the correct "
                     "answers, or leave --metric out to compare with the unpruned model's."
                 )
-            metric += "; there are none, so the unpruned model's own answers are the references"
+            metric += "; the data have none, so the unpruned model's own answers are the references"
         return samples, None, score, metric
     check_task_name(data)
     if arguments.metric:

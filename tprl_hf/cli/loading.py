@@ -25,6 +25,16 @@ def load_named_model(arguments: argparse.Namespace) -> "tuple[TPRLForConditional
     return model, processor
 
 
+def load_model_for(data: str, arguments: argparse.Namespace) -> "tuple[TPRLForConditionalGeneration, Any]":
+    """The same; where the command names no model, the embedded one that knows what `data` shows."""
+    model = arguments.model
+    if model is None and data == "photo":
+        from tprl_hf.test_bed.photo_checkpoint import photo_policy_checkpoint
+
+        model = str(photo_policy_checkpoint(note))
+    return load_named_model(argparse.Namespace(**{**vars(arguments), "model": model}))
+
+
 def dtype_name(model: "TPRLForConditionalGeneration") -> str:
     """That of the base model, as users write it."""
     return str(model.lvlm.dtype).removeprefix("torch.")
