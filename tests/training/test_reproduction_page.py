@@ -81,6 +81,11 @@ def test_the_number_of_steps():
     assert max(map(float, losses)) == float(losses[4])
 
 
+def test_the_two_recipes():
+    differences = [points("recipes", "the paper's recipe", at, "the shipped checkpoint") for at in ("1/3", "1/9")]
+    assert "differs from the shipped one by {} points at 1/3, {} at 1/9".format(*differences) in PAGE
+
+
 def test_the_runs_without_labels_that_are_measured():
     """Of a table that is not whole yet."""
     table, seeds = read_table("unlabelled"), (0, 1)
