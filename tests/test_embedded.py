@@ -70,6 +70,19 @@ def test_it_is_small_and_in_half_precision(path):
     assert dtypes == {True: "F16", False: "F32"}  # the policy stays in float32
 
 
+def test_pages_say_how_large_it_is(model):
+    """Photo-LLaVA's number is held where its parts are, in test_bed/test_photo_recipe.py."""
+    count = sum(weight.numel() for weight in model.lvlm.parameters())
+    assert f"{count / 1e6:.1f} million parameters" == "3.4 million parameters"
+    root = Path(__file__).parents[1]
+    for page in ("docs/reproduction.md", "model_cards/mosaic-llava.md", "tprl_hf/__init__.py"):
+        assert "3.4 million parameters" in (root / page).read_text(encoding="utf-8"), page
+    llm = sum(weight.numel() for weight in model.lvlm.model.language_model.parameters())
+    assert f"{llm / 1e6:.1f} million parameters" in (root / "docs/your_model.md").read_text(encoding="utf-8")
+    for page in ("README.md", "tprl_hf/cli/demo.py"):
+        assert "152 million parameters" in (root / page).read_text(encoding="utf-8"), page
+
+
 @torch.no_grad()
 def test_keep_all_equals_base(model, processor, samples):
     inputs = encode(processor, samples.select(range(12)))

@@ -53,7 +53,7 @@ def embedded_checkpoint(name: str = "mosaic") -> str:
 
     Args:
         name (`"mosaic"` or `"photo"`, *optional*, defaults to `"mosaic"`):
-            Mosaic-LLaVA, 4 million parameters on drawn shapes, is part of the package. Photo-LLaVA, 157 million on
+            Mosaic-LLaVA, 3.4 million parameters on drawn shapes, is part of the package. Photo-LLaVA, 152 million on
             photographs, is joined on the first call from parts that are fetched (280 MB, see docs/photo.md); it needs
             `pip install tprl_hf[photo]`. Its policy, 2 MB, is part of the package too.
 

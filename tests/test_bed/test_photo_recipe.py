@@ -559,6 +559,7 @@ def test_with_the_parts():
         "for word in [*THINGS, *KINDS, *(kind + 's' for kind in KINDS)]:\n"
         "    word_id(word, tokenizer)\n"
         "model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.bfloat16)\n"
+        "assert round(sum(one.numel() for one in model.parameters()) / 1e6) == 152  # what README says\n"
         "scene = training_scene(0, 0, pictures_root())\n"
         "features = tower_features(model, normalized([scene.pixels])).float()\n"
         "assert features.shape == (1, 256, 384) and features.isfinite().all()\n"

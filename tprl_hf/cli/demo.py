@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--photo",
         action="store_true",
-        help="with photographs: a model of 145 million parameters, whose parts are fetched the first time (280 MB)",
+        help="with photographs: a model of 152 million parameters, whose parts are fetched the first time (280 MB)",
     )
     add_model_argument(parser)
     parser.add_argument(
