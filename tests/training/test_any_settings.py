@@ -162,7 +162,7 @@ MORE_CHOICES = st.one_of(
     ANYTHING, st.integers(1, 4), st.sampled_from([1e-3, 0.5, 0, True, False, None]), WORDS, RATIOS
 )
 # of fields of transformers that ours replace, only these are ours to check
-BOOLS_OF_OURS = ("remove_unused_columns", "dataloader_pin_memory", "gradient_checkpointing")
+BOOLS_OF_OURS = ("remove_unused_columns", "dataloader_pin_memory")
 
 
 def test_each_field_of_ours_is_described_here():

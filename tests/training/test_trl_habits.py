@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -247,17 +248,38 @@ def test_arguments_of_trl_that_are_none_ask_for_nothing(ppo):
         (lambda d: rows(d, **ANSWERED, prompt=lambda row: said(row["prompt"])), {}),
         (lambda d: rows(d, **PROMPT, **ANSWER, image=lambda row: row["images"][0]), {}),
         (lambda d: rows(d, **PROMPT, **IMAGES, answer=lambda row: [row["answer"]]), {}),
-        (lambda d: d, {"settings": {"gradient_checkpointing": True}}),
         (lambda d: d, {"settings": {"bf16": True}}),
         (lambda d: d, {"settings": {"reward_weights": [0.5]}, "reward_funcs": ones}),
     ],
     ids=["rewards", "no answers", "async", "async and not", "None", "chat parts", "chat strings", "image", "answers",
-         "gradient_checkpointing", "bf16", "reward_weights"],
+         "bf16", "reward_weights"],
 )  # fmt: skip
 def test_rows_and_settings_that_train(change, arguments, ppo, dataset):
     trainer = ppo(train_dataset=change(dataset), **arguments)
     trainer.train()
     assert trainer.state.global_step == 1 and np.isfinite(trainer.state.log_history[0]["loss"])
+
+
+NAMES = [name for name in ("gradient_checkpointing", "activation_checkpointing") if hasattr(TrainingArguments, name)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointing_under_either_of_its_names(name, ppo, dataset, caplog):
+    """transformers 5.24 renames the setting; our networks have neither method, so it must not reach the trainer."""
+    trainer = ppo(train_dataset=dataset, settings={name: True})
+    assert f"{name}=True has no effect" in caplog.text
+    trainer.train()
+    assert trainer.state.global_step == 1
+    with pytest.raises(ValueError, match=f"{name} must be True or False"):
+        ppo(train_dataset=dataset, settings={name: "yes"})
+
+
+@pytest.mark.parametrize("name", sorted(TRAINERS))
+def test_settings_alone_are_not_warned_about(name, tmp_path):
+    """Fields that ours replace are not those that transformers calls old."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TRAINERS[name][1](str(tmp_path), **SETTINGS.get(name, QUIET))
 
 
 def test_rows_of_other_forms_are_the_same_samples(make_model, processor, dataset):

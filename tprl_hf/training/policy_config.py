@@ -23,6 +23,7 @@ from tprl_hf.modeling.values import (
 )
 
 logger = logging.get_logger(__name__)
+flag_or_none = optional(flag)
 
 
 @dataclass
@@ -99,7 +100,6 @@ class PrunerTrainingConfig(TrainingArguments):
     report_to: str | list[str] = "none"
     dataloader_pin_memory: bool = False  # batches are rows, not tensors
     hub_strategy: str = "end"
-    gradient_checkpointing: bool = False
     ddp_find_unused_parameters: bool | None = True  # a policy without questions leaves query_proj alone
 
     def __post_init__(self):
@@ -110,12 +110,13 @@ class PrunerTrainingConfig(TrainingArguments):
                     "torchrun, or with recipes/accelerate/ddp.yaml."
                 )
         check_fields(self, self.all_checks())
-        if self.gradient_checkpointing:
-            logger.warning(
-                "gradient_checkpointing=True has no effect: no gradient goes through the LVLM, and the policy is "
-                "small. For memory set score_batch_size or, in reinforcement learning, micro_batch_size."
-            )
-            self.gradient_checkpointing = False
+        for name in ("gradient_checkpointing", "activation_checkpointing"):  # transformers 5.24 renames it
+            if flag_or_none(name, getattr(self, name, None)):
+                logger.warning(
+                    f"{name}=True has no effect: no gradient goes through the LVLM, and the policy is "
+                    "small. For memory set score_batch_size or, in reinforcement learning, micro_batch_size."
+                )
+                setattr(self, name, None)
         if self.feature_cache_dtype is not None and self.feature_cache_dir is None:
             raise ValueError(
                 f"feature_cache_dtype={self.feature_cache_dtype!r} is for features on disk: set feature_cache_dir too."
