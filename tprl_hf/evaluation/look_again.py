@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tprl_hf
+from tprl_hf.answer_rules import exact_score
 from tprl_hf.data import mosaic_vqa
 from tprl_hf.intervals import bootstrap_mean
 from tprl_hf.training import calibrate_escalation
 
 from .answers import chat_inputs
 from .compare_pruners import encode_once
-from .scores import exact_score
 
 # First look, second look, and the mean of both together; the card's budgets and the model's own limit.
 POINTS = ("1/9,1/3,1/6", "1/9,1,2/9", "1/18,1/3,1/9")
