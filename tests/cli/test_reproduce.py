@@ -7,12 +7,16 @@ import shutil
 import signal
 from dataclasses import replace
 
+import peft
 import pytest
+import torch
 
 from tprl_hf.cli import measured_runs, paper_tables, reproduce
 from tprl_hf.cli.main import main
 from tprl_hf.cli.paper_tables import read_table, runs_of, table_names
 from tprl_hf.cli.stop_signals import StopSignals
+from tprl_hf.loading import load_model
+from tprl_hf.training.fingerprint import fingerprint_of_lvlm
 from tprl_hf.training.stages import STAGES
 
 SMALL = {
@@ -161,6 +165,33 @@ def test_from_nothing_to_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
     kept["lfd"].unlink()
     assert main([*here, "--dry-run"]) == 0
     assert "1 of 2 runs are measured. 0 of 3 stages are trained\n" in capsys.readouterr().out
+
+    # what was kept of an LVLM with other weights does not count
+    kept["lfd"].write_text(json.dumps(found | {"lvlm": "of another"}))
+    assert main([*here, "--dry-run"]) == 0
+    assert "1 of 2 runs are measured. 0 of 3 stages are trained\n" in capsys.readouterr().out
+
+
+def test_the_digest_of_an_lvlm_is_that_before_its_lora_and_of_its_weights():
+    model, _ = load_model(None, "cpu", dtype="float32")
+    before = fingerprint_of_lvlm(model)
+    layer = model.lvlm.model.language_model.layers[0].self_attn
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model.lvlm)
+    assert isinstance(layer.q_proj, peft.tuners.lora.LoraLayer) and fingerprint_of_lvlm(model) == before
+    with torch.no_grad():
+        layer.k_proj.weight[0, 0] += 1
+    assert fingerprint_of_lvlm(model) != before
+
+
+def test_a_policy_of_other_weights_is_not_measured(tmp_path, monkeypatch):
+    """`runs` may still hold what was trained before the LVLM was trained on."""
+    table = read_table("table7")
+    (run,) = (one for one in runs_of(table, tmp_path, full=False) if one.label == "T = 3")
+    measured = measured_runs.MeasuredRuns(table, tmp_path)
+    monkeypatch.setattr(measured_runs, "load_checkpoint", lambda name: load_model(None, "cpu", dtype="float32"))
+    monkeypatch.setattr(measured, "digest_of", lambda recipe: "of another")
+    with pytest.raises(ValueError, match=f"other weights of the LVLM.*: delete {tmp_path}"):
+        measured.keep(run)
 
 
 def test_answers_are_kept_question_by_question():

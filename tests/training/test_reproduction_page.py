@@ -7,11 +7,20 @@ from statistics import fmean
 
 from tprl_hf.cli.measured_runs import MeasuredRuns, unpacked
 from tprl_hf.cli.paper_tables import read_table, runs_of, table_names
+from tprl_hf.loading import load_model
+from tprl_hf.training.fingerprint import fingerprint_of_lvlm
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
 PAPER = ROOT / "docs" / "results" / "paper"
 RESULTS = json.loads((ROOT / "docs" / "results" / "mosaic_llava" / "policy.json").read_text(encoding="utf-8"))
+
+
+def test_what_is_kept_is_of_the_lvlm_that_is_shipped():
+    """Else a table made in parts would compare policies of two LVLMs."""
+    shipped = fingerprint_of_lvlm(load_model(None, "cpu", dtype="float32")[0])
+    for path in (PAPER / "measured").iterdir():
+        assert json.loads(path.read_text(encoding="utf-8"))["lvlm"] == shipped, path.name
 
 
 def lost(way: str, budget: str, with_interval: bool = False) -> str:

@@ -1,7 +1,7 @@
 """What `tprl reproduce` keeps of each run in the folder of its results: how long it trained, and what it answered.
 
 A run that is kept is not trained or measured again on any machine: a long table can be made in parts. The name of
-its file follows from all settings that it depends on.
+its file follows from all settings that it depends on, and in it is a digest of the LVLM's weights.
 """
 
 import hashlib
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 PACKAGES = ("tprl_hf", "torch", "transformers")
 FOLDER = "measured"
 ANSWERS = {...: {"correct": str, "kept": COUNT, "on_boxes": float}}
-KEPT = {"versions": {...: str}, "machine": str, "answers": ANSWERS}
+KEPT = {"versions": {...: str}, "machine": str, "lvlm": str, "answers": ANSWERS}
+CURE = "delete it to measure the run again."
 TRAINED = {"stage": str, "seconds": {...: float}, "curve": [{}]}
 
 
@@ -50,6 +51,7 @@ class MeasuredRuns:
         self.table = table
         self.folder = folder / FOLDER
         self.ratios = {name: float(Fraction(name)) for name in table.keep_ratios}
+        self.digests: dict[str | None, str] = {}
 
     @cached_property
     def questions(self) -> "Questions":
@@ -74,15 +76,40 @@ class MeasuredRuns:
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
         """Those that are not kept; each that rows share once."""
-        found = {self.path_of(one): one for one in runs if not self.path_of(one).exists()}
+        found = {self.path_of(one): one for one in runs if not self.is_kept(self.path_of(one), one.recipe)}
         return list(found.values())
 
+    def is_kept(self, path: Path, recipe: Mapping[str, Any]) -> bool:
+        """Whether a file is there, and of the LVLM that the recipe now leads to."""
+        return path.exists() and read_json(path, KEPT, CURE)["lvlm"] == self.digest_of(recipe)
+
+    def digest_of(self, recipe: Mapping[str, Any]) -> str:
+        """Of the weights of the LVLM that a recipe leads to."""
+        from tprl_hf.loading import load_model
+        from tprl_hf.training.fingerprint import fingerprint_of_lvlm
+
+        name = recipe.get("start_from") or recipe.get("base_model")
+        if name not in self.digests:
+            self.digests[name] = fingerprint_of_lvlm(load_model(name, "cpu", dtype="float32")[0])
+        return self.digests[name]
+
     def keep(self, one: Run) -> None:
-        """Measures a run that is trained."""
+        """
+        Measures a run that is trained.
+
+        Raises:
+            `ValueError`: If it was trained when the recipe led to an LVLM with other weights.
+        """
         from tprl_hf.evaluation.policy_runs import policy_settings
+        from tprl_hf.training.fingerprint import fingerprint_of_lvlm
 
         path = self.path_of(one)
         model, processor = load_checkpoint(str(one.model))
+        if fingerprint_of_lvlm(model) != self.digest_of(one.recipe):
+            raise ValueError(
+                f"{one.model} was trained with other weights of the LVLM than there are now: delete "
+                f"{one.directories[one.stages[-1]].parent} to train it again."
+            )
         kept = {"recipe": self.table.recipe, "settings": one.settings, "seed": one.seed, **training_of(one)}
         self.write(path, model, processor, policy_settings(model, self.ratios), kept)
 
@@ -101,13 +128,15 @@ class MeasuredRuns:
             self.write(path, model, processor, policy_settings(model, self.ratios), {})
         return self.read(path, {})
 
-    def of_rules(self, lvlm: Any, load: Callable[[], tuple["TPRLForConditionalGeneration", Any]]) -> dict[str, Any]:
-        """The same unpruned and of the rules that are in every table, measured with the LVLM of what `load` returns.
-        `lvlm` tells which one it is."""
+    def of_rules(
+        self, recipe: Mapping[str, Any], load: Callable[[], tuple["TPRLForConditionalGeneration", Any]]
+    ) -> dict[str, Any]:
+        """The same unpruned and of the rules that are in every table, measured with the LVLM of a recipe, which `load`
+        loads."""
         from tprl_hf.evaluation.policy_runs import rule_settings
 
-        path = self.path("rules", lvlm)
-        if not path.exists():
+        path = self.path("rules", [recipe.get("base_model"), recipe.get("start_from")])
+        if not self.is_kept(path, recipe):
             self.write(path, *load(), rule_settings(self.ratios), {})
         return self.read(path, {})
 
@@ -115,19 +144,22 @@ class MeasuredRuns:
         self, path: Path, model: Any, processor: Any, settings: Mapping[str, Any], kept: Mapping[str, Any]
     ) -> None:
         """Asks all questions, and keeps the answers."""
+        from tprl_hf.training.fingerprint import fingerprint_of_lvlm
+
         found = self.questions.answer(model.eval(), processor, dict(settings))
-        content = {**machine(), **kept, "answers": {name: packed(answers) for name, answers in found.items()}}
+        about = {**machine(), "lvlm": fingerprint_of_lvlm(model), **kept}
+        content = {**about, "answers": {name: packed(answers) for name, answers in found.items()}}
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(content, indent=1) + "\n")
 
     def read(self, path: Path, more: Mapping[str, Any]) -> dict[str, Any]:
         """What a file holds, with the answers question by question."""
-        kept = read_json(path, {**KEPT, **more}, "delete it to measure the run again.")
+        kept = read_json(path, {**KEPT, **more}, CURE)
         number = len(self.questions.types)
         try:
             kept["answers"] = {name: unpacked(answers, number) for name, answers in kept["answers"].items()}
         except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it to measure the run again.") from error
+            raise ValueError(f"{path} is damaged ({error}): {CURE}") from error
         return kept
 
 

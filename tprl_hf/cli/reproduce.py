@@ -184,8 +184,7 @@ def compare(table: Table, kept: Sequence[tuple[Run, Mapping[str, Any]]], measure
     for number, (one, of_it) in enumerate(kept):
         found |= {(names[one.label], number, budget): answers for budget, answers in of_it["answers"].items()}
     recipe = kept[0][0].recipe
-    base = [recipe.get("base_model"), recipe.get("start_from")]
-    rules = measured.of_rules(base, lambda: starting_model(kept[0][0].stages[0], recipe, {"dtype": "float32"}))
+    rules = measured.of_rules(recipe, lambda: starting_model(kept[0][0].stages[0], recipe, {"dtype": "float32"}))
     result = compared(names.values(), found, rules["answers"], table.keep_ratios, measured.questions)
     return {"seeds": table.test["seeds"], **result}
 

@@ -1,15 +1,33 @@
 """Which weights a result was made with."""
 
 import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from tprl_hf import TPRLForConditionalGeneration
 
 
 def fingerprint(model: nn.Module) -> str:
     """A digest of some entries of every weight: another model, or the same one trained on, has another."""
+    return digest_of_weights(model.state_dict())
+
+
+def fingerprint_of_lvlm(model: "TPRLForConditionalGeneration") -> str:
+    """That of the LVLM in a model, as it was before it got a LoRA."""
+    weights = model.lvlm.state_dict()
+    return digest_of_weights(
+        {name.replace(".base_layer.", "."): weights[name] for name in weights if ".lora_" not in name}
+    )
+
+
+def digest_of_weights(weights: Mapping[str, Tensor]) -> str:
+    """Of some entries of each, by name."""
     digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
+    for name, weight in weights.items():
         flat = weight.detach().flatten()
         some = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float64)
         digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
