@@ -90,6 +90,21 @@ def test_mixed_budgets_in_one_batch_and_again_from_the_caches(llm, loaded, cross
         assert sum(output.num_cached_tokens or 0 for output in outputs) > 0
 
 
+def test_the_llm_reads_its_positions_at_one_place(llm, loaded, samples):
+    """A CUDA graph of a part of the LLM reads them where they lay when it was captured, and says nothing if that is
+    over. There are no such graphs on a CPU."""
+    seen = set()
+
+    def watch(model):
+        return model.lvlm.register_forward_pre_hook(lambda lvlm, arguments: seen.add(arguments[1].data_ptr()))
+
+    (handle,) = llm.apply_model(watch)
+    requests = [replace(sample, budget=BUDGETS[index % 5]) for index, sample in enumerate(samples[:10])]
+    ask(llm, loaded[1], requests)
+    handle.remove()
+    assert len(seen) == 1
+
+
 def test_without_a_budget_the_checkpoint_says(llm, loaded, samples):
     assert loaded[0].config.keep_ratio == pytest.approx(1 / 3)
     assert answers(ask(llm, loaded[1], samples[:10])) == generated(*loaded, samples[:10])

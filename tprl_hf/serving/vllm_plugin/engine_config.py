@@ -123,7 +123,13 @@ class PrunedEngineConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        size = vllm_config.parallel_config.pipeline_parallel_size
+        parallel = vllm_config.parallel_config
+        size = parallel.pipeline_parallel_size
+        if parallel.use_ubatching:
+            raise ValueError(
+                "A pruned model cannot run in micro-batches, since the second one would get the first one's places of "
+                "tokens: leave out --enable-dbo and --ubatch-size."
+            )
         if size > 1:
             raise ValueError(
                 f"A pruned model cannot be cut into {size} pipeline stages, since later ones do not learn which "

@@ -45,6 +45,7 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
     config: Any
     lvlm: Any
     places: Tensor
+    positions: Tensor
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -69,6 +70,9 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         self.has_places = self.is_original or self.axes == 3
         size = vllm_config.scheduler_config.max_num_batched_tokens
         self.register_buffer("places", torch.zeros(self.axes, size, dtype=torch.long), persistent=False)
+        # CUDA graphs of the LLM's parts read positions where these lay at capture. As in vLLM's own buffer, the column
+        # more keeps slices of three axes from being contiguous, for torch.compile.
+        self.register_buffer("positions", torch.zeros(self.axes, size + 1, dtype=torch.long), persistent=False)
         self.tower_tokens = max(size, vllm_config.scheduler_config.max_num_encoder_input_tokens)
         self.rows_cache = RowsCache(ROWS_CACHE_BYTES)
         if not config.includes_base_model:
@@ -233,8 +237,10 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         **kwargs: Any,
     ) -> Any:
         if self.has_places:
-            positions = positions[: self.axes] + self.places[:, : positions.shape[1]]
-            positions = positions[0] if self.axes == 1 else positions
+            number = positions.shape[1]
+            placed = self.positions[:, :number]
+            torch.add(positions[: self.axes], self.places[:, :number], out=placed)
+            positions = placed[0] if self.axes == 1 else placed
         return self.lvlm(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
     # ---- as the base model ----
