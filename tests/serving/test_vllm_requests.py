@@ -1,5 +1,8 @@
 """What the vLLM plug-in works out in plain numbers. No vLLM is needed for that."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.token_layout import Block, TokenLayout
 from tprl_hf.modeling.token_pruner import PruningInputs
 from tprl_hf.pruners import PRUNERS, DivPrune
+from tprl_hf.serving.vllm_plugin import register
 from tprl_hf.serving.vllm_plugin.places import embedded_rows, full_prompt, place_columns, read_places
 from tprl_hf.serving.vllm_plugin.requests import (
     PRUNERS_HERE,
@@ -22,6 +26,17 @@ from tprl_hf.serving.vllm_plugin.rows_cache import RowsCache
 SQUARE = [Block(12, 12)]
 CROPS = [Block(4, 4), Block(4, 8, row_newline=True)]  # 16 tokens, 32 tokens, 4 separators
 CONFIG = TPRLConfig(keep_ratio=1 / 3)
+
+
+@pytest.mark.parametrize("release", ["0.31.2", "0.34.0", "0.3", "1.32.0"])
+def test_another_vllm_is_left_alone_and_told(release, monkeypatch, caplog):
+    """It serves other models all the same, so this is no error."""
+    other = ModuleType("vllm")  # whose parts would fail to be imported
+    other.__version__ = release
+    monkeypatch.setitem(sys.modules, "vllm", other)
+    register()
+    assert f"works inside vLLM 0.32 and 0.33, not {release}, and leaves this one alone." in caplog.text
+    assert 'install "vllm==0.33.*"' in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,9 @@
-"""vLLM's engine with checkpoints of ours, and what `generate` answers to the same requests."""
+"""
+vLLM's engine with checkpoints of ours, and what `generate` answers to the same requests.
+
+With `VLLM_USE_V2_MODEL_RUNNER=1` engines of this process have the runner that vLLM takes on a GPU ("V2"). Its kernels
+are Triton's, and run in Triton's interpreter.
+"""
 
 import contextlib
 import os
@@ -6,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +19,14 @@ from PIL import Image
 
 from tests.families.stock_processors import save
 from tests.families.tiny_models import build, config_of
+
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+if os.environ.get(RUNNER) == "1":
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.backends import backends
+
+    # vLLM's CPU build takes a Triton that has a backend of this name; without a device the interpreter needs none.
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
 
 try:
     from vllm import LLM, SamplingParams

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from tests.serving.test_serve import data_url
-from tests.serving.vllm.engine import ENVIRONMENT, NEW_TOKENS, Request, generated
+from tests.serving.vllm.engine import ENVIRONMENT, NEW_TOKENS, RUNNER, Request, generated
 from tprl_hf.data import mosaic_vqa
 from tprl_hf.loading import load_model
 
@@ -37,7 +37,7 @@ def serving(checkpoint: Path, *words: str):
     command = [VLLM, "serve", checkpoint, *settings, *place, *words]
     log = checkpoint.parent / "vllm.log"
     with log.open("w") as output:
-        apart = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        apart = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", RUNNER: "0"}
         environment = {**os.environ, **ENVIRONMENT, **apart}
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     url = f"http://127.0.0.1:{port}"

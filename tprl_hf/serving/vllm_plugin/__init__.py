@@ -10,17 +10,18 @@ logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "TPRLForConditionalGeneration"
 # Names inside vLLM change with each minor release.
-VLLM_RELEASE = "0.32"
+VLLM_RELEASES = ("0.32", "0.33")
 
 
 def register() -> None:
     """Makes vLLM know checkpoints of model type "tprl". May be called several times."""
     import vllm
 
-    if not vllm.__version__.startswith(f"{VLLM_RELEASE}."):  # vLLM is to serve other models all the same
+    known = tuple(f"{release}." for release in VLLM_RELEASES)
+    if not vllm.__version__.startswith(known):  # it is to serve other models all the same
         logger.warning(
-            f"tprl_hf works inside vLLM {VLLM_RELEASE}, not {vllm.__version__}, and leaves this one alone. For "
-            f'checkpoints of tprl_hf install "vllm=={VLLM_RELEASE}.*", or use `tprl serve`.'
+            f"tprl_hf works inside vLLM {' and '.join(VLLM_RELEASES)}, not {vllm.__version__}, and leaves this one "
+            f'alone. For checkpoints of tprl_hf install "vllm=={VLLM_RELEASES[-1]}.*", or use `tprl serve`.'
         )
         return
     from transformers import AutoConfig, AutoProcessor  # noqa: F401  (once they are loaded, tprl_hf joins them)
