@@ -1,8 +1,8 @@
 """
 vLLM's engine with checkpoints of ours, and what `generate` answers to the same requests.
 
-With `VLLM_USE_V2_MODEL_RUNNER=1` engines of this process have the runner that vLLM takes on a GPU ("V2"). Its kernels
-are Triton's, and run in Triton's interpreter.
+With `TRITON_INTERPRET=1` engines of this process have the runner that vLLM takes on a GPU ("V2"): its kernels are
+Triton's, and run in Triton's interpreter.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from tests.families.stock_processors import save
 from tests.families.tiny_models import build, config_of
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
-if os.environ.get(RUNNER) == "1":
-    os.environ["TRITON_INTERPRET"] = "1"
+if os.environ.get("TRITON_INTERPRET") == "1":
+    os.environ[RUNNER] = "1"
     from triton.backends import backends
 
     # vLLM's CPU build takes a Triton that has a backend of this name; without a device the interpreter needs none.

@@ -39,9 +39,16 @@ def checkpoint(request, tmp_path_factory):
     return folder / "merged"
 
 
-@pytest.fixture(scope="module")
-def llm(checkpoint):
-    with engine(checkpoint, max_model_len=256, max_num_seqs=8, limit_mm_per_prompt={"image": 2}) as llm:
+LIMITS = {"max_model_len": 256, "max_num_seqs": 8, "limit_mm_per_prompt": {"image": 2}}
+
+
+# The LLM compiled, as users start it, for positions of one axis and of three.
+@pytest.fixture(scope="module", params=["eager", "compiled"])
+def llm(request, checkpoint):
+    compiled = request.param == "compiled"
+    if compiled and not any(family in str(checkpoint) for family in ("llava_next", "qwen3_vl")):
+        pytest.skip("two families are compiled, which takes a minute each")
+    with engine(checkpoint, enforce_eager=not compiled, **LIMITS) as llm:
         yield llm
 
 
