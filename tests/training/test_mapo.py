@@ -1,8 +1,11 @@
 """Memory-augmented policy optimisation: what is remembered, and what it weighs."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from tprl_hf.cli.paper_tables import read_table, runs_of
 from tprl_hf.training import TPRLMAPOConfig, TPRLMAPOTrainer
 from tprl_hf.training.mapo_trainer import Memory, memory_weights
 from tprl_hf.training.rollouts import Budgets, collect_rollouts, rollouts_of_masks
@@ -78,6 +81,34 @@ def test_a_buffer_replays_the_best_of_each_question(make_model, processor, datas
         before = first.keep_masks[:, asked.index(row) * 4 : asked.index(row) * 4 + 4]
         same = (before == second.keep_masks[:, place : place + 1]).all(-1).all(0)
         assert same.any(), "a replayed trajectory is not one of those that the question had"
+
+
+@pytest.mark.parametrize(("buffers", "is_told"), [(1, True), (2, False)])
+def test_a_memory_that_was_never_used_is_told(buffers, is_told, make_model, processor, dataset, tmp_path, caplog):
+    """Where no question comes twice, all is as in leave-one-out."""
+    settings = {"max_steps": buffers, "num_iterations": 1, "num_mini_batches": 1, "save_strategy": "no"}
+    trainer = make_trainer(make_model, processor, dataset, tmp_path, **settings)
+    trainer.train()
+    told = (
+        f"asked again, so that TPRL MAPO was leave-one-out: train longer, or on fewer questions than {len(dataset)}."
+    )
+    assert (told in caplog.text) == is_told and bool(trainer.num_replays) != is_told
+
+
+def questions_of(recipe, stage):
+    """How many questions a stage of a recipe learns from."""
+    data = recipe["data"].get(stage, recipe["data"]["train"])
+    return sum(one["num_samples"] for one in (data if isinstance(data, list) else [data]))
+
+
+def test_figure_3_asks_questions_of_a_memory_several_times():
+    for full in (False, True):
+        for run in runs_of(read_table("fig3"), Path("runs"), full):
+            if run.stages[-1] == "mapo":
+                settings = run.recipe["mapo"]
+                passes_of_a_question = settings["num_generations"] * settings["num_steps"] + 1
+                asked = settings["max_llm_passes"] / passes_of_a_question
+                assert asked > 3.5 * questions_of(run.recipe, "mapo")
 
 
 def test_weights_of_a_question_sum_to_one_and_what_is_remembered_counts_once(make_model, processor, dataset, tmp_path):

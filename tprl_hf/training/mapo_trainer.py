@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
@@ -15,6 +16,8 @@ from .grpo_trainer import TPRLGRPOTrainer
 from .mapo_config import TPRLMAPOConfig
 from .rewards import in_existing_steps, step_rewards
 from .rollouts import Rollouts, collect_rollouts, joined, logits_of_start, rollouts_of_masks
+
+logger = logging.get_logger(__name__)
 
 
 class Memory:
@@ -129,6 +132,16 @@ class TPRLMAPOTrainer(TPRLGRPOTrainer):
     def __init__(self, model: TPRLForConditionalGeneration | str | os.PathLike, args: Any = None, **arguments: Any):
         super().__init__(model, args, **arguments)
         self.memory = Memory(self.args.memory_size)
+        self.num_replays = 0
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+        found = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if not self.num_replays:
+            logger.warning(
+                f"No question that remembers something was asked again, so that {self._name} was leave-one-out: train "
+                f"longer, or on fewer questions than {len(self.train_dataset):,}."
+            )
+        return found
 
     @torch.no_grad()
     def collect(self, buffer: int) -> None:
@@ -158,6 +171,7 @@ class TPRLMAPOTrainer(TPRLGRPOTrainer):
             )
             drawn = self.draw(remembered.rollouts, logprobs, generator)
             replays = remembered.rollouts.take(drawn)
+            self.num_replays += len(drawn)
             outside = ~self.is_remembered(fresh, remembered.rollouts)
             weights = torch.cat([self.weights_of_new(per_question, outside), per_question[replays.sample_index]]) * (
                 (len(fresh.sample_index) + len(drawn)) / len(self.batch)
@@ -251,8 +265,9 @@ class TPRLMAPOTrainer(TPRLGRPOTrainer):
     # ---- resuming ----
 
     def saved_state(self) -> dict[str, Any]:
-        return {**super().saved_state(), "memory": self.memory.state()}
+        return {**super().saved_state(), "memory": self.memory.state(), "num_replays": self.num_replays}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.memory.load(state["memory"])
+        self.num_replays = state.get("num_replays", 0)  # older versions had none
