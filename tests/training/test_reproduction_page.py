@@ -23,6 +23,16 @@ def test_what_is_kept_is_of_the_lvlm_that_is_shipped():
         assert json.loads(path.read_text(encoding="utf-8"))["lvlm"] == shipped, path.name
 
 
+def test_no_two_runs_went_the_same_way():
+    """Settings that change nothing make a comparison void: MAPO once was leave-one-out, bit for bit."""
+    ways = {}
+    for path in sorted((PAPER / "measured").iterdir()):
+        curve = json.loads(path.read_text(encoding="utf-8")).get("curve", [])
+        later = [{name: entry[name] for name in entry if name != "llm_passes"} for entry in curve[1:]]
+        if later:
+            assert ways.setdefault(json.dumps(later), path.name) == path.name
+
+
 def lost(way: str, budget: str, with_interval: bool = False) -> str:
     """Points that a variant loses, as the page writes them."""
     row = next(row for row in RESULTS["rows"] if (row["way"], row["budget"]) == (way, budget))
