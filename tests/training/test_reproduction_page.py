@@ -107,7 +107,7 @@ def test_the_two_recipes():
 
 def test_the_runs_without_labels_that_are_measured():
     """Of a table that is not whole yet."""
-    table, seeds = read_table("unlabelled"), (0, 1)
+    table, seeds = read_table("unlabelled"), (0, 1, 2)
     runs = runs_of(table, Path("runs"), full=False)
     measured = MeasuredRuns(table, PAPER)
     texts = []
@@ -117,8 +117,10 @@ def test_the_runs_without_labels_that_are_measured():
             kept = json.loads(measured.path_of(one).read_text(encoding="utf-8"))["answers"][budget]
             correct += unpacked(kept, RESULTS["num_samples"])["correct"]
         texts.append(f"{100 * (RESULTS['unpruned']['value'] - fmean(correct)):.2f}")
-        assert abs(float(texts[-1]) - float(lost("ppo", budget))) < 0.1  # "as much as with labels"
-    assert "Seeds 0 and 1 without labels lose {}, {} and {} points at 1/3, 1/9 and 1/18".format(*texts) in PAGE
+        assert abs(float(texts[-1]) - float(lost("ppo", budget))) < 0.3
+    assert "Three seeds without labels lose {}, {} and {} points at 1/3, 1/9 and 1/18".format(*texts) in PAGE
+    with_labels = [lost("ppo", budget) for budget in table.keep_ratios]
+    assert "(results/paper/measured)), with labels {}, {} and {} |".format(*with_labels) in PAGE
 
 
 def test_the_timings_are_those_of_the_gpu():

@@ -21,7 +21,8 @@ from tests.families.stock_processors import save
 from tests.families.tiny_models import build, config_of
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
-if os.environ.get("TRITON_INTERPRET") == "1":
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
     os.environ[RUNNER] = "1"
     from triton.backends import backends
 

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from tests.serving.vllm.engine import Request, answers, ask, engine, generated, model_inputs, save_tiny
+from tests.serving.vllm.engine import INTERPRETED, Request, answers, ask, engine, generated, model_inputs, save_tiny
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.loading import load_model
 from tprl_hf.missing_packages import load_processor
@@ -46,6 +46,8 @@ LIMITS = {"max_model_len": 256, "max_num_seqs": 8, "limit_mm_per_prompt": {"imag
 @pytest.fixture(scope="module", params=["eager", "compiled"])
 def llm(request, checkpoint):
     compiled = request.param == "compiled"
+    if compiled and INTERPRETED:
+        pytest.skip("Triton's interpreter does not go with compiling")
     if compiled and not any(family in str(checkpoint) for family in ("llava_next", "qwen3_vl")):
         pytest.skip("two families are compiled, which takes a minute each")
     with engine(checkpoint, enforce_eager=not compiled, **LIMITS) as llm:
