@@ -48,6 +48,7 @@ def pip(*words: str) -> None:
 
 def put_over(release: str, packages: Path) -> None:
     """Replaces the Python files of the installed vLLM by those of another release; its compiled part stays."""
+    pip("orjson")  # which vLLM wants since 0.33
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
         subprocess.run([*command, f"vllm=={release}"], check=True)
