@@ -57,9 +57,9 @@ def budget_frames(budgets: Sequence[float] = BUDGETS) -> list[Image.Image]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     import tprl_hf
+    from tprl_hf.answer_rules import is_correct
     from tprl_hf.data import mosaic_vqa
     from tprl_hf.evaluation.answers import chat_inputs
-    from tprl_hf.evaluation.scores import is_correct
     from tprl_hf.visualization import Panel, draw_figures, figures_by_block, seen_pictures
 
     path = tprl_hf.embedded_checkpoint()
