@@ -189,9 +189,12 @@ def test_a_policy_of_other_weights_is_not_measured(tmp_path, monkeypatch):
     (run,) = (one for one in runs_of(table, tmp_path, full=False) if one.label == "T = 3")
     measured = measured_runs.MeasuredRuns(table, tmp_path)
     monkeypatch.setattr(measured_runs, "load_checkpoint", lambda name: load_model(None, "cpu", dtype="float32"))
-    monkeypatch.setattr(measured, "digest_of", lambda recipe: "of another")
+    monkeypatch.setattr(measured_runs, "training_of", lambda one: {})
+    monkeypatch.setattr(measured_runs, "digest_of", lambda recipe: "of another")
     with pytest.raises(ValueError, match=f"other weights of the LVLM.*: delete {tmp_path}"):
         measured.keep(run)
+    with pytest.raises(ValueError, match=f"other weights of the LVLM.*: delete {tmp_path}"):
+        measured.of_rules(run.recipe, lambda: load_model(None, "cpu", dtype="float32"))
 
 
 def test_answers_are_kept_question_by_question():

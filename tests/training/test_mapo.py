@@ -101,6 +101,14 @@ def questions_of(recipe, stage):
     return sum(one["num_samples"] for one in (data if isinstance(data, list) else [data]))
 
 
+def test_the_control_of_figure_3_has_the_questions_of_mapo():
+    runs = runs_of(read_table("fig3"), Path("runs"), full=False)
+    controls = [run for run in runs if run.label == "leave-one-out, 256 questions"]
+    assert len(controls) == 3
+    for run in controls:
+        assert run.recipe["data"]["grpo"] == run.recipe["data"]["mapo"] and questions_of(run.recipe, "grpo") == 256
+
+
 def test_figure_3_asks_questions_of_a_memory_several_times():
     for full in (False, True):
         for run in runs_of(read_table("fig3"), Path("runs"), full):

@@ -10,7 +10,7 @@ import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,6 @@ class MeasuredRuns:
         self.table = table
         self.folder = folder / FOLDER
         self.ratios = {name: float(Fraction(name)) for name in table.keep_ratios}
-        self.digests: dict[str | None, str] = {}
 
     @cached_property
     def questions(self) -> "Questions":
@@ -81,37 +80,16 @@ class MeasuredRuns:
 
     def is_kept(self, path: Path, recipe: Mapping[str, Any]) -> bool:
         """Whether a file is there, and of the LVLM that the recipe now leads to."""
-        return path.exists() and read_json(path, KEPT, CURE)["lvlm"] == self.digest_of(recipe)
-
-    def digest_of(self, recipe: Mapping[str, Any]) -> str:
-        """Of the weights of the LVLM that a recipe leads to."""
-        from tprl_hf.loading import load_model
-        from tprl_hf.training.fingerprint import fingerprint_of_lvlm
-
-        name = recipe.get("start_from") or recipe.get("base_model")
-        if name not in self.digests:
-            self.digests[name] = fingerprint_of_lvlm(load_model(name, "cpu", dtype="float32")[0])
-        return self.digests[name]
+        return path.exists() and read_json(path, KEPT, CURE)["lvlm"] == digest_of(recipe)
 
     def keep(self, one: Run) -> None:
-        """
-        Measures a run that is trained.
-
-        Raises:
-            `ValueError`: If it was trained when the recipe led to an LVLM with other weights.
-        """
+        """Measures a run that is trained."""
         from tprl_hf.evaluation.policy_runs import policy_settings
-        from tprl_hf.training.fingerprint import fingerprint_of_lvlm
 
         path = self.path_of(one)
         model, processor = load_checkpoint(str(one.model))
-        if fingerprint_of_lvlm(model) != self.digest_of(one.recipe):
-            raise ValueError(
-                f"{one.model} was trained with other weights of the LVLM than there are now: delete "
-                f"{one.directories[one.stages[-1]].parent} to train it again."
-            )
         kept = {"recipe": self.table.recipe, "settings": one.settings, "seed": one.seed, **training_of(one)}
-        self.write(path, model, processor, policy_settings(model, self.ratios), kept)
+        self.write(path, model, processor, policy_settings(model, self.ratios), kept, one.recipe)
 
     def of(self, one: Run) -> dict[str, Any]:
         """What is kept of a run: `stage`, `seconds` by stage, `curve`, and `answers` by budget."""
@@ -137,17 +115,34 @@ class MeasuredRuns:
 
         path = self.path("rules", [recipe.get("base_model"), recipe.get("start_from")])
         if not self.is_kept(path, recipe):
-            self.write(path, *load(), rule_settings(self.ratios), {})
+            self.write(path, *load(), rule_settings(self.ratios), {}, recipe)
         return self.read(path, {})
 
     def write(
-        self, path: Path, model: Any, processor: Any, settings: Mapping[str, Any], kept: Mapping[str, Any]
+        self,
+        path: Path,
+        model: Any,
+        processor: Any,
+        settings: Mapping[str, Any],
+        kept: Mapping[str, Any],
+        recipe: Mapping[str, Any] | None = None,
     ) -> None:
-        """Asks all questions, and keeps the answers."""
+        """
+        Asks all questions, and keeps the answers.
+
+        Raises:
+            `ValueError`: If the LVLM has other weights than the one that the recipe now leads to.
+        """
         from tprl_hf.training.fingerprint import fingerprint_of_lvlm
 
+        lvlm = fingerprint_of_lvlm(model)
+        if recipe is not None and lvlm != digest_of(recipe):  # the directory of runs keeps the LVLM it began with
+            raise ValueError(
+                f"The runs in {recipe['output_dir']} are of other weights of the LVLM than there are now: delete "
+                f"{recipe['output_dir']} to train them again."
+            )
         found = self.questions.answer(model.eval(), processor, dict(settings))
-        about = {**machine(), "lvlm": fingerprint_of_lvlm(model), **kept}
+        about = {**machine(), "lvlm": lvlm, **kept}
         content = {**about, "answers": {name: packed(answers) for name, answers in found.items()}}
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(content, indent=1) + "\n")
@@ -161,6 +156,19 @@ class MeasuredRuns:
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): {CURE}") from error
         return kept
+
+
+def digest_of(recipe: Mapping[str, Any]) -> str:
+    """Of the weights of the LVLM that a recipe leads to."""
+    return digest_of_lvlm(recipe.get("start_from") or recipe.get("base_model"))
+
+
+@cache
+def digest_of_lvlm(name: str | None) -> str:
+    from tprl_hf.loading import load_model
+    from tprl_hf.training.fingerprint import fingerprint_of_lvlm
+
+    return fingerprint_of_lvlm(load_model(name, "cpu", dtype="float32")[0])
 
 
 def load_checkpoint(name: str) -> tuple["TPRLForConditionalGeneration", Any]:

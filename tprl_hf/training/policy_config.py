@@ -23,7 +23,6 @@ from tprl_hf.modeling.values import (
 )
 
 logger = logging.get_logger(__name__)
-flag_or_none = optional(flag)
 
 
 @dataclass
@@ -111,7 +110,7 @@ class PrunerTrainingConfig(TrainingArguments):
                 )
         check_fields(self, self.all_checks())
         for name in ("gradient_checkpointing", "activation_checkpointing"):  # transformers 5.24 renames it
-            if flag_or_none(name, getattr(self, name, None)):
+            if optional(flag)(name, getattr(self, name, None)):
                 logger.warning(
                     f"{name}=True has no effect: no gradient goes through the LVLM, and the policy is "
                     "small. For memory set score_batch_size or, in reinforcement learning, micro_batch_size."

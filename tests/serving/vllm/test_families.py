@@ -1,5 +1,7 @@
 """Tiny random models of each family: the same tokens as `generate`, for images of several sizes."""
 
+from types import SimpleNamespace
+
 import pytest
 from PIL import Image
 
@@ -7,6 +9,7 @@ from tests.serving.vllm.engine import INTERPRETED, Request, answers, ask, engine
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.loading import load_model
 from tprl_hf.missing_packages import load_processor
+from tprl_hf.serving.vllm_plugin.engine_config import PrunedEngineConfig
 
 BUDGETS = [{"prune": False}, {}, {"keep_ratio": 0.3}, {"num_keep": 3}, {"num_keep": 9}]
 QUESTIONS = ["what colour is the cat ?", "where is the dog", "red left green"]
@@ -67,3 +70,19 @@ def test_the_same_tokens_at_five_budgets(llm, checkpoint):
     for request, output in zip(requests, outputs, strict=True):
         plan = model.prune(**model_inputs(processor, [request]), **request.budget)
         assert output.prompt_token_ids.count(model.config.image_token_id) == int(plan.num_kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"enable_dbo": True}, "cannot run in micro-batches"),
+        ({"ubatch_size": 2}, "cannot run in micro-batches"),
+        ({"pipeline_parallel_size": 2}, "cannot be cut into 2 pipeline stages"),
+    ],
+    ids=str,
+)
+def test_ways_to_cut_a_batch_or_the_llm_are_refused(settings, message):
+    from vllm.config import ParallelConfig
+
+    with pytest.raises(ValueError, match=message):
+        PrunedEngineConfig.verify_and_update_config(SimpleNamespace(parallel_config=ParallelConfig(**settings)))

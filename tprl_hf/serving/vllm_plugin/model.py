@@ -70,8 +70,8 @@ class TPRLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE)
         self.has_places = self.is_original or self.axes == 3
         size = vllm_config.scheduler_config.max_num_batched_tokens
         self.register_buffer("places", torch.zeros(self.axes, size, dtype=torch.long), persistent=False)
-        # CUDA graphs of the LLM's parts read positions where these lay at capture. As in vLLM's own buffer, the column
-        # more keeps slices of three axes from being contiguous, for torch.compile.
+        # CUDA graphs of the LLM's parts read positions where these lay at capture. One more column, as in vLLM's own
+        # buffer, keeps slices of three axes from being contiguous, for torch.compile.
         self.register_buffer("positions", torch.zeros(self.axes, size + 1, dtype=torch.long), persistent=False)
         self.tower_tokens = max(size, vllm_config.scheduler_config.max_num_encoder_input_tokens)
         self.rows_cache = RowsCache(ROWS_CACHE_BYTES)
