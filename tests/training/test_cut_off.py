@@ -348,6 +348,14 @@ def test_a_run_that_is_resumed_at_its_last_step_trains_no_step_more(make_model, 
     assert longer.train(resume_from_checkpoint=True).global_step == 4
 
 
+def test_another_training_is_not_resumed_from(make_model, processor, dataset, tmp_path):
+    settings = {"max_steps": 2, "save_steps": 2}
+    stage("autoencoder", make_model, processor, dataset, str(tmp_path), **settings).train()
+    other = stage("lfd", make_model, processor, dataset, str(tmp_path), **settings)
+    with pytest.raises(ValueError, match="checkpoint-2 is of a training with autoencoder, not lfd: resume it with"):
+        other.train(resume_from_checkpoint=True)
+
+
 def test_what_was_saved_without_an_optimizer_is_not_resumed_from(make_model, processor, dataset, tmp_path):
     settings = {"max_steps": 2, "save_steps": 2, "save_only_model": True}
     trainer = stage("autoencoder", make_model, processor, dataset, str(tmp_path), **settings)

@@ -28,6 +28,7 @@ from tprl_hf.training import (
     generate_demonstrations,
 )
 from tprl_hf.training.answer_batches import SampleEncoder
+from tprl_hf.training.answer_rewards import ANSWER_REWARDS
 
 TRAINERS = {
     "autoencoder": (AutoencoderTrainer, AutoencoderConfig),
@@ -87,6 +88,14 @@ def ones(completions, **columns):
 
 def nothing(completions, **columns):
     return [None] * len(completions)
+
+
+def nothing_at_all(completions, **columns):
+    return None
+
+
+def of_two_dimensions(completions, **columns):
+    return np.ones((len(completions), 1))
 
 
 async def asynchronous(completions, **columns):
@@ -211,6 +220,29 @@ def test_a_processor_that_is_nowhere(make_model, tmp_path):
             ValueError,
             "returned nan: return None where there is no reward",
         ),
+        (
+            lambda m, p, d, a: TPRLPPOTrainer(m, a, train_dataset=d, reward_funcs=nothing_at_all).train(),
+            ValueError,
+            "The reward function nothing_at_all returned NoneType: return a list of 6 numbers",
+        ),
+        (
+            lambda m, p, d, a: TPRLPPOTrainer(m, a, train_dataset=d, reward_funcs=of_two_dimensions).train(),
+            ValueError,
+            r"of_two_dimensions returned array\(\[1\.\]\): a number, or None",
+        ),
+        (
+            lambda m, p, d, a: TPRLPPOTrainer(
+                m, a, train_dataset=d.add_column("completions", [1] * 8), reward_funcs=ones
+            ).train(),
+            ValueError,
+            "given 'completions' by the trainer, and a column of the dataset has that name",
+        ),
+        (
+            lambda m, p, d, a: TPRLPPOTrainer(m, a, train_dataset=d, reward_funcs="vqa"),
+            ValueError,
+            "'vqa' does not name a reward function: .* ours: .*vqa_score",
+        ),
+        (lambda m, p, d, a: TPRLPPOTrainer(m, a, train_dataset=d, reward_funcs=[3]), TypeError, "of them; got int"),
     ],
 )
 def test_what_is_refused_says_what_to_write(
@@ -220,6 +252,14 @@ def test_what_is_refused_says_what_to_write(
     with pytest.raises(error, match=message) as refused:
         call(make_model(), processor, dataset, TPRLPPOConfig(str(tmp_path), **PPO))
     assert len(str(refused.value).splitlines()) <= 3 and len(str(refused.value)) < 360
+
+
+def test_adapters_that_no_checkpoint_would_hold_are_refused_before_training(make_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model.lvlm)
+    with pytest.raises(ValueError, match=r"weights of adapters .*, which from_pretrained would not bring back"):
+        TPRLPPOTrainer(model, TPRLPPOConfig(str(tmp_path), **PPO))
 
 
 def test_a_peft_model_is_refused(make_model, tmp_path):
@@ -358,6 +398,29 @@ def test_reward_functions_are_called_as_in_trl(ppo, dataset):
     assert {image.size for images in seen["images"] for image in images} == {(24, 24)}
 
 
+@pytest.mark.parametrize("filler", [None, 0, 2])
+def test_completion_ids_end_with_the_answer(filler, ppo, make_model, dataset):
+    """What `generate` writes behind shorter answers of a batch is none of an answer, whatever token it is."""
+    seen = []
+
+    def lengths(completion_ids, **columns):
+        seen.extend(completion_ids)
+        return [float(len(ids)) for ids in completion_ids]
+
+    model = make_model()
+    ends = list(range(2, 40))  # so that answers end after a few tokens, each after its own number
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = ends, filler
+    trainer = ppo({"max_completion_length": 12}, model=model, reward_funcs=lengths)
+    trainer.collect(0)
+    assert len({len(ids) for ids in seen}) > 1
+    for ids in seen:
+        assert not set(ids[:-1]) & set(ends) and (ids[-1] in ends or len(ids) == 12)
+
+
+def test_rewards_are_known_by_the_names_that_recipes_give_them(ppo):
+    assert ppo(reward_funcs="vqa_score").reward_funcs == ppo(reward_funcs=[ANSWER_REWARDS["vqa_score"]]).reward_funcs
+
+
 # ---- measuring ----
 
 
@@ -462,7 +525,7 @@ def test_configs_are_parsed_and_explained():
     for _, config in TRAINERS.values():
         words = ["--output_dir", "x", "--use_cpu", "True", "--feature_cache_mb", "7"]
         (parsed,) = HfArgumentParser(config).parse_args_into_dataclasses(words)
-        assert parsed.feature_cache_mb == 7
+        assert parsed == config("x", use_cpu=True, feature_cache_mb=7)
     words = ["--output_dir", "x", "--use_cpu", "True", "--rollout_keep_ratios", "0.5", "0.25", "--beta", "0.04"]
     (parsed,) = HfArgumentParser(TPRLGRPOConfig).parse_args_into_dataclasses(words)
     assert parsed.rollout_keep_ratios == [0.5, 0.25] and parsed.beta == 0.04  # KL, as in TRL

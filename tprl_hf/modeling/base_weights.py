@@ -152,9 +152,9 @@ def refuse_quantised(model: PreTrainedModel) -> None:
         )
 
 
-def refuse_adapters(state: dict[str, Tensor]) -> None:
-    """Raises `ValueError` where the weights hold adapters of PEFT, which `from_pretrained` would not bring back."""
-    found = sorted(name for name in state if any(mark in f".{name}" for mark in ADAPTER_MARKS))
+def refuse_adapters(names: Iterable[str]) -> None:
+    """Raises `ValueError` where weights of these names are adapters of PEFT, which no checkpoint would bring back."""
+    found = sorted(name for name in names if any(mark in f".{name}" for mark in ADAPTER_MARKS))
     if found:
         raise ValueError(
             f"The model holds {len(found)} weights of adapters (such as {found[0]}), which from_pretrained would not "

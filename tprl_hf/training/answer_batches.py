@@ -163,6 +163,12 @@ def end_ids(model: TPRLForConditionalGeneration, processor: Any) -> list[int]:
     return end if isinstance(end, list) else [processor.tokenizer.eos_token_id if end is None else end]
 
 
+def until_end(ids: Tensor, ends: Sequence[int]) -> Tensor:
+    """`ids [A]` up to the first of `ends`, which belongs to them. What `generate` writes behind it is filler."""
+    is_end = torch.isin(ids, torch.tensor(ends, device=ids.device))
+    return ids[: int(is_end.long().argmax()) + 1] if is_end.any() else ids
+
+
 def check_row(row: Mapping[str, Any]) -> None:
     """Raises `ValueError` for fields of a row that are not those of a sample."""
     if not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:

@@ -96,7 +96,7 @@ class PrunerTrainingConfig(TrainingArguments):
     logging_steps: float = 10
     save_total_limit: int | None = 2
     remove_unused_columns: bool = False
-    report_to: str | list[str] = "none"
+    report_to: None | str | list[str] = "none"  # noqa: RUF036  the order that HfArgumentParser reads
     dataloader_pin_memory: bool = False  # batches are rows, not tensors
     hub_strategy: str = "end"
     ddp_find_unused_parameters: bool | None = True  # a policy without questions leaves query_proj alone
@@ -116,6 +116,13 @@ class PrunerTrainingConfig(TrainingArguments):
                     "small. For memory set score_batch_size or, in reinforcement learning, micro_batch_size."
                 )
                 setattr(self, name, None)
+        for name in ("bf16", "fp16"):
+            if optional(flag)(name, getattr(self, name)):
+                logger.warning(
+                    f"{name}=True has no effect: the policy computes in float32, and rollouts and updates must agree. "
+                    "The LVLM computes in the dtype that it was loaded in."
+                )
+                setattr(self, name, False)
         if self.feature_cache_dtype is not None and self.feature_cache_dir is None:
             raise ValueError(
                 f"feature_cache_dtype={self.feature_cache_dtype!r} is for features on disk: set feature_cache_dir too."

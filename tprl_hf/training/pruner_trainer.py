@@ -20,8 +20,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from tprl_hf.hub.publishing import changed_settings, publish, write_card
+from tprl_hf.modeling.base_weights import refuse_adapters
 from tprl_hf.modeling.hub_tprl import is_hub_name
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.modeling.peft_adapter import has_adapter
 from tprl_hf.modeling.saved_files import written_whole
 
 from .answer_batches import AnswerBatch, EncodedSample, SampleEncoder
@@ -114,7 +116,8 @@ class PrunerTrainer(Trainer):
 
     Raises:
         `TypeError`: for arguments of other kinds, such as a stream of rows; the message says what to pass instead.
-        `ValueError`: for datasets that lack a column, and where no processor is found.
+        `ValueError`: for datasets that lack a column, where no processor is found, and for a base model with injected
+            adapters, which no checkpoint would bring back.
 
     Attributes:
         recipe (`str`, *optional*): the name of the recipe that the run belongs to, for the model's config.
@@ -150,6 +153,8 @@ class PrunerTrainer(Trainer):
             for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset"))
         )
         model = given_model(model)
+        if not has_adapter(model):  # before the work, which could not be saved
+            refuse_adapters(name for name, _ in model.named_parameters())
         processing_class = given_processor(processing_class, model)
         if args.push_to_hub and not args.save_base_model and not is_hub_name(model.config.base_model_name_or_path):
             raise ValueError(
@@ -358,7 +363,7 @@ class PrunerTrainer(Trainer):
 
     def saved_state(self) -> dict[str, Any]:
         """What a checkpoint must hold besides weights, optimizer, scheduler and random state."""
-        return {"metrics": dict(self.metrics)}
+        return {"metrics": dict(self.metrics), "stage": self._stage}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes what `saved_state` gave."""
@@ -375,7 +380,14 @@ class PrunerTrainer(Trainer):
         path = checkpoint / STATE_FILE.format(rank=self.args.process_index)
         device = self.args.device  # that of a CPU process has an index, which torch.load does not know
         place = "cpu" if device.type == "cpu" else device
-        self.load_state(torch.load(path, map_location=place, weights_only=True))
+        state = torch.load(path, map_location=place, weights_only=True)
+        stage = state.get("stage", self._stage)  # older versions did not say it
+        if stage != self._stage:
+            raise ValueError(
+                f"{checkpoint} is of a training with {stage}, not {self._stage}: resume it with that trainer, or "
+                "start again in another output_dir."
+            )
+        self.load_state(state)
 
     def mark_checkpoint(self) -> None:
         """Notes that the checkpoint which was just written is whole, and deletes those that it replaces."""

@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
-from .answer_batches import AnswerBatch, images_of, open_images
+from .answer_batches import AnswerBatch, end_ids, images_of, open_images, until_end
 from .answer_rewards import ANSWER_REWARDS
 from .micro_batches import MAX_TOKENS, within_memory
 
+GIVEN = {"prompts", "completions", "completion_ids", "trainer_state"}  # to reward functions, beside the columns
 Rewards = Sequence[float | None]
 # As in TRL: f(prompts, completions, **columns), one number for each completion, or None where it says nothing of it.
 RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
@@ -119,6 +120,25 @@ def load_reward(name: str) -> RewardFunction:
     return found
 
 
+def given_rewards(reward_funcs: Any) -> list[RewardFunction]:
+    """
+    The reward functions that a user passed: one or several, each itself or the name that a recipe would give it.
+
+    Raises:
+        `TypeError`: for what is neither a function nor a name.
+        `ValueError`: when no function has the name.
+    """
+    one = callable(reward_funcs) or isinstance(reward_funcs, str)
+    found = [
+        load_reward(each) if isinstance(each, str) else each
+        for each in ([reward_funcs] if one else reward_funcs or [])
+    ]
+    for each in found:
+        if not callable(each):
+            raise TypeError(f"reward_funcs are functions, or names of them; got {type(each).__name__}.")
+    return found
+
+
 def check_rewards(functions: Sequence[RewardFunction], weights: Sequence[float] | None) -> list[float]:
     """
     The weight of each reward function, 1 without `weights`.
@@ -146,13 +166,13 @@ def generate_completions(
     max_tokens: int = MAX_TOKENS,
 ) -> tuple[list[str], list[list[int]]]:
     """
-    Answers that are generated greedily: their texts, and their ids without padding.
+    Answers that are generated greedily: their texts, and their ids up to the one that ends them.
 
     Args:
         batch: B samples.
         keep_mask (`bool [S, N]`), sample_index (`list[int]`), batch_size, max_tokens: as in [`score_answers`].
     """
-    valid, pad = batch.inputs.valid, model.generation_config.pad_token_id
+    valid, ends = batch.inputs.valid, end_ids(model, processor)
     texts: list[str] = []
     ids: list[list[int]] = []
     lengths = [len(batch.samples[sample].prompt_ids) + max_completion_length for sample in sample_index]
@@ -167,7 +187,7 @@ def generate_completions(
         )
         new_tokens = sequences[:, prompts["input_ids"].shape[1] :]
         texts += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
-        ids += [[token for token in row if token != pad] for row in new_tokens.tolist()]
+        ids += [until_end(row, ends).tolist() for row in new_tokens]
     return texts, ids
 
 
@@ -189,7 +209,8 @@ def reward_function_scores(
         completions: texts and ids, as [`generate_completions`] returns them.
 
     Raises:
-        `ValueError`: when a function does not return one number or `None` for each completion.
+        `ValueError`: when a function does not return one number or `None` for each completion, or a column has the
+            name of something else that it is given.
     """
     rows = [batch.rows[index] for index in sample_index]
     texts, ids = completions
@@ -198,6 +219,11 @@ def reward_function_scores(
         for row, text in zip(rows, texts, strict=True)
     ]
     names = [name for name in batch.rows[0] if name not in ("images", "image", "prompt")]
+    if taken := GIVEN.intersection(names):
+        raise ValueError(
+            f"Reward functions are given {min(taken)!r} by the trainer, and a column of the dataset has that name: "
+            "rename it."
+        )
     arguments = {
         "prompts": [row["prompt"] for row in rows],
         "completions": said,
@@ -230,10 +256,15 @@ def call_rewards(reward_funcs: Sequence[RewardFunction], arguments: Mapping[str,
 
 def checked_rewards(name: str, rewards: Any, count: int) -> list[float]:
     """Raises `ValueError` unless `rewards` are `count` finite numbers or `None`, which becomes NaN."""
+    if not isinstance(rewards, Sized) or not isinstance(rewards, Iterable):
+        raise ValueError(
+            f"The reward function {name} returned {type(rewards).__name__}: return a list of {count} numbers, one for "
+            "each completion; None says nothing of it."
+        )
     if len(rewards) != count:
         raise ValueError(f"The reward function {name} returned {len(rewards)} values for {count} completions.")
     for reward in rewards:
-        if reward is not None and not isinstance(reward, SupportsFloat):
+        if reward is not None and (not isinstance(reward, SupportsFloat) or getattr(reward, "ndim", None)):
             raise ValueError(f"The reward function {name} returned {reward!r}: a number, or None to say nothing.")
         if reward is not None and not math.isfinite(float(reward)):
             raise ValueError(f"The reward function {name} returned {reward!r}: return None where there is no reward.")

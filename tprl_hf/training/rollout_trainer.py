@@ -25,6 +25,7 @@ from .rewards import (
     RewardFunction,
     check_rewards,
     generate_completions,
+    given_rewards,
     reward_function_scores,
     weighted_sum,
 )
@@ -60,7 +61,8 @@ class RolloutTrainer(PolicyTrainer):
             `args` is the config of the algorithm. The policy that `model` comes with is the start.
         reward_funcs (`list`, *optional*): functions `f(prompts, completions, **columns) -> list[float | None]` whose
             sum, weighted by `args.reward_weights`, replaces `args.score`; answers are then generated. Columns are
-            those of `train_dataset`. They may be `async`; a rollout of which all say `None` teaches nothing.
+            those of `train_dataset`. They may be `async`; a rollout of which all say `None` teaches nothing. A name
+            is that of a recipe, such as "vqa_score".
 
     Raises:
         `ValueError`: when two reward functions have one name, or `reward_weights` are not as many as they are.
@@ -74,11 +76,11 @@ class RolloutTrainer(PolicyTrainer):
         model: TPRLForConditionalGeneration | str | os.PathLike,
         args: Any = None,
         *,
-        reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
+        reward_funcs: RewardFunction | str | Sequence[RewardFunction | str] | None = None,
         **arguments: Any,
     ):
         super().__init__(model, args, **arguments)
-        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or [])
+        self.reward_funcs = given_rewards(reward_funcs)
         self.reward_weights = check_rewards(self.reward_funcs, self.args.reward_weights)
         if not self.reward_funcs and self.args.score not in OWN_ANSWER_SCORES:
             needs_answers(
@@ -313,7 +315,11 @@ class RolloutTrainer(PolicyTrainer):
         answers, _ = self.complete(self.batch, masks, samples)
         shown = completions_of(self.encoder, self.batch, masks, samples, answers, scores[:count])
         write_completions(
-            shown, self.state.global_step, self.args.output_dir, self.args.report_to, self.callback_handler.callbacks
+            shown,
+            self.state.global_step,
+            self.args.output_dir,
+            self.args.report_to or (),
+            self.callback_handler.callbacks,
         )
 
     # ---- resuming ----

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
-from .answer_batches import AnswerBatch, SampleEncoder, end_ids, images_of
+from .answer_batches import AnswerBatch, SampleEncoder, end_ids, images_of, until_end
 from .answer_scores import answer_logits, answered_prompts
 from .divergence import UnprunedAnswer, top_tokens
 from .fingerprint import fingerprint
@@ -251,9 +251,3 @@ class UnprunedAnswers:
         """A keep mask of all visual tokens of samples `index`, `bool [V]`."""
         valid = batch.inputs.valid[list(index)]
         return valid[valid]
-
-
-def until_end(ids: Tensor, ends: Sequence[int]) -> Tensor:
-    """`ids [A]` up to the first of `ends`, which belongs to them."""
-    is_end = torch.isin(ids, torch.tensor(ends))
-    return ids[: int(is_end.long().argmax()) + 1] if is_end.any() else ids

@@ -23,6 +23,7 @@ from tprl_hf.evaluation.answers import chat_inputs
 from tprl_hf.evaluation.benchmark import synchronize
 from tprl_hf.loading import load_model
 from tprl_hf.pruners.by_name import has_budget, make_pruner, own_pruner
+from tprl_hf.training.answer_batches import end_ids, until_end
 
 # for tasks that say no `max_new_tokens`
 MAX_NEW_TOKENS = 1024
@@ -128,8 +129,8 @@ class TPRL(lmms):
         end = now()
         new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
-        pad = self.processor.tokenizer.pad_token_id
-        lengths = (new_tokens != pad).sum(1).tolist()
+        ends = end_ids(self.model, self.processor)
+        lengths = [len(until_end(row, ends)) for row in new_tokens]
         results = [
             GenerationResult(
                 cut(text, [stops] if isinstance(stops, str) else stops), TokenCounts(output_tokens=length)
