@@ -1,7 +1,7 @@
 """Everything a checkout needs, with nothing but Python: a virtual environment in `.venv`, the demo, the tests.
 
     python3 dev.py demo           sets up, then runs `tprl demo` on the embedded model
-    python3 dev.py test           sets up, then runs ruff, mypy and pytest
+    python3 dev.py test           sets up, then runs ruff, mypy, bandit and pytest
     python3 dev.py test-newest    runs the short suite with the newest releases that setup.py allows, in `.venv-newest`
     python3 dev.py test-floors    runs the short suite with the oldest releases that it allows, in `.venv-floors`
     python3 dev.py format         sets up, then lets ruff rewrite what it can

@@ -10,7 +10,14 @@ import pdoc
 MODULES = (
     *("tprl_hf", "tprl_hf.modeling", "tprl_hf.pruners", "tprl_hf.data", "tprl_hf.training", "tprl_hf.hub.publishing"),
     *("tprl_hf.evaluation.compare_pruners", "tprl_hf.answer_rules", "tprl_hf.evaluation.flops"),
-    *("tprl_hf.evaluation.benchmark", "tprl_hf.loading", "tprl_hf.pictures", "tprl_hf.visualization"),
+    *(
+        "tprl_hf.evaluation.benchmark",
+        "tprl_hf.evaluation.metrics",
+        "tprl_hf.model_cards",
+        "tprl_hf.loading",
+        "tprl_hf.pictures",
+        "tprl_hf.visualization",
+    ),
 )
 
 

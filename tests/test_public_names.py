@@ -44,6 +44,14 @@ def test_every_public_name_is_on_the_page_of_public_names():
     assert found == expected and sum(map(len, found.values())) > 80
 
 
+def test_help_says_something_of_every_public_name():
+    for module, names in public_names().items():
+        for name in names - {"__version__"}:
+            public = getattr(importlib.import_module(module), name)
+            if callable(public):
+                assert public.__doc__, f"{module}.{name}"  # not that of its base
+
+
 @pytest.mark.parametrize(
     ("old", "names"),
     [

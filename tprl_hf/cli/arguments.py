@@ -213,7 +213,7 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold",
         type=keep_probability,
         metavar="P",
-        help="keep the tokens whose keep probability is larger (learned only)",
+        help="keep the tokens whose score is larger; of the policy that is the keep probability",
     )
     budget.add_argument("--no-prune", action="store_true", help="keep all visual tokens")
 

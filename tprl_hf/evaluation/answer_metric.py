@@ -33,6 +33,10 @@ class AnswerMetric(evaluate.Metric):
     about: ClassVar[str]
     source: ClassVar[str] = ""
 
+    def __init_subclass__(cls, **arguments):
+        super().__init_subclass__(**arguments)
+        cls.__doc__ = f"{cls.about}\n{INPUTS.format(result=cls.result)}"  # for `help`
+
     @staticmethod
     def score(answer: str, reference: Any, /) -> float:
         """How correct an answer is, in [0, 1]; `reference` is one, or several."""

@@ -326,6 +326,10 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
 
         Returns:
             [`PrunePlan`]
+
+        Raises:
+            `ValueError`: for more than one budget or one out of its range, a keep mask of another length, a policy
+                that was not trained, and prompts whose placeholders are not as many as the visual tokens.
         """
         check_call(input_ids, attention_mask, query_mask, visual_features, inputs)
         choice = self._choice(keep_ratio, num_keep, threshold, prune, keep_mask)

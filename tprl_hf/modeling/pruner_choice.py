@@ -156,6 +156,9 @@ class PrunerChoiceMixin:
         It holds for the thread or asyncio task that opened it, and for what that one calls: others may use the same
         model with pruners of their own. Threads that are started inside a block of the main thread have its pruner
         too, until they open a block themselves; in other cases `contextvars.copy_context().run` hands it on.
+
+        Raises:
+            `ValueError`: for what is not a pruner, and for a base model with which its method does not work.
         """
         if not isinstance(pruner, TokenPruner):
             raise wrong("pruner", pruner, "a TokenPruner, as in tprl_hf.pruners", "A name is for set_pruner.")

@@ -99,6 +99,9 @@ class TokenPruner:
         keep_ratio, num_keep, threshold: the pruner's own budget, at most one of them; see [`Budget`]. A budget in the
             call goes before it, the model's config after it.
         min_keep, max_keep: bounds of the budget.
+
+    Raises:
+        `ValueError`: for more than one budget, one out of its range, and bounds without a budget.
     """
 
     # Set by methods that read `PruningInputs.attention`, which costs one more pass through a layer of the tower.
@@ -172,7 +175,10 @@ class TokenPruner:
 
 
 class SetPruner(TokenPruner):
-    """Base of methods that choose a sample's tokens together, such as for diversity; they override [`select`]."""
+    """Base of methods that choose a sample's tokens together, such as for diversity; they override [`select`].
+
+    They have no scores, so a call with `threshold` raises `ValueError`.
+    """
 
     def select(self, sample: SampleTokens, count: int) -> Tensor:
         """Indices of `count` of the sample's n tokens, `int64 [count]`, in any order."""

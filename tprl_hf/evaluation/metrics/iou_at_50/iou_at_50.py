@@ -17,6 +17,8 @@ CITATION = """Yu et al., Modeling Context in Referring Expressions, ECCV 2016, a
 
 
 class IoUAt50(evaluate.Metric):
+    __doc__ = f"{DESCRIPTION}\n{KWARGS}"
+
     def _info(self):
         box = datasets.Sequence(datasets.Value("float64"), length=4)
         return evaluate.MetricInfo(

@@ -21,6 +21,8 @@ CITATION = (
 
 
 class POPE(evaluate.Metric):
+    __doc__ = f"{DESCRIPTION}\n{KWARGS}"
+
     def _info(self):
         text = datasets.Value("string")
         return evaluate.MetricInfo(
