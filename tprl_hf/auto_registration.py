@@ -67,7 +67,12 @@ class _AfterImport(MetaPathFinder):
 
             AutoConfig.register(TPRLConfig.model_type, TPRLConfig, exist_ok=True)
         if AUTO_MODEL in sys.modules:
-            from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+            from transformers import (
+                AutoModel,
+                AutoModelForCausalLM,
+                AutoModelForImageTextToText,
+                AutoModelForMultimodalLM,
+            )
 
             from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
             from tprl_hf.pruners import DEFAULT_PRUNER, PRUNERS
@@ -75,7 +80,12 @@ class _AfterImport(MetaPathFinder):
             TPRLForConditionalGeneration.pruner_classes = PRUNERS
             TPRLForConditionalGeneration.default_pruner = DEFAULT_PRUNER
             # TRL loads by the second what it does not find among transformers' own classes.
-            for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+            for auto_class in (
+                AutoModel,
+                AutoModelForCausalLM,
+                AutoModelForImageTextToText,
+                AutoModelForMultimodalLM,  # that of the pipeline "any-to-any"
+            ):
                 auto_class.register(TPRLConfig, TPRLForConditionalGeneration, exist_ok=True)
         if AUTO_PROCESSOR in sys.modules:
             from transformers import AutoProcessor

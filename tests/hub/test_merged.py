@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from tests.families.more import OTHERS
 from tests.families.tiny_models import FAMILIES, build, entry
@@ -42,3 +43,39 @@ def test_merged_in_shards_and_tied(family, tmp_path):
     expected, found = model.state_dict(), loaded.state_dict()
     assert expected.keys() == found.keys() and is_tied(loaded) == is_tied(base)
     assert not [name for name, value in expected.items() if not torch.equal(value, found[name])]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The same model three times: a base model in a folder of others, a policy beside it, and both in one."""
+    build("llava").save_pretrained(tmp_path / "models" / "base")
+    model = TPRLForConditionalGeneration.from_base_model(
+        tmp_path / "models", subfolder="base", keep_ratio=0.5, pruner="divprune"
+    )
+    model.save_pretrained(tmp_path / "policy")
+    model.save_pretrained(tmp_path / "merged", save_base_model=True)
+    return {"base": tmp_path / "models" / "base", "policy": tmp_path / "policy", "merged": tmp_path / "merged"}
+
+
+def test_a_policy_finds_a_base_model_in_a_folder_of_others(saved):
+    assert not json.loads((saved["policy"] / "config.json").read_text())["includes_base_model"]
+    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        for name in ("policy", "merged"):
+            loaded = auto_class.from_pretrained(saved[name])
+            assert type(loaded) is TPRLForConditionalGeneration
+            assert torch.equal(loaded.get_input_embeddings().weight, build("llava").get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("asked", [{"text_config": "eager"}, {"vision_config": "eager"}, "eager", {"": "eager"}, None])
+def test_attention_is_asked_for_as_of_the_base_model(saved, asked):
+    found = []
+    for load, name in (
+        (AutoModelForImageTextToText, "base"), (AutoModelForImageTextToText, "policy"),
+        (AutoModelForImageTextToText, "merged"), (TPRLForConditionalGeneration, "policy"),
+        (TPRLForConditionalGeneration, "merged"),
+    ):  # fmt: skip
+        model = load.from_pretrained(saved[name], **({} if asked is None else {"attn_implementation": asked}))
+        config = getattr(model, "lvlm", model).config
+        parts = (config, config.text_config, config.vision_config)
+        found.append([part._attn_implementation for part in parts])
+    assert found == found[:1] * 5

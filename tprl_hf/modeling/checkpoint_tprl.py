@@ -109,6 +109,15 @@ def refuse_unless_whole(info: dict[str, Any], source: str, tolerant: bool) -> No
         )
 
 
+def attention_of(config: TPRLConfig) -> dict[str, str]:
+    """The attention that was asked for, of the base model (`""`) and of each of its parts. No checkpoint says any."""
+    base: Any = config.base_config
+    parts = {} if base is None else {name: getattr(base, name, None) for name in base.sub_configs}
+    asked = {"": config._attn_implementation}
+    asked |= {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
 class TPRLPreTrainedModel(TPRLAdapterMixin, PreTrainedModel):
     """Base class for loading and saving."""
 
@@ -219,9 +228,9 @@ class TPRLPreTrainedModel(TPRLAdapterMixin, PreTrainedModel):
     def _load_base(cls, name: str, config: TPRLConfig, source: str, kwargs: dict[str, Any]) -> PreTrainedModel:
         """The base model `name`, at the pinned revision if it is the one that `config` names."""
         base_kwargs = {key: value for key, value in kwargs.items() if key not in NOT_FOR_THE_BASE}
-        # Auto classes put this argument into the config before they call us.
-        attention = kwargs.get("attn_implementation", config._attn_implementation)
-        if attention is not None:
+        if kwargs.get("attn_implementation") is not None:  # Auto classes put it into the config before they call us
+            config._attn_implementation = kwargs["attn_implementation"]
+        if attention := attention_of(config):
             base_kwargs["attn_implementation"] = attention
         pinned = config.base_model_revision if name == config.base_model_name_or_path else None
         if pinned is not None:

@@ -234,6 +234,18 @@ class TPRLConfig(PreTrainedConfig):
         kwargs.setdefault("auto_map", {})  # TRL reads it of a config whose class transformers does not know
         super().__post_init__(**kwargs)
 
+    @property
+    def _attn_implementation(self):
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict | None):
+        """A dict names parts of the base model, as it does without us; `base_config` is all of them."""
+        if isinstance(value, dict) and "base_config" not in value:
+            current = getattr(self, "_attn_implementation_internal", None)
+            value = {"": value.get("", current), "base_config": value}
+        PreTrainedConfig._attn_implementation.fset(self, value)
+
     def check(self) -> None:
         """Raises `ValueError` for a field that is not what it must be; models check again, as fields can be set."""
         check_fields(self, CHECKS)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,11 +97,15 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         else:
             refuse_other_formats(settings.get("use_safetensors"))
             settings["use_safetensors"] = True
+            inside = Path(base_model, settings.get("subfolder") or "")
+            if settings.get("subfolder") and inside.is_dir():
+                base_model, settings["subfolder"] = inside, ""  # so that its path is the name that is kept
             hub_kwargs = {name: settings[name] for name in HUB_NAMES if name in settings}
             check_weight_files(str(base_model), hub_kwargs, settings.get("variant"), are_needed=False)
             base = AutoModelForImageTextToText.from_pretrained(base_model, **settings)
-            fields.setdefault("base_model_name_or_path", absolute_path(str(base_model)))
-            fields.setdefault("base_model_revision", loaded_commit(str(base_model), hub_kwargs))
+            if not settings.get("subfolder"):  # else there is no name by which it would be found
+                fields.setdefault("base_model_name_or_path", absolute_path(str(base_model)))
+                fields.setdefault("base_model_revision", loaded_commit(str(base_model), hub_kwargs))
         base = base.lvlm if isinstance(base, cls) else base
         if given is None and cls.takes_default_pruner(fields):
             fields["pruner"] = cls.default_pruner
