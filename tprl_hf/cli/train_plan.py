@@ -25,7 +25,8 @@ def expected_seconds(
         stages (`list[str]`): those of the recipe that are to run.
         model, processor: what the first of them starts with.
     """
-    from tprl_hf.training.answer_batches import images_of, undecoded
+    from tprl_hf.pictures import images_of
+    from tprl_hf.training.answer_batches import undecoded
 
     from .train import read_source, sources_of, training_data
 

@@ -14,6 +14,7 @@ from transformers import LogitsProcessorList
 from tprl_hf.answer_rules import exact_score
 from tprl_hf.modeling.saved_files import written_whole
 from tprl_hf.modeling.token_pruner import TokenPruner
+from tprl_hf.pictures import images_of
 
 from .answers import chat_inputs
 from .confidence import ConfidenceNotes
@@ -279,7 +280,7 @@ def encode_once(
     rows = [first.setdefault(sample.get("image_id") or index, len(first)) for index, sample in enumerate(samples)]
     unique = [samples[rows.index(row)] for row in range(len(first))]
     inputs = chat_inputs(processor, unique, model.device)
-    if not any(sample["images"] for sample in unique):
+    if not any(map(images_of, unique)):
         return None
     with torch.no_grad(), using(model, observer):
         return model.encode_images(**inputs, **tower_options).take(rows)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, List, Value, load_from_disk
-from datasets import Image as ImageFeature
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -190,10 +189,9 @@ def generate_demonstrations(
     demonstrations = source.add_column("keep_masks", column.data.column("keep_masks").combine_chunks())
     if unpruned_answers is not None:
         demonstrations = unpruned_answers.add_to(demonstrations, encoder)
-    decoded = {"images": List(ImageFeature()), "image": ImageFeature()}
-    for name in demonstrations.features.keys() & decoded.keys():
-        if dataset.features[name] == decoded[name]:
-            demonstrations = demonstrations.cast_column(name, decoded[name])
+    for name in ("images", "image"):
+        if demonstrations.features.get(name) != dataset.features.get(name):
+            demonstrations = demonstrations.cast_column(name, dataset.features[name])
     if saved is not None and process == 0:
         save_whole(demonstrations, Path(str(output_dir)), saved.depends_on)
         saved.remove()

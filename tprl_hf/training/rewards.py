@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.pictures import images_of
 
-from .answer_batches import AnswerBatch, images_of, open_images
+from .answer_batches import AnswerBatch, open_images
 from .answer_rewards import ANSWER_REWARDS
 from .micro_batches import MAX_TOKENS, within_memory
 

@@ -12,10 +12,11 @@ from datasets import Dataset
 
 from tprl_hf.modeling.saved_files import written_whole
 from tprl_hf.modeling.text_query import question_of
+from tprl_hf.pictures import images_of
 from tprl_hf.report.runs import SHOWN
 from tprl_hf.report.shown import as_bits, shown_sample
 
-from .answer_batches import SampleEncoder, image_key, images_of, open_images, reference_answer
+from .answer_batches import SampleEncoder, image_key, open_images, reference_answer
 
 
 @dataclass
