@@ -1,8 +1,7 @@
 """Samples as the frozen LVLM reads them: prompt, reference answer, visual features, and what a policy may look at."""
 
 import hashlib
-import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from tprl_hf.modeling.text_query import chat_messages, question_mask
 from tprl_hf.modeling.token_pruner import PruningInputs
 from tprl_hf.modeling.values import wrong
 from tprl_hf.modeling.visual_features import VisualFeatures
-from tprl_hf.pictures import images_of, no_file, picture_of, stored_picture
+from tprl_hf.pictures import image_digest, images_of, picture_of
 
 from .divergence import UnprunedAnswer
 from .feature_cache import FeatureCache, join_features
@@ -124,37 +123,6 @@ def open_images(images: Sequence[Any], name: str | None = None) -> list[Image.Im
     return [picture_of(image, name) for image in images]
 
 
-def image_key(row: Mapping[str, Any]) -> str:
-    """Equal for samples with the same images."""
-    if row.get("image_id") is not None:
-        return str(row["image_id"])
-    return digest_of(images_of(row), str.encode)
-
-
-def image_digest(row: Mapping[str, Any]) -> str:
-    """Equal for samples whose images have the same bytes, or are the same files, unchanged."""
-
-    def of_file(path: str) -> bytes:
-        if not os.path.isfile(path):
-            raise no_file(path)
-        about = os.stat(path)
-        return repr((os.path.abspath(path), about.st_size, about.st_mtime_ns)).encode()
-
-    return digest_of(images_of(row), of_file)
-
-
-def digest_of(images: Sequence[Any], of_file: Callable[[str], bytes]) -> str:
-    """Of decoded pixels, of bytes, or of what `of_file` says of a path; where one image ends counts too."""
-    digest = hashlib.sha256()
-    for image in map(stored_picture, images):
-        if isinstance(image, Image.Image):
-            content = repr((image.mode, image.size)).encode() + image.tobytes()
-        else:
-            content = of_file(image) if isinstance(image, str) else image
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()
-
-
 def end_ids(model: TPRLForConditionalGeneration, processor: Any) -> list[int]:
     """The tokens that end an answer."""
     end = model.generation_config.eos_token_id
@@ -256,7 +224,7 @@ class SampleEncoder:
 
     def keys_of(self, row: Mapping[str, Any]) -> tuple[str, bytes]:
         """Under which the features of a row's images, and its texts, are kept."""
-        images = image_key(row) if self.cache.directory is None else image_digest(row)
+        images = image_digest(row)
         return images, hashlib.sha256(repr((images, row["prompt"], reference_answer(row))).encode()).digest()
 
     def groups(

@@ -108,7 +108,7 @@ class PrunerTrainer(Trainer):
         processing_class (*optional*): the model's processor, with a chat template; by default that beside the model or
             its base model.
         train_dataset (`datasets.Dataset`): rows with `images` (or `image`), `prompt` and, where the algorithm reads
-            it, `answer`; with `image_id`, questions about one image share its features.
+            it, `answer`; questions about one image share its features.
         eval_dataset (`datasets.Dataset` or a dict of such, *optional*): rows of the same form.
         callbacks, optimizers: as in [`~transformers.Trainer`].
 

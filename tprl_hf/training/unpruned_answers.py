@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
-from tprl_hf.pictures import images_of, stored_picture
+from tprl_hf.pictures import images_of, stored_picture, to_rgb
 
 from .answer_batches import AnswerBatch, SampleEncoder, end_ids
 from .answer_scores import answer_logits, answered_prompts
@@ -135,7 +135,7 @@ class UnprunedAnswers:
         digest = hashlib.sha256(repr(row["prompt"]).encode())
         for image in map(stored_picture, images_of(row)):
             if isinstance(image, Image.Image):
-                digest.update(repr(image.size).encode() + image.tobytes())
+                digest.update(repr(image.size).encode() + to_rgb(image).tobytes())
             elif isinstance(image, bytes):
                 digest.update(hashlib.sha256(image).digest())
             else:
