@@ -51,6 +51,8 @@ def demonstrate(
         schedules: fractions of all visual tokens that are left after each step, descending.
     """
     inputs = batch.inputs
+    if not inputs.valid.any():  # no picture: there is nothing to keep
+        return [[inputs.valid] * len(schedule) for schedule in schedules]
     num_visual, protected = inputs.valid.sum(1), inputs.layout.protected
     scores = teacher.score(model, batch, inputs.valid) if isinstance(teacher, AnswerTeacher) else None
     demonstrated = []
