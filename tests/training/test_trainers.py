@@ -473,6 +473,14 @@ def test_a_policy_that_ends_as_it_began_is_not_called_trained(make_model, proces
     assert trainer.best["step"] == 0 and trainer.tprl_model.config.policy_training is None
 
 
+def test_demonstrations_replace_those_of_another_teacher(make_model, processor, dataset, tmp_path):
+    expected = demonstrated(make_model, processor, dataset)
+    before = generate_demonstrations(VisPruner(), make_model(), processor, dataset)
+    assert before["keep_masks"] != expected["keep_masks"]
+    again = generate_demonstrations(GradientTeacher(), make_model(), processor, before, output_dir=str(tmp_path / "d"))
+    assert again["keep_masks"] == expected["keep_masks"] and again.column_names == expected.column_names
+
+
 def test_lfd_needs_demonstrations(make_model, processor, dataset, tmp_path):
     with pytest.raises(ValueError, match="generate_demonstrations"):
         LfDTrainer(make_model(), LfDConfig(str(tmp_path), **QUIET), processing_class=processor, train_dataset=dataset)

@@ -114,7 +114,7 @@ def generate_demonstrations(
 
     Returns:
         `datasets.Dataset`: the rows of `dataset` with `keep_masks`, a list over steps of lists over the sample's
-        visual tokens; with `score="agreement"` also `unpruned_answer`.
+        visual tokens, in place of any they had; with `score="agreement"` also `unpruned_answer`.
 
     Raises:
         `ValueError`: when the ratios are not fractions in descending order, and for rows without the answer that the
@@ -143,6 +143,8 @@ def generate_demonstrations(
     directory = None if needs_attention else feature_cache_dir
     encoder = SampleEncoder(model, processor, cache_of(model, processor, cache_mb, directory, None), needs_attention)
     source = given_dataset(dataset, "dataset")
+    if "keep_masks" in dataset.column_names:  # of another teacher
+        dataset, source = (one.remove_columns("keep_masks") for one in (dataset, source))
     unpruned_answers = None
     if score == "agreement":
         beside = None if output_dir is None else f"{Path(output_dir)}.unpruned_answers"
