@@ -349,6 +349,25 @@ def test_pictures_in_any_form_are_the_same_pictures(form, ppo, dataset, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ([{"from": "human", "value": "word7"}, {"from": "gpt", "value": "word8"}], r"prompt\[0\] .*'from': 'human'"),
+        ([*said("word7"), {"role": "assistant", "content": None}], r"prompt\[1\] .*'content': None"),
+        (said(["word7"]), r"prompt\[0\] .*\['word7'\]"),
+        (said([{"type": "text", "value": "word7"}]), r"prompt\[0\] .*'value': 'word7'"),
+        (["word7"], r"prompt\[0\] .* got 'word7'"),
+        ({"role": "user", "content": "word7"}, "prompt must be a question, or a list"),
+    ],
+)
+def test_what_is_no_chat_message_is_shown(prompt, found, ppo, dataset):
+    row = {**dataset[0], "prompt": prompt}
+    for read in (lambda: ppo().encoder([row]), lambda: chat_inputs(ppo().processing_class, [row])):
+        with pytest.raises(ValueError, match=found) as refused:
+            read()
+        assert len(str(refused.value)) < 360
+
+
+@pytest.mark.parametrize(
     ("columns", "error", "message"),
     [
         ({"image": "nowhere.png"}, FileNotFoundError, "no image file nowhere.png: pass the path of one"),
