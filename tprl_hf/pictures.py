@@ -1,7 +1,9 @@
 """Pictures from files, of any mode, as models read them: upright, in RGB. The one place that opens files of users."""
 
+import hashlib
 import io
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ def picture_size(source: str | Path | bytes, name: str | None = None) -> tuple[i
 def opened(source: str | Path | bytes, name: str) -> Iterator[Image.Image]:
     """A file whose header was read and found to be within the limits; what Pillow raises is told as ours."""
     if not isinstance(source, bytes) and not Path(source).is_file():
-        raise FileNotFoundError(f"There is no image file {name}: pass the path of one.")
+        raise no_file(name)
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with Image.open(file, formats=FORMATS) as image:
@@ -74,6 +76,10 @@ def opened(source: str | Path | bytes, name: str) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # a damaged file makes Pillow raise whatever it stumbles over
         raise PictureError(f"{name} is damaged ({error}): copy it again, or leave it out.") from error
+
+
+def no_file(name: str) -> FileNotFoundError:
+    return FileNotFoundError(f"There is no image file {name}: pass the path of one.")
 
 
 def too_large(name: str, size: str) -> str:
@@ -102,11 +108,72 @@ def to_rgb(image: Image.Image, name: str = "The image") -> Image.Image:
     return image.convert("RGB")
 
 
+def images_of(row: Mapping[str, Any]) -> Sequence[Any]:
+    """
+    The pictures of a row, as it has them: those of `images`, or that of `image`; see [`picture_of`] for their forms.
+
+    Raises:
+        `PictureError`: For a row in which both say something, and not the same.
+    """
+    several, one = (in_a_list(row.get(name)) for name in ("images", "image"))
+    if several and one and several != one:
+        raise PictureError("A row has `images` and another `image`, two names for one thing: leave one column out.")
+    return several or one
+
+
+def in_a_list(found: Any) -> list[Any]:
+    """What a column of pictures holds: a list of them, one, or `None`."""
+    if isinstance(found, (list, tuple)):
+        return list(found)
+    return [] if found is None else [found]
+
+
+def stored_picture(entry: Any) -> Image.Image | bytes | str:
+    """
+    A picture of a row: decoded, the bytes of its file, or its path.
+
+    Raises:
+        `PictureError`: For anything else.
+    """
+    found = entry
+    if isinstance(entry, Mapping) and entry.keys() & {"bytes", "path"}:
+        found = entry.get("path") if entry.get("bytes") is None else entry["bytes"]
+    if isinstance(found, Path):
+        return str(found)
+    if isinstance(found, (Image.Image, bytes, str)):
+        return found
+    raise PictureError(
+        "A picture of a row must be a PIL image, the path of a file, its bytes, or a dict of `bytes` and `path` as "
+        f"datasets.Image makes it; got {type(entry).__name__} {repr(entry)[:80]}."
+    )
+
+
+def image_digest(row: Mapping[str, Any]) -> str:
+    """Equal for rows whose pictures have the same bytes or pixels, or are the same files, unchanged."""
+    digest = hashlib.sha256()
+    for image in map(stored_picture, images_of(row)):
+        if isinstance(image, Image.Image):
+            seen = to_rgb(image)  # the pixels of others may be numbers of a palette
+            content = repr((seen.mode, seen.size)).encode() + seen.tobytes()
+        elif isinstance(image, bytes):
+            content = image
+        elif os.path.isfile(image):
+            about = os.stat(image)
+            content = repr((os.path.abspath(image), about.st_size, about.st_mtime_ns)).encode()
+        else:
+            raise no_file(image)
+        digest.update(len(content).to_bytes(8, "little") + content)  # where one ends counts too
+    return digest.hexdigest()
+
+
 def picture_of(entry: Any, name: str | None = None) -> Image.Image:
     """
     A picture as rows of a dataset have it: decoded, or still the bytes or the path of its file; see [`to_rgb`].
     Messages call it by its path, and one without a path `name`.
     """
-    if isinstance(entry, Mapping):
-        return open_picture(entry["path"] if entry["bytes"] is None else entry["bytes"], entry["path"] or name)
-    return to_rgb(entry)
+    found = stored_picture(entry)
+    if isinstance(found, Image.Image):
+        return to_rgb(found)
+    if isinstance(found, bytes) and isinstance(entry, Mapping):
+        name = entry.get("path") or name
+    return open_picture(found, found if isinstance(found, str) else name)

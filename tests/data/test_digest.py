@@ -3,7 +3,7 @@ import os
 import shutil
 
 import pytest
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from PIL import Image
 
 from tprl_hf.data import easy_vqa, jsonl_samples, mosaic_vqa
@@ -70,6 +70,17 @@ def test_another_picture_under_the_same_name_has_another(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\0" * status.st_size)
     os.utime(tmp_path / "a.png", ns=(0, 0))
     assert data_digest(after, read_files=False) == quick
+
+
+def test_paths_and_bytes_count_as_what_they_hold(tmp_path):
+    write_questions(tmp_path)
+    path = tmp_path / "a.png"
+    content = path.read_bytes()
+    made = [Dataset.from_dict({"image": one}) for one in ([str(path)], [content], [[str(path)]], [[content]])]
+    of_path, of_bytes, *in_lists = map(data_digest, made)
+    assert of_path == of_bytes and len(set(in_lists)) == 1
+    path.write_bytes(b"of another")
+    assert data_digest(made[0]) != of_path and data_digest(made[2]) != in_lists[0]
 
 
 def test_a_file_is_read_once(monkeypatch):

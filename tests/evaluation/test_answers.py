@@ -6,6 +6,7 @@ from tests.families.tiny_models import IMAGE, build
 from tests.families.tiny_processor import make_processor
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.evaluation.answers import chat_inputs, generate_answers
+from tprl_hf.evaluation.compare_pruners import encode_once
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,21 @@ def test_chat_messages_are_taken_as_they_are(images):
     assert (
         inputs["input_ids"][0].tolist() == [make_processor().tokenizer.convert_tokens_to_ids("word7")] + [IMAGE] * 16
     )
+
+
+def test_each_picture_is_encoded_once_whatever_its_label(images):
+    model, processor = TPRLForConditionalGeneration.from_base_model(build("llava")), make_processor()
+    samples = [
+        {"images": [images[number]], "prompt": "word7", "image_id": label}
+        for number, label in ((0, "0"), (1, "0"), (0, "a"), (1, None))
+    ]
+    seen = []
+    hook = model.lvlm.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs.get("pixel_values", args and args[0]))), with_kwargs=True
+    )
+    rows = encode_once(model, processor, samples, None).modalities["image"].rows.view(4, 16, -1)
+    hook.remove()
+    assert sum(seen) == 2 and rows[0].equal(rows[2]) and rows[1].equal(rows[3]) and not rows[0].equal(rows[1])
 
 
 def test_answers_are_the_new_tokens_only(images):

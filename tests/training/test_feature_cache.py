@@ -4,13 +4,15 @@ import threading
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.families.tiny_models import build, collate, sample
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.modeling.visual_features import VisualFeatures
-from tprl_hf.training.answer_batches import SampleEncoder
+from tprl_hf.training.answer_batches import SampleEncoder, undecoded
 from tprl_hf.training.feature_cache import FeatureCache, cache_of, join_features
 from tprl_hf.training.stored_features import from_file, num_bytes, to_bytes
+from tprl_hf.training.unpruned_answers import UnprunedAnswers
 
 from .test_trainers import stage, weights_of
 
@@ -92,6 +94,31 @@ def test_another_model_has_another_folder(make_model, processor, dataset, tmp_pa
     encoder = SampleEncoder(model, processor, cache)
     one, other = encoder.encode(rows[0]), encoder.encode({**rows[2], "image_id": rows[0]["image_id"]})
     assert not one.features.modalities["image"].rows.equal(other.features.modalities["image"].rows)
+
+
+@pytest.mark.parametrize("directory", [None, "features"])
+def test_features_go_by_the_picture_and_not_by_its_label(directory, make_model, processor, dataset, tmp_path):
+    """Two files, or training and validation, may both count their pictures from 0."""
+    model, passes = make_model(), []
+    cache = cache_of(model, processor, 100, directory and str(tmp_path / directory), None)
+    encoder, alone = SampleEncoder(model, processor, cache), SampleEncoder(model, processor, 0)
+    encode_images = encoder.encode_images
+    encoder.encode_images = lambda inputs: passes.append(1) or encode_images(inputs)
+    rows = rows_of(undecoded(dataset))
+    for number, row in enumerate(rows):  # questions 0 and 1 are about one picture, 2 and 3 about another
+        for image_id in ("0", f"{number}", None):
+            labelled = {**row, "image_id": image_id}
+            assert_same(encoder.encode(labelled).features, alone.encode(row).features)
+    assert len(passes) == 4
+    # decoded pictures that differ in nothing but their palettes
+    painted = []
+    for color in ([255, 0, 0], [0, 0, 255]):
+        image = Image.new("P", (24, 24))
+        image.putpalette(color)
+        painted.append({**rows[0], "images": [image]})
+    one, other = (encoder.encode(row).features.modalities["image"].rows for row in painted)
+    assert not one.equal(other)
+    assert len({UnprunedAnswers(model, processor).key(row) for row in painted}) == 2
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "ppo"])

@@ -216,6 +216,30 @@ def test_nan_stops_with_the_data_saved(name, make_model, processor, dataset, tmp
     assert saved["step"] == 0 and saved["inputs"] and any(v.isnan().any() for v in saved["weights"].values())
 
 
+@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo", "mapo", "counterfactual", "noise_gate"])
+def test_rows_without_a_picture_are_measured_and_not_trained_on(
+    name, make_model, processor, dataset, tmp_path, caplog
+):
+    mixed = dataset.map(lambda row, number: {"images": row["images"] if number < 4 else []}, with_indices=True)
+    mixed = mixed.cast(dataset.features)
+    trainer = stage(name, make_model, processor, mixed, str(tmp_path), max_steps=2, per_device_eval_batch_size=4)
+    assert "4 of 8 rows have no picture, and are left out" in caplog.text
+    assert trainer.train_dataset["prompt"] == dataset["prompt"][:4]
+    trainer.train()
+    whole = trainer.evaluate()
+    if name == "autoencoder":  # they have no tokens to code
+        assert trainer.evaluate(mixed.select(range(4))) == pytest.approx(whole, rel=1e-5)
+    else:
+        metric = "eval_kl" if name == "noise_gate" else "eval_logprob"
+        parts = [trainer.evaluate(mixed.select(half))[metric] for half in (range(4), range(4, 8))]
+        assert whole[metric] == pytest.approx(sum(parts) / 2, abs=1e-5)
+        unlabelled = trainer.evaluate(mixed.remove_columns("answer").select(range(4, 8)))
+        assert unlabelled["eval_agreement"] == 100  # nothing is pruned
+        assert trainer.predict(mixed).predictions.any((1, 2)).tolist() == [True] * 4 + [False] * 4
+    with pytest.raises(ValueError, match="No row of train_dataset has a picture"):
+        stage(name, make_model, processor, mixed.select(range(4, 8)), str(tmp_path))
+
+
 def test_only_the_policy_learns(make_model, processor, dataset, tmp_path):
     for name in ("lfd", "ppo", "grpo", "mapo", "counterfactual", "noise_gate"):
         trainer = stage(name, make_model, processor, dataset, str(tmp_path / name), max_steps=2, keep_best=False)
@@ -449,6 +473,14 @@ def test_a_policy_that_ends_as_it_began_is_not_called_trained(make_model, proces
     assert trainer.best["step"] == 0 and trainer.tprl_model.config.policy_training is None
 
 
+def test_demonstrations_replace_those_of_another_teacher(make_model, processor, dataset, tmp_path):
+    expected = demonstrated(make_model, processor, dataset)
+    before = generate_demonstrations(VisPruner(), make_model(), processor, dataset)
+    assert before["keep_masks"] != expected["keep_masks"]
+    again = generate_demonstrations(GradientTeacher(), make_model(), processor, before, output_dir=str(tmp_path / "d"))
+    assert again["keep_masks"] == expected["keep_masks"] and again.column_names == expected.column_names
+
+
 def test_lfd_needs_demonstrations(make_model, processor, dataset, tmp_path):
     with pytest.raises(ValueError, match="generate_demonstrations"):
         LfDTrainer(make_model(), LfDConfig(str(tmp_path), **QUIET), processing_class=processor, train_dataset=dataset)
@@ -467,6 +499,16 @@ def inputs_of(model, processor, dataset):
     from tprl_hf.training.answer_batches import SampleEncoder
 
     return [SampleEncoder(model, processor).process(row) for row in dataset]
+
+
+def test_rows_without_a_picture_do_not_move_the_threshold(make_model, processor, dataset):
+    model = make_model()
+    expected = calibrate_threshold(model, processor, dataset.select(range(4)), 0.5, batch_size=2)
+    mixed = dataset.map(lambda row, number: {"images": row["images"] if number < 4 else []}, with_indices=True)
+    mixed = mixed.cast(dataset.features)
+    assert calibrate_threshold(model, processor, mixed, 0.5, batch_size=2) == expected
+    with pytest.raises(ValueError, match="No row of dataset has a picture"):
+        calibrate_threshold(model, processor, mixed.select(range(4, 8)), 0.5)
 
 
 def test_the_end_is_measured_where_nothing_else_is(make_model, processor, dataset, tmp_path):

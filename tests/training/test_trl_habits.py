@@ -3,6 +3,7 @@
 import asyncio
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForImageTextToText, HfArgumentParser, TrainingArguments
 
 from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf.evaluation.answers import chat_inputs
 from tprl_hf.modeling.text_query import chat_messages
 from tprl_hf.training import (
     AutoencoderConfig,
@@ -29,6 +31,7 @@ from tprl_hf.training import (
 )
 from tprl_hf.training.answer_batches import SampleEncoder
 from tprl_hf.training.answer_rewards import ANSWER_REWARDS
+from tprl_hf.training.tuning import as_chats
 
 TRAINERS = {
     "autoencoder": (AutoencoderTrainer, AutoencoderConfig),
@@ -341,6 +344,83 @@ def test_rows_of_other_forms_are_the_same_samples(make_model, processor, dataset
     history = [{"role": "system", "content": "s"}, *said("a"), {"role": "assistant", "content": "b"}, *said("c")]
     kinds = [[part["type"] for part in message["content"]] for message in chat_messages(history, 2)]
     assert kinds == [["text"], ["image", "image", "text"], ["text"], ["text"]]
+
+
+def of_files(dataset, folder):
+    """The path of each row's picture, in a file of its own."""
+    for number, row in enumerate(dataset):
+        row["images"][0].save(folder / f"{number}.png")
+    return [str(folder / f"{number}.png") for number in range(len(dataset))]
+
+
+FORMS = {
+    "paths": lambda d, paths: {"images": [[path] for path in paths]},
+    "a path": lambda d, paths: {"image": paths},
+    "one path in images": lambda d, paths: {"images": paths},
+    "bytes": lambda d, paths: {"image": [Path(path).read_bytes() for path in paths]},
+    "a list in image": lambda d, paths: {"image": d["images"]},
+    # as `concatenate_datasets` joins rows with one column and rows with the other
+    "both": lambda d, paths: {
+        "images": [*d["images"][:4], *[None] * 4],
+        "image": [*[None] * 4, *[images[0] for images in d["images"][4:]]],
+    },
+    "both, empty": lambda d, paths: {
+        "images": [*d["images"][:4], *[[]] * 4],
+        "image": [*[None] * 4, *[images[0] for images in d["images"][4:]]],
+    },
+}
+
+
+@pytest.mark.parametrize("form", [*FORMS, "numpy", "pandas", "arrow", "torch"])
+def test_pictures_in_any_form_are_the_same_pictures(form, ppo, dataset, tmp_path):
+    plain = ppo().encoder([dataset[number] for number in range(8)]).inputs.tokens
+    if form in FORMS:
+        texts = {name: dataset[name] for name in ("prompt", "answer")}
+        other = Dataset.from_dict({**FORMS[form](dataset[:], of_files(dataset, tmp_path)), **texts})
+    else:
+        other = dataset.with_format(form)
+    trainer = ppo(train_dataset=other)
+    given = [trainer.train_dataset[number] for number in range(8)]
+    assert torch.equal(trainer.encoder(given).inputs.tokens, plain)
+    inputs = chat_inputs(trainer.processing_class, given)  # evaluation reads the same
+    assert torch.equal(inputs["pixel_values"], chat_inputs(trainer.processing_class, list(dataset))["pixel_values"])
+    chats = as_chats(other).with_format(None)
+    assert [one.tobytes() for (one,) in chats["images"]] == [one.tobytes() for (one,) in dataset["images"]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ([{"from": "human", "value": "word7"}, {"from": "gpt", "value": "word8"}], r"prompt\[0\] .*'from': 'human'"),
+        ([*said("word7"), {"role": "assistant", "content": None}], r"prompt\[1\] .*'content': None"),
+        (said(["word7"]), r"prompt\[0\] .*\['word7'\]"),
+        (said([{"type": "text", "value": "word7"}]), r"prompt\[0\] .*'value': 'word7'"),
+        (["word7"], r"prompt\[0\] .* got 'word7'"),
+        ({"role": "user", "content": "word7"}, "prompt must be a question, or a list"),
+    ],
+)
+def test_what_is_no_chat_message_is_shown(prompt, found, ppo, dataset):
+    row = {**dataset[0], "prompt": prompt}
+    for read in (lambda: ppo().encoder([row]), lambda: chat_inputs(ppo().processing_class, [row])):
+        with pytest.raises(ValueError, match=found) as refused:
+            read()
+        assert len(str(refused.value)) < 360
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "message"),
+    [
+        ({"image": "nowhere.png"}, FileNotFoundError, "no image file nowhere.png: pass the path of one"),
+        ({"images": [3]}, ValueError, "A picture of a row must be a PIL image, the path .* got int 3"),
+        ({"images": ["a.png"], "image": "b.png"}, ValueError, "`images` and another `image`, two names for one thing"),
+    ],
+)
+def test_pictures_that_are_not_to_be_had(columns, error, message, ppo, dataset):
+    row = {name: value for name, value in dataset[0].items() if name != "images"} | columns
+    with pytest.raises(error, match=message):
+        ppo().encoder([row])
+    with pytest.raises(error, match=message):
+        chat_inputs(ppo().processing_class, [row])
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo", "counterfactual"])

@@ -139,6 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.evaluation.runs_table import QUESTIONS
     from tprl_hf.evaluation.setting_costs import count_settings, time_settings
     from tprl_hf.evaluation.tables import summarize
+    from tprl_hf.pictures import images_of
     from tprl_hf.report.evaluation_page import BROKEN, evaluation_page
     from tprl_hf.training.answer_batches import undecoded
 
@@ -178,7 +179,7 @@ def run(arguments: argparse.Namespace) -> int:
         note(f"{answers}: {num_removed} damaged lines were removed; they are answered again.")
     total = len(settings) * len(samples)
     note(f"{len(samples)} questions, {len(settings)} settings; {described['device']}")
-    shown = next((sample for sample in samples if sample["images"]), None)
+    shown = next((sample for sample in samples if images_of(sample)), None)
     counted = {} if shown is None else count_settings(model, processor, shown, settings)
     rounds = arguments.time_rounds
     times = time_settings(model, processor, shown, settings, rounds) if shown is not None and rounds else {}
@@ -281,10 +282,10 @@ def default_pruners(model, processor, sample: dict[str, Any]) -> list[str]:
 
 def oracle_of(samples):
     """The oracle that knows the boxes of these samples."""
-    from tprl_hf.pictures import picture_of
+    from tprl_hf.pictures import images_of, picture_of
     from tprl_hf.pruners import OraclePruner
 
-    sizes = [picture_of(sample["images"][0]).size if sample["images"] else (1, 1) for sample in samples]
+    sizes = [picture_of(found[0]).size if found else (1, 1) for found in map(images_of, samples)]
     return OraclePruner([sample["boxes"] for sample in samples], sizes)
 
 

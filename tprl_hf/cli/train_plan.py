@@ -25,7 +25,8 @@ def expected_seconds(
         stages (`list[str]`): those of the recipe that are to run.
         model, processor: what the first of them starts with.
     """
-    from tprl_hf.training.answer_batches import images_of, undecoded
+    from tprl_hf.pictures import images_of
+    from tprl_hf.training.answer_batches import undecoded
 
     from .train import read_source, sources_of, training_data
 
@@ -83,10 +84,11 @@ def trial(
     import torch
 
     from tprl_hf.evaluation.training_costs import Prompts, Speed
-    from tprl_hf.training.answer_batches import SampleEncoder, image_key
+    from tprl_hf.pictures import image_digest
+    from tprl_hf.training.answer_batches import SampleEncoder
     from tprl_hf.training.rollouts import policy_on_trajectories
 
-    images = {image_key(row): row for row in rows}
+    images = {image_digest(row): row for row in rows}
     some = list(images.values())[:TRIED]
     encoder = SampleEncoder(model, processor)
     encoding = seconds_of(lambda: SampleEncoder(model, processor).encode_rows(some), model.device)

@@ -19,7 +19,7 @@ def data_digest(dataset: Dataset, read_files: bool = True) -> str:
 
     Args:
         dataset (`datasets.Dataset`):
-            Rows with `images`, as `SAMPLE_FEATURES` has them, and any other columns.
+            Rows with `images`, as `SAMPLE_FEATURES` has them or as paths or bytes, and any other columns.
         read_files (`bool`, *optional*, defaults to `True`):
             `False` takes path, size and time of change of an image file for its bytes: that is quick, and holds on
             one machine only.
@@ -38,14 +38,19 @@ def data_digest(dataset: Dataset, read_files: bool = True) -> str:
     digest.update(repr(names).encode())
 
     def of_image(image: Any) -> Any:
-        if not isinstance(image, Mapping) or not image.keys() <= {"bytes", "path"}:
+        found = image
+        if isinstance(image, Mapping) and image.keys() <= {"bytes", "path"}:
+            found = image["path"] if image["bytes"] is None else image["bytes"]
+        if isinstance(found, bytes):
+            return hashlib.sha256(found).hexdigest()
+        if not isinstance(found, str):
             return image
-        if image["bytes"] is not None:
-            return hashlib.sha256(image["bytes"]).hexdigest()
-        path = image["path"]
-        if path not in files:
-            files[path] = of_file(path)
-        return files[path]
+        if found not in files:
+            files[found] = of_file(found)
+        return files[found]
+
+    def of_images(images: Any) -> Any:
+        return [of_image(image) for image in images] if isinstance(images, list) else of_image(images)
 
     # the format of Arrow leaves images as bytes or paths
     for table in dataset.with_format("arrow").iter(ROWS_AT_ONCE):
@@ -54,9 +59,9 @@ def data_digest(dataset: Dataset, read_files: bool = True) -> str:
             ids = columns["image_id"]
             columns["image_id"] = [one if one is None else numbers.setdefault(one, len(numbers)) for one in ids]
         if "images" in columns:
-            columns["images"] = [[of_image(image) for image in images or ()] for images in columns["images"]]
+            columns["images"] = [of_images(images or []) for images in columns["images"]]
         if "image" in columns:  # TRL's rows of one image
-            columns["image"] = [of_image(image) for image in columns["image"]]
+            columns["image"] = [of_images(image) for image in columns["image"]]
         digest.update(repr([columns[name] for name in names]).encode())
     return digest.hexdigest()[:16]
 

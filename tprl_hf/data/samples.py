@@ -19,7 +19,7 @@ SAMPLE_FEATURES = Features(
         "answer": Value("string"),
         "question_type": Value("string"),
         "boxes": List(_BOX),  # (x0, y0, x1, y1) in pixels, of the objects the answer depends on
-        "image_id": Value("string"),  # equal for questions about one image, whose features are then computed once
+        "image_id": Value("string"),  # equal for questions about one image: a label, for messages and intervals
         "objects": List({"name": Value("string"), "box": _BOX}),  # all that lie on the image
     }
 )

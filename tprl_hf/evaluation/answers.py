@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tprl_hf.modeling.text_query import chat_messages, question_mask
-from tprl_hf.pictures import picture_of
+from tprl_hf.pictures import images_of, picture_of
 
 
 def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.device | str = "cpu"):
@@ -17,9 +17,9 @@ def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.devi
         processor ([`ProcessorMixin`]):
             The model's processor.
         samples (`Sequence[dict]`):
-            Each with `images` (list of `PIL.Image.Image`, or of files as undecoded rows have them; may be empty) and
-            `prompt` (the question as a string, or chat messages). Messages may hold videos, whose
-            [`~tprl_hf.videos.Video`]s are then in `videos`.
+            Each with `images` (a list of `PIL.Image.Image`, of paths, or of files as undecoded rows have them; may be
+            empty), or one `image`, and `prompt` (the question as a string, or chat messages). Messages may hold
+            videos, whose [`~tprl_hf.videos.Video`]s are then in `videos`.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where the tensors go.
 
@@ -35,9 +35,9 @@ def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.devi
             f"{type(processor).__name__} has no chat template, so the question cannot be put as the model was trained "
             "to read it. Save one beside the model (processor.chat_template = ...; processor.save_pretrained(...))."
         )
-    chats = [chat_messages(sample["prompt"], len(sample["images"])) for sample in samples]
+    chats = [chat_messages(sample["prompt"], len(images_of(sample))) for sample in samples]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
-    images = [[picture_of(image, sample.get("image_id")) for image in sample["images"]] for sample in samples]
+    images = [[picture_of(image, sample.get("image_id")) for image in images_of(sample)] for sample in samples]
     videos = [video for sample in samples for video in sample.get("videos", ())]
     shown: dict[str, Any] = {"images": images if any(images) else None}
     if videos:

@@ -8,7 +8,7 @@ import torch
 
 from tprl_hf.answer_rules import CORRECT
 from tprl_hf.modeling.text_query import question_of
-from tprl_hf.pictures import picture_of
+from tprl_hf.pictures import images_of, picture_of
 from tprl_hf.report.shown import as_bits, shown_sample
 
 from .answers import chat_inputs
@@ -67,7 +67,7 @@ def broken_questions(
             case |= {"unpruned": one.answer, "answer": other.answer}
             case |= {"num_kept": other.num_kept, "num_visual": other.num_visual}
             sample = samples[number]
-            if sample["images"]:
+            if images_of(sample):
                 name, small = str(number), sample
                 how: Any = processor
                 if setting.picture_ratio is not None:
@@ -117,7 +117,7 @@ def picture_and_mask(
         }
     with using(model, setting.pruner_for([sample])):
         plan = model.prune(**inputs, **arguments)
-    images = [picture_of(image) for image in sample["images"]]
+    images = [picture_of(image) for image in images_of(sample)]
     answer = sample["answer"]
     reference = ", ".join(dict.fromkeys(answer)) if isinstance(answer, list) else answer
     asked = question_of(sample["prompt"]), None if reference is None else str(reference), sample["question_type"]

@@ -14,6 +14,7 @@ from transformers import LogitsProcessorList
 from tprl_hf.answer_rules import exact_score
 from tprl_hf.modeling.saved_files import written_whole
 from tprl_hf.modeling.token_pruner import TokenPruner
+from tprl_hf.pictures import image_digest, images_of
 
 from .answers import chat_inputs
 from .confidence import ConfidenceNotes
@@ -109,8 +110,8 @@ def compare_pruners(
         processor ([`ProcessorMixin`]):
             Its processor.
         samples (`Sequence[dict]`):
-            Each with `images`, `prompt` and `answer`. Samples with the same `image_id` share their images. Without
-            `answer`, the reference is what the model says under the first setting.
+            Each with `images`, `prompt` and `answer`. Without `answer`, the reference is what the model says under
+            the first setting.
         settings (`Sequence[Setting]`):
             The rows of the comparison.
         batch_size (`int`, *optional*, defaults to 48):
@@ -266,7 +267,7 @@ def encode_once(
         model ([`TPRLForConditionalGeneration`]), processor ([`ProcessorMixin`]):
             The model and its processor.
         samples (`Sequence[dict]`):
-            The batch; samples of equal `image_id` share their features.
+            The batch; samples with the same pictures share their features.
         observer ([`TokenPruner`], *optional*):
             A pruner that reads the tower's attention, if any of those to come does.
         tower_options:
@@ -275,11 +276,12 @@ def encode_once(
     Returns:
         [`VisualFeatures`] of the whole batch, or `None` where it has no image.
     """
+    keys = [index if sample.get("videos") else image_digest(sample) for index, sample in enumerate(samples)]
     first: dict[Any, int] = {}
-    rows = [first.setdefault(sample.get("image_id") or index, len(first)) for index, sample in enumerate(samples)]
+    rows = [first.setdefault(key, len(first)) for key in keys]
     unique = [samples[rows.index(row)] for row in range(len(first))]
     inputs = chat_inputs(processor, unique, model.device)
-    if not any(sample["images"] for sample in unique):
+    if not any(map(images_of, unique)):
         return None
     with torch.no_grad(), using(model, observer):
         return model.encode_images(**inputs, **tower_options).take(rows)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from tprl_hf.pictures import images_of, stored_picture, to_rgb
 from tprl_hf.training.answer_batches import undecoded
 from tprl_hf.training.fingerprint import fingerprint
 
@@ -15,7 +16,10 @@ def questions_digest(samples: Dataset) -> str:
     """A digest of the images, questions, references and boxes of samples, whatever their files are called."""
     digest = hashlib.sha256()
     for sample in undecoded(samples):
-        for image in sample["images"]:
-            digest.update(hashlib.sha256(image["bytes"] or Path(image["path"]).read_bytes()).digest())
+        for image in map(stored_picture, images_of(sample)):
+            if isinstance(image, str):
+                image = Path(image).read_bytes()
+            content = image if isinstance(image, bytes) else to_rgb(image).tobytes()
+            digest.update(hashlib.sha256(content).digest())
         digest.update(repr((sample["prompt"], sample.get("answer"), sample["boxes"])).encode())
     return digest.hexdigest()[:16]

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from tprl_hf.pictures import picture_of
+from tprl_hf.pictures import images_of, picture_of
 
 from .answers import chat_inputs
 
@@ -53,13 +53,13 @@ class PictureShrinker:
         Raises:
             `ValueError`: If the processor makes as many tokens of any picture, however small.
         """
-        pictures = [picture_of(image) for image in sample["images"]]
+        pictures = [picture_of(image) for image in images_of(sample)]
         ways = [self.way(picture, ratio) for picture in pictures]
         smaller = [
             picture if size == picture.size else picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
             for picture, (_, size) in zip(pictures, ways, strict=True)
         ]
-        return ways[0][0] if ways else self.processor, {**sample, "images": smaller}
+        return ways[0][0] if ways else self.processor, {**sample, "images": smaller, "image": None}
 
     def count(self, processor: Any, picture: Image.Image) -> int:
         """Visual tokens that a processor makes of one picture."""
@@ -181,10 +181,10 @@ class PictureShrinker:
 
 def enlarged(sample: Mapping[str, Any], ratio: float) -> dict[str, Any]:
     """A sample whose pictures were shrunk to a fraction of their pixels and enlarged again: what detail is left."""
-    pictures = [picture_of(image).convert("RGB") for image in sample["images"]]
+    pictures = [picture_of(image).convert("RGB") for image in images_of(sample)]
     smaller = [one.resize(scaled(one.size, ratio**0.5), Image.Resampling.BICUBIC) for one in pictures]
     again = [small.resize(one.size, Image.Resampling.BICUBIC) for small, one in zip(smaller, pictures, strict=True)]
-    return {**sample, "images": again}
+    return {**sample, "images": again, "image": None}
 
 
 def square_side(images: Any) -> int | None:

@@ -206,16 +206,12 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
                 needs it.
 
         Returns:
-            [`PruningInputs`] with the N visual tokens of each sample, padded on the right.
-
-        Raises:
-            `ValueError`: when no prompt has a visual token.
+            [`PruningInputs`] with the N visual tokens of each sample, padded on the right; N is 0 where no prompt has
+            a picture.
         """
         check_call(input_ids, attention_mask, query_mask, visual_features, inputs)
         with_attention = self._wants_attention(with_attention)
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, with_attention)
-        if batch.features is None:
-            raise ValueError("The prompts have no visual tokens: there is nothing to prune.")
         query_mask = self._query_mask(batch, query_mask)
         return pruning_inputs(batch, self.adapter, layout_of(batch, self.adapter), query_mask, with_attention)[0]
 

@@ -62,11 +62,16 @@ def pruning_inputs(
     Returns:
         [`PruningInputs`], and which of the V visual tokens these are, `bool [V]` on the CPU.
     """
-    assert batch.features is not None
     new = batch.new & batch.shown
     counts = torch.bincount(batch.sample_of[new], minlength=len(batch.input_ids))
-    rows = batch.in_order({name: encoded.rows for name, encoded in batch.features.modalities.items()}, adapter)
-    attention = attention_of(batch, adapter) if with_attention else None
+    embeddings = adapter.base.get_input_embeddings()
+    if batch.features is not None and batch.features.modalities:
+        rows = batch.in_order({name: encoded.rows for name, encoded in batch.features.modalities.items()}, adapter)
+        attention = attention_of(batch, adapter) if with_attention else None
+    else:  # no prompt has a picture
+        weight = embeddings.weight
+        rows = torch.empty(0, weight.shape[1], dtype=weight.dtype, device=batch.device)
+        attention = rows.new_empty(0) if with_attention else None
     if not new.all():
         rows, layout = rows[new], layout[new]
         attention = None if attention is None else attention[new]
@@ -86,7 +91,7 @@ def pruning_inputs(
         num_visual=counts,
         layout=layout,
         protected=layout.protected if padded[6].any() else None,
-        query=adapter.base.get_input_embeddings()(query_ids).to(tokens.device),
+        query=embeddings(query_ids).to(tokens.device),
         query_valid=query_valid.to(tokens.device),
         sample_keys=keys,
         attention=None if attention is None else pad_rows(attention, counts)[0],

@@ -5,12 +5,14 @@ follows or not. Exact question tokens come from the processor ([`question_mask`]
 says what the chat template puts around a question ([`default_query_mask`]).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+
+from .values import wrong
 
 
 def special_token_ids(*configs: Any) -> list[int]:
@@ -124,8 +126,11 @@ def chat_messages(prompt: str | list[dict[str, Any]], num_images: int) -> list[d
         prompt (`str` or `list[dict]`): a question, or messages. Where no message says where the images are, as in
             rows for TRL, they stand before the first text of the user.
         num_images (`int`): of the sample.
+
+    Raises:
+        `ValueError`: for what is neither a question nor chat messages.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = messages_of(prompt)
     parts = [text_parts(message["content"]) for message in messages]
     if not any(part["type"] == "image" for content in parts for part in content):
         first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
@@ -134,11 +139,40 @@ def chat_messages(prompt: str | list[dict[str, Any]], num_images: int) -> list[d
     return [{**message, "content": content} for message, content in zip(messages, parts, strict=True)]
 
 
+def messages_of(prompt: Any) -> list[dict[str, Any]]:
+    """The chat messages of a prompt, of which a question is one; what is no message is refused."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, (list, tuple)):
+        raise wrong("prompt", prompt, "a question, or a list of chat messages")
+    for index, message in enumerate(prompt):
+        if not is_message(message):
+            raise wrong(
+                f"prompt[{index}]", message, "a dict with `role` and `content`, a text or a list of parts",
+                "Of {'from': 'human', 'value': TEXT} make {'role': 'user', 'content': TEXT}.",
+            )  # fmt: skip
+    return list(prompt)
+
+
+def is_message(message: Any) -> bool:
+    """Whether it has a role, and a text or parts with their types."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return isinstance(content, str) or (isinstance(content, (list, tuple)) and all(map(is_part, content)))
+
+
+def is_part(part: Any) -> bool:
+    """Whether it has a type, and one of text its text."""
+    is_typed = isinstance(part, Mapping) and isinstance(part.get("type"), str)
+    return is_typed and (part["type"] != "text" or isinstance(part.get("text"), str))
+
+
 def question_of(prompt: str | list[dict[str, Any]]) -> str:
     """The text of a prompt's last message of the user."""
     if isinstance(prompt, str):
         return prompt
-    content = next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
+    content = next((one["content"] for one in reversed(messages_of(prompt)) if one["role"] == "user"), "")
     return " ".join(part["text"] for part in text_parts(content) if part["type"] == "text")
 
 

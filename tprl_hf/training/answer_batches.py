@@ -1,8 +1,7 @@
 """Samples as the frozen LVLM reads them: prompt, reference answer, visual features, and what a policy may look at."""
 
 import hashlib
-import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from tprl_hf.modeling.text_query import chat_messages, question_mask
 from tprl_hf.modeling.token_pruner import PruningInputs
 from tprl_hf.modeling.values import wrong
 from tprl_hf.modeling.visual_features import VisualFeatures
-from tprl_hf.pictures import picture_of
+from tprl_hf.pictures import image_digest, images_of, picture_of
 
 from .divergence import UnprunedAnswer
 from .feature_cache import FeatureCache, join_features
@@ -101,18 +100,14 @@ def left_padded(samples: Sequence[EncodedSample], device: torch.device) -> dict[
 
 def undecoded(dataset: Dataset) -> Dataset:
     """The same dataset, whose images stay bytes until they are needed: most are needed once, for their features."""
-    if dataset.features.get("images") == List(ImageFeature()):
-        return dataset.cast_column("images", List(ImageFeature(decode=False)))
-    if dataset.features.get("image") == ImageFeature():
-        return dataset.cast_column("image", ImageFeature(decode=False))
+    if dataset.format["type"] not in (None, "torch", "custom"):  # others give no lists and texts
+        dataset = dataset.with_format(None)
+    for name in ("images", "image"):
+        if dataset.features.get(name) == List(ImageFeature()):
+            dataset = dataset.cast_column(name, List(ImageFeature(decode=False)))
+        elif dataset.features.get(name) == ImageFeature():
+            dataset = dataset.cast_column(name, ImageFeature(decode=False))
     return dataset
-
-
-def images_of(row: Mapping[str, Any]) -> Sequence[Any]:
-    """The images of a row: those of `images`, or the one of `image`."""
-    if "images" in row:
-        return row["images"] or []
-    return [] if row["image"] is None else [row["image"]]
 
 
 def reference_answer(row: Mapping[str, Any]) -> str | None:
@@ -126,35 +121,6 @@ def reference_answer(row: Mapping[str, Any]) -> str | None:
 def open_images(images: Sequence[Any], name: str | None = None) -> list[Image.Image]:
     """Decodes images that are still bytes or paths; messages call those without a path `name`."""
     return [picture_of(image, name) for image in images]
-
-
-def image_key(row: Mapping[str, Any]) -> str:
-    """Equal for samples with the same images."""
-    if row.get("image_id") is not None:
-        return str(row["image_id"])
-    return digest_of(images_of(row), str.encode)
-
-
-def image_digest(row: Mapping[str, Any]) -> str:
-    """Equal for samples whose images have the same bytes, or are the same files, unchanged."""
-
-    def of_file(path: str) -> bytes:
-        about = os.stat(path)
-        return repr((os.path.abspath(path), about.st_size, about.st_mtime_ns)).encode()
-
-    return digest_of(images_of(row), of_file)
-
-
-def digest_of(images: Sequence[Any], of_file: Callable[[str], bytes]) -> str:
-    """Of decoded pixels, of bytes, or of what `of_file` says of a path; where one image ends counts too."""
-    digest = hashlib.sha256()
-    for image in images:
-        if not isinstance(image, Mapping):
-            content = repr((image.mode, image.size)).encode() + image.tobytes()
-        else:
-            content = image["bytes"] or of_file(image["path"])
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()
 
 
 def end_ids(model: TPRLForConditionalGeneration, processor: Any) -> list[int]:
@@ -173,8 +139,6 @@ def check_row(row: Mapping[str, Any]) -> None:
     """Raises `ValueError` for fields of a row that are not those of a sample."""
     if not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
         raise wrong("prompt", row.get("prompt"), "a question, or a list of chat messages", "Fill the column.")
-    if not isinstance(row.get("images", []), (list, tuple, type(None))):
-        raise wrong("images", row["images"], "a list of pictures", "It is empty for a question without one.")
     answer = row.get("answer")
     answers = answer if isinstance(answer, list) and answer else [answer]
     if answer is not None and not all(isinstance(one, str) for one in answers):
@@ -266,7 +230,7 @@ class SampleEncoder:
 
     def keys_of(self, row: Mapping[str, Any]) -> tuple[str, bytes]:
         """Under which the features of a row's images, and its texts, are kept."""
-        images = image_key(row) if self.cache.directory is None else image_digest(row)
+        images = image_digest(row)
         return images, hashlib.sha256(repr((images, row["prompt"], reference_answer(row))).encode()).digest()
 
     def groups(

@@ -71,6 +71,8 @@ class AutoencoderTrainer(PrunerTrainer):
             squares += tokens.double().square().sum(0)
             errors += (decoded - tokens).double().square().sum(0)
         count, total, squares, errors = (self.accelerator.reduce(x, "sum") for x in (count, total, squares, errors))
+        if not count:
+            raise ValueError("No row of eval_dataset has a picture, so that there are no visual tokens to code.")
         variance = (squares - total.square() / count).sum()
         return {
             "mse": (errors.sum() / (count * dim)).item(),

@@ -12,7 +12,7 @@ from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs
 from tprl_hf.modeling.values import COUNT, flag, number
 
 from .answer_batches import AnswerBatch, SampleEncoder
-from .trainer_arguments import given_dataset
+from .trainer_arguments import given_dataset, with_pictures
 
 NUM_BISECTIONS = 20
 
@@ -43,13 +43,14 @@ def calibrate_threshold(
         `float`: the threshold, in (0, 1).
 
     Raises:
-        `ValueError`: when `keep_ratio` is not a fraction, or out of reach because `min_keep` or `max_keep` bound it.
+        `ValueError`: when `keep_ratio` is not a fraction, or out of reach because `min_keep` or `max_keep` bound it,
+            and for a dataset without a picture.
     """
     what = "the fraction of visual tokens that is KEPT, a number in (0, 1)"
     keep_ratio = number(above=0, below=1, what=what)("keep_ratio", keep_ratio)
     batch_size, set_default = COUNT("batch_size", batch_size), flag("set_default", set_default)
     encoder = SampleEncoder(model, processor)
-    rows = given_dataset(dataset, "dataset")
+    rows = with_pictures(given_dataset(dataset, "dataset"), "dataset")
     batches = [
         encoder([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         for start in range(0, len(rows), batch_size)

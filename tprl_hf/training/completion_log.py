@@ -16,9 +16,10 @@ from transformers.integrations import TensorBoardCallback
 
 from tprl_hf.modeling.saved_files import written_whole
 from tprl_hf.modeling.text_query import question_of
+from tprl_hf.pictures import images_of
 from tprl_hf.visualization import Panel, draw_figures, figures_by_block, seen_pictures
 
-from .answer_batches import AnswerBatch, SampleEncoder, images_of, open_images, reference_answer
+from .answer_batches import AnswerBatch, SampleEncoder, open_images, reference_answer
 
 # Trackers that have tables and images under these names, `log`, `Table(dataframe=...)` and `Image`.
 TRACKERS = ("wandb", "trackio")

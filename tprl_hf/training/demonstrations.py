@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, List, Value, load_from_disk
-from datasets import Image as ImageFeature
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -52,6 +51,8 @@ def demonstrate(
         schedules: fractions of all visual tokens that are left after each step, descending.
     """
     inputs = batch.inputs
+    if not inputs.valid.any():  # no picture: there is nothing to keep
+        return [[inputs.valid] * len(schedule) for schedule in schedules]
     num_visual, protected = inputs.valid.sum(1), inputs.layout.protected
     scores = teacher.score(model, batch, inputs.valid) if isinstance(teacher, AnswerTeacher) else None
     demonstrated = []
@@ -113,7 +114,7 @@ def generate_demonstrations(
 
     Returns:
         `datasets.Dataset`: the rows of `dataset` with `keep_masks`, a list over steps of lists over the sample's
-        visual tokens; with `score="agreement"` also `unpruned_answer`.
+        visual tokens, in place of any they had; with `score="agreement"` also `unpruned_answer`.
 
     Raises:
         `ValueError`: when the ratios are not fractions in descending order, and for rows without the answer that the
@@ -142,6 +143,8 @@ def generate_demonstrations(
     directory = None if needs_attention else feature_cache_dir
     encoder = SampleEncoder(model, processor, cache_of(model, processor, cache_mb, directory, None), needs_attention)
     source = given_dataset(dataset, "dataset")
+    if "keep_masks" in dataset.column_names:  # of another teacher
+        dataset, source = (one.remove_columns("keep_masks") for one in (dataset, source))
     unpruned_answers = None
     if score == "agreement":
         beside = None if output_dir is None else f"{Path(output_dir)}.unpruned_answers"
@@ -190,10 +193,9 @@ def generate_demonstrations(
     demonstrations = source.add_column("keep_masks", column.data.column("keep_masks").combine_chunks())
     if unpruned_answers is not None:
         demonstrations = unpruned_answers.add_to(demonstrations, encoder)
-    decoded = {"images": List(ImageFeature()), "image": ImageFeature()}
-    for name in demonstrations.features.keys() & decoded.keys():
-        if dataset.features[name] == decoded[name]:
-            demonstrations = demonstrations.cast_column(name, decoded[name])
+    for name in ("images", "image"):
+        if demonstrations.features.get(name) != dataset.features.get(name):
+            demonstrations = demonstrations.cast_column(name, dataset.features[name])
     if saved is not None and process == 0:
         save_whole(demonstrations, Path(str(output_dir)), saved.depends_on)
         saved.remove()

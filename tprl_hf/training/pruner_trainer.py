@@ -31,7 +31,14 @@ from .feature_cache import cache_of
 from .micro_batches import MAX_TOKENS, MAX_TOKENS_ON_CPU, within_memory
 from .policy_config import PrunerTrainingConfig
 from .run_log import RunLog, start_facts
-from .trainer_arguments import given_args, given_dataset, given_model, given_processor, refuse_other_arguments
+from .trainer_arguments import (
+    given_args,
+    given_dataset,
+    given_model,
+    given_processor,
+    refuse_other_arguments,
+    with_pictures,
+)
 from .whole_checkpoints import (
     AfterSaving,
     NothingLeft,
@@ -110,14 +117,14 @@ class PrunerTrainer(Trainer):
         processing_class (*optional*): the model's processor, with a chat template; by default that beside the model or
             its base model.
         train_dataset (`datasets.Dataset`): rows with `images` (or `image`), `prompt` and, where the algorithm reads
-            it, `answer`; with `image_id`, questions about one image share its features.
+            it, `answer`; questions about one image share its features. Rows without a picture are left out.
         eval_dataset (`datasets.Dataset` or a dict of such, *optional*): rows of the same form.
         callbacks, optimizers: as in [`~transformers.Trainer`].
 
     Raises:
         `TypeError`: for arguments of other kinds, such as a stream of rows; the message says what to pass instead.
-        `ValueError`: for datasets that lack a column, where no processor is found, and for a base model with injected
-            adapters, which no checkpoint would bring back.
+        `ValueError`: for datasets that lack a column, a `train_dataset` without a picture, where no processor is found,
+            and for a base model with injected adapters, which no checkpoint would bring back.
 
     Attributes:
         recipe (`str`, *optional*): the name of the recipe that the run belongs to, for the model's config.
@@ -152,6 +159,7 @@ class PrunerTrainer(Trainer):
             given_dataset(dataset, name)
             for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset"))
         )
+        train_dataset = None if train_dataset is None else with_pictures(train_dataset, "train_dataset")
         model = given_model(model)
         if not has_adapter(model):  # before the work, which could not be saved
             refuse_adapters(name for name, _ in model.named_parameters())

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.pictures import images_of
 
-from .answer_batches import AnswerBatch, end_ids, images_of, open_images, until_end
+from .answer_batches import AnswerBatch, end_ids, open_images, until_end
 from .answer_rewards import ANSWER_REWARDS
 from .micro_batches import MAX_TOKENS, within_memory
 

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.pictures import images_of
 from tprl_hf.pruners.oracle import OraclePruner
 
-from .answer_batches import AnswerBatch, images_of, open_images
+from .answer_batches import AnswerBatch, open_images
 from .answer_scores import gradient_saliency, score_answers
 
 

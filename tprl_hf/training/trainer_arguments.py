@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, TrainingArguments
 from transformers.utils import logging
@@ -18,6 +21,7 @@ from .answer_batches import undecoded
 
 logger = logging.get_logger(__name__)
 
+ROWS_AT_ONCE = 1000
 _SAMPLES = "rows of a dataset are encoded where they are used, so that images are processed once"
 _MEASURED = "`evaluate` measures accuracy and log-probability: for more, call `model.generate`"
 _ROLLOUTS = "a rollout here is a series of keep masks, and nothing is generated between them"
@@ -152,6 +156,38 @@ def given_dataset(dataset: Any, name: str) -> Any:
     if len(dataset) == 0:
         raise ValueError(f"{name} has no rows.")
     return undecoded(dataset)
+
+
+def with_pictures(dataset: Dataset, name: str) -> Dataset:
+    """
+    The rows that have a picture: of others there is nothing to learn about pruning. One line says how many there are.
+
+    Raises:
+        `ValueError`: for a dataset that has none.
+    """
+    columns = [column for column in ("images", "image") if column in dataset.column_names]
+    has_picture = np.concatenate(
+        [
+            np.any([is_filled(table[column]) for column in columns], axis=0)
+            for table in dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE)
+        ]
+    )
+    if has_picture.all():
+        return dataset
+    if not has_picture.any():
+        raise ValueError(
+            f"No row of {name} has a picture, so that there are no visual tokens to prune: {' and '.join(columns)} "
+            f"of all {len(dataset)} rows are empty."
+        )
+    logger.warning(f"{name}: {(~has_picture).sum()} of {len(dataset)} rows have no picture, and are left out.")
+    return dataset.select(has_picture.nonzero()[0])
+
+
+def is_filled(column: pa.ChunkedArray) -> np.ndarray:
+    """Where a column holds a value, or a list that is not empty."""
+    if pa.types.is_nested(column.type) and not pa.types.is_struct(column.type):
+        return pc.greater(pc.fill_null(pc.list_value_length(column), 0), 0).to_numpy()
+    return column.is_valid().to_numpy()
 
 
 def num_answers(dataset: Dataset) -> int:

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, List
+from datasets import Image as ImageFeature
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.peft_adapter import FOLDER, has_adapter, refuse_unless_one_lora, save_adapter
 from tprl_hf.modeling.values import KEPT_FRACTION, list_of, whole
+from tprl_hf.pictures import images_of
 
 from .answer_batches import SampleEncoder, reference_answer, undecoded
 from .trainer_arguments import has_answers, needs_answers, take_one_device
@@ -78,14 +80,18 @@ class MixedBudgets(TrainerCallback):
 def as_chats(dataset: Dataset) -> Dataset:
     """Rows with `images`, `prompt` and `answer` as TRL takes them: `images`, `prompt` and `completion` as messages."""
 
+    # TRL reads one column, of lists
+    as_they_are = dataset.features.get("images") == List(ImageFeature()) and "image" not in dataset.column_names
+
     def chat(row: dict[str, Any]) -> dict[str, Any]:
+        pictures = {} if as_they_are else {"images": images_of(row)}
         asked = [{"role": "user", "content": row["prompt"]}]
-        return {"prompt": asked, "completion": [{"role": "assistant", "content": reference_answer(row)}]}
+        return {**pictures, "prompt": asked, "completion": [{"role": "assistant", "content": reference_answer(row)}]}
 
     kept = ("images", "prompt", "answer")
     others = [name for name in dataset.column_names if name not in kept]
     rows = undecoded(dataset).map(chat, remove_columns=[*others, "answer"])
-    return rows.cast_column("images", dataset.features["images"])
+    return rows.cast_column("images", List(ImageFeature()))
 
 
 def with_own_answers(

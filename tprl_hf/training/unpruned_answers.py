@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Features, List, Value
+from PIL import Image
 from torch import Tensor
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.pictures import images_of, stored_picture, to_rgb
 
-from .answer_batches import AnswerBatch, SampleEncoder, end_ids, images_of, until_end
+from .answer_batches import AnswerBatch, SampleEncoder, end_ids, until_end
 from .answer_scores import answer_logits, answered_prompts
 from .divergence import UnprunedAnswer, top_tokens
 from .fingerprint import fingerprint
@@ -131,13 +133,13 @@ class UnprunedAnswers:
     def key(self, row: Mapping[str, Any]) -> str:
         """Equal for the same pictures, whatever their `image_id`, and the same prompt."""
         digest = hashlib.sha256(repr(row["prompt"]).encode())
-        for image in images_of(row):
-            if not isinstance(image, Mapping):
-                digest.update(repr(image.size).encode() + image.tobytes())
-            elif image["bytes"]:
-                digest.update(hashlib.sha256(image["bytes"]).digest())
+        for image in map(stored_picture, images_of(row)):
+            if isinstance(image, Image.Image):
+                digest.update(repr(image.size).encode() + to_rgb(image).tobytes())
+            elif isinstance(image, bytes):
+                digest.update(hashlib.sha256(image).digest())
             else:
-                digest.update(self.digest_of_file(image["path"]))
+                digest.update(self.digest_of_file(image))
         return digest.hexdigest()
 
     def digest_of_file(self, path: str) -> bytes:

@@ -12,10 +12,11 @@ from datasets import Dataset
 
 from tprl_hf.modeling.saved_files import written_whole
 from tprl_hf.modeling.text_query import question_of
+from tprl_hf.pictures import image_digest, images_of
 from tprl_hf.report.runs import SHOWN
 from tprl_hf.report.shown import as_bits, shown_sample
 
-from .answer_batches import SampleEncoder, image_key, images_of, open_images, reference_answer
+from .answer_batches import SampleEncoder, open_images, reference_answer
 
 
 @dataclass
@@ -42,8 +43,8 @@ def watched_numbers(chosen: Sequence[ChosenTokens], dataset: Dataset, count: int
         if len(found) == count:
             break
         row = dataset[one.number]
-        if images_of(row) and image_key(row) not in seen:
-            seen.add(image_key(row))
+        if images_of(row) and (digest := image_digest(row)) not in seen:
+            seen.add(digest)
             found.append(place)
     return found
 
