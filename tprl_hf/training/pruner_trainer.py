@@ -123,8 +123,8 @@ class PrunerTrainer(Trainer):
 
     Raises:
         `TypeError`: for arguments of other kinds, such as a stream of rows; the message says what to pass instead.
-        `ValueError`: for datasets that lack a column, a `train_dataset` without a picture, where no processor is found,
-            and for a base model with injected adapters, which no checkpoint would bring back.
+        `ValueError`: for datasets that lack a column, a `train_dataset` without a picture, where no processor is
+            found, and for a base model with injected adapters, which no checkpoint would bring back.
 
     Attributes:
         recipe (`str`, *optional*): the name of the recipe that the run belongs to, for the model's config.
