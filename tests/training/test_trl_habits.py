@@ -1,6 +1,7 @@
 """What users of TRL write, on our trainers: it works as in TRL, or one line says what to write instead."""
 
 import asyncio
+import dataclasses
 import io
 import warnings
 
@@ -466,6 +467,23 @@ def test_configs_are_parsed_and_explained():
     words = ["--output_dir", "x", "--use_cpu", "True", "--rollout_keep_ratios", "0.5", "0.25", "--beta", "0.04"]
     (parsed,) = HfArgumentParser(TPRLGRPOConfig).parse_args_into_dataclasses(words)
     assert parsed.rollout_keep_ratios == [0.5, 0.25] and parsed.beta == 0.04  # KL, as in TRL
+
+
+@pytest.mark.parametrize("name", sorted(TRAINERS))
+def test_a_copy_of_a_config_is_the_same_config(name, tmp_path):
+    config = TRAINERS[name][1](str(tmp_path), **SETTINGS.get(name, QUIET), eval_strategy="steps")
+    copied = dataclasses.replace(config, seed=7)
+    differ = {key for key, value in vars(config).items() if repr(vars(copied)[key]) != repr(value)}
+    assert vars(copied).keys() == vars(config).keys() and differ == {"seed"}
+
+
+def test_a_copy_of_a_config_logs_each_buffer_too(make_model, processor, dataset, tmp_path):
+    settings = {**PPO, "max_steps": 4, "logging_steps": None}
+    config = dataclasses.replace(TPRLPPOConfig(str(tmp_path), **settings), learning_rate=1e-4)
+    for args, steps in ((config, [2, 4]), (dataclasses.replace(config, logging_steps=1), [1, 2, 3, 4])):
+        trainer = TPRLPPOTrainer(make_model(), args, processing_class=processor, train_dataset=dataset)
+        trainer.train()
+        assert [row["step"] for row in trainer.state.log_history if "loss" in row] == steps
 
 
 def test_an_optimizer_of_the_user(ppo, make_model):

@@ -86,7 +86,7 @@ class RolloutTrainer(PolicyTrainer):
             )
         if self.has_start:
             self.start_policy = copy.deepcopy(self.tprl_model.policy).requires_grad_(False)
-        if self.args.logs_buffers:
+        if self.args.logging_steps is None:
             self.add_callback(LogBuffers(self.updates_per_buffer))
         self.batch: AnswerBatch
         self.rollouts: Rollouts | None = None
