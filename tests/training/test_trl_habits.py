@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForImageTextToText, HfArgumentParser, TrainingArguments
+from transformers import AutoModelForImageTextToText, HfArgumentParser, TrainerCallback, TrainingArguments
 
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.modeling.text_query import chat_messages
@@ -376,6 +376,24 @@ def test_several_datasets_are_measured_by_name(ppo, dataset):
     assert trainer.best["score"] >= found["eval_logprob"] - 1e-6
     whole = ppo(model=trainer.tprl_model, eval_dataset=dataset).evaluate()
     assert whole["eval_logprob"] == pytest.approx(found["eval_logprob"], abs=1e-5)
+
+
+def test_what_a_callback_measures_or_logs_takes_nothing_from_the_training_log(ppo, dataset):
+    class InBetween(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            self.trainer.evaluate(dataset, metric_key_prefix="test")
+            self.trainer.log({"mine": 1.0})
+
+    callback = InBetween()
+    alone, watched = ppo({"max_steps": 2}), ppo({"max_steps": 2}, callbacks=[callback])
+    callback.trainer = watched
+    names = []
+    for trainer in (alone, watched):
+        trainer.train()
+        names.append([row.keys() for row in trainer.state.log_history if "loss" in row])
+    assert names[0] == names[1] and {"objective/score", "policy/approxkl_avg"} <= names[1][0]
+    others = [row.keys() for row in watched.state.log_history if "test_logprob" in row or "mine" in row]
+    assert len(others) == 4 and not any(name.startswith(("objective", "policy")) for row in others for name in row)
 
 
 def test_without_answers_the_rewards_are_measured(ppo, dataset):

@@ -252,7 +252,7 @@ class PrunerTrainer(Trainer):
                 self.metrics[name].append(number)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not any(name.startswith("eval_") for name in logs):
+        if "loss" in logs or "train_loss" in logs:  # of training; what else is logged in between takes nothing away
             logs = {**logs, **{name: sum(values) / len(values) for name, values in self.metrics.items()}}
             self.metrics.clear()
         super().log(logs, start_time)
