@@ -185,6 +185,8 @@ def test_a_processor_that_is_nowhere(make_model, tmp_path):
         (lambda m, p, d, a: TPRLPPOTrainer(m, a).train(), ValueError, "has no train_dataset"),
         (lambda m, p, d, a: LfDTrainer(m, LfDConfig(a.output_dir, **QUIET)).train(), ValueError, "a train_dataset"),
         (lambda m, p, d, a: TPRLPPOTrainer(m, a).evaluate(), ValueError, "pass eval_dataset"),
+        (lambda m, p, d, a: TPRLPPOTrainer(m, a, eval_dataset={}), ValueError, "eval_dataset has no sets: pass"),
+        (lambda m, p, d, a: AutoencoderTrainer(m).evaluate({}), ValueError, "eval_dataset has no sets: pass"),
         (
             lambda m, p, d, a: AutoencoderTrainer(m).predict(d),
             ValueError,
@@ -403,6 +405,55 @@ def test_without_answers_the_rewards_are_measured(ppo, dataset):
     trainer = ppo(eval_dataset=without_answers(dataset), reward_funcs=share)
     trainer.train()
     assert trainer.evaluate()["eval_reward"] == pytest.approx(0.25) and trainer.best["score"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("place", [0, 7])
+def test_one_row_without_an_answer_leaves_all_to_the_rewards(place, ppo, dataset):
+    """Whichever row it is, and however many are measured together."""
+    answers = dataset["answer"][:]
+    answers[place] = None
+    some = dataset.remove_columns("answer").add_column("answer", answers)
+
+    def length(prompts, **columns):
+        return [float(len(prompt)) for prompt in prompts]
+
+    expected = sum(len(prompt) for prompt in dataset["prompt"]) / len(dataset)
+    for size in (1, 3, 8):
+        trainer = ppo({"per_device_eval_batch_size": size}, eval_dataset=some, reward_funcs=length)
+        found = trainer.evaluate()
+        assert found["eval_reward"] == found["eval_reward@0.500"] == pytest.approx(expected)
+        assert not any("accuracy" in name or "logprob" in name for name in found)
+
+
+def test_what_no_function_scores_is_not_measured(ppo, dataset):
+    """`None` is not 0; where nothing is known nothing is best."""
+    bare = without_answers(dataset)
+
+    def of_some(prompts, **columns):
+        return [-0.5 if prompt in bare["prompt"][:3] else None for prompt in prompts]
+
+    for size in (1, 8):
+        trainer = ppo({"per_device_eval_batch_size": size}, eval_dataset=bare, reward_funcs=of_some)
+        trainer.train()
+        assert trainer.evaluate()["eval_reward"] == trainer.best["score"] == pytest.approx(-0.5)
+    trainer = ppo(eval_dataset=bare, reward_funcs=nothing)
+    trainer.train()
+    assert "eval_reward" not in trainer.evaluate() and not trainer.best
+
+
+def test_sets_that_are_measured_by_different_things_have_no_best(ppo, dataset):
+    sets = {"a": dataset, "b": without_answers(dataset)}
+    for arguments, other in (({}, "unpruned answers"), ({"reward_funcs": ones}, "rewards")):
+        with pytest.raises(ValueError, match=f"'a' has answers, 'b' has {other}. Give all rows an `answer`"):
+            ppo(eval_dataset=sets, **arguments)
+        trainer = ppo({"keep_best": False, "max_answer_length": 4}, eval_dataset=sets, **arguments)
+        found = trainer.evaluate()
+        assert {"eval_a_logprob", f"eval_b_{'reward' if arguments else 'agreement'}"} <= found.keys()
+    ppo({"score": "agreement"}, eval_dataset=sets)
+    trainer = ppo()
+    trainer.eval_dataset = sets
+    with pytest.raises(ValueError, match="'a' has answers, 'b' has unpruned answers"):
+        trainer.evaluate()
 
 
 def test_predictions_are_keep_masks(ppo, dataset):

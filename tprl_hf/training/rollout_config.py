@@ -56,8 +56,8 @@ class RolloutConfig(PolicyTrainingConfig):
         learning_rate (`float`, defaults to 1e-5), num_train_epochs (`float`, defaults to 200):
             The paper's. An epoch is a pass over the questions.
         logging_steps (`float`, *optional*):
-            By default, `None`, a log for each buffer; in a run of more than 2,000 buffers one for several, so that the log,
-            which each checkpoint holds, stays below about 1.5 MB.
+            By default, `None`, a log for each buffer; in a run of more than 2,000 buffers one for several, so that the
+            log, which each checkpoint holds, stays below about 1.5 MB.
 
     Raises:
         `ValueError`: for settings that exclude each other.
