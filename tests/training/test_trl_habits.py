@@ -8,11 +8,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import AutoModelForImageTextToText, HfArgumentParser, TrainerCallback, TrainingArguments
 
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.modeling.text_query import chat_messages
+from tprl_hf.report.runs import MASKS, json_lines
 from tprl_hf.training import (
     AutoencoderConfig,
     AutoencoderTrainer,
@@ -454,6 +455,14 @@ def test_sets_that_are_measured_by_different_things_have_no_best(ppo, dataset):
     trainer.eval_dataset = sets
     with pytest.raises(ValueError, match="'a' has answers, 'b' has unpruned answers"):
         trainer.evaluate()
+
+
+def test_question_types_may_be_numbers(ppo, dataset, tmp_path):
+    types = ClassLabel(names=["colour", "count"])
+    for kinds, feature, named in (([0, 1] * 4, types, {"0", "1"}), ([0, None] * 4, None, {"0", "all"})):
+        numbered = dataset.remove_columns("question_type").add_column("question_type", kinds, feature=feature)
+        ppo(eval_dataset=numbered).train()
+        assert all(of_types.keys() == named for of_types in json_lines(tmp_path / MASKS)[-1]["kept_by_type"])
 
 
 def test_predictions_are_keep_masks(ppo, dataset):

@@ -27,7 +27,7 @@ from .pruner_trainer import PrunerTrainer, TrainedNetworks
 from .rollouts import policy_on_trajectories
 from .trainer_arguments import given_dataset, has_answers
 from .unpruned_answers import UnprunedAnswers
-from .watched import ChosenTokens, masks_line, watched_numbers, write_watched
+from .watched import ChosenTokens, masks_line, question_type_of, watched_numbers, write_watched
 
 logger = logging.get_logger(__name__)
 
@@ -165,15 +165,15 @@ class PolicyTrainer(PrunerTrainer):
             masks, logits, valid = torch.stack(chosen).cpu(), torch.stack(scores).cpu(), batch.inputs.valid.cpu()
             for sample, (number, row) in enumerate(zip(numbers, batch.rows, strict=True)):
                 own = (part[:, sample, valid[sample]].numpy() for part in (masks, logits))
-                found.append(ChosenTokens(number, row.get("question_type") or "all", *own))
+                found.append(ChosenTokens(number, question_type_of(row), *own))
         means: dict[str, dict[str, Tensor]] = {}  # of each metric, by budget; none where nothing is known
         for name, total in totals.items():
             sums, counts = self.accelerator.reduce(total, "sum")
             columns = zip(ratios, sums, counts.tolist(), strict=True)
             means[name] = {f"{ratio:.3f}": one / count for ratio, one, count in columns if count}
         metrics = {name: torch.stack(list(known.values())).mean().item() for name, known in means.items() if known}
-        for ratio in (f"{ratio:.3f}" for ratio in ratios):
-            metrics |= {f"{name}@{ratio}": known[ratio].item() for name, known in means.items() if ratio in known}
+        for key in (f"{ratio:.3f}" for ratio in ratios):
+            metrics |= {f"{name}@{key}": known[key].item() for name, known in means.items() if key in known}
         return metrics, found
 
     def measured_by(self, dataset: Dataset) -> Measure:
@@ -258,6 +258,9 @@ class PolicyTrainer(PrunerTrainer):
 
     def begin(self) -> None:
         super().begin()
+        # of an earlier training of this trainer, perhaps with other data
+        self.best, self.last_measured, self.watched, self.digest = {}, -1, None, None
+        self.training_before = self.tprl_model.config.policy_training
         if self.args.keep_best and self.eval_dataset is not None:
             self.evaluate()
 
