@@ -500,3 +500,24 @@ def test_training_stops_after_so_many_passes_of_the_llm(name, make_model, proces
     resumed = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert (resumed.state.global_step, resumed.llm_passes) == (trainer.state.global_step, trainer.llm_passes)
+
+
+@pytest.mark.parametrize("name", ["ppo", "mapo", "lfd"])
+def test_a_second_training_knows_nothing_of_the_first(name, make_model, processor, dataset, tmp_path):
+    """Nor of its data: rows are known by their numbers, and the order of these changes here."""
+    settings = {"max_steps": 8, "save_strategy": "no", "logging_steps": 1, "learning_rate": 0.0}
+    if name != "lfd":
+        settings |= {"max_llm_passes": 50}
+    if name == "ppo":
+        settings |= {"critic_learning_rate": 0.0}
+    used, new = (stage(name, make_model, processor, dataset, str(tmp_path), **settings) for _ in range(2))
+    used.train()
+    other = used.train_dataset.select(range(7, 0, -1))
+    rows = []
+    for trainer in (used, new):
+        trainer.train_dataset = trainer.eval_dataset = other
+        trainer.train()
+        rows.append([row for row in trainer.state.log_history if "loss" in row or "eval_logprob" in row])
+    assert rows[0] == rows[1] and used.best["score"] == new.best["score"]
+    used.note_training(1)
+    assert used.tprl_model.config.policy_training["data"] == data_digest(used.train_dataset)

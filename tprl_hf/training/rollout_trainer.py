@@ -98,6 +98,11 @@ class RolloutTrainer(PolicyTrainer):
         self.unpruned: dict[int, Any] = {}
         self.buffer: dict[str, Tensor] = {}  # by name [T, S, ...], and `is_trained_on [S]`; without it all are
 
+    def begin(self) -> None:
+        self.num_scored = self.llm_passes = 0
+        self.unpruned = {}  # whose rows are those of `train_dataset`, which may be another one by now
+        super().begin()
+
     # ---- the algorithm ----
 
     def collect(self, buffer: int) -> None:
