@@ -47,6 +47,7 @@ ROLLOUTS = {
 PPO = {**ROLLOUTS, "num_ppo_epochs": 2}
 BUDGETED = {**ROLLOUTS, "num_iterations": 2, "rollout_keep_ratios": [0.5, 0.25], "shared_budget": 0.5}
 GRPO = {**BUDGETED, "min_spread": 1e-4, "score": "logprob"}
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 10}
 COUNTERFACTUAL = {**BUDGETED, "min_logprob": -100.0, "num_flips": 5}  # an untrained model is below the default
 
 
@@ -414,6 +415,10 @@ def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_pa
         (CounterfactualConfig, {"num_flips": 0}, "at least 1"),
         (LfDConfig, {"best_metric": "f1"}, "'accuracy' or 'logprob'"),
         (LfDConfig, {"eval_keep_ratios": [0.0]}, "that is KEPT"),
+        (LfDConfig, {"eval_keep_ratios": [0.5001, 0.5004]}, r"first three decimals.*got \[0.5001, 0.5004\]"),
+        (LfDConfig, BEST, "'loss' is not measured.*set one .*such as 'eval_logprob' or, without labels"),
+        (AutoencoderConfig, BEST, "'loss' is not measured.*such as 'eval_explained_variance'"),
+        (LfDConfig, {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "'loss' is not measured"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(config_class, settings, message, tmp_path):
