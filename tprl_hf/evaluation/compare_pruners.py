@@ -276,7 +276,9 @@ def encode_once(
         [`VisualFeatures`] of the whole batch, or `None` where it has no image.
     """
     first: dict[Any, int] = {}
-    rows = [first.setdefault(sample.get("image_id") or index, len(first)) for index, sample in enumerate(samples)]
+    ids = [sample.get("image_id") for sample in samples]  # 0 is one too, and no place in the batch
+    keys = [index if image_id in (None, "") else str(image_id) for index, image_id in enumerate(ids)]
+    rows = [first.setdefault(key, len(first)) for key in keys]
     unique = [samples[rows.index(row)] for row in range(len(first))]
     inputs = chat_inputs(processor, unique, model.device)
     if not any(sample["images"] for sample in unique):
