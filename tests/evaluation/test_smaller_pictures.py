@@ -11,7 +11,7 @@ from tests.families.tiny_processor import make_processor
 from tests.test_processors import absent
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.evaluation.answers import chat_inputs
-from tprl_hf.evaluation.compare_pruners import Setting, compare_pruners
+from tprl_hf.evaluation.compare_pruners import Setting, compare_pruners, encode_once
 from tprl_hf.evaluation.smaller_pictures import PictureShrinker, enlarged, nearest_grid
 from tprl_hf.missing_packages import load_processor
 from tprl_hf.pruners import DivPrune, PoolPruner, VisPruner
@@ -170,3 +170,14 @@ class TestShrinking:
 )
 def test_a_grid_keeps_the_shape_of_the_picture(size, target, grid):
     assert nearest_grid(size, target) == grid
+
+
+def test_pictures_may_be_named_by_numbers(tmp_path):
+    """0 is a name too: it is not the place of a sample, which may be the name of another picture."""
+    model, processor = tiny("llava", tmp_path)
+    pictures = [noise(96, 72, 0), noise(96, 72, 1)]
+    samples = [{**sample(pictures[name]), "image_id": name} for name in (0, 0, 1, 1)]
+    features = encode_once(model, processor, samples, None)
+    alone = encode_once(model, processor, [sample(pictures[name]) for name in (0, 0, 1, 1)], None)
+    for name, one in features.modalities.items():
+        torch.testing.assert_close(one.rows, alone.modalities[name].rows)

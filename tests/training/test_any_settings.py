@@ -183,6 +183,7 @@ def test_each_field_of_ours_is_described_here():
                 "hub_strategy",
                 "ddp_find_unused_parameters",
                 "checks",
+                "some_metrics",
             ),
         }
         assert own - {*BOOLS_OF_OURS} == described.keys()
@@ -194,6 +195,9 @@ def goes_together(config_class: type, values: dict[str, Any]) -> bool:
     of = {name: values.get(name, getattr(config_class, name, None)) for name in CONFIGS[config_class]}
     if config_class is CounterfactualConfig and "rollout_keep_ratios" not in values:
         of["rollout_keep_ratios"] = [1 / 3, 1 / 9]
+    ratios = values.get("eval_keep_ratios", ())
+    if len({f"{scalar(ratio):.3f}" for ratio in ratios}) < len(ratios):
+        return False
     if of["feature_cache_dtype"] is not None and of["feature_cache_dir"] is None:
         return False
     if "num_mini_batches" in of:

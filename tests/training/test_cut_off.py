@@ -335,6 +335,40 @@ def test_the_older_checkpoint_stays_until_the_new_one_is_whole(make_model, proce
     assert again.args.save_total_limit == 1
 
 
+def test_checkpoints_of_an_earlier_run_are_neither_taken_nor_deleted(make_model, processor, dataset, tmp_path, caplog):
+    def run(folder=tmp_path, **settings):
+        settings = {"save_steps": 2, "save_total_limit": 2, "logging_steps": 1, **settings}
+        return stage("autoencoder", make_model, processor, dataset, str(folder), **settings)
+
+    def steps():
+        return sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+
+    run(max_steps=8).train()
+    assert steps() == [6, 8] and not caplog.text
+    run(max_steps=4, learning_rate=1e-3).train()
+    assert steps() == [2, 4, 6, 8] and "has checkpoints of another run, such as checkpoint-8: they stay" in caplog.text
+    found, passed_over = newest_whole(tmp_path)
+    assert found == tmp_path / "checkpoint-4" and "checkpoint-8: another run wrote it" in passed_over[0]
+    again = run(max_steps=6, learning_rate=1e-3)
+    again.train(resume_from_checkpoint=True)
+    assert steps() == [4, 6, 8] and newest_whole(tmp_path)[0] == tmp_path / "checkpoint-6"
+    assert [row["step"] for row in again.state.log_history if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_checkpoints_of_older_versions_have_no_run_and_are_resumed_from(make_model, processor, dataset, tmp_path):
+    settings = {"save_steps": 2, "save_total_limit": 2}
+    stage("autoencoder", make_model, processor, dataset, str(tmp_path), max_steps=4, **settings).train()
+    for path in tmp_path.glob(f"checkpoint-*/{MANIFEST}"):
+        manifest = json.loads(path.read_text())
+        del manifest["run"]
+        path.write_text(json.dumps(manifest))
+    resumed = stage("autoencoder", make_model, processor, dataset, str(tmp_path), max_steps=6, **settings)
+    assert resumed.train(resume_from_checkpoint=True).global_step == 6
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+    stage("autoencoder", make_model, processor, dataset, str(tmp_path), max_steps=2, **settings).train()
+    assert newest_whole(tmp_path)[0] == tmp_path / "checkpoint-2"
+
+
 def test_a_run_that_is_resumed_at_its_last_step_trains_no_step_more(make_model, processor, dataset, tmp_path):
     """In the middle of an epoch, with a learning rate that does not end at 0."""
     settings = {"max_steps": 3, "save_steps": 3, "lr_scheduler_type": "constant"}

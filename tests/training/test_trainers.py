@@ -47,6 +47,7 @@ ROLLOUTS = {
 PPO = {**ROLLOUTS, "num_ppo_epochs": 2}
 BUDGETED = {**ROLLOUTS, "num_iterations": 2, "rollout_keep_ratios": [0.5, 0.25], "shared_budget": 0.5}
 GRPO = {**BUDGETED, "min_spread": 1e-4, "score": "logprob"}
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 10}
 COUNTERFACTUAL = {**BUDGETED, "min_logprob": -100.0, "num_flips": 5}  # an untrained model is below the default
 
 
@@ -438,6 +439,10 @@ def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_pa
         (CounterfactualConfig, {"num_flips": 0}, "at least 1"),
         (LfDConfig, {"best_metric": "f1"}, "'accuracy' or 'logprob'"),
         (LfDConfig, {"eval_keep_ratios": [0.0]}, "that is KEPT"),
+        (LfDConfig, {"eval_keep_ratios": [0.5001, 0.5004]}, r"first three decimals.*got \[0.5001, 0.5004\]"),
+        (LfDConfig, BEST, "'loss' is not measured.*set one .*such as 'eval_logprob' or, without labels"),
+        (AutoencoderConfig, BEST, "'loss' is not measured.*such as 'eval_explained_variance'"),
+        (LfDConfig, {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "'loss' is not measured"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(config_class, settings, message, tmp_path):
@@ -542,3 +547,24 @@ def test_training_stops_after_so_many_passes_of_the_llm(name, make_model, proces
     resumed = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert (resumed.state.global_step, resumed.llm_passes) == (trainer.state.global_step, trainer.llm_passes)
+
+
+@pytest.mark.parametrize("name", ["ppo", "mapo", "lfd"])
+def test_a_second_training_knows_nothing_of_the_first(name, make_model, processor, dataset, tmp_path):
+    """Nor of its data: rows are known by their numbers, and the order of these changes here."""
+    settings = {"max_steps": 8, "save_strategy": "no", "logging_steps": 1, "learning_rate": 0.0}
+    if name != "lfd":
+        settings |= {"max_llm_passes": 50}
+    if name == "ppo":
+        settings |= {"critic_learning_rate": 0.0}
+    used, new = (stage(name, make_model, processor, dataset, str(tmp_path), **settings) for _ in range(2))
+    used.train()
+    other = used.train_dataset.select(range(7, 0, -1))
+    rows = []
+    for trainer in (used, new):
+        trainer.train_dataset = trainer.eval_dataset = other
+        trainer.train()
+        rows.append([row for row in trainer.state.log_history if "loss" in row or "eval_logprob" in row])
+    assert rows[0] == rows[1] and used.best["score"] == new.best["score"]
+    used.note_training(1)
+    assert used.tprl_model.config.policy_training["data"] == data_digest(used.train_dataset)

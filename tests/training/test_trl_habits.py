@@ -1,6 +1,7 @@
 """What users of TRL write, on our trainers: it works as in TRL, or one line says what to write instead."""
 
 import asyncio
+import dataclasses
 import io
 import warnings
 from pathlib import Path
@@ -8,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
-from transformers import AutoModelForImageTextToText, HfArgumentParser, TrainingArguments
+from datasets import ClassLabel, Dataset, DatasetDict
+from transformers import AutoModelForImageTextToText, HfArgumentParser, TrainerCallback, TrainingArguments
 
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.evaluation.answers import chat_inputs
 from tprl_hf.modeling.text_query import chat_messages
+from tprl_hf.report.runs import MASKS, json_lines
 from tprl_hf.training import (
     AutoencoderConfig,
     AutoencoderTrainer,
@@ -196,6 +198,8 @@ def test_a_processor_that_is_nowhere(make_model, tmp_path):
         (lambda m, p, d, a: TPRLPPOTrainer(m, a).train(), ValueError, "has no train_dataset"),
         (lambda m, p, d, a: LfDTrainer(m, LfDConfig(a.output_dir, **QUIET)).train(), ValueError, "a train_dataset"),
         (lambda m, p, d, a: TPRLPPOTrainer(m, a).evaluate(), ValueError, "pass eval_dataset"),
+        (lambda m, p, d, a: TPRLPPOTrainer(m, a, eval_dataset={}), ValueError, "eval_dataset has no sets: pass"),
+        (lambda m, p, d, a: AutoencoderTrainer(m).evaluate({}), ValueError, "eval_dataset has no sets: pass"),
         (
             lambda m, p, d, a: AutoencoderTrainer(m).predict(d),
             ValueError,
@@ -520,6 +524,24 @@ def test_several_datasets_are_measured_by_name(ppo, dataset):
     assert whole["eval_logprob"] == pytest.approx(found["eval_logprob"], abs=1e-5)
 
 
+def test_what_a_callback_measures_or_logs_takes_nothing_from_the_training_log(ppo, dataset):
+    class InBetween(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            self.trainer.evaluate(dataset, metric_key_prefix="test")
+            self.trainer.log({"mine": 1.0})
+
+    callback = InBetween()
+    alone, watched = ppo({"max_steps": 2}), ppo({"max_steps": 2}, callbacks=[callback])
+    callback.trainer = watched
+    names = []
+    for trainer in (alone, watched):
+        trainer.train()
+        names.append([row.keys() for row in trainer.state.log_history if "loss" in row])
+    assert names[0] == names[1] and {"objective/score", "policy/approxkl_avg"} <= names[1][0]
+    others = [row.keys() for row in watched.state.log_history if "test_logprob" in row or "mine" in row]
+    assert len(others) == 4 and not any(name.startswith(("objective", "policy")) for row in others for name in row)
+
+
 def test_without_answers_the_rewards_are_measured(ppo, dataset):
     def share(prompts, completions, **columns):
         return [0.25] * len(prompts)
@@ -527,6 +549,63 @@ def test_without_answers_the_rewards_are_measured(ppo, dataset):
     trainer = ppo(eval_dataset=without_answers(dataset), reward_funcs=share)
     trainer.train()
     assert trainer.evaluate()["eval_reward"] == pytest.approx(0.25) and trainer.best["score"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("place", [0, 7])
+def test_one_row_without_an_answer_leaves_all_to_the_rewards(place, ppo, dataset):
+    """Whichever row it is, and however many are measured together."""
+    answers = dataset["answer"][:]
+    answers[place] = None
+    some = dataset.remove_columns("answer").add_column("answer", answers)
+
+    def length(prompts, **columns):
+        return [float(len(prompt)) for prompt in prompts]
+
+    expected = sum(len(prompt) for prompt in dataset["prompt"]) / len(dataset)
+    for size in (1, 3, 8):
+        trainer = ppo({"per_device_eval_batch_size": size}, eval_dataset=some, reward_funcs=length)
+        found = trainer.evaluate()
+        assert found["eval_reward"] == found["eval_reward@0.500"] == pytest.approx(expected)
+        assert not any("accuracy" in name or "logprob" in name for name in found)
+
+
+def test_what_no_function_scores_is_not_measured(ppo, dataset):
+    """`None` is not 0; where nothing is known nothing is best."""
+    bare = without_answers(dataset)
+
+    def of_some(prompts, **columns):
+        return [-0.5 if prompt in bare["prompt"][:3] else None for prompt in prompts]
+
+    for size in (1, 8):
+        trainer = ppo({"per_device_eval_batch_size": size}, eval_dataset=bare, reward_funcs=of_some)
+        trainer.train()
+        assert trainer.evaluate()["eval_reward"] == trainer.best["score"] == pytest.approx(-0.5)
+    trainer = ppo(eval_dataset=bare, reward_funcs=nothing)
+    trainer.train()
+    assert "eval_reward" not in trainer.evaluate() and not trainer.best
+
+
+def test_sets_that_are_measured_by_different_things_have_no_best(ppo, dataset):
+    sets = {"a": dataset, "b": without_answers(dataset)}
+    for arguments, other in (({}, "unpruned answers"), ({"reward_funcs": ones}, "rewards")):
+        with pytest.raises(ValueError, match=f"'a' has answers, 'b' has {other}. Give all rows an `answer`"):
+            ppo(eval_dataset=sets, **arguments)
+        trainer = ppo({"keep_best": False, "max_answer_length": 4}, eval_dataset=sets, **arguments)
+        found = trainer.evaluate()
+        assert {"eval_a_logprob", f"eval_b_{'reward' if arguments else 'agreement'}"} <= found.keys()
+    ppo({"score": "agreement"}, eval_dataset=sets)
+    trainer = ppo()
+    trainer.eval_dataset = sets
+    with pytest.raises(ValueError, match="'a' has answers, 'b' has unpruned answers"):
+        trainer.evaluate()
+
+
+def test_question_types_may_be_numbers(ppo, dataset, tmp_path):
+    types = ClassLabel(names=["colour", "count"])
+    for kinds, feature, named in (([0, 1] * 4, types, {"0", "1"}), ([0, None] * 4, None, {"0", "all"})):
+        numbered = dataset.remove_columns("question_type").add_column("question_type", kinds, feature=feature)
+        ppo(eval_dataset=numbered).train()
+        assert all(of_types.keys() == named for of_types in json_lines(tmp_path / MASKS)[-1]["kept_by_type"])
 
 
 def test_predictions_are_keep_masks(ppo, dataset):
@@ -609,6 +688,23 @@ def test_configs_are_parsed_and_explained():
     words = ["--output_dir", "x", "--use_cpu", "True", "--rollout_keep_ratios", "0.5", "0.25", "--beta", "0.04"]
     (parsed,) = HfArgumentParser(TPRLGRPOConfig).parse_args_into_dataclasses(words)
     assert parsed.rollout_keep_ratios == [0.5, 0.25] and parsed.beta == 0.04  # KL, as in TRL
+
+
+@pytest.mark.parametrize("name", sorted(TRAINERS))
+def test_a_copy_of_a_config_is_the_same_config(name, tmp_path):
+    config = TRAINERS[name][1](str(tmp_path), **SETTINGS.get(name, QUIET), eval_strategy="steps")
+    copied = dataclasses.replace(config, seed=7)
+    differ = {key for key, value in vars(config).items() if repr(vars(copied)[key]) != repr(value)}
+    assert vars(copied).keys() == vars(config).keys() and differ == {"seed"}
+
+
+def test_a_copy_of_a_config_logs_each_buffer_too(make_model, processor, dataset, tmp_path):
+    settings = {**PPO, "max_steps": 4, "logging_steps": None}
+    config = dataclasses.replace(TPRLPPOConfig(str(tmp_path), **settings), learning_rate=1e-4)
+    for args, steps in ((config, [2, 4]), (dataclasses.replace(config, logging_steps=1), [1, 2, 3, 4])):
+        trainer = TPRLPPOTrainer(make_model(), args, processing_class=processor, train_dataset=dataset)
+        trainer.train()
+        assert [row["step"] for row in trainer.state.log_history if "loss" in row] == steps
 
 
 def test_an_optimizer_of_the_user(ppo, make_model):

@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace) -> int:
     described = describe_run(arguments, model, known_before)
     claim_folder(folder, described, arguments.overwrite)
     # questions about one image are drawn together; a question without image stands alone
-    units = [image_id or number for number, image_id in enumerate(samples["image_id"])]
+    units = [number if image_id in (None, "") else image_id for number, image_id in enumerate(samples["image_id"])]
     asked = {
         "data": arguments.data,
         "split": described["split"],

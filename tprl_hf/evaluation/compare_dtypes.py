@@ -204,7 +204,7 @@ def compare_dtypes(
         `list[dict]`: a row for each dtype, pruner and budget: `accuracy`, `difference` (to float32), `masks` (see
         [`compare_choices`], to float32), `batch` (the same, of the second batch size to the first, in this dtype).
     """
-    units = [image_id or number for number, image_id in enumerate(samples["image_id"])]
+    units = [number if image_id in (None, "") else image_id for number, image_id in enumerate(samples["image_id"])]
     rows: list[dict[str, Any]] = []
     reference: Measured | None = None
     for dtype in (REFERENCE, *dtypes):

@@ -1,6 +1,7 @@
 """Configuration of the autoencoder's training."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .policy_config import PrunerTrainingConfig
 
@@ -15,6 +16,8 @@ class AutoencoderConfig(PrunerTrainingConfig):
         per_device_train_batch_size (`int`, defaults to 256):
             As in the repository of the paper's authors; the paper itself does not say. A batch counts images.
     """
+
+    some_metrics: ClassVar[str] = "'eval_explained_variance'"
 
     learning_rate: float = 1e-4
     num_train_epochs: float = 10

@@ -134,6 +134,10 @@ class TPRLMAPOTrainer(TPRLGRPOTrainer):
         self.memory = Memory(self.args.memory_size)
         self.num_replays = 0
 
+    def begin(self) -> None:
+        self.memory, self.num_replays = Memory(self.args.memory_size), 0
+        super().begin()
+
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         found = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if not self.num_replays:

@@ -20,6 +20,7 @@ from tprl_hf.modeling.values import (
     optional,
     text,
     whole,
+    wrong,
 )
 
 logger = logging.get_logger(__name__)
@@ -84,6 +85,8 @@ class PrunerTrainingConfig(TrainingArguments):
         "per_device_train_batch_size": COUNT,
     }
 
+    some_metrics: ClassVar[str]  # of those that `evaluate` gives, for messages
+
     feature_cache_mb: int = 1024
     feature_cache_dir: str | None = None
     feature_cache_dtype: str | None = None
@@ -128,6 +131,12 @@ class PrunerTrainingConfig(TrainingArguments):
                 f"feature_cache_dtype={self.feature_cache_dtype!r} is for features on disk: set feature_cache_dir too."
             )
         super().__post_init__()
+        if self.metric_for_best_model in ("loss", "eval_loss"):  # what transformers asks for where nothing is set
+            raise ValueError(
+                f"metric_for_best_model={self.metric_for_best_model!r} is not measured, and is the default with "
+                "load_best_model_at_end=True or lr_scheduler_type='reduce_lr_on_plateau': set one that `evaluate` "
+                f"gives, such as {self.some_metrics}."
+            )
 
     @classmethod
     def all_checks(cls) -> dict[str, Check]:
@@ -148,7 +157,8 @@ class PolicyTrainingConfig(PrunerTrainingConfig):
 
     Args:
         eval_keep_ratios (`list[float]`, defaults to 1/3, 2/9 and 1/9):
-            Budgets at which the policy is measured on `eval_dataset`, as it prunes at inference.
+            Budgets at which the policy is measured on `eval_dataset`, as it prunes at inference. Metrics are named by
+            three decimals of them.
         keep_best (`bool`, defaults to `True`):
             End with the weights that were best on `eval_dataset`, start and end included; without it, with the last.
             `eval_strategy` says how often it is measured in between.
@@ -176,6 +186,8 @@ class PolicyTrainingConfig(PrunerTrainingConfig):
         "watched_samples": whole(0),
     }
 
+    some_metrics: ClassVar[str] = "'eval_logprob' or, without labels, 'eval_agreement_logprob'"
+
     eval_keep_ratios: list[float] = field(default_factory=lambda: [1 / 3, 2 / 9, 1 / 9])
     keep_best: bool = True
     best_metric: Literal["accuracy", "logprob"] = "logprob"
@@ -183,3 +195,9 @@ class PolicyTrainingConfig(PrunerTrainingConfig):
     max_answer_length: int = 128
     unpruned_answers_dir: str | None = None
     watched_samples: int = 10
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len({f"{ratio:.3f}" for ratio in self.eval_keep_ratios}) < len(self.eval_keep_ratios):
+            what = "budgets that differ in their first three decimals, by which metrics are named"
+            raise wrong("eval_keep_ratios", self.eval_keep_ratios, what)

@@ -1,8 +1,9 @@
 """What all trainers of the policy have in common: measured as it prunes at inference, the best is kept."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,10 +27,12 @@ from .pruner_trainer import PrunerTrainer, TrainedNetworks
 from .rollouts import policy_on_trajectories
 from .trainer_arguments import given_dataset, has_answers
 from .unpruned_answers import UnprunedAnswers
-from .watched import ChosenTokens, masks_line, watched_numbers, write_watched
+from .watched import ChosenTokens, masks_line, question_type_of, watched_numbers, write_watched
 
 logger = logging.get_logger(__name__)
 
+# By what a dataset is measured: its answers, what the LVLM itself answers unpruned, or reward functions.
+Measure = Literal["answers", "unpruned answers", "rewards"]
 # What is measured in place of these where the reference is the LVLM's own unpruned answer.
 OF_OWN_ANSWER = {"accuracy": "agreement", "logprob": "agreement_logprob"}
 
@@ -83,6 +86,7 @@ class PolicyTrainer(PrunerTrainer):
     def __init__(self, model: TPRLForConditionalGeneration | str | os.PathLike, args: Any = None, **arguments: Any):
         super().__init__(model, args, **arguments)
         args, model = self.args, self.tprl_model
+        self.refuse_sets_without_a_mean()
         self.unpruned_answers = UnprunedAnswers(
             model,
             self.processing_class,
@@ -113,7 +117,8 @@ class PolicyTrainer(PrunerTrainer):
         Returns:
             `dict`: `accuracy@R` and `logprob@R` for each budget R, and their means `accuracy` and `logprob`. An answer
             is correct when greedy decoding gives exactly the reference. Without labels the reference is what the LVLM
-            itself answers unpruned: `agreement`, `agreement_logprob` and `kl`, in the same way. Besides,
+            itself answers unpruned: `agreement`, `agreement_logprob` and `kl`, in the same way. With reward functions,
+            where not every row has an answer, `reward`: the mean of what they say, `None` left out. Besides,
             `question_effect`, the percentage of the kept tokens that the question of the next sample in a batch would
             not keep: near 0 the policy does not read the question (see `policy_input_norm` of [`TPRLConfig`]).
         """
@@ -123,13 +128,15 @@ class PolicyTrainer(PrunerTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         self.chosen = []
+        if eval_dataset is None:
+            self.refuse_sets_without_a_mean()
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def measure_masks(self, dataset: Dataset) -> tuple[dict[str, float], list[ChosenTokens]]:
         """What `measure` gives, and what was chosen of the samples of this process."""
-        model, ratios, reads_labels = self.tprl_model, self.args.eval_keep_ratios, self.reads_labels(dataset)
+        model, ratios, measured_by = self.tprl_model, self.args.eval_keep_ratios, self.measured_by(dataset)
         pruner = model.learned_pruner()
-        sums: dict[str, Tensor] = {}  # of each metric, [R]
+        totals: dict[str, Tensor] = {}  # of each metric its sum, and how many samples it is known of, [2, R]
         found: list[ChosenTokens] = []
         # Each process takes every so many-th sample.
         mine = range(self.args.process_index, len(dataset), self.args.world_size)
@@ -140,36 +147,53 @@ class PolicyTrainer(PrunerTrainer):
             numbers, batch = mine[start : start + batch_size], self.encoder(following)
             following = [dataset[i] for i in mine[start + batch_size : start + 2 * batch_size]]
             self.encoder.prefetch(following)
-            batch = batch if reads_labels else self.unpruned_answers(batch)
+            batch = self.unpruned_answers(batch) if measured_by == "unpruned answers" else batch
             chosen, scores = [], []
             for column, ratio in enumerate(ratios):
                 budget = Budget(keep_ratio=ratio, min_keep=model.config.min_keep)
                 keep_mask, of_tokens = pruner.choose(batch.inputs, budget)
-                measured = self.measure_answers(batch, keep_mask)
+                measured = self.measure_answers(batch, keep_mask, measured_by)
                 if reads_questions:
                     measured["question_effect"] = question_effect(pruner, batch.inputs, budget, keep_mask)
                 for name, values in measured.items():
-                    zeros = torch.zeros(len(ratios), device=self.args.device)
-                    sums.setdefault(name, zeros)[column] += values.sum()
+                    total = totals.setdefault(name, torch.zeros(2, len(ratios), device=self.args.device))
+                    total[0, column] += values.sum()
+                    total[1, column] += len(values)
                 chosen.append(keep_mask)
                 protected = batch.inputs.layout.protected  # of a shared budget they get theirs first
                 scores.append(of_tokens.float().masked_fill(protected, torch.inf))
             masks, logits, valid = torch.stack(chosen).cpu(), torch.stack(scores).cpu(), batch.inputs.valid.cpu()
             for sample, (number, row) in enumerate(zip(numbers, batch.rows, strict=True)):
                 own = (part[:, sample, valid[sample]].numpy() for part in (masks, logits))
-                found.append(ChosenTokens(number, row.get("question_type") or "all", *own))
-        means = {name: self.accelerator.reduce(of_ratios, "sum") / len(dataset) for name, of_ratios in sums.items()}
-        metrics = {name: of_ratios.mean().item() for name, of_ratios in means.items()}
-        for column, ratio in enumerate(ratios):
-            metrics |= {f"{name}@{ratio:.3f}": of_ratios[column].item() for name, of_ratios in means.items()}
+                found.append(ChosenTokens(number, question_type_of(row), *own))
+        means: dict[str, dict[str, Tensor]] = {}  # of each metric, by budget; none where nothing is known
+        for name, total in totals.items():
+            sums, counts = self.accelerator.reduce(total, "sum")
+            columns = zip(ratios, sums, counts.tolist(), strict=True)
+            means[name] = {f"{ratio:.3f}": one / count for ratio, one, count in columns if count}
+        metrics = {name: torch.stack(list(known.values())).mean().item() for name, known in means.items() if known}
+        for key in (f"{ratio:.3f}" for ratio in ratios):
+            metrics |= {f"{name}@{key}": known[key].item() for name, known in means.items() if key in known}
         return metrics, found
 
-    def reads_labels(self, dataset: Dataset) -> bool:
-        """Whether a dataset is measured by its column `answer`; else by what the LVLM itself answers unpruned."""
-        return has_answers(dataset)
+    def measured_by(self, dataset: Dataset) -> Measure:
+        """By what a dataset is measured, all of its rows alike."""
+        return "answers" if has_answers(dataset) else "unpruned answers"
 
-    def measure_answers(self, batch: AnswerBatch, keep_mask: Tensor) -> dict[str, Tensor]:
-        """What is measured of each sample, pruned to `keep_mask [B, N]`: float32 `[B]` by name."""
+    def refuse_sets_without_a_mean(self) -> None:
+        """Raises `ValueError` for evaluation sets that are measured by different things, so that no mean is best."""
+        if not self.args.keep_best or not isinstance(self.eval_dataset, Mapping):
+            return
+        by = {name: self.measured_by(dataset) for name, dataset in self.eval_dataset.items()}
+        if len(set(by.values())) > 1:
+            raise ValueError(
+                "keep_best=True needs one measure for all sets of eval_dataset; "
+                f"{', '.join(f'{name!r} has {measure}' for name, measure in by.items())}. "
+                "Give all rows an `answer`, or remove the column from all sets, or set keep_best=False."
+            )
+
+    def measure_answers(self, batch: AnswerBatch, keep_mask: Tensor, measured_by: Measure) -> dict[str, Tensor]:
+        """What is measured of samples, pruned to `keep_mask [B, N]`: by name float32 `[B]`, less what is unknown."""
         everyone, args = list(range(len(batch))), self.args
         scores = score_answers(
             self.tprl_model, batch, keep_mask, everyone, args.score_batch_size, self.score_batch_tokens
@@ -219,9 +243,11 @@ class PolicyTrainer(PrunerTrainer):
     def remember_if_best(self, metrics: dict[str, float]) -> None:
         self.last_measured = self.state.global_step
         # without labels the LVLM's own answers or the rewards are all that is measured
-        name = next(one for one in self.best_metrics if f"eval_{one}" in metrics)
+        name = next((one for one in self.best_metrics if f"eval_{one}" in metrics), None)
+        if name is None or not self.args.keep_best:  # no reward function said anything
+            return
         score = metrics[f"eval_{name}"]
-        if self.args.keep_best and ("score" not in self.best or rises(name) * (score - self.best["score"]) > 0):
+        if "score" not in self.best or rises(name) * (score - self.best["score"]) > 0:
             weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
             self.best = {"score": score, "metric": name, "step": self.state.global_step, "weights": weights}
 
@@ -232,6 +258,9 @@ class PolicyTrainer(PrunerTrainer):
 
     def begin(self) -> None:
         super().begin()
+        # of an earlier training of this trainer, perhaps with other data
+        self.best, self.last_measured, self.watched, self.digest = {}, -1, None, None
+        self.training_before = self.tprl_model.config.policy_training
         if self.args.keep_best and self.eval_dataset is not None:
             self.evaluate()
 

@@ -47,8 +47,10 @@ from .whole_checkpoints import (
     could_not_be_written,
     make_room,
     mark_whole,
+    new_run,
     num_processes,
     remove_old,
+    run_of,
 )
 
 STATE_FILE = "pruner_trainer_{rank}.pt"
@@ -189,6 +191,7 @@ class PrunerTrainer(Trainer):
         self.last_inputs: Any = None
         self.recipe: str | None = None
         self.being_written: Path | None = None  # a checkpoint that is not marked whole yet
+        self.run = 0  # among those that have checkpoints in `output_dir`
         self.run_log = RunLog(args.output_dir, start_facts(self._stage, args))
         super().__init__(
             model=self.networks(model, args),
@@ -265,7 +268,7 @@ class PrunerTrainer(Trainer):
                 self.metrics[name].append(number)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not any(name.startswith("eval_") for name in logs):
+        if "loss" in logs or "train_loss" in logs:  # of training; what else is logged in between takes nothing away
             logs = {**logs, **{name: sum(values) / len(values) for name, values in self.metrics.items()}}
             self.metrics.clear()
         super().log(logs, start_time)
@@ -279,7 +282,7 @@ class PrunerTrainer(Trainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint of a run with the same settings; `True`
-                for the newest in `output_dir` that is whole.
+                for the newest in `output_dir` that is whole, of the last run that was started there.
 
         Raises:
             `ValueError`: when there is none to resume from, or a file of it is missing or damaged.
@@ -288,7 +291,9 @@ class PrunerTrainer(Trainer):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args) if resume_from_checkpoint else None
         if checkpoint is not None:
             self.restore(checkpoint)
+            self.run = run_of(checkpoint) or 0
         else:
+            self.run = new_run(Path(self.args.output_dir)) if self.args.should_save else 0
             set_seed(self.args.seed)  # as after `__init__`, whatever was drawn since then
         # transformers would delete old checkpoints before the new one is marked
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -402,7 +407,7 @@ class PrunerTrainer(Trainer):
         assert self.being_written is not None
         self.accelerator.wait_for_everyone()  # each process has written its part
         if self.args.should_save:
-            mark_whole(self.being_written, self.args.world_size)
+            mark_whole(self.being_written, self.args.world_size, self.run)
             remove_old(self.being_written, self.save_total_limit, self.state.best_model_checkpoint)
         self.being_written = None
 

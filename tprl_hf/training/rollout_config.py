@@ -56,8 +56,8 @@ class RolloutConfig(PolicyTrainingConfig):
         learning_rate (`float`, defaults to 1e-5), num_train_epochs (`float`, defaults to 200):
             The paper's. An epoch is a pass over the questions.
         logging_steps (`float`, *optional*):
-            By default a log for each buffer; in a run of more than 2,000 buffers one for several, so that the log,
-            which each checkpoint holds, stays below about 1.5 MB.
+            By default, `None`, a log for each buffer; in a run of more than 2,000 buffers one for several, so that the
+            log, which each checkpoint holds, stays below about 1.5 MB.
 
     Raises:
         `ValueError`: for settings that exclude each other.
@@ -87,7 +87,7 @@ class RolloutConfig(PolicyTrainingConfig):
     micro_batch_size: int | None = None
     learning_rate: float = 1e-5
     num_train_epochs: float = 200
-    logging_steps: float | None = None  # type: ignore[assignment]  # a number when this is made
+    logging_steps: float | None = None  # type: ignore[assignment]
 
     @property
     def updates_per_buffer(self) -> int:
@@ -100,10 +100,12 @@ class RolloutConfig(PolicyTrainingConfig):
         raise NotImplementedError
 
     def __post_init__(self):
-        self.logs_buffers = self.logging_steps is None
-        if self.logging_steps is None:  # the trainer counts buffers
+        logging_steps = self.logging_steps
+        if logging_steps is None:  # for transformers, which falls back to it for `eval_steps`
             self.logging_steps = PolicyTrainingConfig.logging_steps
         super().__post_init__()
+        if logging_steps is None:  # again, so that a copy of the config logs buffers too
+            self.logging_steps = None
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} has no meaning here: set "

@@ -16,10 +16,10 @@ from transformers import TrainerCallback
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
-from .answer_batches import AnswerBatch, reference_answer
+from .answer_batches import AnswerBatch
 from .answer_scores import score_answers
 from .completion_log import completions_of, write_completions
-from .policy_trainer import PolicyTrainer
+from .policy_trainer import Measure, PolicyTrainer
 from .rewards import (
     MaskScores,
     RewardFunction,
@@ -31,7 +31,7 @@ from .rewards import (
 )
 from .rollout_config import BudgetedRolloutConfig, RolloutConfig
 from .rollouts import Budgets, Rollouts, annealed, draw_budgets
-from .trainer_arguments import has_answers, needs_answers
+from .trainer_arguments import needs_answers, num_answers
 from .unpruned_answers import OWN_ANSWER_SCORES
 
 MAX_LOGS = 2000  # each checkpoint holds them all
@@ -79,8 +79,8 @@ class RolloutTrainer(PolicyTrainer):
         reward_funcs: RewardFunction | str | Sequence[RewardFunction | str] | None = None,
         **arguments: Any,
     ):
-        super().__init__(model, args, **arguments)
         self.reward_funcs = given_rewards(reward_funcs)
+        super().__init__(model, args, **arguments)
         self.reward_weights = check_rewards(self.reward_funcs, self.args.reward_weights)
         if not self.reward_funcs and self.args.score not in OWN_ANSWER_SCORES:
             needs_answers(
@@ -88,7 +88,7 @@ class RolloutTrainer(PolicyTrainer):
             )
         if self.has_start:
             self.start_policy = copy.deepcopy(self.tprl_model.policy).requires_grad_(False)
-        if self.args.logs_buffers:
+        if self.args.logging_steps is None:
             self.add_callback(LogBuffers(self.updates_per_buffer))
         self.batch: AnswerBatch
         self.rollouts: Rollouts | None = None
@@ -99,6 +99,11 @@ class RolloutTrainer(PolicyTrainer):
         # of unpruned prompts, by row: answers where reward functions score them, else scores
         self.unpruned: dict[int, Any] = {}
         self.buffer: dict[str, Tensor] = {}  # by name [T, S, ...], and `is_trained_on [S]`; without it all are
+
+    def begin(self) -> None:
+        self.num_scored = self.llm_passes = 0
+        self.unpruned = {}  # whose rows are those of `train_dataset`, which may be another one by now
+        super().begin()
 
     # ---- the algorithm ----
 
@@ -259,23 +264,23 @@ class RolloutTrainer(PolicyTrainer):
             self.args.score_batch_size, self.score_batch_tokens,
         )  # fmt: skip
 
-    def reads_labels(self, dataset: Dataset) -> bool:
-        # where reward functions score, those without labels are measured by them
-        by_own_answer = self.args.score in OWN_ANSWER_SCORES or not has_answers(dataset)
-        return bool(self.reward_funcs) or not by_own_answer
+    def measured_by(self, dataset: Dataset) -> Measure:
+        if self.reward_funcs:  # those that are not all labelled are measured by them
+            return "answers" if num_answers(dataset) == len(dataset) else "rewards"
+        return "unpruned answers" if self.args.score in OWN_ANSWER_SCORES else super().measured_by(dataset)
 
     @property
     def best_metrics(self) -> tuple[str, ...]:
         least = ("kl",) if self.args.score == "kl" and self.args.best_metric == "logprob" else ()
         return (*least, *super().best_metrics)
 
-    def measure_answers(self, batch: AnswerBatch, keep_mask: Tensor) -> dict[str, Tensor]:
-        if self.reward_funcs and reference_answer(batch.rows[0]) is None:
-            trained_with = self.num_scored
-            rewards = self.score_masks(batch, keep_mask, list(range(len(batch)))).scores
-            self.num_scored = trained_with  # `llm_passes` counts what training costs, not what measuring does
-            return {"reward": rewards.nan_to_num()}
-        return super().measure_answers(batch, keep_mask)
+    def measure_answers(self, batch: AnswerBatch, keep_mask: Tensor, measured_by: Measure) -> dict[str, Tensor]:
+        if measured_by != "rewards":
+            return super().measure_answers(batch, keep_mask, measured_by)
+        trained_with = self.num_scored
+        rewards = self.score_masks(batch, keep_mask, list(range(len(batch)))).scores
+        self.num_scored = trained_with  # `llm_passes` counts what training costs, not what measuring does
+        return {"reward": rewards[~rewards.isnan()]}
 
     def score_steps(self, batch: AnswerBatch, rollouts: Rollouts, every_step: bool = True) -> Tensor:
         """

@@ -136,11 +136,13 @@ def given_dataset(dataset: Any, name: str) -> Any:
 
     Raises:
         `TypeError`: for what is not a `datasets.Dataset`, such as a stream.
-        `ValueError`: for a dataset without rows, or without the columns that each sample has.
+        `ValueError`: for a dataset without rows, or without the columns that each sample has; for no set in a dict.
     """
     if dataset is None:
         return None
     if isinstance(dataset, Mapping) and name == "eval_dataset":
+        if not dataset:
+            raise ValueError("eval_dataset has no sets: pass a dataset, a dict of some, or None.")
         return {key: given_dataset(one, f"{name}[{key!r}]") for key, one in dataset.items()}
     if not isinstance(dataset, Dataset):
         cure = "make one with Dataset.from_list(rows)"

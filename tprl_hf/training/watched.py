@@ -1,7 +1,7 @@
 """The keep masks of the same few pictures, each time that the policy is measured, for `tprl report`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,12 @@ class ChosenTokens:
     scores: np.ndarray
 
 
+def question_type_of(row: Mapping[str, Any]) -> str:
+    """The type of a row's question, also where types are numbers; "all" where rows have none."""
+    found = row.get("question_type")
+    return "all" if found is None or found == "" else str(found)
+
+
 def watched_numbers(chosen: Sequence[ChosenTokens], dataset: Dataset, count: int) -> list[int]:
     """Places in `chosen` of the first `count` samples whose pictures are all new."""
     found: list[int] = []
@@ -56,7 +62,7 @@ def write_watched(encoder: SampleEncoder, rows: Sequence[dict[str, Any]], output
     for row in rows:
         layout = encoder([row]).inputs.layout[torch.tensor(0)]
         inputs, images = encoder.process(row), open_images(images_of(row))
-        asked = question_of(row["prompt"]), reference_answer(row), row.get("question_type") or "all"
+        asked = question_of(row["prompt"]), reference_answer(row), question_type_of(row)
         samples.append(shown_sample(*asked, images, encoder.processor, inputs, layout).as_json())
     with written_whole(Path(output_dir)) as scratch:
         (Path(scratch) / SHOWN).write_text(json.dumps({"samples": samples}) + "\n", encoding="utf-8")

@@ -26,15 +26,21 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def mark_whole(folder: Path, num_processes: int = 1) -> None:
-    """Lists the files of a checkpoint, or of another folder, in its manifest, once the disk has them."""
+def mark_whole(folder: Path, num_processes: int = 1, run: int = 0) -> None:
+    """
+    Lists the files of a checkpoint, or of another folder, in its manifest, once the disk has them.
+
+    Args:
+        num_processes (`int`, defaults to 1): that wrote it.
+        run (`int`, defaults to 0): the run that it belongs to, see [`new_run`].
+    """
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
             flush(path)
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest_of(path)}
     unfinished = folder / f".{MANIFEST}"
-    unfinished.write_text(json.dumps({"num_processes": num_processes, "files": files}, indent=1) + "\n")
+    unfinished.write_text(json.dumps({"num_processes": num_processes, "run": run, "files": files}, indent=1) + "\n")
     flush(unfinished)
     unfinished.replace(folder / MANIFEST)
 
@@ -73,22 +79,50 @@ def num_processes(checkpoint: Path) -> int:
     return json.loads((checkpoint / MANIFEST).read_bytes())["num_processes"]
 
 
+def run_of(checkpoint: Path) -> int | None:
+    """The number of the run that wrote a checkpoint; 0 of older versions, `None` where it was not marked."""
+    try:
+        return json.loads((checkpoint / MANIFEST).read_bytes()).get("run", 0)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def latest_run(folder: Path) -> int:
+    """The number of the last run that has checkpoints in a directory, 0 without any."""
+    return max((run_of(checkpoint) or 0 for checkpoint in checkpoints_of(folder)), default=0)
+
+
+def new_run(folder: Path) -> int:
+    """The number of a run that starts anew in a directory: the checkpoints of others are neither its own nor newer."""
+    others = [checkpoint for checkpoint in checkpoints_of(folder) if run_of(checkpoint) is not None]
+    if others:
+        logger.warning(
+            f"{folder} has checkpoints of another run, such as {others[0].name}: they stay, but for those of the same "
+            "steps. Pass resume_from_checkpoint=True to resume, or another output_dir."
+        )
+    return latest_run(folder) + 1
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    """All checkpoints of a run, newest first, with those that were being written anew."""
+    """All checkpoints of a directory, highest step first, with those that were being written anew."""
     pattern = re.compile(rf"({re.escape(REPLACED)})?checkpoint-\d+")
     found = [path for path in folder.glob("*checkpoint-*") if pattern.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: (step_of(path), path.name), reverse=True)
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that a run can resume from, if any, and a line for each newer one that it cannot."""
+    """The newest checkpoint of the last run that can be resumed from, if any, and a line for each one above it."""
     passed_over: list[str] = []
+    last = latest_run(folder)
     for checkpoint in checkpoints_of(folder):
-        why = why_not_whole(checkpoint)
+        if run_of(checkpoint) in (last, None):  # one that was not marked may be of the last run
+            why = why_not_whole(checkpoint)
+        else:
+            why = "another run wrote it, before the last one"
         if why is None:
             return checkpoint, passed_over
         passed_over.append(f"passed over {checkpoint}: {why}.")
@@ -144,18 +178,18 @@ def could_not_be_written(checkpoint: Path, error: Exception) -> OSError:
 
 def remove_old(newest: Path, limit: int | None, best: str | None) -> None:
     """
-    Deletes what a whole checkpoint makes unnecessary.
+    Deletes what a whole checkpoint makes unnecessary; of other runs nothing.
 
     Args:
         newest (`Path`): the checkpoint that was just marked.
-        limit (`int`, *optional*): how many marked ones may stay, `newest` and `best` always.
+        limit (`int`, *optional*): how many marked ones of its run may stay, `newest` and `best` always.
         best (`str`, *optional*): a checkpoint that is kept.
     """
     shutil.rmtree(newest.with_name(REPLACED + newest.name), ignore_errors=True)
     if not limit or limit < 0:
         return
     kept = {newest.name, *([Path(best).name] if best else [])}
-    marked = [path for path in checkpoints_of(newest.parent) if (path / MANIFEST).exists()]
+    marked = [path for path in checkpoints_of(newest.parent) if run_of(path) == run_of(newest)]
     others = [path for path in marked if path.name not in kept]
     for path in others[max(0, limit - len(kept)) :]:
         (path / MANIFEST).unlink()  # first, so that half of it is not taken for all
