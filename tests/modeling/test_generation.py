@@ -7,9 +7,21 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import CONFIG_MAPPING, DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria, TextStreamer
+from transformers import (
+    CONFIG_MAPPING,
+    DynamicCache,
+    EosTokenCriteria,
+    ForcedEOSTokenLogitsProcessor,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
-from tests.families.tiny_models import BOS, FAMILIES, before_second_image, build, collate, sample
+from tests.families.tiny_models import BOS, FAMILIES, PAD, before_second_image, build, collate, sample
 from tests.families.ways_to_generate import CANNOT
 from tprl_hf.modeling import TPRLForConditionalGeneration
 from tprl_hf.modeling.cached_prompt import CACHE_NAME
@@ -189,6 +201,49 @@ def test_processors_and_criteria_see_the_original_prompt(copies):
         assert ids.shape[1] == length + step
         assert torch.equal(ids[:, :length], prompts)
     assert all(torch.equal(ids, batch["input_ids"][row]) for row, ids in allowed)
+
+
+OF_ITS_OWN_TYPES = {
+    "penalty": lambda length: {
+        "repetition_penalty": 3.0,
+        "logits_processor": [RepetitionPenaltyLogitsProcessor(1.0001)],
+    },
+    "forced end": lambda length: {"logits_processor": [ForcedEOSTokenLogitsProcessor(length + 2, 9, "cpu")]},
+    "length": lambda length: {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(length + 9)])},
+    "end": lambda length: {"stopping_criteria": StoppingCriteriaList([EosTokenCriteria(50)])},
+}
+
+
+@pytest.mark.parametrize("case", OF_ITS_OWN_TYPES)
+@torch.no_grad()
+def test_processors_and_criteria_of_generates_own_types_replace_its_own(case):
+    base, model = wrap("llava")
+    _, batch = batch_of("llava")
+    given = OF_ITS_OWN_TYPES[case]
+    settings = {**batch, **given(batch["input_ids"].shape[1]), "max_new_tokens": 6}
+    made = model.generate(**settings, keep_ratio=1.0)
+    assert torch.equal(made, base.generate(**settings))
+    assert not torch.equal(made, base.generate(**batch, max_new_tokens=6, repetition_penalty=3.0))
+    assert model.generate(**settings).shape == made.shape
+
+
+class EndsAs(StoppingCriteria):
+    """A user's own criterion with the attribute by which `generate` knows that answers end one by one."""
+
+    eos_token_id = torch.tensor([50])
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.eos_token_id
+
+
+@torch.no_grad()
+def test_an_own_criterion_that_ends_answers_pads_them():
+    base, model = wrap("llava")
+    _, batch = batch_of("llava")
+    settings = {**batch, "stopping_criteria": StoppingCriteriaList([EndsAs()]), "max_new_tokens": 6}
+    expected = base.generate(**settings)
+    assert expected[0, -1] == PAD
+    assert torch.equal(model.generate(**settings, keep_ratio=1.0), expected)
 
 
 @torch.no_grad()

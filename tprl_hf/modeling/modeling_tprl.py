@@ -304,7 +304,8 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
     ) -> Any:
         r"""
         The base model's own `generate` on the pruned prompt. Whatever is returned or shown to the user's processors,
-        criteria and streamers begins with the ORIGINAL prompt, and `max_length` and `min_length` count it.
+        criteria and streamers begins with the ORIGINAL prompt, and `max_length` and `min_length` count it. Processors
+        and criteria of just the types that `generate` makes itself replace its own, and see the pruned prompt.
 
         Args:
             inputs (`int64 [B, L]`, *optional*): the prompts, also as `input_ids`.
