@@ -21,7 +21,7 @@ from transformers import (
     TextStreamer,
 )
 
-from tests.families.tiny_models import BOS, FAMILIES, PAD, before_second_image, build, collate, sample
+from tests.families.tiny_models import BOS, EOS, FAMILIES, PAD, before_second_image, build, collate, sample
 from tests.families.ways_to_generate import CANNOT
 from tprl_hf.modeling import TPRLForConditionalGeneration
 from tprl_hf.modeling.cached_prompt import CACHE_NAME
@@ -335,6 +335,41 @@ def test_padding_behind_a_state_is_refused(family):
     mask = torch.cat([output.columns >= 0, torch.tensor([[False, True], [True, True]])], 1).long()
     with pytest.raises(ValueError, match="carry a state"):
         model(input_ids=torch.tensor([[0, 7], [8, 9]]), attention_mask=mask, past_key_values=output.past_key_values)
+
+
+@pytest.mark.parametrize("penalty", [{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 1}])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@torch.no_grad()
+def test_a_second_turn_is_scored_as_afresh(family, penalty):
+    """Also where the padding token is one that an answer may have: nobody wrote it."""
+    base, model = wrap(family)
+    base.generation_config.pad_token_id = EOS
+    batch = collate(family, [sample(family, 1, 1, text=8)])
+    first = model.generate(**batch, max_new_tokens=3, return_dict_in_generate=True)
+    inputs = second_turn(first, [[11, 12, 13]], batch)
+    settings = {**inputs, **penalty, "max_new_tokens": 1, "return_dict_in_generate": True, "output_scores": True}
+    again = model.generate(**settings, past_key_values=first.past_key_values)
+    afresh = model.generate(**settings, keep_mask=first.keep_mask)
+    assert torch.allclose(again.scores[0], afresh.scores[0], atol=2e-5)
+
+
+@torch.no_grad()
+def test_padding_of_pruned_prompts_is_not_penalised():
+    """One column of it without a cache; in a batch where samples keep different numbers."""
+    base, model = wrap("llava")
+    base.generation_config.pad_token_id = EOS
+    alone = collate("llava", [sample("llava", 2, 2, text=8)])
+    settings = {
+        "no_repeat_ngram_size": 1,
+        "max_new_tokens": 1,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    made = model.generate(**alone, **settings, keep_ratio=1.0, use_cache=False).scores[0]
+    assert torch.allclose(made, base.generate(**alone, **settings, use_cache=False).scores[0], atol=2e-5)
+    batch = {name: value.repeat_interleave(2, 0) for name, value in alone.items()}
+    keep_mask = torch.arange(int(model.prune(**batch).num_visual.sum())) > 9
+    assert model.generate(**batch, **settings, keep_mask=keep_mask).scores[0][:, EOS].isfinite().all()
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if not FAMILIES[f].uncached_differs])
