@@ -25,6 +25,7 @@ from tests.families.tiny_models import BOS, EOS, FAMILIES, PAD, before_second_im
 from tests.families.ways_to_generate import CANNOT
 from tprl_hf.modeling import TPRLForConditionalGeneration
 from tprl_hf.modeling.cached_prompt import CACHE_NAME
+from tprl_hf.modeling.escalation import Escalation
 from tprl_hf.pruners import RandomPruner, TokenPruner
 
 pytestmark = pytest.mark.short
@@ -543,6 +544,39 @@ def test_foreign_and_mismatched_caches_are_refused():
         model.generate(**inputs, past_key_values=first.past_key_values)
     with pytest.raises(ValueError, match="at least one new token"):
         model.generate(**batch, past_key_values=first.past_key_values)
+
+
+@pytest.mark.parametrize("longer", [-1, 0, 1])
+@torch.no_grad()
+def test_a_negative_prompt_is_read_whole(longer):
+    base, model = wrap("llava")
+    batch = collate("llava", [sample("llava", 2, 2, text=8)])
+    negative = torch.arange(batch["input_ids"].shape[1] + longer)[None] % 50 + 5
+    mask = torch.ones_like(negative)
+    settings = {"guidance_scale": 3.0, "negative_prompt_ids": negative, "negative_prompt_attention_mask": mask}
+    read = []
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda module, arguments, output: read.append(arguments[0]))
+    model.generate(**batch, **settings, max_new_tokens=1)
+    handle.remove()
+    assert any(torch.equal(ids, negative) for ids in read)
+    expected = base.generate(**batch, **settings, max_new_tokens=3)
+    assert torch.equal(model.generate(**batch, **settings, keep_ratio=1.0, max_new_tokens=3), expected)
+
+
+@pytest.mark.parametrize("longer", [0, 1])
+@torch.no_grad()
+def test_a_second_look_has_its_samples_negative_prompts(longer):
+    _, model = wrap("llava")
+    _, batch = batch_of("llava")
+    negative = torch.arange(3 * (batch["input_ids"].shape[1] + longer)).view(3, -1) % 50 + 5
+    settings = {"guidance_scale": 3.0, "negative_prompt_ids": negative, "max_new_tokens": 3}
+    made = model.generate(
+        **batch, **settings, escalate=Escalation(keep_ratio=0.9, below=1.0), return_dict_in_generate=True
+    )
+    assert 0 < made.is_escalated.sum() < 3
+    expected = model.generate(**batch, **settings, keep_ratio=0.9)
+    assert torch.equal(made.sequences[made.is_escalated], expected[made.is_escalated])
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from .cached_prompt import CachedPrompt, next_position
 from .columns import count_positions, gather_columns, kept_columns, left_padded_index
 from .lvlm_adapters import HANDED, LVLMAdapter
+from .sequence_inputs import runs_along
 from .visual_features import VisualFeatures
 
 
@@ -246,7 +247,7 @@ def other_inputs(batch: PromptBatch, columns: KeptColumns, adapter: LVLMAdapter)
     used_up = adapter.consumed_names() | {"position_ids"}
     inputs = {name: value for name, value in batch.inputs.items() if name not in used_up}
     for name, value in inputs.items():
-        if torch.is_tensor(value) and value.shape == batch.input_ids.shape:
+        if runs_along(name, value, batch.input_ids):
             padding_value = -100 if name == "labels" else 0
             inputs[name] = gather_columns(value, columns.index, columns.valid, padding_value).to(batch.device)
     return inputs
