@@ -481,6 +481,35 @@ def test_a_conversation_with_the_base_model_is_not_disturbed(family):
 
 
 @torch.no_grad()
+def test_positions_behind_a_cache_are_taken_as_given():
+    """PaliGemma counts from 1 in a direct forward; each step is compared with the base model's."""
+    base, model = wrap("paligemma")
+    batch = collate("paligemma", [sample("paligemma", 1, 1)])
+    length = batch["input_ids"].shape[1]
+
+    def steps(of, given, **settings):
+        positions = {"position_ids": torch.arange(1, length + 1)[None]} if given[0] else {}
+        output = of(**batch, **positions, **settings, use_cache=True)
+        logits = []
+        for step, is_given in enumerate(given[1:], start=1):
+            positions = {"position_ids": torch.tensor([[length + step]])} if is_given else {}
+            output = of(
+                input_ids=torch.tensor([[6 + step]]),
+                attention_mask=torch.ones(1, length + step, dtype=torch.long),
+                token_type_ids=torch.ones(1, 1, dtype=torch.long),
+                **{CACHE_NAME: output[CACHE_NAME]},
+                **positions,
+            )
+            logits.append(output.logits[:, -1])
+        return torch.stack(logits)
+
+    expected = steps(base, (False, False, False))
+    for given in ((False, True, False), (True, False, True), (True, True, True)):
+        for keep in ({"keep_ratio": 1.0}, {"prune": False}):
+            assert (steps(model, given, **keep) - expected).abs().max() <= 2e-5
+
+
+@torch.no_grad()
 def test_own_caches_are_filled():
     _, model = wrap("llava")
     batch = collate("llava", [sample("llava", 1, 1)])

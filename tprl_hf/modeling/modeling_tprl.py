@@ -215,8 +215,11 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             pruned.inputs["labels"] = predicted_labels(pruned.inputs["labels"], pruned.columns)
         if "shift_labels" in batch.inputs:
             pruned.inputs["shift_labels"] = shifted_labels(batch.inputs["shift_labels"], pruned.columns)
+        offset = self.adapter.forward_position_offset
         if "position_ids" not in inputs:
-            pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
+            pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + offset
+        elif offset:  # given ones have it, those of a record do not
+            pruned.record.positions = pruned.record.positions - offset
         if batch.inputs.get("inputs_embeds") is not None:
             del pruned.inputs["input_ids"]
             pruned.inputs["inputs_embeds"] = embed_columns(batch.inputs["inputs_embeds"], pruned.columns)
@@ -262,10 +265,14 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         if attention_mask is not None:
             new = attention_mask[:, -ids.shape[1] :].cpu().long()
         record.check_padding(new)
-        positions = record.next_position[:, None] + new.cumsum(1) - 1
         attended = torch.cat([record.attention_mask, new], 1)
-        inputs.setdefault("position_ids", self.adapter.spread_positions(positions, new).to(device))
-        inputs["position_ids"] = inputs["position_ids"] + self.adapter.forward_position_offset
+        offset, given = self.adapter.forward_position_offset, inputs.get("position_ids")
+        if given is None:
+            positions = record.next_position[:, None] + new.cumsum(1) - 1
+            inputs["position_ids"] = self.adapter.spread_positions(positions, new).to(device) + offset
+        else:
+            positions = self.adapter.complete_positions(given.cpu(), new)
+            positions = self.adapter.largest_positions(positions) - offset
         for name in self.adapter.consumed_names():
             inputs.pop(name, None)
         output = self.lvlm(
@@ -274,7 +281,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             return_dict=True,
             **inputs,
         )
-        self._note(output[CACHE_NAME], record.extend(ids, new))
+        self._note(output[CACHE_NAME], record.extend(ids, new, positions))
         output = self._output(output)
         return output if return_dict else output.to_tuple()
 
