@@ -123,6 +123,27 @@ def test_returned_scores_follow_the_tokens(family):
     assert output.keep_mask.sum() == output.num_kept.sum()
 
 
+@pytest.mark.parametrize("ways", [{}, {"num_beams": 2}])
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+@torch.no_grad()
+def test_embeddings_beside_ids_are_pruned_like_them(family, ways):
+    base, model = wrap(family)
+    samples, batch = batch_of(family)
+    settings = {**batch, **ways, "max_new_tokens": NEW}
+    embeds = base.get_input_embeddings()(batch["input_ids"])
+    assert torch.equal(model.generate(**settings, inputs_embeds=embeds), model.generate(**settings))
+    other = embeds.clone()
+    other[:, -3:] += 1.0
+    made = model.generate(**settings, inputs_embeds=other)
+    assert not torch.equal(made, model.generate(**settings))
+    # without padding, some of which the tiny base model takes for placeholders
+    settings = {**collate(family, samples[1:2]), **ways, "max_new_tokens": NEW}
+    other = base.get_input_embeddings()(settings["input_ids"])
+    other[:, -3:] += 1.0
+    everything = model.generate(**settings, inputs_embeds=other, keep_ratio=1.0)
+    assert torch.equal(everything, base.generate(**settings, inputs_embeds=other))
+
+
 @torch.no_grad()
 def test_attentions_are_over_the_pruned_prompt():
     _, model = wrap("llava")

@@ -240,6 +240,16 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             self._note(output.get(CACHE_NAME), pruned.record)
         return output
 
+    def _embeds_of(self, inputs_embeds: Tensor, pruned: PrunedBatch) -> Tensor:
+        """Embeddings of the full prompts, given beside their ids, for the pruned prompts: `[B, P, D]`.
+
+        The base model finds placeholders by their embeddings, those that stand in padding too.
+        """
+        rows = embed_columns(inputs_embeds, pruned.columns)
+        added = ((pruned.columns < 0) & self.adapter.find_visual(pruned.input_ids)).to(rows.device)
+        own = self.get_input_embeddings()(pruned.inputs["input_ids"]).to(rows)
+        return torch.where(added[..., None], own, rows)
+
     def _packed_rows(self, input_ids: Tensor, inputs: dict[str, Any]) -> PackedRows | None:
         """The samples of packed rows, where the base model would tell them apart by their positions."""
         positions = inputs.get("position_ids")
@@ -387,6 +397,8 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             arguments, generation_config, self.generation_config, prompt.shape[1], length
         )
         wrap_for_original_prompt(arguments, prompt, length)
+        if arguments.get("inputs_embeds") is not None:
+            arguments["inputs_embeds"] = self._embeds_of(arguments["inputs_embeds"], pruned)
         if embeds is None:
             output = self.lvlm.generate(generation_config=generation_config, **arguments)
         else:
