@@ -7,12 +7,25 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import CONFIG_MAPPING, DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria, TextStreamer
+from transformers import (
+    CONFIG_MAPPING,
+    DynamicCache,
+    EosTokenCriteria,
+    ForcedEOSTokenLogitsProcessor,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
-from tests.families.tiny_models import BOS, FAMILIES, before_second_image, build, collate, sample
+from tests.families.tiny_models import BOS, EOS, FAMILIES, PAD, before_second_image, build, collate, sample
 from tests.families.ways_to_generate import CANNOT
 from tprl_hf.modeling import TPRLForConditionalGeneration
 from tprl_hf.modeling.cached_prompt import CACHE_NAME
+from tprl_hf.modeling.escalation import Escalation
 from tprl_hf.pruners import RandomPruner, TokenPruner
 
 pytestmark = pytest.mark.short
@@ -110,6 +123,27 @@ def test_returned_scores_follow_the_tokens(family):
     assert output.keep_mask.sum() == output.num_kept.sum()
 
 
+@pytest.mark.parametrize("ways", [{}, {"num_beams": 2}])
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+@torch.no_grad()
+def test_embeddings_beside_ids_are_pruned_like_them(family, ways):
+    base, model = wrap(family)
+    samples, batch = batch_of(family)
+    settings = {**batch, **ways, "max_new_tokens": NEW}
+    embeds = base.get_input_embeddings()(batch["input_ids"])
+    assert torch.equal(model.generate(**settings, inputs_embeds=embeds), model.generate(**settings))
+    other = embeds.clone()
+    other[:, -3:] += 1.0
+    made = model.generate(**settings, inputs_embeds=other)
+    assert not torch.equal(made, model.generate(**settings))
+    # without padding, some of which the tiny base model takes for placeholders
+    settings = {**collate(family, samples[1:2]), **ways, "max_new_tokens": NEW}
+    other = base.get_input_embeddings()(settings["input_ids"])
+    other[:, -3:] += 1.0
+    everything = model.generate(**settings, inputs_embeds=other, keep_ratio=1.0)
+    assert torch.equal(everything, base.generate(**settings, inputs_embeds=other))
+
+
 @torch.no_grad()
 def test_attentions_are_over_the_pruned_prompt():
     _, model = wrap("llava")
@@ -189,6 +223,49 @@ def test_processors_and_criteria_see_the_original_prompt(copies):
         assert ids.shape[1] == length + step
         assert torch.equal(ids[:, :length], prompts)
     assert all(torch.equal(ids, batch["input_ids"][row]) for row, ids in allowed)
+
+
+OF_ITS_OWN_TYPES = {
+    "penalty": lambda length: {
+        "repetition_penalty": 3.0,
+        "logits_processor": [RepetitionPenaltyLogitsProcessor(1.0001)],
+    },
+    "forced end": lambda length: {"logits_processor": [ForcedEOSTokenLogitsProcessor(length + 2, 9, "cpu")]},
+    "length": lambda length: {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(length + 9)])},
+    "end": lambda length: {"stopping_criteria": StoppingCriteriaList([EosTokenCriteria(50)])},
+}
+
+
+@pytest.mark.parametrize("case", OF_ITS_OWN_TYPES)
+@torch.no_grad()
+def test_processors_and_criteria_of_generates_own_types_replace_its_own(case):
+    base, model = wrap("llava")
+    _, batch = batch_of("llava")
+    given = OF_ITS_OWN_TYPES[case]
+    settings = {**batch, **given(batch["input_ids"].shape[1]), "max_new_tokens": 6}
+    made = model.generate(**settings, keep_ratio=1.0)
+    assert torch.equal(made, base.generate(**settings))
+    assert not torch.equal(made, base.generate(**batch, max_new_tokens=6, repetition_penalty=3.0))
+    assert model.generate(**settings).shape == made.shape
+
+
+class EndsAs(StoppingCriteria):
+    """A user's own criterion with the attribute by which `generate` knows that answers end one by one."""
+
+    eos_token_id = torch.tensor([50])
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.eos_token_id
+
+
+@torch.no_grad()
+def test_an_own_criterion_that_ends_answers_pads_them():
+    base, model = wrap("llava")
+    _, batch = batch_of("llava")
+    settings = {**batch, "stopping_criteria": StoppingCriteriaList([EndsAs()]), "max_new_tokens": 6}
+    expected = base.generate(**settings)
+    assert expected[0, -1] == PAD
+    assert torch.equal(model.generate(**settings, keep_ratio=1.0), expected)
 
 
 @torch.no_grad()
@@ -280,6 +357,41 @@ def test_padding_behind_a_state_is_refused(family):
     mask = torch.cat([output.columns >= 0, torch.tensor([[False, True], [True, True]])], 1).long()
     with pytest.raises(ValueError, match="carry a state"):
         model(input_ids=torch.tensor([[0, 7], [8, 9]]), attention_mask=mask, past_key_values=output.past_key_values)
+
+
+@pytest.mark.parametrize("penalty", [{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 1}])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@torch.no_grad()
+def test_a_second_turn_is_scored_as_afresh(family, penalty):
+    """Also where the padding token is one that an answer may have: nobody wrote it."""
+    base, model = wrap(family)
+    base.generation_config.pad_token_id = EOS
+    batch = collate(family, [sample(family, 1, 1, text=8)])
+    first = model.generate(**batch, max_new_tokens=3, return_dict_in_generate=True)
+    inputs = second_turn(first, [[11, 12, 13]], batch)
+    settings = {**inputs, **penalty, "max_new_tokens": 1, "return_dict_in_generate": True, "output_scores": True}
+    again = model.generate(**settings, past_key_values=first.past_key_values)
+    afresh = model.generate(**settings, keep_mask=first.keep_mask)
+    assert torch.allclose(again.scores[0], afresh.scores[0], atol=2e-5)
+
+
+@torch.no_grad()
+def test_padding_of_pruned_prompts_is_not_penalised():
+    """One column of it without a cache; in a batch where samples keep different numbers."""
+    base, model = wrap("llava")
+    base.generation_config.pad_token_id = EOS
+    alone = collate("llava", [sample("llava", 2, 2, text=8)])
+    settings = {
+        "no_repeat_ngram_size": 1,
+        "max_new_tokens": 1,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    made = model.generate(**alone, **settings, keep_ratio=1.0, use_cache=False).scores[0]
+    assert torch.allclose(made, base.generate(**alone, **settings, use_cache=False).scores[0], atol=2e-5)
+    batch = {name: value.repeat_interleave(2, 0) for name, value in alone.items()}
+    keep_mask = torch.arange(int(model.prune(**batch).num_visual.sum())) > 9
+    assert model.generate(**batch, **settings, keep_mask=keep_mask).scores[0][:, EOS].isfinite().all()
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if not FAMILIES[f].uncached_differs])
@@ -390,6 +502,35 @@ def test_a_conversation_with_the_base_model_is_not_disturbed(family):
 
 
 @torch.no_grad()
+def test_positions_behind_a_cache_are_taken_as_given():
+    """PaliGemma counts from 1 in a direct forward; each step is compared with the base model's."""
+    base, model = wrap("paligemma")
+    batch = collate("paligemma", [sample("paligemma", 1, 1)])
+    length = batch["input_ids"].shape[1]
+
+    def steps(of, given, **settings):
+        positions = {"position_ids": torch.arange(1, length + 1)[None]} if given[0] else {}
+        output = of(**batch, **positions, **settings, use_cache=True)
+        logits = []
+        for step, is_given in enumerate(given[1:], start=1):
+            positions = {"position_ids": torch.tensor([[length + step]])} if is_given else {}
+            output = of(
+                input_ids=torch.tensor([[6 + step]]),
+                attention_mask=torch.ones(1, length + step, dtype=torch.long),
+                token_type_ids=torch.ones(1, 1, dtype=torch.long),
+                **{CACHE_NAME: output[CACHE_NAME]},
+                **positions,
+            )
+            logits.append(output.logits[:, -1])
+        return torch.stack(logits)
+
+    expected = steps(base, (False, False, False))
+    for given in ((False, True, False), (True, False, True), (True, True, True)):
+        for keep in ({"keep_ratio": 1.0}, {"prune": False}):
+            assert (steps(model, given, **keep) - expected).abs().max() <= 2e-5
+
+
+@torch.no_grad()
 def test_own_caches_are_filled():
     _, model = wrap("llava")
     batch = collate("llava", [sample("llava", 1, 1)])
@@ -453,6 +594,39 @@ def test_foreign_and_mismatched_caches_are_refused():
         model.generate(**inputs, past_key_values=first.past_key_values)
     with pytest.raises(ValueError, match="at least one new token"):
         model.generate(**batch, past_key_values=first.past_key_values)
+
+
+@pytest.mark.parametrize("longer", [-1, 0, 1])
+@torch.no_grad()
+def test_a_negative_prompt_is_read_whole(longer):
+    base, model = wrap("llava")
+    batch = collate("llava", [sample("llava", 2, 2, text=8)])
+    negative = torch.arange(batch["input_ids"].shape[1] + longer)[None] % 50 + 5
+    mask = torch.ones_like(negative)
+    settings = {"guidance_scale": 3.0, "negative_prompt_ids": negative, "negative_prompt_attention_mask": mask}
+    read = []
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda module, arguments, output: read.append(arguments[0]))
+    model.generate(**batch, **settings, max_new_tokens=1)
+    handle.remove()
+    assert any(torch.equal(ids, negative) for ids in read)
+    expected = base.generate(**batch, **settings, max_new_tokens=3)
+    assert torch.equal(model.generate(**batch, **settings, keep_ratio=1.0, max_new_tokens=3), expected)
+
+
+@pytest.mark.parametrize("longer", [0, 1])
+@torch.no_grad()
+def test_a_second_look_has_its_samples_negative_prompts(longer):
+    _, model = wrap("llava")
+    _, batch = batch_of("llava")
+    negative = torch.arange(3 * (batch["input_ids"].shape[1] + longer)).view(3, -1) % 50 + 5
+    settings = {"guidance_scale": 3.0, "negative_prompt_ids": negative, "max_new_tokens": 3}
+    made = model.generate(
+        **batch, **settings, escalate=Escalation(keep_ratio=0.9, below=1.0), return_dict_in_generate=True
+    )
+    assert 0 < made.is_escalated.sum() < 3
+    expected = model.generate(**batch, **settings, keep_ratio=0.9)
+    assert torch.equal(made.sequences[made.is_escalated], expected[made.is_escalated])
 
 
 @torch.no_grad()

@@ -165,15 +165,16 @@ class CachedPrompt:
         """Position of the token after the last attended column, `int64 [B]`."""
         return next_position(self.positions, self.attention_mask)
 
-    def extend(self, input_ids: Tensor, attention_mask: Tensor) -> "CachedPrompt":
-        """The record after columns of text were added behind it."""
-        new = attention_mask.long().cumsum(1) - 1
+    def extend(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> "CachedPrompt":
+        """The record after columns of text were added behind it, at the next positions or at `positions [B, S]`."""
+        if positions is None:
+            positions = self.next_position[:, None] + attention_mask.long().cumsum(1) - 1
         decided = torch.tensor([[len(mask)] for mask in self.keep_masks], device="cpu").expand(-1, input_ids.shape[1])
         return replace(
             self,
             input_ids=torch.cat([self.input_ids, input_ids], 1),
             attention_mask=torch.cat([self.attention_mask, attention_mask.long()], 1),
-            positions=torch.cat([self.positions, self.next_position[:, None] + new], 1),
+            positions=torch.cat([self.positions, positions], 1),
             num_decided=torch.cat([self.num_decided, decided], 1),
             is_filler=None,
         )

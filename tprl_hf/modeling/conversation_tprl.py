@@ -97,6 +97,9 @@ class TPRLConversationModel(TPRLPlanningModel):
         positions = None if attention_mask is None else self.adapter.forward_positions(attention_mask)
         if positions is not None and inputs.get("position_ids") is None:
             inputs = {**inputs, "position_ids": positions}
+        elif inputs.get("position_ids") is not None:  # given ones have the offset of a direct forward
+            offset = self.adapter.forward_position_offset
+            inputs = {**inputs, "position_ids": inputs["position_ids"] - offset}
         prompt = self._unpruned_prompt(input_ids, attention_mask, inputs) if cache is not None else None
         if prompt is not None and int(cache.get_seq_length()) == prompt.input_ids.shape[1]:
             prompt.attach(cache)

@@ -11,6 +11,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .budget import Budget, keep_counts
 from .generation_tprl import setting
+from .sequence_inputs import OTHER_PROMPTS
 from .values import FRACTION, KEPT_FRACTION, check_fields, wrong
 from .visual_features import VisualFeatures
 
@@ -185,7 +186,7 @@ def generate_escalated(
 
     of_rows = {
         name: value[..., rows.to(value.device), :]
-        if torch.is_tensor(value) and value.shape[-2:] == input_ids.shape
+        if torch.is_tensor(value) and (value.shape[-2:] == input_ids.shape or name in OTHER_PROMPTS)
         else value
         for name, value in {**inputs, "input_ids": input_ids, "query_mask": query_mask}.items()
     }

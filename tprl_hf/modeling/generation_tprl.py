@@ -4,11 +4,29 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from .columns import restore_prompt
+
+# Attributes of the library's own processors and criteria that count the prompt.
+_LENGTHS = (
+    "min_length",
+    "max_length",
+    "prompt_length_to_skip",
+    "prompt_ignore_length",
+    "regulation_start",
+    "begin_index",
+)
 
 
 class _SeesOriginalPrompt(LogitsProcessor):
@@ -26,6 +44,11 @@ class _StopsOnOriginalPrompt(StoppingCriteria):
 
     def __init__(self, criterion: StoppingCriteria, prompt: Tensor, pruned_length: int):
         self.criterion, self.prompt, self.pruned_length = criterion, prompt, pruned_length
+
+    def __getattr__(self, name: str) -> Any:  # `generate` asks which criteria have an `eos_token_id`
+        if name == "criterion":  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.criterion, name)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
         return self.criterion(restore_prompt(input_ids, self.prompt, self.pruned_length), scores, **kwargs)
@@ -46,16 +69,42 @@ class _StreamsOriginalPrompt(BaseStreamer):
         self.streamer.end()
 
 
+def counting_pruned(given: Any, length: int, pruned_length: int) -> Any:
+    """
+    A processor or criterion of the library's own, whose lengths count the pruned prompt; `None` for any other.
+
+    `generate` leaves out its own where a user passes one of just its type, so that the type must stay. It sees what
+    the one left out would have seen: the pruned prompt.
+    """
+    library = (LogitsProcessor.__module__, StoppingCriteria.__module__)
+    if type(given).__module__ not in library or isinstance(given, PrefixConstrainedLogitsProcessor):
+        return None
+    lengths = {name: getattr(given, name) for name in _LENGTHS if getattr(given, name, None) is not None}
+    ignored = lengths.get("prompt_ignore_length")
+    if ignored is not None and bool((torch.as_tensor(ignored) < length).any()):
+        return None  # it ends within the prompt, where pruning moves columns
+    if not lengths or length == pruned_length:
+        return given
+    given = copy.copy(given)
+    for name, value in lengths.items():
+        setattr(given, name, value - length + pruned_length)
+    return given
+
+
 def wrap_for_original_prompt(kwargs: dict[str, Any], prompt: Tensor, pruned_length: int) -> None:
     """Wraps, in place, what the user passed to `generate` and what looks at the prompt."""
+    length = prompt.shape[1]
     if kwargs.get("logits_processor") is not None:
-        processors = [_SeesOriginalPrompt(p, prompt, pruned_length) for p in kwargs["logits_processor"]]
-        kwargs["logits_processor"] = LogitsProcessorList(processors)
+        kwargs["logits_processor"] = LogitsProcessorList(
+            counting_pruned(p, length, pruned_length) or _SeesOriginalPrompt(p, prompt, pruned_length)
+            for p in kwargs["logits_processor"]
+        )
     if kwargs.get("stopping_criteria") is not None:
         given = kwargs["stopping_criteria"]
         criteria = [given] if isinstance(given, StoppingCriteria) else given
         kwargs["stopping_criteria"] = StoppingCriteriaList(
-            [_StopsOnOriginalPrompt(c, prompt, pruned_length) for c in criteria]
+            counting_pruned(c, length, pruned_length) or _StopsOnOriginalPrompt(c, prompt, pruned_length)
+            for c in criteria
         )
     if kwargs.get("prefix_allowed_tokens_fn") is not None:
         allowed: Callable[[int, Tensor], list[int]] = kwargs["prefix_allowed_tokens_fn"]

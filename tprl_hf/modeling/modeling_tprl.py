@@ -215,8 +215,11 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             pruned.inputs["labels"] = predicted_labels(pruned.inputs["labels"], pruned.columns)
         if "shift_labels" in batch.inputs:
             pruned.inputs["shift_labels"] = shifted_labels(batch.inputs["shift_labels"], pruned.columns)
+        offset = self.adapter.forward_position_offset
         if "position_ids" not in inputs:
-            pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + self.adapter.forward_position_offset
+            pruned.inputs["position_ids"] = pruned.inputs["position_ids"] + offset
+        elif offset:  # given ones have it, those of a record do not
+            pruned.record.positions = pruned.record.positions - offset
         if batch.inputs.get("inputs_embeds") is not None:
             del pruned.inputs["input_ids"]
             pruned.inputs["inputs_embeds"] = embed_columns(batch.inputs["inputs_embeds"], pruned.columns)
@@ -236,6 +239,16 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         if prefix is None:
             self._note(output.get(CACHE_NAME), pruned.record)
         return output
+
+    def _embeds_of(self, inputs_embeds: Tensor, pruned: PrunedBatch) -> Tensor:
+        """Embeddings of the full prompts, given beside their ids, for the pruned prompts: `[B, P, D]`.
+
+        The base model finds placeholders by their embeddings, those that stand in padding too.
+        """
+        rows = embed_columns(inputs_embeds, pruned.columns)
+        added = ((pruned.columns < 0) & self.adapter.find_visual(pruned.input_ids)).to(rows.device)
+        own = self.get_input_embeddings()(pruned.inputs["input_ids"]).to(rows)
+        return torch.where(added[..., None], own, rows)
 
     def _packed_rows(self, input_ids: Tensor, inputs: dict[str, Any]) -> PackedRows | None:
         """The samples of packed rows, where the base model would tell them apart by their positions."""
@@ -262,10 +275,14 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         if attention_mask is not None:
             new = attention_mask[:, -ids.shape[1] :].cpu().long()
         record.check_padding(new)
-        positions = record.next_position[:, None] + new.cumsum(1) - 1
         attended = torch.cat([record.attention_mask, new], 1)
-        inputs.setdefault("position_ids", self.adapter.spread_positions(positions, new).to(device))
-        inputs["position_ids"] = inputs["position_ids"] + self.adapter.forward_position_offset
+        offset, given = self.adapter.forward_position_offset, inputs.get("position_ids")
+        if given is None:
+            positions = record.next_position[:, None] + new.cumsum(1) - 1
+            inputs["position_ids"] = self.adapter.spread_positions(positions, new).to(device) + offset
+        else:
+            positions = self.adapter.complete_positions(given.cpu(), new)
+            positions = self.adapter.largest_positions(positions) - offset
         for name in self.adapter.consumed_names():
             inputs.pop(name, None)
         output = self.lvlm(
@@ -274,7 +291,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             return_dict=True,
             **inputs,
         )
-        self._note(output[CACHE_NAME], record.extend(ids, new))
+        self._note(output[CACHE_NAME], record.extend(ids, new, positions))
         output = self._output(output)
         return output if return_dict else output.to_tuple()
 
@@ -304,7 +321,8 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
     ) -> Any:
         r"""
         The base model's own `generate` on the pruned prompt. Whatever is returned or shown to the user's processors,
-        criteria and streamers begins with the ORIGINAL prompt, and `max_length` and `min_length` count it.
+        criteria and streamers begins with the ORIGINAL prompt, and `max_length` and `min_length` count it. Processors
+        and criteria of just the types that `generate` makes itself replace its own, and see the pruned prompt.
 
         Args:
             inputs (`int64 [B, L]`, *optional*): the prompts, also as `input_ids`.
@@ -379,6 +397,8 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             arguments, generation_config, self.generation_config, prompt.shape[1], length
         )
         wrap_for_original_prompt(arguments, prompt, length)
+        if arguments.get("inputs_embeds") is not None:
+            arguments["inputs_embeds"] = self._embeds_of(arguments["inputs_embeds"], pruned)
         if embeds is None:
             output = self.lvlm.generate(generation_config=generation_config, **arguments)
         else:

@@ -16,6 +16,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from .cached_prompt import CachedPrompt, next_position
 from .columns import count_positions, gather_columns, kept_columns, left_padded_index
 from .lvlm_adapters import HANDED, LVLMAdapter
+from .sequence_inputs import runs_along
 from .visual_features import VisualFeatures
 
 
@@ -150,6 +151,9 @@ def prune_batch(
     padding = sum(missing.values(), torch.zeros(len(batch.input_ids), dtype=torch.long, device="cpu"))
     columns = columns_that_stay(batch, keep_mask, adapter, contiguous, padding.clamp(min=min_padding))
     input_ids = ids_of(batch, columns, adapter, missing, pad_token_id)
+    if same_length and batch.features is not None:  # `generate` counts placeholders when it repeats features for beams
+        cached = input_ids[:, : columns.num_cached]
+        cached.copy_(torch.where(adapter.find_visual(cached), filler_of(batch, pad_token_id), cached))
     attention_mask = columns.valid.long()
     positions = positions_of(batch, columns, adapter, contiguous)
     inputs = {
@@ -243,7 +247,7 @@ def other_inputs(batch: PromptBatch, columns: KeptColumns, adapter: LVLMAdapter)
     used_up = adapter.consumed_names() | {"position_ids"}
     inputs = {name: value for name, value in batch.inputs.items() if name not in used_up}
     for name, value in inputs.items():
-        if torch.is_tensor(value) and value.shape == batch.input_ids.shape:
+        if runs_along(name, value, batch.input_ids):
             padding_value = -100 if name == "labels" else 0
             inputs[name] = gather_columns(value, columns.index, columns.valid, padding_value).to(batch.device)
     return inputs
@@ -253,18 +257,27 @@ def ids_of(
     batch: PromptBatch, columns: KeptColumns, adapter: LVLMAdapter, missing: dict[str, Tensor], pad_token_id: int
 ) -> Tensor:
     """Ids of the pruned batch, `int64 [B, P]`, with `missing` placeholders of each modality in the padding."""
-    ids = gather_columns(batch.input_ids, columns.index, columns.valid, pad_token_id)
-    ids = ids.masked_fill(ids < 0, pad_token_id)  # columns without a token
+    ids = gather_columns(batch.input_ids, columns.index, columns.valid, -1)
+    ids = torch.where(ids < 0, filler_of(batch, pad_token_id), ids)  # padding, and columns without a token
     column = torch.arange(ids.shape[1], device="cpu")
     start = torch.full((len(ids), 1), columns.num_cached, device="cpu")
     for modality, count in missing.items():
         end = start + count[:, None]
         ids[(column >= start) & (column < end)] = adapter.token_ids[modality]
         start = end
-    # in the cached columns nothing is looked up; a placeholder there would only be counted
-    cached = ids[:, : columns.num_cached]
-    cached[adapter.find_visual(cached)] = pad_token_id
     return ids
+
+
+def filler_of(batch: PromptBatch, pad_token_id: int) -> Tensor:
+    """
+    The id that columns without a token get in each sample, `int64 [B, 1]`: `pad_token_id` where the prompt has padding
+    itself, otherwise its first text token. Nothing attends to it, but `generate`'s own processors read all ids, and
+    would penalise one that nobody wrote. It is the first, behind which a text hardly comes again.
+    """
+    text = batch.attention_mask.bool() & ~batch.visual & (batch.input_ids >= 0)
+    first = batch.input_ids.gather(1, text.long().argmax(1, keepdim=True))
+    has_own = ~text.any(1, keepdim=True) | (batch.attention_mask == 0).any(1, keepdim=True)
+    return torch.where(has_own, pad_token_id, first)
 
 
 def record_of(batch: PromptBatch, columns: KeptColumns, keep_mask: Tensor, positions: Tensor) -> CachedPrompt:

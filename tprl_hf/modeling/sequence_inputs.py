@@ -19,6 +19,15 @@ PASS_TENSORS = "Pass what the processor returns with return_tensors='pt'."
 # Where samples of a packed row begin, for kernels that are told so: pruning moves these places.
 PLACES_OF_SAMPLES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
+# What has a row for each sample, too, but the columns of another prompt or of sound.
+OTHER_PROMPTS = ("negative_prompt_ids", "negative_prompt_attention_mask")
+OTHER_COLUMNS = (*OTHER_PROMPTS, "feature_attention_mask", "input_features_mask")
+
+
+def runs_along(name: str, value: Any, input_ids: Tensor) -> bool:
+    """Whether the input `name` has a value for each column of the prompts `input_ids [B, L]`."""
+    return isinstance(value, Tensor) and value.shape == input_ids.shape and name not in OTHER_COLUMNS
+
 
 def check_call(
     input_ids: Any, attention_mask: Any, query_mask: Any, visual_features: Any, inputs: dict[str, Any]

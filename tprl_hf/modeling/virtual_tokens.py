@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 from .cached_prompt import CACHE_NAME, CachedPrompt, is_filled
+from .sequence_inputs import runs_along
 
 VIRTUAL = -2  # id of a column without a token
 NUM_VALUES = 8  # of an embedding, by which its token is looked for; the rest is compared then
@@ -175,7 +176,7 @@ def with_virtual_tokens(
     count = int(virtual.get_seq_length()) if is_cache else virtual.shape[1]
     inputs = {
         name: pad(value, (count, 0), value=int(name == "attention_mask"))
-        if torch.is_tensor(value) and value.shape == input_ids.shape
+        if runs_along(name, value, input_ids)
         else value
         for name, value in inputs.items()
         if name != "token_type_ids"  # PEFT leaves them out of training too, and says so
