@@ -295,6 +295,22 @@ class Qwen25Adapter(RopeIndexAdapter):
         return windows_of_tokens(self, patches, blocks, side)
 
 
+class OmniAdapter(RopeIndexAdapter):
+    """Qwen-Omni: what counts its positions has names of its own for two inputs, and needs the lengths of audio."""
+
+    geometry_names = (*RopeIndexAdapter.geometry_names, "video_second_per_grid")
+
+    def position_ids(self, input_ids: Tensor, attention_mask: Tensor, inputs: dict[str, Any]) -> Tensor:
+        lengths, mask = inputs.get("audio_feature_lengths"), inputs.get("feature_attention_mask")
+        lengths = lengths if mask is None else mask.sum(-1)
+        named = {"audio_seqlens": lengths, "second_per_grids": inputs.get("video_second_per_grid")}
+        return super().position_ids(input_ids, attention_mask, {**inputs, **named})
+
+
+class Qwen25OmniAdapter(OmniAdapter, Qwen25Adapter):
+    """Qwen2.5-Omni: the tower works in windows."""
+
+
 class Exaone45Adapter(OwnPositionsAdapter):
     """EXAONE 4.5: the tower works in windows."""
 
@@ -362,7 +378,8 @@ ADAPTERS: dict[str, type[LVLMAdapter]] = {
     "muse_spark": MuseAdapter,
     "paddleocr_vl": PaddleOcrAdapter,
     "qwen2_5_vl": Qwen25Adapter,
-    "qwen2_5_omni_thinker": Qwen25Adapter,
+    "qwen2_5_omni_thinker": Qwen25OmniAdapter,
+    "qwen3_omni_moe_thinker": OmniAdapter,
     "hyperclovax_vision_v2": OwnPositionsAdapter,
 }
 
