@@ -28,8 +28,7 @@ class NewlineAdapter(LVLMAdapter):
     def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
         if modality == "video" and all(entry.ndim == 2 for entry in entries):
             frames = inputs["pixel_values_videos"].shape[1]
-            frame = [square_block((len(entry) - 1) // frames) for entry in entries]
-            return [[block] * frames + [SEPARATOR] for block in frame]
+            return [[square_block(len(entry) // frames)] * frames for entry in entries]
         if modality == "video":
             return super().blocks(modality, entries, {})
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
@@ -74,7 +73,12 @@ class NewlineAdapter(LVLMAdapter):
 
 
 class OneVisionAdapter(NewlineAdapter):
-    """LLaVA-OneVision scales crops down where they are too many."""
+    """LLaVA-OneVision scales crops down where they are too many, and ends a video in a newline."""
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        if modality == "image":
+            return super().blocks(modality, entries, inputs)
+        return [[*frames, SEPARATOR] for frames in super().blocks(modality, [rows[:-1] for rows in entries], inputs)]
 
     def pack(self, patches: list[Tensor], sizes: Tensor, newline: Tensor) -> list[Tensor]:
         return list(self.core.pack_image_features(patches, sizes, newline, self.config.vision_aspect_ratio)[0])
