@@ -16,6 +16,13 @@ from transformers.utils import ModelOutput, logging
 from .columns import run_lengths
 from .lvlm_adapters import HANDED, LVLMAdapter, RopeIndexAdapter
 from .token_layout import SEPARATOR, Block, grid_blocks, join_rows, square_block
+from .video_adapters import (
+    Glm4vAdapter,
+    NemotronAdapter,
+    OneKindAdapter,
+    VideoSpanAdapter,
+    no_attention_to_videos,
+)
 from .vision_attention import ObservedLayer, received_by_patches, undo_windows
 from .visual_features import EncodedModality, VisualFeatures
 
@@ -39,10 +46,7 @@ class NewlineAdapter(LVLMAdapter):
     ) -> Tensor:
         """The family's own packing of features, of which attention is one."""
         if modality == "video":
-            raise ValueError(
-                f"Attention to videos cannot be read in models of type {self.config.model_type!r}. Use a pruner "
-                "without `needs_attention`."
-            )
+            raise no_attention_to_videos(self.config.model_type)
         # not above: a model's module takes time to import, and few need this one
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -246,7 +250,7 @@ class Emu3Adapter(LVLMAdapter):
         return [[Block(height // factor, width // factor, row_newline=True)] for height, width in sizes]
 
 
-class Molmo2Adapter(LVLMAdapter):
+class Molmo2Adapter(OneKindAdapter):
     """Molmo 2: an overview, then the crops as one grid.
 
     It makes its mask twice, and the second time reads gaps in positions as several packed prompts.
@@ -255,6 +259,8 @@ class Molmo2Adapter(LVLMAdapter):
     keeps_positions = False
 
     def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        if inputs.get("pixel_values_videos") is not None:
+            return [[Block(height, width)] * frames for frames, height, width in inputs["video_grids"].tolist()]
         return [
             [Block(height, width) for height, width in (grid[:2], grid[2:]) if height * width]
             for grid in inputs["image_grids"].tolist()
@@ -371,6 +377,12 @@ ADAPTERS: dict[str, type[LVLMAdapter]] = {
     "gemma4_unified": Gemma4Adapter,
     "granite4_vision": Granite4VisionAdapter,
     "granite_docling": GraniteDoclingAdapter,
+    "glm46v": Glm4vAdapter,
+    "glm4v": Glm4vAdapter,
+    "glm4v_moe": Glm4vAdapter,
+    "glm5_next": VideoSpanAdapter,
+    "glm_ocr": Glm4vAdapter,
+    "glmga": Glm4vAdapter,
     "hunyuan_vl": HunYuanAdapter,
     "hy_v4_vl": HunYuan4Adapter,
     "llama4": Llama4Adapter,
@@ -380,6 +392,7 @@ ADAPTERS: dict[str, type[LVLMAdapter]] = {
     "kimi_k25": KimiAdapter,
     "muse_glimmer": MuseAdapter,
     "muse_spark": MuseAdapter,
+    "nemotron_h_omni": NemotronAdapter,
     "paddleocr_vl": PaddleOcrAdapter,
     "qwen2_5_vl": Qwen25Adapter,
     "qwen2_5_omni_thinker": Qwen25OmniAdapter,
