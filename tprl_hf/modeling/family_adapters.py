@@ -20,6 +20,7 @@ from .video_adapters import (
     Glm4vAdapter,
     NemotronAdapter,
     OneKindAdapter,
+    VideoLlama3Adapter,
     VideoSpanAdapter,
     no_attention_to_videos,
 )
@@ -388,6 +389,7 @@ ADAPTERS: dict[str, type[LVLMAdapter]] = {
     "llama4": Llama4Adapter,
     "molmo2": Molmo2Adapter,
     "unlimited_ocr": UnlimitedOcrAdapter,
+    "video_llama_3": VideoLlama3Adapter,
     "exaone4_5": Exaone45Adapter,
     "kimi_k25": KimiAdapter,
     "muse_glimmer": MuseAdapter,

@@ -1,13 +1,15 @@
 """Adapters of families whose videos differ from images in more than their names."""
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .lvlm_adapters import LVLMAdapter, RopeIndexAdapter
-from .visual_features import VisualFeatures
+from .token_layout import without_places
+from .visual_features import EncodedModality, VisualFeatures
 
 
 class OneKindAdapter(LVLMAdapter):
@@ -65,6 +67,31 @@ class Glm4vAdapter(VideoSpanAdapter, RopeIndexAdapter):
     """GLM-4V: the base model itself does not tell image tokens in videos from those of images."""
 
     hands_over_as_one = True
+
+
+class VideoLlama3Adapter(LVLMAdapter):
+    """VideoLLaMA 3: its processor drops what a frame repeats of the frame before, and says so in a mask."""
+
+    def consumed_names(self) -> set[str]:
+        return super().consumed_names() | {"video_compression_mask"}
+
+    def encode_modality(
+        self, modality: str, input_ids: Tensor, inputs: dict[str, Any], with_attention: bool
+    ) -> EncodedModality | None:
+        encoded = super().encode_modality(modality, input_ids, inputs, with_attention)
+        mask = inputs.get("video_compression_mask")
+        if encoded is None or mask is None or modality == "image":
+            return encoded
+        if len(mask) != len(encoded.rows):
+            raise ValueError(
+                f"video_compression_mask has {len(mask)} entries for {len(encoded.rows)} tokens of the videos: pass "
+                "it as the processor returned it with these videos."
+            )
+        mask = mask.bool().to(encoded.rows.device)
+        bits = iter((~mask).tolist())
+        blocks = [[without_places(block, bits) for block in entry] for entry in encoded.blocks]
+        attention = None if encoded.attention is None else encoded.attention[mask.to(encoded.attention.device)]
+        return replace(encoded, rows=encoded.rows[mask], blocks=blocks, attention=attention)
 
 
 def no_attention_to_videos(model_type: str) -> ValueError:
