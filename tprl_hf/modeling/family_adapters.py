@@ -277,11 +277,12 @@ class Gemma4Adapter(LVLMAdapter):
     def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
         places = inputs[f"{modality}_position_ids"]
         sizes = places.flatten(0, -3).amax(dim=1) + 1  # of each image or frame: width and height in patches
-        frames = len(sizes) // len(entries)
+        frames = inputs.get("num_frames_per_video") if modality == "video" else None
+        num_frames = [len(sizes) // len(entries)] * len(entries) if frames is None else frames.tolist()
         found = []
-        for index, entry in enumerate(entries):
-            grids = [[1, height, width] for width, height in sizes[index * frames : (index + 1) * frames].tolist()]
-            num_tokens = entry.shape[:-1].numel() // frames
+        for entry, own in zip(entries, sizes.split(num_frames), strict=True):
+            grids = [[1, height, width] for width, height in own.tolist()]
+            num_tokens = entry.shape[:-1].numel() // len(own)
             found.append([block for grid in grids for block in grid_blocks(grid, num_tokens)])
         return found
 
@@ -340,9 +341,21 @@ class MuseAdapter(LVLMAdapter):
 
 
 class KimiAdapter(LVLMAdapter):
-    """Kimi: a grid counts the patches, and they come row by row all the same."""
+    """Kimi: a grid counts the patches, and they come row by row all the same. A video becomes one grid of means."""
 
     patches_row_by_row = True
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        name = f"{modality}_grid_thw"
+        grids = [(1, height, width) for _, height, width in inputs[name].tolist()]
+        return super().blocks(modality, entries, {**inputs, name: torch.tensor(grids)})
+
+    def received_attention(
+        self, modality: str, layer: ObservedLayer, encoded: EncodedModality, inputs: dict[str, Any]
+    ) -> Tensor:
+        if modality == "video":
+            raise no_attention_to_videos(self.config.model_type)
+        return super().received_attention(modality, layer, encoded, inputs)
 
 
 class PaddleOcrAdapter(RopeIndexAdapter):

@@ -247,7 +247,8 @@ class LVLMAdapter:
         grids = inputs.get(f"{modality}_grid_thw")
         if grids is not None and len(grids) == len(entries):
             return [grid_blocks(g, e.shape[:-1].numel()) for g, e in zip(grids.tolist(), entries, strict=True)]
-        sizes = next((inputs[n] for n in (f"{modality}_sizes", *SIZE_NAMES) if inputs.get(n) is not None), None)
+        names = SIZE_NAMES if modality == "image" else [f"{name}_videos" for name in SIZE_NAMES]
+        sizes = next((inputs[n] for n in (f"{modality}_sizes", *names) if inputs.get(n) is not None), None)
         if sizes is not None and len(sizes) == len(entries):
             return [[sized_block(s, e.shape[:-1].numel())] for s, e in zip(sizes.tolist(), entries, strict=True)]
         return [[square_block(e.shape[-2])] * e.shape[:-2].numel() for e in entries]
