@@ -18,9 +18,14 @@ def full_positions(base: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """Positions of the full prompt as a direct forward of the base model counts them."""
     ids = inputs["input_ids"]
     if hasattr(base.base_model, "get_rope_index"):
-        geometry = {name: value for name, value in inputs.items() if name.endswith(("_grid_thw", "_sizes"))}
+        names = ("_grid_thw", "_sizes", "_sizes_videos", "second_per_grid_ts")
+        geometry = {name: value for name, value in inputs.items() if name.endswith(names)}
+        if base.config.model_type.endswith("thinker"):
+            geometry["second_per_grids"] = inputs.get("video_second_per_grid")
+            if "feature_attention_mask" in inputs:
+                geometry["audio_seqlens"] = inputs["feature_attention_mask"].sum(-1)
         types = {name: inputs[name] for name in ("mm_token_type_ids", "attention_mask") if name in inputs}
-        return base.base_model.get_rope_index(ids, **types, **geometry)[0].long()
+        return base.base_model.get_rope_index(ids, **types, **geometry)[0]
     return torch.arange(ids.shape[1])[None]
 
 

@@ -365,6 +365,7 @@ EVERY: dict[str, Family] = {
         ),
         grid,
         concatenate,
+        around=(92, 93),
     ),
     "qwen3_5": Family(
         lambda: shrunk("qwen3_5", vision_config=SMALL_PATCHES, text_config=LINEAR), grid, concatenate, modality_types
@@ -385,6 +386,7 @@ EVERY: dict[str, Family] = {
         ),
         grid,
         concatenate,
+        around=(92, 93),
     ),
     "qwen3_vl_moe": Family(
         lambda: shrunk("qwen3_vl_moe", vision_config=DEEPSTACK, text_config={"rope_parameters": MROPE}),

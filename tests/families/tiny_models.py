@@ -63,6 +63,8 @@ class Family:
         uncached_differs: the base model's own generation without a cache is not that with one.
         own_positions: the base model respects no gaps in positions.
         batch_differs: the base model's own batch is not its samples one by one.
+        around: ids before and behind an image, without which the base model takes it for text where it counts
+            positions.
     """
 
     config: dict[str, Any] | Callable[[], dict[str, Any]]
@@ -72,6 +74,7 @@ class Family:
     uncached_differs: bool = False
     own_positions: bool = False
     batch_differs: bool = False
+    around: tuple[int, ...] = ()
 
 
 def text(model_type: str, **changes) -> dict[str, Any]:
@@ -398,7 +401,8 @@ def sample(family: str, num_images: int = 1, seed: int = 0, text: int = 5) -> Sa
     for index in range(num_images):
         pixels = entry(family).image(generator, seed + index)
         images.append(pixels)
-        ids += [image_token(family)] * num_placeholders(family, pixels) + words(2)
+        start, end = entry(family).around[:1], entry(family).around[1:]
+        ids += [*start, *[image_token(family)] * num_placeholders(family, pixels), *end, *words(2)]
     return Sample(ids + words(text), images)
 
 

@@ -16,6 +16,14 @@ from transformers.utils import ModelOutput, logging
 from .columns import run_lengths
 from .lvlm_adapters import HANDED, LVLMAdapter, RopeIndexAdapter
 from .token_layout import SEPARATOR, Block, grid_blocks, join_rows, square_block
+from .video_adapters import (
+    Glm4vAdapter,
+    NemotronAdapter,
+    OneKindAdapter,
+    VideoLlama3Adapter,
+    VideoSpanAdapter,
+    no_attention_to_videos,
+)
 from .vision_attention import ObservedLayer, received_by_patches, undo_windows
 from .visual_features import EncodedModality, VisualFeatures
 
@@ -28,8 +36,7 @@ class NewlineAdapter(LVLMAdapter):
     def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
         if modality == "video" and all(entry.ndim == 2 for entry in entries):
             frames = inputs["pixel_values_videos"].shape[1]
-            frame = [square_block((len(entry) - 1) // frames) for entry in entries]
-            return [[block] * frames + [SEPARATOR] for block in frame]
+            return [[square_block(len(entry) // frames)] * frames for entry in entries]
         if modality == "video":
             return super().blocks(modality, entries, {})
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
@@ -40,10 +47,7 @@ class NewlineAdapter(LVLMAdapter):
     ) -> Tensor:
         """The family's own packing of features, of which attention is one."""
         if modality == "video":
-            raise ValueError(
-                f"Attention to videos cannot be read in models of type {self.config.model_type!r}. Use a pruner "
-                "without `needs_attention`."
-            )
+            raise no_attention_to_videos(self.config.model_type)
         # not above: a model's module takes time to import, and few need this one
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -74,7 +78,12 @@ class NewlineAdapter(LVLMAdapter):
 
 
 class OneVisionAdapter(NewlineAdapter):
-    """LLaVA-OneVision scales crops down where they are too many."""
+    """LLaVA-OneVision scales crops down where they are too many, and ends a video in a newline."""
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        if modality == "image":
+            return super().blocks(modality, entries, inputs)
+        return [[*frames, SEPARATOR] for frames in super().blocks(modality, [rows[:-1] for rows in entries], inputs)]
 
     def pack(self, patches: list[Tensor], sizes: Tensor, newline: Tensor) -> list[Tensor]:
         return list(self.core.pack_image_features(patches, sizes, newline, self.config.vision_aspect_ratio)[0])
@@ -242,7 +251,7 @@ class Emu3Adapter(LVLMAdapter):
         return [[Block(height // factor, width // factor, row_newline=True)] for height, width in sizes]
 
 
-class Molmo2Adapter(LVLMAdapter):
+class Molmo2Adapter(OneKindAdapter):
     """Molmo 2: an overview, then the crops as one grid.
 
     It makes its mask twice, and the second time reads gaps in positions as several packed prompts.
@@ -251,6 +260,8 @@ class Molmo2Adapter(LVLMAdapter):
     keeps_positions = False
 
     def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        if inputs.get("pixel_values_videos") is not None:
+            return [[Block(height, width)] * frames for frames, height, width in inputs["video_grids"].tolist()]
         return [
             [Block(height, width) for height, width in (grid[:2], grid[2:]) if height * width]
             for grid in inputs["image_grids"].tolist()
@@ -266,11 +277,12 @@ class Gemma4Adapter(LVLMAdapter):
     def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
         places = inputs[f"{modality}_position_ids"]
         sizes = places.flatten(0, -3).amax(dim=1) + 1  # of each image or frame: width and height in patches
-        frames = len(sizes) // len(entries)
+        frames = inputs.get("num_frames_per_video") if modality == "video" else None
+        num_frames = [len(sizes) // len(entries)] * len(entries) if frames is None else frames.tolist()
         found = []
-        for index, entry in enumerate(entries):
-            grids = [[1, height, width] for width, height in sizes[index * frames : (index + 1) * frames].tolist()]
-            num_tokens = entry.shape[:-1].numel() // frames
+        for entry, own in zip(entries, sizes.split(num_frames), strict=True):
+            grids = [[1, height, width] for width, height in own.tolist()]
+            num_tokens = entry.shape[:-1].numel() // len(own)
             found.append([block for grid in grids for block in grid_blocks(grid, num_tokens)])
         return found
 
@@ -295,6 +307,22 @@ class Qwen25Adapter(RopeIndexAdapter):
         return windows_of_tokens(self, patches, blocks, side)
 
 
+class OmniAdapter(RopeIndexAdapter):
+    """Qwen-Omni: what counts its positions has names of its own for two inputs, and needs the lengths of audio."""
+
+    geometry_names = (*RopeIndexAdapter.geometry_names, "video_second_per_grid")
+
+    def position_ids(self, input_ids: Tensor, attention_mask: Tensor, inputs: dict[str, Any]) -> Tensor:
+        lengths, mask = inputs.get("audio_feature_lengths"), inputs.get("feature_attention_mask")
+        lengths = lengths if mask is None else mask.sum(-1)
+        named = {"audio_seqlens": lengths, "second_per_grids": inputs.get("video_second_per_grid")}
+        return super().position_ids(input_ids, attention_mask, {**inputs, **named})
+
+
+class Qwen25OmniAdapter(OmniAdapter, Qwen25Adapter):
+    """Qwen2.5-Omni: the tower works in windows."""
+
+
 class Exaone45Adapter(OwnPositionsAdapter):
     """EXAONE 4.5: the tower works in windows."""
 
@@ -313,9 +341,21 @@ class MuseAdapter(LVLMAdapter):
 
 
 class KimiAdapter(LVLMAdapter):
-    """Kimi: a grid counts the patches, and they come row by row all the same."""
+    """Kimi: a grid counts the patches, and they come row by row all the same. A video becomes one grid of means."""
 
     patches_row_by_row = True
+
+    def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
+        name = f"{modality}_grid_thw"
+        grids = [(1, height, width) for _, height, width in inputs[name].tolist()]
+        return super().blocks(modality, entries, {**inputs, name: torch.tensor(grids)})
+
+    def received_attention(
+        self, modality: str, layer: ObservedLayer, encoded: EncodedModality, inputs: dict[str, Any]
+    ) -> Tensor:
+        if modality == "video":
+            raise no_attention_to_videos(self.config.model_type)
+        return super().received_attention(modality, layer, encoded, inputs)
 
 
 class PaddleOcrAdapter(RopeIndexAdapter):
@@ -351,18 +391,27 @@ ADAPTERS: dict[str, type[LVLMAdapter]] = {
     "gemma4_unified": Gemma4Adapter,
     "granite4_vision": Granite4VisionAdapter,
     "granite_docling": GraniteDoclingAdapter,
+    "glm46v": Glm4vAdapter,
+    "glm4v": Glm4vAdapter,
+    "glm4v_moe": Glm4vAdapter,
+    "glm5_next": VideoSpanAdapter,
+    "glm_ocr": Glm4vAdapter,
+    "glmga": Glm4vAdapter,
     "hunyuan_vl": HunYuanAdapter,
     "hy_v4_vl": HunYuan4Adapter,
     "llama4": Llama4Adapter,
     "molmo2": Molmo2Adapter,
     "unlimited_ocr": UnlimitedOcrAdapter,
+    "video_llama_3": VideoLlama3Adapter,
     "exaone4_5": Exaone45Adapter,
     "kimi_k25": KimiAdapter,
     "muse_glimmer": MuseAdapter,
     "muse_spark": MuseAdapter,
+    "nemotron_h_omni": NemotronAdapter,
     "paddleocr_vl": PaddleOcrAdapter,
     "qwen2_5_vl": Qwen25Adapter,
-    "qwen2_5_omni_thinker": Qwen25Adapter,
+    "qwen2_5_omni_thinker": Qwen25OmniAdapter,
+    "qwen3_omni_moe_thinker": OmniAdapter,
     "hyperclovax_vision_v2": OwnPositionsAdapter,
 }
 

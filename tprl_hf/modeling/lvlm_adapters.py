@@ -55,6 +55,8 @@ class LVLMAdapter:
     takes_projected = True
     # Where the tower has its [CLS] token, if it has one: 0 before the patches, -1 behind them.
     class_token = 0
+    # Whether the base model puts images and videos on the same tokens, so that it takes them in one output.
+    hands_over_as_one = False
     # Whether the tower's patches come row by row also where an `image_grid_thw` counts them, not token by token.
     patches_row_by_row = False
     # Whether a first axis of the positions counts text, gaps closed, as the base model's `generate` adds it.
@@ -97,6 +99,10 @@ class LVLMAdapter:
     def find_visual(self, input_ids: Tensor) -> Tensor:
         """Placeholders of images and videos, `bool` of the shape of `input_ids`."""
         return find_visual(input_ids, list(self.token_ids.values()))
+
+    def placeholders(self, modality: str, input_ids: Tensor) -> Tensor:
+        """Those of one modality, `bool` of the shape of `input_ids [B, L]`."""
+        return input_ids == self.token_ids[modality]
 
     # ---- encoding ----
 
@@ -142,7 +148,8 @@ class LVLMAdapter:
         self, modality: str, input_ids: Tensor, inputs: dict[str, Any], with_attention: bool
     ) -> EncodedModality | None:
         """The images or the videos of [`encode`]; `None` where `inputs` holds none."""
-        counts = (input_ids == self.token_ids[modality]).sum(1)
+        placeholders = self.placeholders(modality, input_ids)
+        counts = placeholders.sum(1)
         taken = self.encoder_inputs(modality, inputs)
         if not taken and counts.any():
             raise ValueError(
@@ -162,7 +169,7 @@ class LVLMAdapter:
             layer = choose_layer(layers, self.feature_layer, self.config.model_type)
             encoded.attention = self.received_attention(modality, layer, encoded, inputs)
         if encoded.container == "tensor":  # of tiles, whose images only the prompt tells apart
-            encoded.blocks = join_tiles(encoded.blocks, run_lengths(input_ids == self.token_ids[modality]))
+            encoded.blocks = join_tiles(encoded.blocks, run_lengths(placeholders))
         return encoded
 
     def unpack(self, modality: str, output: ModelOutput, counts: Tensor, inputs: dict[str, Any]) -> EncodedModality:
@@ -220,8 +227,8 @@ class LVLMAdapter:
 
     def check(self, input_ids: Tensor, features: VisualFeatures) -> None:
         """Raises `ValueError` where the placeholders of a prompt and the features differ in number."""
-        for modality, token_id in self.token_ids.items():
-            num_tokens = int((input_ids == token_id).sum())
+        for modality in self.token_ids:
+            num_tokens = int(self.placeholders(modality, input_ids).sum())
             num_rows = len(features.modalities[modality].rows) if modality in features.modalities else 0
             if num_tokens != num_rows:
                 raise ValueError(
@@ -240,7 +247,8 @@ class LVLMAdapter:
         grids = inputs.get(f"{modality}_grid_thw")
         if grids is not None and len(grids) == len(entries):
             return [grid_blocks(g, e.shape[:-1].numel()) for g, e in zip(grids.tolist(), entries, strict=True)]
-        sizes = next((inputs[n] for n in (f"{modality}_sizes", *SIZE_NAMES) if inputs.get(n) is not None), None)
+        names = SIZE_NAMES if modality == "image" else [f"{name}_videos" for name in SIZE_NAMES]
+        sizes = next((inputs[n] for n in (f"{modality}_sizes", *names) if inputs.get(n) is not None), None)
         if sizes is not None and len(sizes) == len(entries):
             return [[sized_block(s, e.shape[:-1].numel())] for s, e in zip(sizes.tolist(), entries, strict=True)]
         return [[square_block(e.shape[-2])] * e.shape[:-2].numel() for e in entries]
@@ -345,7 +353,7 @@ class RopeIndexAdapter(LVLMAdapter):
             types = torch.zeros_like(input_ids)
             for index, modality in enumerate(("image", "video"), start=1):
                 if modality in self.token_ids:
-                    types[input_ids == self.token_ids[modality]] = index
+                    types[self.placeholders(modality, input_ids)] = index
             taken["mm_token_type_ids"] = types
         taken.update(input_ids=input_ids, attention_mask=attention_mask)
         positions, _ = self.core.get_rope_index(**taken)

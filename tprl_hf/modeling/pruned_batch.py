@@ -93,7 +93,7 @@ class PromptBatch:
         merged = merged.clone()
         merged[where] = rows.to(merged)
         modalities = {
-            name: replace(encoded, rows=merged[self.visual_ids == adapter.token_ids[name]].to(encoded.rows))
+            name: replace(encoded, rows=merged[self.is_of(name, adapter)].to(encoded.rows))
             for name, encoded in self.features.modalities.items()
         }
         self.features = replace(self.features, modalities=modalities)
@@ -105,8 +105,12 @@ class PromptBatch:
             return first
         ordered = first.new_empty(len(self.visual_ids), *first.shape[1:])
         for modality, one in values.items():
-            ordered[self.visual_ids == adapter.token_ids[modality]] = one.to(ordered)
+            ordered[self.is_of(modality, adapter)] = one.to(ordered)
         return ordered
+
+    def is_of(self, modality: str, adapter: LVLMAdapter) -> Tensor:
+        """Which of the V visual tokens are of `modality`, `bool [V]` on the CPU."""
+        return adapter.placeholders(modality, self.input_ids)[self.visual]
 
 
 @dataclass
@@ -163,7 +167,10 @@ def prune_batch(
         "position_ids": positions.to(batch.device),
     }
     if batch.features is not None and any(rows.any() for rows in keep.values()):
-        inputs[HANDED] = adapter.mm_encoder_outputs(batch.features, keep, counts, same_length)
+        features = batch.features
+        if adapter.hands_over_as_one:
+            features, keep, counts = in_one(batch, features, keep, counts, adapter)
+        inputs[HANDED] = adapter.mm_encoder_outputs(features, keep, counts, same_length)
     record = record_of(batch, columns, keep_mask, adapter.largest_positions(positions))
     sources = columns.index.masked_fill(~columns.valid, -1)
     return PrunedBatch(inputs, input_ids, attention_mask, sources, record)
@@ -191,10 +198,24 @@ def rows_that_stay(
     keep, counts = {}, {}
     chosen = keep_mask & batch.new
     for modality in batch.features.modalities if batch.features is not None else ():
-        of_modality = batch.visual_ids == adapter.token_ids[modality]
+        of_modality = batch.is_of(modality, adapter)
         keep[modality] = chosen[of_modality]
         counts[modality] = torch.bincount(batch.sample_of[of_modality & chosen], minlength=len(batch.input_ids))
     return keep, counts
+
+
+def in_one(
+    batch: PromptBatch,
+    features: VisualFeatures,
+    keep: dict[str, Tensor],
+    counts: dict[str, Tensor],
+    adapter: LVLMAdapter,
+) -> tuple[VisualFeatures, dict[str, Tensor], dict[str, Tensor]]:
+    """The rows of images and videos, which of them stay and how many, as those of images in placeholder order."""
+    rows = batch.in_order({name: encoded.rows for name, encoded in features.modalities.items()}, adapter)
+    image = replace(next(iter(features.modalities.values())), rows=rows)
+    in_all = torch.stack(list(counts.values())).sum(0)
+    return VisualFeatures({"image": image}), {"image": batch.in_order(keep, adapter)}, {"image": in_all}
 
 
 def missing_rows(batch: PromptBatch, counts: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
 """Where visual tokens lie: grids of images, crops and frames, and the separators between their rows."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,16 +18,21 @@ class Block:
         height, width (`int`): tokens of content.
         row_newline (`bool`): each row ends in one separator token more.
         separator (`bool`): the block itself is a separator.
+        dropped (`tuple[int, ...]`): places of the grid, counted row by row, that have no token.
     """
 
     height: int
     width: int
     row_newline: bool = False
     separator: bool = False
+    dropped: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dropped", tuple(self.dropped))  # files have lists
 
     @property
     def num_tokens(self) -> int:
-        return self.height * (self.width + self.row_newline)
+        return self.height * (self.width + self.row_newline) - len(self.dropped)
 
 
 SEPARATOR = Block(1, 1, separator=True)
@@ -91,8 +98,18 @@ def stacked_fields(entries: tuple[tuple[Block, ...], ...]) -> Tensor:
             column = torch.arange(width, device="cpu").repeat(block.height)
             protected = torch.full_like(row, block.separator) | (column == block.width)
             sizes = [torch.full_like(row, value) for value in (image, index, block.height, block.width)]
-            columns.append(torch.stack([sizes[0], sizes[1], row, column, sizes[2], sizes[3], protected.long()]))
+            fields = torch.stack([sizes[0], sizes[1], row, column, sizes[2], sizes[3], protected.long()])
+            if block.dropped:
+                has_token = torch.ones_like(protected, dtype=torch.bool)
+                has_token[list(block.dropped)] = False
+                fields = fields[:, has_token]
+            columns.append(fields)
     return torch.cat(columns, dim=1) if columns else torch.zeros(7, 0, dtype=torch.long, device="cpu")
+
+
+def without_places(block: Block, dropped: Iterator[bool]) -> Block:
+    """`block` without the tokens of which `dropped`, that goes on behind it, is True."""
+    return replace(block, dropped=tuple(i for i, gone in enumerate(islice(dropped, block.num_tokens)) if gone))
 
 
 def square_block(length: int) -> Block:

@@ -4,6 +4,8 @@ The plainest way to fewer tokens after the tower, and a baseline of UniPruneBenc
 at the tokens nor at the question.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,10 @@ def cells_of(sample: SampleTokens, count: int) -> Tensor:
         own = (block == number).nonzero()[:, 0]
         if end > first:
             grid = int(layout.height[own[0]]), int(layout.width[own[0]])
-            cells[own] = first + cell_numbers(layout.row[own], layout.column[own], grid, end - first)
+            row, column = layout.row[own], layout.column[own]
+            if len(own) < math.prod(grid):  # some places have no token: a cell there would be empty
+                row, column, grid = torch.zeros_like(row), torch.arange(len(own), device=row.device), (1, len(own))
+            cells[own] = first + cell_numbers(row, column, grid, end - first)
         first = end
     return cells
 
