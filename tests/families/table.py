@@ -247,8 +247,8 @@ def table() -> str:
             wrapped(
                 f"Tests pass a video to {len(VIDEOS)} families, all whose base models take videos, after an image "
                 "where a call takes both. Keeping all tokens gives the base model's logits, and pruning is deletion "
-                "by hand (`tests/modeling/test_videos_of_families.py`). In the thinkers of Qwen-Omni audio stands beside "
-                "them. Exceptions:"
+                "by hand (`tests/modeling/test_videos_of_families.py`). In the thinkers of Qwen-Omni audio stands "
+                "beside them. Exceptions:"
             ),
             "",
             *(wrapped(f"- {', '.join(families)}: {what}") for families, what in OF_VIDEOS),
