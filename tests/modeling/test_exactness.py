@@ -56,6 +56,17 @@ def test_pruned_equals_deletion_by_hand(family, position_ids, attention):
         assert made[0, -4:].tolist() == tokens
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_an_unpruned_output_has_all_that_the_base_model_gives(family):
+    base, model = wrap(family)
+    inputs = collate(family, [sample(family, 2, 4)])
+    expected, output = base(**inputs, return_dict=True), model(**inputs, prune=False)
+    assert expected.keys() == output.keys()
+    if "image_hidden_states" in expected:
+        assert torch.equal(output.image_hidden_states, expected.image_hidden_states)
+
+
 @pytest.mark.parametrize("budget", BUDGETS, ids=lambda b: next(iter(b)))
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()

@@ -707,6 +707,16 @@ def test_a_copy_of_a_config_logs_each_buffer_too(make_model, processor, dataset,
         assert [row["step"] for row in trainer.state.log_history if "loss" in row] == steps
 
 
+def test_errors_and_divergences_are_better_where_they_are_smaller():
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    for config, metric, greater in (
+        (AutoencoderConfig, "eval_mse", False), (TPRLPPOConfig, "eval_kl@0.333", False),
+        (TPRLPPOConfig, "eval_logprob", True), (AutoencoderConfig, "explained_variance", True),
+    ):  # fmt: skip
+        made = config("x", use_cpu=True, metric_for_best_model=metric, **best)
+        assert made.greater_is_better is greater
+
+
 def test_an_optimizer_of_the_user(ppo, make_model):
     model = make_model()
     mine = torch.optim.SGD(model.policy.parameters(), lr=1e-3)

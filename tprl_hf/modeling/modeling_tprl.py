@@ -298,6 +298,10 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
     def _output(self, output: ModelOutput, plan: PrunePlan | None = None, pruned: PrunedBatch | None = None):
         given = ("loss", "logits", CACHE_NAME, "hidden_states", "attentions")
         whole = TPRLOutput(**{name: output.get(name) for name in given})
+        if plan is None:  # unpruned: with what else the base model gives, such as `image_hidden_states`
+            for name in output:
+                if name not in given:
+                    whole[name] = output[name]
         if plan is not None and pruned is not None:
             device = pruned.inputs["attention_mask"].device
             whole["keep_mask"], whole["num_kept"] = plan.keep_mask.to(device), plan.num_kept.to(device)
