@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from tests.families.more import BASE_BROKEN, OTHERS
 from tests.families.processor_needs import section, wrapped
 from tests.families.tiny_models import FAMILIES, Sample, build, collate, entry, sample
+from tests.families.videos import VIDEOS
 from tests.families.ways_to_generate import CANNOT, WAYS
 from tests.reference import delete_by_hand
 from tests.stand_ins.flash import BASE_DIFFERS, BASE_FAILS, BEAR_NO_PADDING
@@ -43,6 +44,29 @@ UNTESTED = {
     "perception_lm": "its tower needs timm, which is not one of our dependencies",
     "shieldgemma2": "exact, but transformers cannot load the checkpoint that it saves",
 }
+
+# What is not as with images.
+OF_VIDEOS = (
+    (
+        ("molmo2", "nemotron_h_omni"),
+        "a call takes images or videos, not both, as nothing tells their tokens apart: both together are refused",
+    ),
+    (
+        ("nemotron_h_omni",),
+        "videos are refused where the base model prunes them (`video_pruning_rate` above 0)",
+    ),
+    (
+        ("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga"),
+        "the base model itself fails on images beside videos, which have the same tokens; pruned, also with "
+        "keep_ratio=1, they work, as a video lies between its start and its end",
+    ),
+    (("glm5_next",), "no beams with a video (the base model itself loses its features)"),
+    (
+        ("kimi_k25", "llava_next_video", "llava_onevision"),
+        "pruners cannot read the tower's attention to videos; they are refused",
+    ),
+    (("ernie4_5_vl_moe",), "pruners see the tokens of a video in their order, without a place"),
+)
 
 
 def deviation(a: Tensor, b: Tensor) -> float:
@@ -217,6 +241,17 @@ def table() -> str:
             wrapped(f"- {', '.join(BASE_FAILS)}: the base model itself fails with Flash Attention"),
             wrapped(f"- {', '.join(BASE_DIFFERS)}: the base model itself answers differently than with sdpa"),
             wrapped(f"- {', '.join(BEAR_NO_PADDING)}: a new image behind a cache is refused, as layers carry a state"),
+            "",
+            "## Videos and audio",
+            "",
+            wrapped(
+                f"Tests pass a video to {len(VIDEOS)} families, all whose base models take videos, after an image "
+                "where a call takes both. Keeping all tokens gives the base model's logits, and pruning is deletion "
+                "by hand (`tests/modeling/test_videos_of_families.py`). In the thinkers of Qwen-Omni audio stands "
+                "beside them. Exceptions:"
+            ),
+            "",
+            *(wrapped(f"- {', '.join(families)}: {what}") for families, what in OF_VIDEOS),
             "",
             *section(),
             "## Others",
