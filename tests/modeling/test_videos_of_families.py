@@ -132,3 +132,16 @@ def test_grids_of_frames(family, grids):
     frames = torch.stack([layout.image, layout.block, layout.height, layout.width], 1).unique(dim=0)
     assert frames[:, 2:].tolist() == [list(size) for size in grids]
     assert not layout.protected.any()
+
+
+@torch.no_grad()
+def test_frames_of_videos_of_different_length():
+    base, model = wrap("gemma4")
+    inputs = prompt("gemma4", base, with_image=False)
+    ids = inputs["input_ids"]
+    words = ids[0, 1:2]
+    ids = torch.cat([ids[:, :9], words[None], ids[:, 9:]], 1)  # 6 tokens of the first frame, then 3 frames
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "num_frames_per_video": torch.tensor([1, 3])}
+    layout = model.prune(**inputs).layout
+    assert layout.image.tolist() == [0] * 6 + [1] * 18
+    assert layout.block.tolist() == [0] * 6 + [0] * 6 + [1] * 6 + [2] * 6
