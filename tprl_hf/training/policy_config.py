@@ -131,7 +131,8 @@ class PrunerTrainingConfig(TrainingArguments):
                 f"feature_cache_dtype={self.feature_cache_dtype!r} is for features on disk: set feature_cache_dir too."
             )
         best = (self.metric_for_best_model or "").partition("@")[0]
-        if self.greater_is_better is None and best.endswith(("mse", "kl")):  # of which transformers knows nothing
+        greater = self.greater_is_better  # type: ignore[has-type]
+        if greater is None and best.endswith(("mse", "kl")):  # of which transformers knows nothing
             self.greater_is_better = False
         super().__post_init__()
         if self.metric_for_best_model in ("loss", "eval_loss"):  # what transformers asks for where nothing is set
