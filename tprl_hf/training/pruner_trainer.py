@@ -20,10 +20,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from tprl_hf.hub.publishing import changed_settings, publish, write_card
-from tprl_hf.modeling.base_weights import refuse_adapters
 from tprl_hf.modeling.hub_tprl import is_hub_name
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
-from tprl_hf.modeling.peft_adapter import has_adapter
 from tprl_hf.modeling.saved_files import written_whole
 
 from .answer_batches import AnswerBatch, EncodedSample, SampleEncoder
@@ -163,8 +161,6 @@ class PrunerTrainer(Trainer):
         )
         train_dataset = None if train_dataset is None else with_pictures(train_dataset, "train_dataset")
         model = given_model(model)
-        if not has_adapter(model):  # before the work, which could not be saved
-            refuse_adapters(name for name, _ in model.named_parameters())
         processing_class = given_processor(processing_class, model)
         if args.push_to_hub and not args.save_base_model and not is_hub_name(model.config.base_model_name_or_path):
             raise ValueError(

@@ -14,8 +14,10 @@ from transformers import AutoConfig, TrainingArguments
 from transformers.utils import logging
 
 from tprl_hf.missing_packages import load_processor
+from tprl_hf.modeling.base_weights import refuse_adapters
 from tprl_hf.modeling.configuration_tprl import TPRLConfig
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.modeling.peft_adapter import has_adapter
 
 from .answer_batches import undecoded
 
@@ -94,12 +96,15 @@ def given_model(model: Any) -> TPRLForConditionalGeneration:
 
     Raises:
         `TypeError`: for a model of another class.
+        `ValueError`: for adapters that no checkpoint would bring back.
     """
     if isinstance(model, str | os.PathLike):
         if AutoConfig.from_pretrained(model).model_type == TPRLConfig.model_type:
             return TPRLForConditionalGeneration.from_pretrained(model, dtype="auto")
         return TPRLForConditionalGeneration.from_base_model(model, dtype="auto")
     if isinstance(model, TPRLForConditionalGeneration):
+        if not has_adapter(model):  # before the work, which could not be saved
+            refuse_adapters(name for name, _ in model.named_parameters())
         return model
     cure = "wrap a base model with TPRLForConditionalGeneration.from_base_model(model)"
     if hasattr(model, "merge_and_unload"):
