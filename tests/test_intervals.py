@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tprl_hf.intervals import bootstrap_mean
+from tprl_hf.intervals import bootstrap_mean, units_of
 
 
 def test_the_interval_of_independent_scores_is_that_of_the_normal_approximation():
@@ -20,6 +20,11 @@ def test_scores_of_one_unit_are_drawn_together():
     alone = bootstrap_mean(np.repeat(scores, 5))
     assert (copied.low, copied.high) == pytest.approx((single.low, single.high))
     assert alone.high - alone.low < 0.6 * (single.high - single.low)
+
+
+def test_the_units_of_questions_are_their_images():
+    assert units_of(["a", "a", None, "", "b"]) == ["a", "a", 2, 3, "b"]
+    assert units_of([0, 0, 1]) == [0, 0, 1]  # 0 is an image too
 
 
 def test_equal_scores_have_no_width_and_the_same_seed_gives_the_same_interval():

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,11 @@ class Estimate:
     low: float
     high: float
     count: int
+
+
+def units_of(image_ids: Sequence[Any]) -> list[Hashable]:
+    """The unit of each question: its image, or where it has no `image_id`, the question alone."""
+    return [number if image_id in (None, "") else image_id for number, image_id in enumerate(image_ids)]
 
 
 def bootstrap_mean(

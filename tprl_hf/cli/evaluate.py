@@ -139,6 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.evaluation.runs_table import QUESTIONS
     from tprl_hf.evaluation.setting_costs import count_settings, time_settings
     from tprl_hf.evaluation.tables import summarize
+    from tprl_hf.intervals import units_of
     from tprl_hf.pictures import images_of
     from tprl_hf.report.evaluation_page import BROKEN, evaluation_page
     from tprl_hf.training.answer_batches import undecoded
@@ -163,8 +164,7 @@ def run(arguments: argparse.Namespace) -> int:
     answers = folder / "answers.jsonl"
     described = describe_run(arguments, model, known_before)
     claim_folder(folder, described, arguments.overwrite)
-    # questions about one image are drawn together; a question without image stands alone
-    units = [number if image_id in (None, "") else image_id for number, image_id in enumerate(samples["image_id"])]
+    units = units_of(samples["image_id"])
     asked = {
         "data": arguments.data,
         "split": described["split"],

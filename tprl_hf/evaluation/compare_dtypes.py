@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
-from tprl_hf.intervals import Estimate, bootstrap_mean
+from tprl_hf.intervals import Estimate, bootstrap_mean, units_of
 from tprl_hf.modeling.budget import Budget, keep_counts
 from tprl_hf.modeling.token_pruner import TokenPruner
 from tprl_hf.pruners import DivPrune, VisPruner
@@ -204,7 +204,7 @@ def compare_dtypes(
         `list[dict]`: a row for each dtype, pruner and budget: `accuracy`, `difference` (to float32), `masks` (see
         [`compare_choices`], to float32), `batch` (the same, of the second batch size to the first, in this dtype).
     """
-    units = [number if image_id in (None, "") else image_id for number, image_id in enumerate(samples["image_id"])]
+    units = units_of(samples["image_id"])
     rows: list[dict[str, Any]] = []
     reference: Measured | None = None
     for dtype in (REFERENCE, *dtypes):

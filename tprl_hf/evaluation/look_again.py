@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import tprl_hf
 from tprl_hf.answer_rules import exact_score
 from tprl_hf.data import mosaic_vqa
-from tprl_hf.intervals import bootstrap_mean
+from tprl_hf.intervals import bootstrap_mean, units_of
 from tprl_hf.training import calibrate_escalation
 
 from .answers import chat_inputs
@@ -96,7 +96,7 @@ def compare_looks(
     answered = answer_all(model, processor, test, {"none": {"keep_ratio": 1.0}, **looks})
     fixed = {point: {"num_keep": math.ceil(answered[point].mean_read)} for point in points}
     others = answer_all(model, processor, test, fixed)
-    units = [number if image_id in (None, "") else image_id for number, image_id in enumerate(test["image_id"])]
+    units = units_of(test["image_id"])
 
     def percent(scores: Sequence[float]) -> dict[str, float]:
         return asdict(bootstrap_mean([100 * score for score in scores], units))

@@ -108,7 +108,7 @@ def stacked_fields(entries: tuple[tuple[Block, ...], ...]) -> Tensor:
 
 
 def without_places(block: Block, dropped: Iterator[bool]) -> Block:
-    """`block` without the tokens of which `dropped`, that goes on behind it, is True."""
+    """`block` without the tokens for which `dropped` is True; values behind its last token are for other blocks."""
     return replace(block, dropped=tuple(i for i, gone in enumerate(islice(dropped, block.num_tokens)) if gone))
 
 
