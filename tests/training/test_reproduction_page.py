@@ -100,6 +100,11 @@ def test_the_number_of_steps():
     assert max(map(float, losses)) == float(losses[4])
 
 
+def test_the_policy_without_attention():
+    differences = [points("table8", "MLP only", at, "attention and MLP") for at in ("1/3", "2/9", "1/9", "1/18")]
+    assert "it differs by {}, {}, {} and {} points at 1/3, 2/9, 1/9 and 1/18".format(*differences) in PAGE
+
+
 def test_the_two_recipes():
     differences = [points("recipes", "the paper's recipe", at, "the shipped checkpoint") for at in ("1/3", "1/9")]
     assert "differs from the shipped one by {} points at 1/3, {} at 1/9".format(*differences) in PAGE
