@@ -260,3 +260,13 @@ def test_a_signal_ends_the_command_and_says_what_resumes(tmp_path, monkeypatch, 
     assert main(words) == 143
     err = capsys.readouterr().err
     assert "tprl reproduce: stopped by SIGTERM; nothing new was saved. The same command resumes." in err
+
+
+def test_a_curve_has_one_point_for_each_count():
+    steps = [
+        {"eval_accuracy": 50.0},
+        {"llm_passes": 8, "eval_accuracy": 60.0},
+        {"llm_passes": 16, "eval_accuracy": 55.0},
+    ]
+    best_again = {"llm_passes": 16, "eval_accuracy": 60.0}
+    assert reproduce.curve_of([*steps, best_again], "llm_passes") == [(0, 50.0), (8, 60.0), (16, 55.0)]

@@ -100,6 +100,20 @@ def test_the_number_of_steps():
     assert max(map(float, losses)) == float(losses[4])
 
 
+def test_the_algorithms_at_equal_passes():
+    for label, verb in (
+        ("GRPO", "GRPO has"),
+        ("MAPO, the same 256 questions", "MAPO"),
+        ("counterfactual (ours)", "credit"),
+    ):
+        differences = [points("fig3", label, at, "PPO") for at in ("1/3", "2/9", "1/9")]
+        assert "{} {}, {} and {}".format(verb, *differences) in PAGE, label
+    result = json.loads((PAPER / "fig3.json").read_text(encoding="utf-8"))
+    for budget in ("2/9", "1/9"):
+        found = {r["way"]: r["difference"]["value"] for r in result["measured"]["rows"] if r["budget"] == budget}
+        assert all(found[slug] < found["vispruner"] - 0.05 for slug in result["labels"]), budget
+
+
 def test_the_policy_without_attention():
     differences = [points("table8", "MLP only", at, "attention and MLP") for at in ("1/3", "2/9", "1/9", "1/18")]
     assert "it differs by {}, {}, {} and {} points at 1/3, 2/9, 1/9 and 1/18".format(*differences) in PAGE

@@ -290,6 +290,14 @@ def listed(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds))
 
 
+def curve_of(entries: Sequence[Mapping[str, Any]], count: str) -> list[tuple[float, float]]:
+    """Accuracy on validation by `count`. A run ends with its best step, measured again at the last count: not a point."""
+    points: dict[float, float] = {}
+    for entry in entries:
+        points.setdefault(entry.get(count, 0), entry["eval_accuracy"])
+    return list(points.items())
+
+
 def plot(table: Table, result: dict[str, Any], path: Path) -> None:
     """Curves of training where the table has some, else accuracy by budget."""
     from fractions import Fraction
@@ -305,7 +313,7 @@ def plot(table: Table, result: dict[str, Any], path: Path) -> None:
         colour = PALETTE[number % len(PALETTE)]
         if table.curve:
             for place, one in enumerate(one for one in result["training"] if one["row"] == label):
-                points = [(entry.get(table.curve, 0), entry["eval_accuracy"]) for entry in one["curve"]]
+                points = curve_of(one["curve"], table.curve)
                 axes.plot(*zip(*points, strict=True), color=colour, label=label if place == 0 else None, linewidth=1.3)
         else:
             rows = {row["budget"]: row for row in result["measured"]["rows"] if row["way"] == slug}
