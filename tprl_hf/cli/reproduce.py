@@ -291,7 +291,7 @@ def listed(seeds: Sequence[int]) -> str:
 
 
 def curve_of(entries: Sequence[Mapping[str, Any]], count: str) -> list[tuple[float, float]]:
-    """Accuracy on validation by `count`. A run ends with its best step, measured again at the last count: not a point."""
+    """Accuracy on validation by `count`. At the last one a run measures its best step again, which is not a point."""
     points: dict[float, float] = {}
     for entry in entries:
         points.setdefault(entry.get(count, 0), entry["eval_accuracy"])
