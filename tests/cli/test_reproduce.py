@@ -71,6 +71,16 @@ def test_what_is_equal_is_trained_once_and_what_differs_is_not_shared(tmp_path):
     assert scratch.stages == ["autoencoder", "ppo"]
 
 
+def test_a_run_of_other_settings_does_not_read_the_stages_of_the_former_ones(tmp_path):
+    table = read_table("table7")
+    for short in (SMALL, {**SMALL, "ppo.max_steps": 6}):
+        run = runs_of(replace(table, short=short), tmp_path, full=False)[0]
+        run.link()
+        assert run.model.resolve() == run.directories["ppo"].resolve()
+        for stage, path in run.directories.items():
+            assert (run.model.parent / stage).resolve() == path.resolve()
+
+
 def test_a_table_that_there_is_not(capsys):
     assert main(["reproduce", "table9"]) == 2
     assert "There is no table 'table9'; there are fig2," in capsys.readouterr().err

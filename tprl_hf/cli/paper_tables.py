@@ -103,9 +103,12 @@ class Run:
         linked = {**self.directories, answers.name: answers, **({"base": base} if base.parent == shared else {})}
         for name, path in linked.items():
             path.mkdir(exist_ok=True)
-            if not (folder / name).is_symlink():
-                target = os.path.relpath(path.resolve(), folder.resolve())
-                (folder / name).symlink_to(target, target_is_directory=True)
+            target = os.path.relpath(path.resolve(), folder.resolve())
+            link = folder / name
+            if link.is_symlink() and os.readlink(link) != target:
+                link.unlink()  # of a run with other settings
+            if not link.is_symlink():
+                link.symlink_to(target, target_is_directory=True)
 
 
 def table_names() -> list[str]:
