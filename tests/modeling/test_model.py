@@ -124,6 +124,23 @@ def test_loaded_again_is_saved_alike(tmp_path, model, batch):
 
 
 @torch.no_grad()
+def test_generation_settings_are_those_of_the_checkpoint(tmp_path, batch):
+    """Whether it holds the base model or names it; a live base model keeps its own."""
+    model = wrap()
+    model.lvlm.save_pretrained(tmp_path / "base")
+    model.config.base_model_name_or_path = str(tmp_path / "base")
+    model.generation_config.max_new_tokens, model.generation_config.repetition_penalty = 3, 1.5
+    model.save_pretrained(tmp_path / "policy")
+    model.save_pretrained(tmp_path / "merged", save_base_model=True)
+    expected = model.generate(**batch)
+    for kind in ("policy", "merged"):
+        assert torch.equal(TPRLForConditionalGeneration.from_pretrained(tmp_path / kind).generate(**batch), expected)
+    live = wrap().lvlm
+    loaded = TPRLForConditionalGeneration.from_pretrained(tmp_path / "policy", base_model=live)
+    assert loaded.generation_config is live.generation_config and live.generation_config.max_new_tokens is None
+
+
+@torch.no_grad()
 def test_base_stored_in_half_precision(tmp_path, batch):
     model = wrap()
     for weight in model.lvlm.parameters():
