@@ -31,7 +31,7 @@ from .pruner_inputs import layout_of, pruning_inputs
 from .pruning_policy import PruningPolicy
 from .sequence_inputs import check_call, check_values, refuse_other_than_bits
 from .text_query import config_special_ids, default_query_mask, template_ids
-from .token_autoencoder import TokenAutoencoder
+from .token_autoencoder import TokenAutoencoder, without_autocast
 from .token_pruner import PruningInputs, TokenPruner
 from .values import flag, optional, refuse_misspelled, wrong
 from .virtual_tokens import VIRTUAL, ids_of_embeddings, types_before_tokens
@@ -239,8 +239,9 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         elif choice is not None and batch.features is not None and (batch.new & batch.shown).any():
             query_mask = self._query_mask(batch, query_mask)
             inputs, new = pruning_inputs(batch, self.adapter, layout, query_mask, self.pruner.needs_attention)
-            chosen, chosen_scores = self.pruner.choose(inputs, choice)
-            merged = self.pruner.merge(inputs, chosen)
+            with without_autocast(inputs.tokens.device):
+                chosen, chosen_scores = self.pruner.choose(inputs, choice)
+                merged = self.pruner.merge(inputs, chosen)
             if merged is not None:
                 batch.replace_rows(unpad_rows(merged, inputs.num_visual), new, self.adapter)
             chosen_scores = unpad_rows(chosen_scores, inputs.num_visual).float()
