@@ -30,6 +30,7 @@ from tests.families.tiny_models import (
 )
 from tests.families.ways_to_generate import CANNOT
 from tprl_hf.modeling import TPRLForConditionalGeneration
+from tprl_hf.modeling.cached_prompt import CACHE_NAME
 
 NEW = 3
 CONTINUED = [family for family in (*FAMILIES, *OTHERS) if "new image" not in CANNOT.get(family, {})]
@@ -438,6 +439,31 @@ def test_turns_of_different_length(family):
     inputs = collate(family, [Sample([*one.ids, 10], one.images) for one in samples])
     cache.batch_repeat_interleave(2)
     check_afresh(model, inputs, generate(model, inputs, past_key_values=cache, num_beams=2), num_beams=2)
+
+
+@pytest.mark.parametrize("filled_by", ["forward", "generate"])
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+@torch.no_grad()
+def test_a_mask_of_a_step_reaches_what_is_cached(family, filled_by):
+    """It hides words of the prompt and of the answer, as in the base model, whether tokens were pruned or not."""
+    base, model = wrap(family)
+    batch = collate(family, [sample(family, 1, 1), sample(family, 1, 4)])
+    length, words = batch["input_ids"].shape[1], torch.tensor([[7, 8], [9, 10]])
+
+    def step(of, hidden, **settings):
+        if filled_by == "forward":
+            output = of(**batch, **settings, use_cache=True)
+        else:
+            output = generate(of, batch, **settings)
+        mask = torch.ones(2, length + 2 + (NEW - 1) * (filled_by == "generate"), dtype=torch.long)
+        mask[:, hidden] = 0
+        return of(input_ids=words, attention_mask=mask, **{CACHE_NAME: output[CACHE_NAME]}).logits
+
+    for hidden in (length - 2, -3):
+        expected = step(base, hidden)
+        for keep in ({"keep_ratio": 1.0}, {"prune": False}):
+            assert (step(model, hidden, **keep) - expected).abs().max() <= 5e-5
+        assert (step(model, hidden) - step(model, slice(0, 0))).abs().max() > 1e-3
 
 
 # ---- caches of something else ----

@@ -266,16 +266,17 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         """New tokens behind a cache: positions and mask continue those of the cache."""
         record = CachedPrompt.of(inputs[CACHE_NAME]).for_prompts(len(input_ids), 1)
         device, ids = input_ids.device, input_ids.cpu()
-        if self.adapter.find_visual(ids).any():
+        if self.adapter.find_visual(ids).any() or self.adapter.has_pixels(inputs):
             raise ValueError(
                 "New images behind a filled cache are for `generate`: pass it the whole conversation with "
                 "`past_key_values`. `forward` takes new text tokens only."
             )
-        new = torch.ones_like(ids)
+        new, cached = torch.ones_like(ids), record.attention_mask
         if attention_mask is not None:
-            new = attention_mask[:, -ids.shape[1] :].cpu().long()
+            mask, num_new = attention_mask.cpu().long(), ids.shape[1]
+            new, cached = mask[:, -num_new:], record.shown_by(mask, num_new)
         record.check_padding(new)
-        attended = torch.cat([record.attention_mask, new], 1)
+        attended = torch.cat([cached, new], 1)
         offset, given = self.adapter.forward_position_offset, inputs.get("position_ids")
         if given is None:
             positions = record.next_position[:, None] + new.cumsum(1) - 1
