@@ -72,6 +72,17 @@ def test_wrapping_leaves_the_live_model_alone(batch):
     assert wrapped.config.base_config is base.config
 
 
+@torch.no_grad()
+def test_copies_are_models_of_their_own(model, batch):
+    """Of the model, and of what `base_model` gives trainers."""
+    expected = model(**batch).logits
+    for other in (copy.deepcopy(model), copy.deepcopy(model.base_model).model):
+        assert other.adapter.base is other.lvlm and other.lvlm is not model.lvlm
+        assert torch.equal(other(**batch).logits, expected)
+        other.get_input_embeddings().weight.zero_()
+        assert torch.equal(model(**batch).logits, expected)
+
+
 # ---- checkpoints ----
 
 
