@@ -416,6 +416,28 @@ def test_answers_that_end_at_different_steps(family, masked):
     check_afresh(model, inputs, following)
 
 
+@torch.no_grad()
+def test_answers_that_end_at_different_steps_without_a_padding_token():
+    """`generate` then writes the token that ends answers behind the shorter one."""
+    family = "llava"
+    base, model = wrap(family)
+    base.generation_config.pad_token_id, samples = None, [sample(family, 1, 1), sample(family, 2, 2)]
+    batch = collate(family, samples)
+    length = batch["input_ids"].shape[1]
+    plain = generate(model, batch, max_new_tokens=6).sequences[:, length:].tolist()
+    ends = next(token for row, other in (plain, plain[::-1]) for token in row[:-2] if token not in other)
+    output = generate(model, batch, max_new_tokens=6, eos_token_id=[ends, 98])
+    answers = output.sequences[:, length:].tolist()
+    assert any(answer.count(ends) > 1 for answer in answers)
+    for many in (1, 6):  # without what was written behind, and with it
+        shown = [answer[: answer.index(ends) + many] if ends in answer else answer for answer in answers]
+        rows = [one.ids + answer for one, answer in zip(samples, shown, strict=True)]
+        inputs = collate(family, questions(rows, samples, [0, 1]))
+        following = generate(model, inputs, past_key_values=copy.deepcopy(output.past_key_values))
+        assert torch.equal(following.keep_mask, output.keep_mask)
+        check_afresh(model, inputs, following)
+
+
 @pytest.mark.parametrize("family", [family for family in VARIED if family not in STATEFUL])
 @torch.no_grad()
 def test_turns_of_different_length(family):

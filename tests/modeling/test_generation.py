@@ -12,6 +12,7 @@ from transformers import (
     DynamicCache,
     EosTokenCriteria,
     ForcedEOSTokenLogitsProcessor,
+    GenerationConfig,
     LogitsProcessor,
     MaxLengthCriteria,
     RepetitionPenaltyLogitsProcessor,
@@ -594,6 +595,23 @@ def test_foreign_and_mismatched_caches_are_refused():
         model.generate(**inputs, past_key_values=first.past_key_values)
     with pytest.raises(ValueError, match="at least one new token"):
         model.generate(**batch, past_key_values=first.past_key_values)
+
+
+@pytest.mark.parametrize("own", [None, PAD])
+@pytest.mark.parametrize("how", ["argument", "config"])
+@torch.no_grad()
+def test_without_a_mask_the_calls_padding_token_tells_padding(own, how):
+    """As in the base model, whose config names another one, or none."""
+    base, model = wrap("llava")
+    base.generation_config.pad_token_id = own
+    _, batch = batch_of("llava")
+    mask = batch.pop("attention_mask")
+    batch["input_ids"][mask == 0] = 3
+    settings = {"max_new_tokens": NEW, "pad_token_id": 3}
+    if how == "config":
+        settings = {"generation_config": GenerationConfig(**settings)}
+    assert torch.equal(model.generate(**batch, keep_ratio=1.0, **settings), base.generate(**batch, **settings))
+    assert torch.equal(model.generate(**batch, **settings), model.generate(**batch, attention_mask=mask, **settings))
 
 
 @pytest.mark.parametrize("longer", [-1, 0, 1])

@@ -13,7 +13,7 @@ from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument, is_filled
 from .columns import restore_prompt, source_columns
 from .conversation_tprl import TPRLConversationModel
 from .escalation import Escalation, generate_escalated, refuse_with_escalation
-from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
+from .generation_tprl import convert_lengths, filler_of_answers, setting, wrap_for_original_prompt
 from .outputs_tprl import PrunePlan, TPRLOutput
 from .packed_rows import PackedRows
 from .prompt_output import logits_wanted, to_prompt_output
@@ -366,6 +366,8 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         configs = (generation_config, self.generation_config)
         copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
         cache, asked = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
+        if asked is None and input_ids is not None:
+            asked = self._infer_attention_mask(input_ids, kwargs, generation_config)
         record, filled = None, is_filled(cache)
         if filled and (prune is not False or CachedPrompt.is_on(cache)):
             if any(setting(name, kwargs, *configs) for name in ("assistant_model", "prompt_lookup_num_tokens")):
@@ -374,11 +376,10 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
                     "them out, or pass the conversation without `past_key_values`."
                 )
             record = self._read_cache(cache, input_ids, asked, kwargs, copies)
-        filler = setting("pad_token_id", kwargs, *configs)
+        filler = filler_of_answers(kwargs, *configs)
         prompt, peft_model, embeds = input_ids, peft_around(self), None
         if peft_model is not None and input_ids is not None:
-            mask = self._infer_attention_mask(input_ids) if asked is None else asked
-            kwargs |= {"attention_mask": mask, "query_mask": query_mask}
+            kwargs |= {"attention_mask": asked, "query_mask": query_mask}
             virtual = with_virtual_tokens(peft_model, input_ids, kwargs, self.get_input_embeddings(), copies)
             input_ids, kwargs, record = virtual.input_ids, virtual.inputs, virtual.record
             query_mask, cache, embeds = kwargs.pop("query_mask"), kwargs.get(CACHE_NAME), virtual.embeddings
@@ -391,6 +392,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         if prompt is None:
             raise ValueError("`generate` needs `input_ids`: they say where the visual tokens are.")
         mask, looks_on = kwargs.pop("attention_mask", None), self._looks(choice)
+        mask = asked if mask is None else mask
         batch = self._batch(
             input_ids, mask, visual_features, kwargs, record, looks_on, has_virtual=peft_model is not None
         )

@@ -23,6 +23,7 @@ from .columns import unpad_rows
 from .configuration_tprl import TPRLConfig, own_fields
 from .family_adapters import adapter_for
 from .frozen_head import watch_head
+from .generation_tprl import padding_of
 from .outputs_tprl import PrunePlan
 from .pruned_batch import PromptBatch
 from .pruned_core import note_labels
@@ -164,7 +165,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
             if attention_mask is not None and attention_mask.shape == input_ids.shape:
                 input_ids = input_ids.masked_fill(attention_mask == 0, VIRTUAL)  # padding may look like a placeholder
         if attention_mask is None:
-            attention_mask = self._infer_attention_mask(input_ids)
+            attention_mask = self._infer_attention_mask(input_ids, {})
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask must be two-dimensional as input_ids, {tuple(input_ids.shape)}; got "
@@ -215,10 +216,9 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         query_mask = self._query_mask(batch, query_mask)
         return pruning_inputs(batch, self.adapter, layout_of(batch, self.adapter), query_mask, with_attention)[0]
 
-    def _infer_attention_mask(self, input_ids: Tensor) -> Tensor:
+    def _infer_attention_mask(self, input_ids: Tensor, call: dict[str, Any], *configs: Any) -> Tensor:
         # as the base model's generate does: only a pad token that is not an end token can be told from text
-        pad, eos = self.generation_config.pad_token_id, self.generation_config.eos_token_id
-        ends = eos if isinstance(eos, list) else [eos]
+        pad, ends = padding_of(call, *configs, self.generation_config)
         return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
 
     @torch.no_grad()
