@@ -348,7 +348,7 @@ class KimiAdapter(LVLMAdapter):
     def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
         name = f"{modality}_grid_thw"
         grids = [(1, height, width) for _, height, width in inputs[name].tolist()]
-        return super().blocks(modality, entries, {**inputs, name: torch.tensor(grids)})
+        return super().blocks(modality, entries, {**inputs, name: torch.tensor(grids, device="cpu")})
 
     def received_attention(
         self, modality: str, layer: ObservedLayer, encoded: EncodedModality, inputs: dict[str, Any]

@@ -207,7 +207,7 @@ class PruningPolicy(Float32Module):
             words = self.query_proj(self.query_norm(query.float()))
             if self.word_proj is not None:
                 place = (attended.long().cumsum(1) - 1).clamp(min=0)
-                words = words + self.word_proj(octaves(place / MAX_WORDS, NUM_WORD_FREQUENCIES))
+                words = words + self.word_proj(octaves(place.float() / MAX_WORDS, NUM_WORD_FREQUENCIES))
             x = torch.cat([x, words], dim=1)  # (B, N + L, Z)
             seen = torch.cat([seen, attended.bool()], dim=1)
         # a sample with nothing to see (a text-only one without a query) would give NaN
@@ -267,5 +267,6 @@ def cosines(tokens: Tensor, words: Tensor) -> Tensor:
 
 def octaves(places: Tensor, num_frequencies: int) -> Tensor:
     """Sine and cosine at `num_frequencies` octaves of places in [0, 1]: `[...]` to `[..., 2 * num_frequencies]`."""
-    angles = places[..., None] * torch.pi * 2.0 ** torch.arange(num_frequencies, device=places.device)
+    factors = 2.0 ** torch.arange(num_frequencies, dtype=torch.float32, device=places.device)
+    angles = places[..., None] * torch.pi * factors
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
