@@ -125,6 +125,20 @@ def test_returned_scores_follow_the_tokens(family):
 
 
 @pytest.mark.parametrize("ways", [{}, {"num_beams": 2}])
+@pytest.mark.parametrize("settings", [{}, {"prune": False}, {"keep_ratio": 1.0}])
+@torch.no_grad()
+def test_a_returned_dict_says_what_was_kept(settings, ways):
+    """Also where nothing is pruned: of prompts without an image, and with `prune=False`."""
+    _, model = wrap("llava")
+    samples, batch = batch_of("llava")
+    for inputs in (batch, collate("llava", samples[:1]), collate("llava", samples[2:])):
+        made = model.generate(**inputs, **settings, **ways, max_new_tokens=1, return_dict_in_generate=True)
+        plan = model.prune(**inputs, **(settings or {"keep_ratio": 0.4}))
+        for name in ("keep_mask", "num_kept", "num_visual"):
+            assert torch.equal(made[name], getattr(plan, name))
+
+
+@pytest.mark.parametrize("ways", [{}, {"num_beams": 2}])
 @pytest.mark.parametrize("family", ["llava", "internvl"])
 @torch.no_grad()
 def test_embeddings_beside_ids_are_pruned_like_them(family, ways):

@@ -14,7 +14,7 @@ from .columns import restore_prompt, source_columns
 from .conversation_tprl import TPRLConversationModel
 from .escalation import Escalation, generate_escalated, refuse_with_escalation
 from .generation_tprl import convert_lengths, filler_of_answers, setting, wrap_for_original_prompt
-from .outputs_tprl import PrunePlan, TPRLOutput
+from .outputs_tprl import PrunePlan, TPRLOutput, tell_kept
 from .packed_rows import PackedRows
 from .prompt_output import logits_wanted, to_prompt_output
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
@@ -387,6 +387,10 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             output = self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
             if not filled:
                 self._note_unpruned_answer(cache, input_ids, asked, kwargs, output, copies, filler)
+            if input_ids is not None and not torch.is_tensor(output):
+                visual = self.adapter.find_visual(input_ids.cpu())
+                shown = visual & asked.cpu().bool() if asked.shape == visual.shape else visual
+                tell_kept(output, shown[visual], shown.sum(1), visual.sum(1), input_ids.device)
             return output
 
         if prompt is None:
@@ -419,6 +423,5 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         if torch.is_tensor(output):
             return restored
         output.sequences = restored
-        for name in ("keep_mask", "num_kept", "num_visual"):
-            output[name] = getattr(plan, name).to(batch.device)
+        tell_kept(output, plan.keep_mask, plan.num_kept, plan.num_visual, batch.device)
         return output
