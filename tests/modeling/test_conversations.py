@@ -488,6 +488,20 @@ def test_a_mask_of_a_step_reaches_what_is_cached(family, filled_by):
         assert (step(model, hidden) - step(model, slice(0, 0))).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("filled_by", ["base", "model in training"])
+@torch.no_grad()
+def test_without_a_budget_steps_are_those_of_the_base_model(filled_by):
+    """Whoever filled the cache: nothing was pruned."""
+    base, model = wrap("llava", keep_ratio=None, pruner=None, policy_training={"stage": "lfd"})
+    batch, words = collate("llava", [sample("llava", 1, 1), sample("llava", 2, 2)]), torch.tensor([[7], [8]])
+    expected = base(input_ids=words, **{CACHE_NAME: base(**batch, use_cache=True)[CACHE_NAME]}).logits
+    reads = base if filled_by == "base" else model.train()
+    cache = reads(**batch, use_cache=True)[CACHE_NAME]
+    assert (model(input_ids=words, past_key_values=cache).logits - expected).abs().max() <= 2e-5
+    with pytest.raises(ValueError, match="did not prune"):
+        model(input_ids=words, past_key_values=reads(**batch, use_cache=True)[CACHE_NAME], num_keep=3)
+
+
 # ---- caches of something else ----
 
 

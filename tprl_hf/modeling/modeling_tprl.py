@@ -162,7 +162,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
                 inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
                 output = self._output(self.lvlm(return_dict=True, **inputs))
             return output if return_dict else output.to_tuple()
-        if filled and (prune is not False or CachedPrompt.is_on(cache)):
+        if filled and (choice is not None or CachedPrompt.is_on(cache)):
             if input_ids is None or isinstance(choice, Tensor):
                 raise ValueError("Behind a filled cache pass the new tokens as `input_ids`, and no `keep_mask`.")
             return self._forward_cached(input_ids, attention_mask, inputs, return_dict)
