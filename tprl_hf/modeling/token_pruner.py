@@ -283,7 +283,8 @@ class LearnedPruner(TokenPruner):
             share = share.masked_fill(num_visual == 0, 1.0)
         else:
             share = torch.full_like(num_visual, self.threshold_keep_ratio or 1.0, dtype=torch.float32)
-            probability = torch.tensor(float(PROBABILITY("threshold", budget.threshold)), dtype=torch.float32, device="cpu")
+            least = float(PROBABILITY("threshold", budget.threshold))
+            probability = torch.tensor(least, dtype=torch.float32, device="cpu")
             above = replace(budget, threshold=float(probability.logit().nan_to_num()))
         inputs = read_similarity(self.policy, replace(inputs, keep_ratio=share.to(codes.device)))
         for step in range(self.num_steps):
