@@ -387,7 +387,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             output = self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
             if not filled:
                 self._note_unpruned_answer(cache, input_ids, asked, kwargs, output, copies, filler)
-            if input_ids is not None and not torch.is_tensor(output):
+            if input_ids is not None and asked is not None and isinstance(output, ModelOutput):
                 visual = self.adapter.find_visual(input_ids.cpu())
                 shown = visual & asked.cpu().bool() if asked.shape == visual.shape else visual
                 tell_kept(output, shown[visual], shown.sum(1), visual.sum(1), input_ids.device)
