@@ -611,6 +611,23 @@ def test_foreign_and_mismatched_caches_are_refused():
         model.generate(**batch, past_key_values=first.past_key_values)
 
 
+@pytest.mark.parametrize("keep", [{}, {"prune": False}])
+@torch.no_grad()
+def test_a_custom_generate_may_return_anything(keep):
+    _, model = wrap("llava")
+    _, batch = batch_of("llava")
+
+    def greedy(base, input_ids, logits_processor, stopping_criteria, generation_config, **inputs):
+        more = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+        return base._sample(input_ids, generation_config=generation_config, **more, **inputs)
+
+    expected = model.generate(**batch, **keep, max_new_tokens=NEW)
+    made = model.generate(**batch, **keep, max_new_tokens=NEW, custom_generate=greedy)
+    assert torch.equal(made, expected)
+    answer = {"custom_generate": lambda *args, **inputs: ("answer", 0.5)}
+    assert model.generate(**batch, **keep, **answer, max_new_tokens=NEW) == ("answer", 0.5)
+
+
 @pytest.mark.parametrize("own", [None, PAD])
 @pytest.mark.parametrize("how", ["argument", "config"])
 @torch.no_grad()
