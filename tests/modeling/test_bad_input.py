@@ -102,6 +102,16 @@ def test_an_image_without_tokens(model):
         model.prune(**text, pixel_values=image, num_keep=3)
 
 
+@torch.no_grad()
+def test_an_image_behind_a_cache_of_forward(model, batch):
+    """The base model refuses pixels without tokens there, too; they were left out without a word."""
+    cache = model(**batch, num_keep=3, use_cache=True).past_key_values
+    for prune in ({}, {"prune": False}):
+        with pytest.raises(ValueError, match="New images behind a filled cache are for `generate`"):
+            words = torch.full((len(batch["input_ids"]), 1), 7)
+            model(input_ids=words, pixel_values=batch["pixel_values"], past_key_values=cache, **prune)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_pixels_that_are_no_numbers(model, batch, value):
     batch["pixel_values"][1, 0, 3, 3] = value

@@ -30,6 +30,7 @@ from tests.families.tiny_models import (
 )
 from tests.families.ways_to_generate import CANNOT
 from tprl_hf.modeling import TPRLForConditionalGeneration
+from tprl_hf.modeling.cached_prompt import CACHE_NAME
 
 NEW = 3
 CONTINUED = [family for family in (*FAMILIES, *OTHERS) if "new image" not in CANNOT.get(family, {})]
@@ -415,6 +416,28 @@ def test_answers_that_end_at_different_steps(family, masked):
     check_afresh(model, inputs, following)
 
 
+@torch.no_grad()
+def test_answers_that_end_at_different_steps_without_a_padding_token():
+    """`generate` then writes the token that ends answers behind the shorter one."""
+    family = "llava"
+    base, model = wrap(family)
+    base.generation_config.pad_token_id, samples = None, [sample(family, 1, 1), sample(family, 2, 2)]
+    batch = collate(family, samples)
+    length = batch["input_ids"].shape[1]
+    plain = generate(model, batch, max_new_tokens=6).sequences[:, length:].tolist()
+    ends = next(token for row, other in (plain, plain[::-1]) for token in row[:-2] if token not in other)
+    output = generate(model, batch, max_new_tokens=6, eos_token_id=[ends, 98])
+    answers = output.sequences[:, length:].tolist()
+    assert any(answer.count(ends) > 1 for answer in answers)
+    for many in (1, 6):  # without what was written behind, and with it
+        shown = [answer[: answer.index(ends) + many] if ends in answer else answer for answer in answers]
+        rows = [one.ids + answer for one, answer in zip(samples, shown, strict=True)]
+        inputs = collate(family, questions(rows, samples, [0, 1]))
+        following = generate(model, inputs, past_key_values=copy.deepcopy(output.past_key_values))
+        assert torch.equal(following.keep_mask, output.keep_mask)
+        check_afresh(model, inputs, following)
+
+
 @pytest.mark.parametrize("family", [family for family in VARIED if family not in STATEFUL])
 @torch.no_grad()
 def test_turns_of_different_length(family):
@@ -438,6 +461,45 @@ def test_turns_of_different_length(family):
     inputs = collate(family, [Sample([*one.ids, 10], one.images) for one in samples])
     cache.batch_repeat_interleave(2)
     check_afresh(model, inputs, generate(model, inputs, past_key_values=cache, num_beams=2), num_beams=2)
+
+
+@pytest.mark.parametrize("filled_by", ["forward", "generate"])
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+@torch.no_grad()
+def test_a_mask_of_a_step_reaches_what_is_cached(family, filled_by):
+    """It hides words of the prompt and of the answer, as in the base model, whether tokens were pruned or not."""
+    base, model = wrap(family)
+    batch = collate(family, [sample(family, 1, 1), sample(family, 1, 4)])
+    length, words = batch["input_ids"].shape[1], torch.tensor([[7, 8], [9, 10]])
+
+    def step(of, hidden, **settings):
+        if filled_by == "forward":
+            output = of(**batch, **settings, use_cache=True)
+        else:
+            output = generate(of, batch, **settings)
+        mask = torch.ones(2, length + 2 + (NEW - 1) * (filled_by == "generate"), dtype=torch.long)
+        mask[:, hidden] = 0
+        return of(input_ids=words, attention_mask=mask, **{CACHE_NAME: output[CACHE_NAME]}).logits
+
+    for hidden in (length - 2, -3):
+        expected = step(base, hidden)
+        for keep in ({"keep_ratio": 1.0}, {"prune": False}):
+            assert (step(model, hidden, **keep) - expected).abs().max() <= 5e-5
+        assert (step(model, hidden) - step(model, slice(0, 0))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("filled_by", ["base", "model in training"])
+@torch.no_grad()
+def test_without_a_budget_steps_are_those_of_the_base_model(filled_by):
+    """Whoever filled the cache: nothing was pruned."""
+    base, model = wrap("llava", keep_ratio=None, pruner=None, policy_training={"stage": "lfd"})
+    batch, words = collate("llava", [sample("llava", 1, 1), sample("llava", 2, 2)]), torch.tensor([[7], [8]])
+    expected = base(input_ids=words, **{CACHE_NAME: base(**batch, use_cache=True)[CACHE_NAME]}).logits
+    reads = base if filled_by == "base" else model.train()
+    cache = reads(**batch, use_cache=True)[CACHE_NAME]
+    assert (model(input_ids=words, past_key_values=cache).logits - expected).abs().max() <= 2e-5
+    with pytest.raises(ValueError, match="did not prune"):
+        model(input_ids=words, past_key_values=reads(**batch, use_cache=True)[CACHE_NAME], num_keep=3)
 
 
 # ---- caches of something else ----

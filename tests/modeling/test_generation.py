@@ -12,6 +12,7 @@ from transformers import (
     DynamicCache,
     EosTokenCriteria,
     ForcedEOSTokenLogitsProcessor,
+    GenerationConfig,
     LogitsProcessor,
     MaxLengthCriteria,
     RepetitionPenaltyLogitsProcessor,
@@ -121,6 +122,20 @@ def test_returned_scores_follow_the_tokens(family):
     longest = int((batch["attention_mask"].sum(1) - output.num_visual + output.num_kept).max())
     assert output.hidden_states[0][-1].shape[1] == longest
     assert output.keep_mask.sum() == output.num_kept.sum()
+
+
+@pytest.mark.parametrize("ways", [{}, {"num_beams": 2}])
+@pytest.mark.parametrize("settings", [{}, {"prune": False}, {"keep_ratio": 1.0}])
+@torch.no_grad()
+def test_a_returned_dict_says_what_was_kept(settings, ways):
+    """Also where nothing is pruned: of prompts without an image, and with `prune=False`."""
+    _, model = wrap("llava")
+    samples, batch = batch_of("llava")
+    for inputs in (batch, collate("llava", samples[:1]), collate("llava", samples[2:])):
+        made = model.generate(**inputs, **settings, **ways, max_new_tokens=1, return_dict_in_generate=True)
+        plan = model.prune(**inputs, **(settings or {"keep_ratio": 0.4}))
+        for name in ("keep_mask", "num_kept", "num_visual"):
+            assert torch.equal(made[name], getattr(plan, name))
 
 
 @pytest.mark.parametrize("ways", [{}, {"num_beams": 2}])
@@ -594,6 +609,40 @@ def test_foreign_and_mismatched_caches_are_refused():
         model.generate(**inputs, past_key_values=first.past_key_values)
     with pytest.raises(ValueError, match="at least one new token"):
         model.generate(**batch, past_key_values=first.past_key_values)
+
+
+@pytest.mark.parametrize("keep", [{}, {"prune": False}])
+@torch.no_grad()
+def test_a_custom_generate_may_return_anything(keep):
+    _, model = wrap("llava")
+    _, batch = batch_of("llava")
+
+    def greedy(base, input_ids, logits_processor, stopping_criteria, generation_config, **inputs):
+        more = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+        return base._sample(input_ids, generation_config=generation_config, **more, **inputs)
+
+    expected = model.generate(**batch, **keep, max_new_tokens=NEW)
+    made = model.generate(**batch, **keep, max_new_tokens=NEW, custom_generate=greedy)
+    assert torch.equal(made, expected)
+    answer = {"custom_generate": lambda *args, **inputs: ("answer", 0.5)}
+    assert model.generate(**batch, **keep, **answer, max_new_tokens=NEW) == ("answer", 0.5)
+
+
+@pytest.mark.parametrize("own", [None, PAD])
+@pytest.mark.parametrize("how", ["argument", "config"])
+@torch.no_grad()
+def test_without_a_mask_the_calls_padding_token_tells_padding(own, how):
+    """As in the base model, whose config names another one, or none."""
+    base, model = wrap("llava")
+    base.generation_config.pad_token_id = own
+    _, batch = batch_of("llava")
+    mask = batch.pop("attention_mask")
+    batch["input_ids"][mask == 0] = 3
+    settings = {"max_new_tokens": NEW, "pad_token_id": 3}
+    if how == "config":
+        settings = {"generation_config": GenerationConfig(**settings)}
+    assert torch.equal(model.generate(**batch, keep_ratio=1.0, **settings), base.generate(**batch, **settings))
+    assert torch.equal(model.generate(**batch, **settings), model.generate(**batch, attention_mask=mask, **settings))
 
 
 @pytest.mark.parametrize("longer", [-1, 0, 1])

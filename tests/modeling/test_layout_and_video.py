@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from tests.families.tiny_models import FAMILIES, IMAGE, VIDEO, build, collate, sample
+from tests.families.tiny_models import FAMILIES, IMAGE, VIDEO, Sample, build, collate, num_placeholders, sample
 from tests.reference import delete_by_hand
 from tprl_hf.modeling import Block, TokenLayout, TPRLForConditionalGeneration
 from tprl_hf.modeling.token_layout import grid_blocks, join_tiles, sized_block, square_block
+from tprl_hf.pruners import VisPruner
 
 # (height, width) of each block of the first image of `sample(family, 1, 1)`
 GRIDS = {
@@ -52,6 +53,24 @@ def test_layout(family):
     owners = {"idefics3": 2, "smolvlm": 2}.get(family, 3)  # these give one entry for each sample
     assert layout.image.unique().tolist() == list(range(owners))
     assert layout.protected.any() == (family in ("llava_next", "llava_onevision"))
+
+
+@pytest.mark.parametrize("size", [(1, 1000), (1000, 1)], ids=["flat", "tall"])
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "llava_next_video", "granite4_vision"])
+@torch.no_grad()
+def test_of_a_picture_that_is_too_flat_no_crop_is_left(family, size):
+    """The base model cuts padding away until no row is left, or rows without a token, which end in a separator."""
+    base, model = wrap(family)
+    pixels = {**sample(family, 1, 1).images[0], "image_sizes": torch.tensor([size])}
+    inputs = collate(family, [Sample([1, 5, *[IMAGE] * num_placeholders(family, pixels), 7, 8], [pixels])])
+    assert (model(**inputs, keep_ratio=1.0).logits - base(**inputs).logits).abs().max() <= 2e-5
+    with model.using(VisPruner(keep_ratio=0.3)):
+        plan = model.prune(**inputs)
+        made = model.generate(**inputs, max_new_tokens=2)
+    layout, height = plan.layout, int(plan.layout.height[0])
+    content = layout[~layout.protected]
+    assert len(content.row) == height**2 and content.block.unique().tolist() == [0]
+    assert plan.keep_mask[layout.protected].all() and made.shape[1] == inputs["input_ids"].shape[1] + 2
 
 
 def test_separators_are_the_newline_embedding():

@@ -72,6 +72,17 @@ def test_wrapping_leaves_the_live_model_alone(batch):
     assert wrapped.config.base_config is base.config
 
 
+@torch.no_grad()
+def test_copies_are_models_of_their_own(model, batch):
+    """Of the model, and of what `base_model` gives trainers."""
+    expected = model(**batch).logits
+    for other in (copy.deepcopy(model), copy.deepcopy(model.base_model).model):
+        assert other.adapter.base is other.lvlm and other.lvlm is not model.lvlm
+        assert torch.equal(other(**batch).logits, expected)
+        other.get_input_embeddings().weight.zero_()
+        assert torch.equal(model(**batch).logits, expected)
+
+
 # ---- checkpoints ----
 
 
@@ -121,6 +132,23 @@ def test_loaded_again_is_saved_alike(tmp_path, model, batch):
     assert json.loads(one.read_text()) == json.loads(two.read_text())
     assert json.loads(one.read_text())["base_model_name_or_path"] == str(tmp_path / "base")
     assert torch.equal(first(**batch).logits, second(**batch).logits)
+
+
+@torch.no_grad()
+def test_generation_settings_are_those_of_the_checkpoint(tmp_path, batch):
+    """Whether it holds the base model or names it; a live base model keeps its own."""
+    model = wrap()
+    model.lvlm.save_pretrained(tmp_path / "base")
+    model.config.base_model_name_or_path = str(tmp_path / "base")
+    model.generation_config.max_new_tokens, model.generation_config.repetition_penalty = 3, 1.5
+    model.save_pretrained(tmp_path / "policy")
+    model.save_pretrained(tmp_path / "merged", save_base_model=True)
+    expected = model.generate(**batch)
+    for kind in ("policy", "merged"):
+        assert torch.equal(TPRLForConditionalGeneration.from_pretrained(tmp_path / kind).generate(**batch), expected)
+    live = wrap().lvlm
+    loaded = TPRLForConditionalGeneration.from_pretrained(tmp_path / "policy", base_model=live)
+    assert loaded.generation_config is live.generation_config and live.generation_config.max_new_tokens is None
 
 
 @torch.no_grad()

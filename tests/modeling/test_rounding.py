@@ -113,6 +113,47 @@ def test_pruners_compute_in_float32(model, name):
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
+def test_autocast_does_not_reach_a_choice(name):
+    """Features of the tower are those of autocast; what is kept of the same features is the same without it."""
+    torch.manual_seed(0)
+    model = TPRLForConditionalGeneration.from_base_model(build("llava"), **POLICY).eval()
+    for weight in (*model.policy.parameters(), *model.autoencoder.parameters()):
+        torch.nn.init.normal_(weight, std=0.5)
+    batch = collate("llava", [sample("llava", 1, 1), sample("llava", 2, 2)])
+    with model.using(pruner_of(name, model)):
+        with torch.autocast("cpu", torch.bfloat16):
+            features = model.encode_images(**batch)
+        bare = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        expected = model.prune(**bare, visual_features=features, keep_ratio=1 / 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.prune(**bare, visual_features=features, keep_ratio=1 / 3)
+    assert features.modalities["image"].rows.dtype == torch.bfloat16
+    assert torch.equal(found.keep_mask, expected.keep_mask) and torch.equal(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bfloat16", "float64"])
+@torch.no_grad()
+def test_the_dtype_of_new_tensors_does_not_reach_a_choice(name, dtype):
+    """A program may set one with `torch.set_default_dtype`; the policy is one that reads all that it can read."""
+    told = {"policy_positions": True, "policy_budget": True, "policy_similarity": True, "policy_steps": 2}
+    torch.manual_seed(0)
+    model = TPRLForConditionalGeneration.from_base_model(build("llava"), **POLICY, **told, num_steps=2).eval()
+    for weight in (*model.policy.parameters(), *model.autoencoder.parameters()):
+        torch.nn.init.normal_(weight, std=0.5)
+    batch = collate("llava", [sample("llava", 1, 1), sample("llava", 2, 2)])
+    with model.using(pruner_of(name, model)):
+        expected = model.prune(**batch, keep_ratio=0.3)
+        torch.set_default_dtype(dtype)
+        try:
+            found = model.prune(**batch, keep_ratio=0.3)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.keep_mask, expected.keep_mask) and torch.equal(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
 def test_equal_tokens_are_chosen_by_position_whatever_the_batch(model, name):
     """Of tokens that are all the same, each method takes the same ones in every row of every batch."""
     pruner = pruner_of(name, model)

@@ -8,10 +8,11 @@ import transformers
 
 from tests.families.more import OTHERS
 from tests.families.table import registered
-from tests.families.tiny_models import FAMILIES, MODEL_TYPES, build, entry
+from tests.families.tiny_models import FAMILIES, MODEL_TYPES, QWEN_TOWER, build, entry
 from tests.families.videos import ALONE, VIDEOS, prompt
 from tests.reference import delete_by_hand, full_positions, run
 from tprl_hf.modeling import TPRLForConditionalGeneration
+from tprl_hf.modeling.escalation import Escalation
 from tprl_hf.pruners import PoolPruner
 from tprl_hf.training.stored_features import from_file, to_bytes
 
@@ -43,6 +44,23 @@ def exact(base, model, inputs):
 def test_a_video(family):
     base, model = wrap(family)
     exact(base, model, prompt(family, base, with_image=family not in ALONE))
+
+
+@pytest.mark.parametrize("with_image", [False, True])
+@torch.no_grad()
+def test_features_of_a_video_keep_its_seconds(with_image):
+    """Features are taken of samples with what tells their positions, also where a list of seconds was passed."""
+    base, model = wrap("qwen2_5_vl", vision_config={**QWEN_TOWER, "window_size": 16, "tokens_per_second": 4})
+    inputs = prompt("qwen2_5_vl", base, with_image)
+    expected = model(**inputs, keep_ratio=0.5)
+    inputs["second_per_grid_ts"] = inputs["second_per_grid_ts"].tolist()
+    features = model.encode_images(**inputs).take([0, 0])
+    words = {name: inputs[name].repeat(2, 1) for name in ("input_ids", "attention_mask")}
+    for row in model(**words, visual_features=features, keep_ratio=0.5).logits:
+        assert (row - expected.logits[0]).abs().max() <= 2e-5
+    looks = {"num_keep": 2, "escalate": Escalation(0.5, below=1.0), "max_new_tokens": 3}
+    made = model.generate(**inputs, **looks)
+    assert torch.equal(made, model.generate(**inputs, keep_ratio=0.5, max_new_tokens=3))
 
 
 def test_no_family_with_videos_is_left_out():

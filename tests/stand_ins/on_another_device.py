@@ -111,6 +111,7 @@ def default_device() -> None:
             with model.using(pruner):
                 expected.append(model.generate(**batch, keep_ratio=0.5, max_new_tokens=2, do_sample=False))
         features = model.encode_images(**batch).take([1, 0]).modalities["image"].rows
+        logits = [model(**batch, keep_ratio=ratio).logits for ratio in (0.5, 1.0)]
         on_device(model)
         batch = {name: on_device(value) for name, value in batch.items()}
         with PretendMode():
@@ -121,6 +122,9 @@ def default_device() -> None:
                     assert inner_of(made).equal(sequences), (family, pruner)
             taken = model.encode_images(**batch).take([1, 0]).modalities["image"].rows
             torch.testing.assert_close(inner_of(taken), features, atol=1e-4, rtol=1e-4)
+            for ratio, expected in zip((0.5, 1.0), logits, strict=True):
+                found = inner_of(model(**batch, keep_ratio=ratio).logits)
+                torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
             torch.set_default_device(None)
 
 

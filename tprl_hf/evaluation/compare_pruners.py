@@ -243,7 +243,7 @@ def answer(
     end = model.generation_config.eos_token_id
     ends = end if isinstance(end, list) else [] if end is None else [end]
     texts = [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
-    kept = output.get("num_kept", torch.tensor(prompts.num_visual)).tolist()
+    kept = output.num_kept.tolist()
     sure = notes.of_answers(new_tokens, ends)
     return {
         row: (text, int(num_kept), *one)

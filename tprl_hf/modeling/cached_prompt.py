@@ -53,6 +53,9 @@ class CachedPrompt:
         positions (`int64 [B, C]`): position of each column, the largest of its axes.
         num_decided (`int64 [B, C]`): visual tokens of the conversation up to each column, dropped ones too.
         keep_masks: for each sample, which of its visual tokens so far were kept, `bool [N]`.
+        columns (`int64 [B, C]`): column of the conversation, as the caller passed it, that each one comes from, -1 for
+            padding of ours.
+        num_columns: so many columns the conversation has.
         is_filler (`bool [B, C]`, *optional*): what `generate` wrote behind answers that ended before others.
         carries_state (`bool`): whether some layers read all columns in their order, padding too.
         fingerprint: what the cache looked like.
@@ -63,6 +66,8 @@ class CachedPrompt:
     positions: Tensor
     num_decided: Tensor
     keep_masks: list[Tensor]
+    columns: Tensor
+    num_columns: int
     is_filler: Tensor | None = None
     carries_state: bool = False
     fingerprint: CacheFingerprint | None = None
@@ -71,7 +76,9 @@ class CachedPrompt:
     def unpruned(cls, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, visual: Tensor) -> "CachedPrompt":
         """The record of a prompt that was read whole. `visual [B, C]` are its placeholders."""
         masks = [torch.ones(count, dtype=torch.bool, device="cpu") for count in visual.sum(1).tolist()]
-        return cls(input_ids, attention_mask.long(), positions, visual.cumsum(1), masks)
+        columns = torch.arange(input_ids.shape[1], device="cpu").expand_as(input_ids)
+        num_columns = input_ids.shape[1]
+        return cls(input_ids, attention_mask.long(), positions, visual.cumsum(1), masks, columns, num_columns)
 
     # ---- on a cache ----
 
@@ -127,7 +134,8 @@ class CachedPrompt:
         tensors: dict[str, Any] = {n: v[:, :length] for n, v in vars(self).items() if isinstance(v, Tensor)}
         decided = self.num_decided[:, length - 1].tolist() if length else [0] * len(self.input_ids)
         masks = [mask[:count] for mask, count in zip(self.keep_masks, decided, strict=True)]
-        return replace(self, **tensors, keep_masks=masks)
+        num_columns = int(tensors["columns"].max()) + 1 if length else 0
+        return replace(self, **tensors, keep_masks=masks, num_columns=num_columns)
 
     def for_prompts(self, num_prompts: int, copies: int) -> "CachedPrompt":
         """One row for each of `num_prompts` prompts, of which `generate` makes `copies`.
@@ -169,13 +177,17 @@ class CachedPrompt:
         """The record after columns of text were added behind it, at the next positions or at `positions [B, S]`."""
         if positions is None:
             positions = self.next_position[:, None] + attention_mask.long().cumsum(1) - 1
-        decided = torch.tensor([[len(mask)] for mask in self.keep_masks], device="cpu").expand(-1, input_ids.shape[1])
+        num_new = input_ids.shape[1]
+        decided = torch.tensor([[len(mask)] for mask in self.keep_masks], device="cpu").expand(-1, num_new)
+        columns = torch.arange(self.num_columns, self.num_columns + num_new, device="cpu").expand_as(decided)
         return replace(
             self,
             input_ids=torch.cat([self.input_ids, input_ids], 1),
             attention_mask=torch.cat([self.attention_mask, attention_mask.long()], 1),
             positions=torch.cat([self.positions, positions], 1),
             num_decided=torch.cat([self.num_decided, decided], 1),
+            columns=torch.cat([self.columns, columns], 1),
+            num_columns=self.num_columns + num_new,
             is_filler=None,
         )
 
@@ -206,6 +218,17 @@ class CachedPrompt:
         return replace(record, is_filler=torch.cat([before, filler[:, : held - length]], 1))
 
     # ---- reading a prompt by it ----
+
+    def shown_by(self, attention_mask: Tensor, num_new: int) -> Tensor:
+        """Which cached columns are attended, `int64 [B, C]`, by a mask that ends with `num_new` columns behind them.
+
+        Before these it has the columns of the conversation or those of the cache. A mask of another width says nothing
+        about them.
+        """
+        before = attention_mask[:, : attention_mask.shape[1] - num_new]
+        if before.shape[1] == self.num_columns:
+            return before.gather(1, self.columns.clamp(min=0)).masked_fill(self.columns < 0, 0)
+        return before * self.attention_mask if before.shape == self.attention_mask.shape else self.attention_mask
 
     def check_padding(self, valid: Tensor) -> None:
         """Raises `ValueError` for padding among the new columns `valid [B, S]` that would change a layer's state."""

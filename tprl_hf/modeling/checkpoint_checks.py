@@ -5,7 +5,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -31,6 +31,14 @@ def fields_of(source: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
     """What config.json of a checkpoint says; nothing when it has none."""
     path = cached(source, CONFIG_NAME, hub_kwargs)
     return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def saved_generation_config(source: str, hub_kwargs: dict[str, Any]) -> GenerationConfig | None:
+    """The generation settings beside a policy, which its base model's own may differ from; `None` without any."""
+    try:
+        return GenerationConfig.from_pretrained(source, **hub_kwargs)
+    except OSError:  # as transformers takes it
+        return None
 
 
 def refuse_unsafe_name(name: Any, said_by: str) -> None:

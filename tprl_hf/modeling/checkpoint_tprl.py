@@ -35,6 +35,7 @@ from .checkpoint_checks import (
     refuse_other_formats,
     refuse_untrained,
     relative_path,
+    saved_generation_config,
 )
 from .configuration_tprl import TPRLConfig, own_fields
 from .hub_tprl import (
@@ -152,7 +153,8 @@ class TPRLPreTrainedModel(TPRLAdapterMixin, PreTrainedModel):
             pretrained_model_name_or_path (`str` or `os.PathLike`): a directory or a name on the Hub.
             config ([`TPRLConfig`], *optional*): replaces the checkpoint's own.
             base_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*): where to take the base model from
-                instead, or the live base model itself. Only for policy-only checkpoints.
+                instead, or the live base model itself, which keeps its generation settings. Only for policy-only
+                checkpoints.
             kwargs: as in [`~transformers.PreTrainedModel.from_pretrained`]. Fields of [`TPRLConfig`] replace those of
                 the checkpoint.
 
@@ -212,11 +214,15 @@ class TPRLPreTrainedModel(TPRLAdapterMixin, PreTrainedModel):
             config.base_model_name_or_path = find_base(config, source)
         elif not isinstance(base_model, PreTrainedModel) and named is not None and os.path.isabs(named):
             config.base_model_name_or_path = absolute_path(str(base_model))  # where it is now
+        settings = None
         if not isinstance(base_model, PreTrainedModel):
             base_model = cls._load_base(str(base_model or config.base_model_name_or_path), config, source, kwargs)
+            settings = kwargs.get("generation_config") or saved_generation_config(source, hub_kwargs)
         refuse_other_base(config, base_model.config, source, base_model.config.name_or_path or "this model")
         model = cls._around(base_model, config)
         load_policy(model, state, source)
+        if settings is not None:
+            model.generation_config = settings
         model._base_cache_dir = hub_kwargs.get("cache_dir")
         model.name_or_path = source
         if config.includes_adapter:

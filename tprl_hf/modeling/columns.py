@@ -130,7 +130,8 @@ def source_columns(columns: Tensor, length: int) -> Tensor:
 
 def take_columns(values: Tensor, source: Tensor, dim: int = 1) -> Tensor:
     """`values [B, ..., P, ...]` at `source [B, L]` (-1: zeros) along `dim`: `[B, ..., L, ...]`."""
-    if source.shape[1] == values.shape[dim] and bool((source == torch.arange(values.shape[dim])).all()):
+    in_place = torch.arange(source.shape[1], device=source.device)
+    if source.shape[1] == values.shape[dim] and bool((source == in_place).all()):
         return values  # nothing was moved
     shape = [1] * values.ndim
     shape[0], shape[dim] = source.shape

@@ -29,7 +29,6 @@ class TPRLConversationModel(TPRLPlanningModel):
         if CachedPrompt.is_on(cache):
             return CachedPrompt.of(cache).for_prompts(len(input_ids), copies)
         held = int(cache.get_seq_length())
-        attention_mask = self._infer_attention_mask(input_ids) if attention_mask is None else attention_mask
         prompt = self._unpruned_prompt(input_ids, attention_mask, inputs) if held < input_ids.shape[1] else None
         if prompt is None or not self._was_read_whole(cache, prompt.cut(held)):
             raise ValueError(
@@ -117,8 +116,6 @@ class TPRLConversationModel(TPRLPlanningModel):
         cache = cache if torch.is_tensor(output) else output.get(CACHE_NAME, cache)
         if cache is None:
             return
-        if attention_mask is None and input_ids is not None:
-            attention_mask = self._infer_attention_mask(input_ids)
         prompt = self._unpruned_prompt(input_ids, attention_mask, inputs)
         if prompt is not None:
             self._note_answer(cache, prompt, output, copies, filler)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .budget import Budget, keep_counts
-from .generation_tprl import setting
+from .generation_tprl import filler_of_answers, setting
 from .sequence_inputs import OTHER_PROMPTS
 from .values import FRACTION, KEPT_FRACTION, check_fields, wrong
 from .visual_features import VisualFeatures
@@ -196,8 +196,7 @@ def generate_escalated(
         visual_features=visual_features.take(rows.tolist()),
         **of_rows,
     )
-    pad, end = (setting(name, inputs, *configs) for name in ("pad_token_id", "eos_token_id"))
-    filler = pad if pad is not None else end[0] if isinstance(end, list) else end or 0
+    filler = filler_of_answers(inputs, *configs) or 0
     whole.sequences = with_rows(first.sequences, rows.to(input_ids.device), second.sequences, len(input_ids), filler)
     rows = rows.to(first.num_kept.device)
     whole["num_kept"] = first.num_kept.index_copy(0, rows, second.num_kept)

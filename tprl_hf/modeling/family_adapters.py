@@ -72,9 +72,9 @@ class NewlineAdapter(LVLMAdapter):
     def newline_blocks(self, entry: Tensor, side: int) -> list[Block]:
         """An overview of `side` by `side` tokens, and what the newlines in `entry [L, D]` tell of the rest."""
         newlines = (entry == self.core.image_newline.to(entry)).all(-1).nonzero()[:, 0].tolist()
-        width = newlines[0] - side * side
-        rest = Block(len(newlines), width, row_newline=True) if width else SEPARATOR
-        return [Block(side, side), rest]
+        width = newlines[0] - side * side if newlines else 0  # of a picture that is too flat no row is left
+        rest = [Block(len(newlines), width, row_newline=True)] if width else [SEPARATOR] * len(newlines)
+        return [Block(side, side), *rest]
 
 
 class OneVisionAdapter(NewlineAdapter):
@@ -348,7 +348,7 @@ class KimiAdapter(LVLMAdapter):
     def blocks(self, modality: str, entries: list[Tensor], inputs: dict[str, Any]) -> list[list[Block]]:
         name = f"{modality}_grid_thw"
         grids = [(1, height, width) for _, height, width in inputs[name].tolist()]
-        return super().blocks(modality, entries, {**inputs, name: torch.tensor(grids)})
+        return super().blocks(modality, entries, {**inputs, name: torch.tensor(grids, device="cpu")})
 
     def received_attention(
         self, modality: str, layer: ObservedLayer, encoded: EncodedModality, inputs: dict[str, Any]

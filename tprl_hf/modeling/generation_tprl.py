@@ -125,6 +125,18 @@ def setting(name: str, kwargs: dict[str, Any], *configs: GenerationConfig | None
     return None
 
 
+def padding_of(kwargs: dict[str, Any], *configs: GenerationConfig | None) -> tuple[int | None, list[int]]:
+    """The padding token of a call of `generate`, and the tokens that end its answers."""
+    pad, ends = (setting(name, kwargs, *configs) for name in ("pad_token_id", "eos_token_id"))
+    return None if pad is None else int(pad), [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+
+
+def filler_of_answers(kwargs: dict[str, Any], *configs: GenerationConfig | None) -> int | None:
+    """What `generate` writes behind answers that end before others; `None` where none ends."""
+    pad, ends = padding_of(kwargs, *configs)
+    return ends[0] if pad is None and ends else pad
+
+
 def convert_lengths(
     kwargs: dict[str, Any],
     generation_config: GenerationConfig | None,

@@ -139,7 +139,9 @@ class LVLMAdapter:
             encoded = self.encode_modality(modality, input_ids, inputs, with_attention)
             if encoded is not None:
                 modalities[modality] = encoded
-        geometry = {name: inputs[name] for name in self.geometry_names if torch.is_tensor(inputs.get(name))}
+        sizes = {name: inputs[name] for name in self.geometry_names if inputs.get(name) is not None}
+        # seconds may come as a list
+        geometry = {n: v if torch.is_tensor(v) else torch.tensor(v, device="cpu") for n, v in sizes.items()}
         features = VisualFeatures(modalities, geometry)
         self.check(input_ids, features)
         return features

@@ -13,8 +13,8 @@ from .cached_prompt import CACHE_NAME, CachedPrompt, cache_argument, is_filled
 from .columns import restore_prompt, source_columns
 from .conversation_tprl import TPRLConversationModel
 from .escalation import Escalation, generate_escalated, refuse_with_escalation
-from .generation_tprl import convert_lengths, setting, wrap_for_original_prompt
-from .outputs_tprl import PrunePlan, TPRLOutput
+from .generation_tprl import convert_lengths, filler_of_answers, setting, wrap_for_original_prompt
+from .outputs_tprl import PrunePlan, TPRLOutput, tell_kept
 from .packed_rows import PackedRows
 from .prompt_output import logits_wanted, to_prompt_output
 from .pruned_batch import PromptBatch, PrunedBatch, prune_batch
@@ -38,6 +38,11 @@ from .virtual_tokens import (
     without_prefix,
 )
 from .visual_features import VisualFeatures
+
+
+def is_answer(output: Any) -> bool:
+    """Whether it is what `generate` returns by itself; a `custom_generate` may return anything."""
+    return isinstance(output, (Tensor, ModelOutput))
 
 
 def run_base(model: Any, inputs: dict[str, Any]) -> ModelOutput:
@@ -162,7 +167,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
                 inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
                 output = self._output(self.lvlm(return_dict=True, **inputs))
             return output if return_dict else output.to_tuple()
-        if filled and (prune is not False or CachedPrompt.is_on(cache)):
+        if filled and (choice is not None or CachedPrompt.is_on(cache)):
             if input_ids is None or isinstance(choice, Tensor):
                 raise ValueError("Behind a filled cache pass the new tokens as `input_ids`, and no `keep_mask`.")
             return self._forward_cached(input_ids, attention_mask, inputs, return_dict)
@@ -266,16 +271,17 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         """New tokens behind a cache: positions and mask continue those of the cache."""
         record = CachedPrompt.of(inputs[CACHE_NAME]).for_prompts(len(input_ids), 1)
         device, ids = input_ids.device, input_ids.cpu()
-        if self.adapter.find_visual(ids).any():
+        if self.adapter.find_visual(ids).any() or self.adapter.has_pixels(inputs):
             raise ValueError(
                 "New images behind a filled cache are for `generate`: pass it the whole conversation with "
                 "`past_key_values`. `forward` takes new text tokens only."
             )
-        new = torch.ones_like(ids)
+        new, cached = torch.ones_like(ids), record.attention_mask
         if attention_mask is not None:
-            new = attention_mask[:, -ids.shape[1] :].cpu().long()
+            mask, num_new = attention_mask.cpu().long(), ids.shape[1]
+            new, cached = mask[:, -num_new:], record.shown_by(mask, num_new)
         record.check_padding(new)
-        attended = torch.cat([record.attention_mask, new], 1)
+        attended = torch.cat([cached, new], 1)
         offset, given = self.adapter.forward_position_offset, inputs.get("position_ids")
         if given is None:
             positions = record.next_position[:, None] + new.cumsum(1) - 1
@@ -365,6 +371,8 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         configs = (generation_config, self.generation_config)
         copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
         cache, asked = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
+        if asked is None and input_ids is not None:
+            asked = self._infer_attention_mask(input_ids, kwargs, generation_config)
         record, filled = None, is_filled(cache)
         if filled and (prune is not False or CachedPrompt.is_on(cache)):
             if any(setting(name, kwargs, *configs) for name in ("assistant_model", "prompt_lookup_num_tokens")):
@@ -373,23 +381,27 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
                     "them out, or pass the conversation without `past_key_values`."
                 )
             record = self._read_cache(cache, input_ids, asked, kwargs, copies)
-        filler = setting("pad_token_id", kwargs, *configs)
+        filler = filler_of_answers(kwargs, *configs)
         prompt, peft_model, embeds = input_ids, peft_around(self), None
         if peft_model is not None and input_ids is not None:
-            mask = self._infer_attention_mask(input_ids) if asked is None else asked
-            kwargs |= {"attention_mask": mask, "query_mask": query_mask}
+            kwargs |= {"attention_mask": asked, "query_mask": query_mask}
             virtual = with_virtual_tokens(peft_model, input_ids, kwargs, self.get_input_embeddings(), copies)
             input_ids, kwargs, record = virtual.input_ids, virtual.inputs, virtual.record
             query_mask, cache, embeds = kwargs.pop("query_mask"), kwargs.get(CACHE_NAME), virtual.embeddings
         elif self._leaves_alone(input_ids, choice, visual_features, record):
             output = self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
-            if not filled:
+            if not filled and is_answer(output):
                 self._note_unpruned_answer(cache, input_ids, asked, kwargs, output, copies, filler)
+            if input_ids is not None and asked is not None and isinstance(output, ModelOutput):
+                visual = self.adapter.find_visual(input_ids.cpu())
+                shown = visual & asked.cpu().bool() if asked.shape == visual.shape else visual
+                tell_kept(output, shown[visual], shown.sum(1), visual.sum(1), input_ids.device)
             return output
 
         if prompt is None:
             raise ValueError("`generate` needs `input_ids`: they say where the visual tokens are.")
         mask, looks_on = kwargs.pop("attention_mask", None), self._looks(choice)
+        mask = asked if mask is None else mask
         batch = self._batch(
             input_ids, mask, visual_features, kwargs, record, looks_on, has_virtual=peft_model is not None
         )
@@ -410,12 +422,13 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             with embedded_as(self.get_input_embeddings(), arguments["input_ids"], rows):
                 output = self.lvlm.generate(generation_config=generation_config, **arguments)
 
+        if not is_answer(output):
+            return output
         sequences = output if torch.is_tensor(output) else output.sequences
         self._note_answer(cache, pruned.record, output, copies, filler)
         restored = restore_prompt(sequences, prompt, length)
         if torch.is_tensor(output):
             return restored
         output.sequences = restored
-        for name in ("keep_mask", "num_kept", "num_visual"):
-            output[name] = getattr(plan, name).to(batch.device)
+        tell_kept(output, plan.keep_mask, plan.num_kept, plan.num_visual, batch.device)
         return output

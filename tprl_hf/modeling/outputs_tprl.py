@@ -66,3 +66,11 @@ class TPRLOutput(ModelOutput):
     keep_mask: Tensor | None = None
     num_kept: Tensor | None = None
     columns: Tensor | None = None
+
+
+def tell_kept(
+    output: ModelOutput, keep_mask: Tensor, num_kept: Tensor, num_visual: Tensor, device: torch.device
+) -> None:
+    """Puts what was kept of a batch, as in [`PrunePlan`], into the dict of its answers."""
+    output["keep_mask"], output["num_kept"] = keep_mask.to(device), num_kept.to(device)
+    output["num_visual"] = num_visual.to(device)

@@ -36,15 +36,15 @@ class PackedRows:
         A sample begins wherever a position is not the one before it plus one.
         """
         text = position_ids.cpu().expand(shape)
-        begins = torch.ones(shape, dtype=torch.bool)
+        begins = torch.ones(shape, dtype=torch.bool, device="cpu")
         begins[:, 1:] = text[:, 1:] != text[:, :-1] + 1
         if not begins[:, 1:].any():
             return None
         sample = begins.flatten().cumsum(0) - 1
         counts = torch.bincount(sample)
         longest = int(counts.max())
-        valid = torch.arange(longest) >= longest - counts[:, None]
-        return cls(fill_rows(torch.arange(begins.numel()), valid), valid, shape)
+        valid = torch.arange(longest, device="cpu") >= longest - counts[:, None]
+        return cls(fill_rows(torch.arange(begins.numel(), device="cpu"), valid), valid, shape)
 
     def unpack(self, values: Tensor, padding: int = 0) -> Tensor:
         """`values [..., B, L]` as samples in rows of their own, `[..., S, P]`."""

@@ -23,6 +23,7 @@ from .columns import unpad_rows
 from .configuration_tprl import TPRLConfig, own_fields
 from .family_adapters import adapter_for
 from .frozen_head import watch_head
+from .generation_tprl import padding_of
 from .outputs_tprl import PrunePlan
 from .pruned_batch import PromptBatch
 from .pruned_core import note_labels
@@ -31,7 +32,7 @@ from .pruner_inputs import layout_of, pruning_inputs
 from .pruning_policy import PruningPolicy
 from .sequence_inputs import check_call, check_values, refuse_other_than_bits
 from .text_query import config_special_ids, default_query_mask, template_ids
-from .token_autoencoder import TokenAutoencoder
+from .token_autoencoder import TokenAutoencoder, without_autocast
 from .token_pruner import PruningInputs, TokenPruner
 from .values import flag, optional, refuse_misspelled, wrong
 from .virtual_tokens import VIRTUAL, ids_of_embeddings, types_before_tokens
@@ -164,7 +165,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
             if attention_mask is not None and attention_mask.shape == input_ids.shape:
                 input_ids = input_ids.masked_fill(attention_mask == 0, VIRTUAL)  # padding may look like a placeholder
         if attention_mask is None:
-            attention_mask = self._infer_attention_mask(input_ids)
+            attention_mask = self._infer_attention_mask(input_ids, {})
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask must be two-dimensional as input_ids, {tuple(input_ids.shape)}; got "
@@ -215,10 +216,9 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         query_mask = self._query_mask(batch, query_mask)
         return pruning_inputs(batch, self.adapter, layout_of(batch, self.adapter), query_mask, with_attention)[0]
 
-    def _infer_attention_mask(self, input_ids: Tensor) -> Tensor:
+    def _infer_attention_mask(self, input_ids: Tensor, call: dict[str, Any], *configs: Any) -> Tensor:
         # as the base model's generate does: only a pad token that is not an end token can be told from text
-        pad, eos = self.generation_config.pad_token_id, self.generation_config.eos_token_id
-        ends = eos if isinstance(eos, list) else [eos]
+        pad, ends = padding_of(call, *configs, self.generation_config)
         return torch.ones_like(input_ids) if pad is None or pad in ends else (input_ids != pad).long()
 
     @torch.no_grad()
@@ -239,8 +239,9 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         elif choice is not None and batch.features is not None and (batch.new & batch.shown).any():
             query_mask = self._query_mask(batch, query_mask)
             inputs, new = pruning_inputs(batch, self.adapter, layout, query_mask, self.pruner.needs_attention)
-            chosen, chosen_scores = self.pruner.choose(inputs, choice)
-            merged = self.pruner.merge(inputs, chosen)
+            with without_autocast(inputs.tokens.device):
+                chosen, chosen_scores = self.pruner.choose(inputs, choice)
+                merged = self.pruner.merge(inputs, chosen)
             if merged is not None:
                 batch.replace_rows(unpad_rows(merged, inputs.num_visual), new, self.adapter)
             chosen_scores = unpad_rows(chosen_scores, inputs.num_visual).float()

@@ -48,7 +48,8 @@ def to_prompt_output(output: TPRLOutput, source: Tensor, wanted: Tensor, needed:
     num_columns = int(source.max()) + 1
     if output.logits is not None:
         if output.logits.shape[1] < num_columns:  # some base models return all of them, whatever is needed
-            places = torch.arange(num_columns - needed, num_columns) if isinstance(needed, int) else needed
+            last = torch.arange(num_columns, device="cpu")
+            places = last[num_columns - needed :] if isinstance(needed, int) else needed
             wanted = torch.where(wanted >= 0, torch.searchsorted(places, wanted.contiguous()), wanted)
         output.logits = take_columns(output.logits, wanted)
     if output.hidden_states is not None:

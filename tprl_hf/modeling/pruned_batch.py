@@ -172,8 +172,7 @@ def prune_batch(
             features, keep, counts = in_one(batch, features, keep, counts, adapter)
         inputs[HANDED] = adapter.mm_encoder_outputs(features, keep, counts, same_length)
     record = record_of(batch, columns, keep_mask, adapter.largest_positions(positions))
-    sources = columns.index.masked_fill(~columns.valid, -1)
-    return PrunedBatch(inputs, input_ids, attention_mask, sources, record)
+    return PrunedBatch(inputs, input_ids, attention_mask, record.columns, record)
 
 
 @dataclass(frozen=True)
@@ -309,7 +308,8 @@ def record_of(batch: PromptBatch, columns: KeptColumns, keep_mask: Tensor, posit
     decided = gather_columns(batch.visual.long().cumsum(1), index, valid).cummax(1).values
     keep_masks = list(keep_mask.split(batch.num_visual.tolist()))
     ids = gather_columns(batch.input_ids, index, valid)
-    return CachedPrompt(ids, valid.long(), positions, decided, keep_masks)
+    sources, length = index.masked_fill(~valid, -1), batch.input_ids.shape[1]
+    return CachedPrompt(ids, valid.long(), positions, decided, keep_masks, sources, length)
 
 
 def align_with_cache(batch: PromptBatch, kept: Tensor, padding: Tensor) -> KeptColumns:

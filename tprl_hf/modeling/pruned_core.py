@@ -47,6 +47,8 @@ class PrunedCore:
         self.__dict__["model"] = model
 
     def __getattr__(self, name: str) -> Any:
+        if "model" not in self.__dict__:  # while it is copied
+            raise AttributeError(name)
         return getattr(self.__dict__["model"].lvlm, name)
 
     def __eq__(self, other: object) -> bool:

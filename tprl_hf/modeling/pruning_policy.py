@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .configuration_tprl import refuse_uneven_heads
 from .policy_linear import PolicyLinear
-from .token_autoencoder import Float32Module
+from .token_autoencoder import Float32Module, in_own_precision
 
 NUM_FREQUENCIES = 4  # of the place in an image, whose sides are 1
 NUM_WORD_FREQUENCIES = 6  # of the place in a question
@@ -136,6 +136,7 @@ class PruningPolicy(Float32Module):
             config.policy_similarity,
         )
 
+    @in_own_precision
     def forward(
         self,
         codes: Tensor,
@@ -167,10 +168,12 @@ class PruningPolicy(Float32Module):
         pooled = (features * kept).sum(1) / kept.sum(1).clamp(min=1)
         return PolicyOutput(self.logits(features), self.value_head(self.value_mlp(pooled)).squeeze(-1))
 
+    @in_own_precision
     def logits(self, features: Tensor) -> Tensor:
         """Log-odds of keeping each token, float32 `[B, N]`, from [`features`]: all that pruning needs."""
         return self.policy_head(self.policy_mlp(features)).squeeze(-1)
 
+    @in_own_precision
     def features(
         self,
         codes: Tensor,
@@ -204,7 +207,7 @@ class PruningPolicy(Float32Module):
             words = self.query_proj(self.query_norm(query.float()))
             if self.word_proj is not None:
                 place = (attended.long().cumsum(1) - 1).clamp(min=0)
-                words = words + self.word_proj(octaves(place / MAX_WORDS, NUM_WORD_FREQUENCIES))
+                words = words + self.word_proj(octaves(place.float() / MAX_WORDS, NUM_WORD_FREQUENCIES))
             x = torch.cat([x, words], dim=1)  # (B, N + L, Z)
             seen = torch.cat([seen, attended.bool()], dim=1)
         # a sample with nothing to see (a text-only one without a query) would give NaN
@@ -256,6 +259,7 @@ class SimilarityEmbedding(nn.Module):
         return found * query_valid.any(1)[:, None, None]
 
 
+@in_own_precision
 def cosines(tokens: Tensor, words: Tensor) -> Tensor:
     """Of each token `[B, N, D]` with each word `[B, Q, D]`: float32 `[B, N, Q]`."""
     return F.normalize(tokens.float(), dim=-1) @ F.normalize(words.float(), dim=-1).transpose(1, 2)
@@ -263,5 +267,6 @@ def cosines(tokens: Tensor, words: Tensor) -> Tensor:
 
 def octaves(places: Tensor, num_frequencies: int) -> Tensor:
     """Sine and cosine at `num_frequencies` octaves of places in [0, 1]: `[...]` to `[..., 2 * num_frequencies]`."""
-    angles = places[..., None] * torch.pi * 2.0 ** torch.arange(num_frequencies, device=places.device)
+    factors = 2.0 ** torch.arange(num_frequencies, dtype=torch.float32, device=places.device)
+    angles = places[..., None] * torch.pi * factors
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

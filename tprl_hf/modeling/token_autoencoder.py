@@ -1,16 +1,41 @@
 """Token-wise autoencoder that gives the policy small codes of the visual tokens (eq. 1 of the TPRL paper)."""
 
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .policy_linear import PolicyLinear
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside it, a `torch.autocast` that a caller opened does not make numbers coarser."""
+    kind = device.type
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
+
+
+def in_own_precision(function: Callable) -> Callable:
+    """A function, or method, of tensors that computes as outside of any `torch.autocast`."""
+
+    @functools.wraps(function)
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        with without_autocast(tensor.device):
+            return function(*args, **kwargs)
+
+    return computed
+
+
 class Float32Module(nn.Module):
     """A module that stays in float32 when the model around it is cast.
 
     A policy in bfloat16 changes which tokens are the top ones, so `model.to(torch.bfloat16)` and `model.half()` move
-    its device and leave its precision.
+    its device and leave its precision. For the same reason `torch.autocast` does not reach its methods.
     """
 
     def _apply(self, fn, recurse=True):
@@ -50,14 +75,17 @@ class TokenAutoencoder(Float32Module):
             PolicyLinear(hidden_dim, token_dim),
         )
 
+    @in_own_precision
     def encode(self, tokens: Tensor) -> Tensor:
         """Tokens `[B, N, D]` of any float dtype to codes, float32 `[B, N, Z]`."""
         return self.encoder(tokens.float())
 
+    @in_own_precision
     def decode(self, codes: Tensor) -> Tensor:
         """Codes `[B, N, Z]` to tokens, float32 `[B, N, D]`."""
         return self.decoder(codes)
 
+    @in_own_precision
     def forward(self, tokens: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Codes `[B, N, Z]` and the reconstruction loss of eq. 1: the mean over tokens of the squared error.
 

@@ -66,9 +66,9 @@ class TokenLayout:
         return self if self.image.device == device else self.from_stacked(self.stacked().to(device))
 
     def positions(self) -> Tensor:
-        """Row and column in [0, 1], float `[V, 2]`."""
-        row = (self.row + 0.5) / self.height
-        column = (self.column + 0.5) / self.width
+        """Row and column in [0, 1], float32 `[V, 2]`."""
+        row = (self.row.float() + 0.5) / self.height
+        column = (self.column.float() + 0.5) / self.width
         return torch.stack([row, column.clamp(max=1.0)], dim=-1)
 
     @classmethod

@@ -277,12 +277,14 @@ class LearnedPruner(TokenPruner):
         """Keep mask and scores after each of the `num_steps` steps, see [`choose`]."""
         codes = self.autoencoder.encode(inputs.tokens)
         num_visual, protected, above = inputs.num_visual, inputs.protected, budget
-        keep_mask, scores = inputs.valid, torch.zeros(inputs.valid.shape, device=codes.device)
+        keep_mask, scores = inputs.valid, torch.zeros_like(inputs.valid, dtype=torch.float32)
         if budget.threshold is None:
-            share = (keep_counts(num_visual, budget) / num_visual.clamp(min=1)).masked_fill(num_visual == 0, 1.0)
+            share = keep_counts(num_visual, budget).float() / num_visual.clamp(min=1)
+            share = share.masked_fill(num_visual == 0, 1.0)
         else:
-            share = torch.full(num_visual.shape, self.threshold_keep_ratio or 1.0, device="cpu")
-            probability = torch.tensor(float(PROBABILITY("threshold", budget.threshold)), device="cpu")
+            share = torch.full_like(num_visual, self.threshold_keep_ratio or 1.0, dtype=torch.float32)
+            least = float(PROBABILITY("threshold", budget.threshold))
+            probability = torch.tensor(least, dtype=torch.float32, device="cpu")
             above = replace(budget, threshold=float(probability.logit().nan_to_num()))
         inputs = read_similarity(self.policy, replace(inputs, keep_ratio=share.to(codes.device)))
         for step in range(self.num_steps):

@@ -48,7 +48,8 @@ def ids_of_embeddings(inputs_embeds: Tensor, embedding: nn.Module, placeholders:
     ids = ids.cpu()
     unknown = ids == VIRTUAL
     behind = unknown & (~unknown).cumsum(1).bool()
-    if behind.any() or (unknown.any() and not torch.isin(ids, torch.tensor([*placeholders])).any()):
+    shown = torch.isin(ids, torch.tensor([*placeholders], device="cpu"))
+    if behind.any() or (unknown.any() and not shown.any()):
         sample, column = (behind if behind.any() else unknown).nonzero()[0].tolist()
         raise ValueError(
             f"inputs_embeds of sample {sample} has in column {column} an embedding that is not a token's, so that "

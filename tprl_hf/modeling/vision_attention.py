@@ -205,7 +205,7 @@ def undo_windows(patches: Tensor, grids: list[tuple[int, int]], side: int) -> Te
     """
     orders, start = [], 0
     for height, width in grids:
-        index = torch.arange(start, start + height * width).view(height, width)
+        index = torch.arange(start, start + height * width, device="cpu").view(height, width)
         orders += [window.flatten() for rows in index.split(side) for window in rows.split(side, dim=1)]
         start += height * width
     return patches[torch.cat(orders).argsort().to(patches.device)]

@@ -83,7 +83,8 @@ class VisualFeatures:
         """Features of `samples` of the batch, which may repeat, e.g. `[0] * 8` to score eight masks of one image."""
         geometry = {}
         for name, values in self.geometry.items():
-            modality = self.modalities["video" if "video" in name else "image"]
+            is_of_videos = "video" in name or name.startswith("second_per_grid")
+            modality = self.modalities["video" if is_of_videos else "image"]
             entries = modality.entries_of_samples()
             if len(values) != len(modality.blocks):
                 raise ValueError(f"{name} has {len(values)} rows for {len(modality.blocks)} encoded entries.")

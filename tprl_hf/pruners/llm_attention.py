@@ -74,7 +74,8 @@ class LLMAttentionPruner(TokenPruner):
 
     def score(self, inputs: PruningInputs) -> Tensor:
         mask = torch.cat([inputs.valid, inputs.query_valid], dim=1)
-        embeddings = torch.cat([inputs.tokens, inputs.query], dim=1)
+        tokens = inputs.tokens.to(inputs.query.dtype)  # that of the LLM: under autocast the tower's is another
+        embeddings = torch.cat([tokens, inputs.query], dim=1)
         weights = self.attention(embeddings, mask, inputs.lvlm)  # (B, N + L, N + L)
         raters = self.raters(inputs)
         received = (weights * raters[:, :, None]).sum(1) / raters.sum(1)[:, None]

@@ -39,7 +39,7 @@ class OraclePruner(TokenPruner):
             raise ValueError(f"The oracle knows the boxes of {len(self.boxes)} samples, not of {len(inputs.valid)}.")
         if (layout.block[inputs.valid] > 0).any():
             raise ValueError("The oracle cannot lay boxes over an image that was cut into tiles.")
-        scores = -dither_order(layout.row, layout.column) / 4.0**NUM_BITS
+        scores = -dither_order(layout.row, layout.column).float() / 4.0**NUM_BITS
         for row, (boxes, size) in enumerate(zip(self.boxes, self.sizes, strict=True)):
             if inputs.valid[row].any():
                 first = layout.image[row] == layout.image[row, inputs.valid[row]].min()
@@ -49,9 +49,9 @@ class OraclePruner(TokenPruner):
 
 def covered(inputs: PruningInputs, row: int, boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> Tensor:
     """1 plus the largest share of each token's cell that one of the boxes covers, and 0 for the others, `[N]`."""
-    height, width = inputs.layout.height[row], inputs.layout.width[row]
+    height, width = inputs.layout.height[row].float(), inputs.layout.width[row].float()
     top, left = inputs.layout.row[row] / height, inputs.layout.column[row] / width
-    best = torch.zeros(len(top), device=top.device)
+    best = torch.zeros(len(top), dtype=torch.float32, device=top.device)
     for x0, y0, x1, y1 in boxes:
         wide = (left + 1 / width).clamp(max=x1 / size[0]) - left.clamp(min=x0 / size[0])
         high = (top + 1 / height).clamp(max=y1 / size[1]) - top.clamp(min=y0 / size[1])

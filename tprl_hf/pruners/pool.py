@@ -40,7 +40,7 @@ def cells_of(sample: SampleTokens, count: int) -> Tensor:
     cells = torch.full_like(layout.row, -1)
     _, block = torch.stack([layout.image, layout.block]).unique(dim=1, return_inverse=True)
     sizes = block.bincount()
-    ends = (sizes.cumsum(0) * count / len(block)).round().long()
+    ends = ((sizes.cumsum(0) * count).float() / len(block)).round().long()
     first = 0
     for number, end in enumerate(ends.tolist()):
         own = (block == number).nonzero()[:, 0]

@@ -25,9 +25,10 @@ class RandomPruner(TokenPruner):
         self.seed = whole()("seed", seed)
 
     def score(self, inputs: PruningInputs) -> Tensor:
-        scores = torch.zeros(inputs.valid.shape, device="cpu")
+        scores = torch.zeros(inputs.valid.shape, dtype=torch.float32, device="cpu")
         for row, (key, count) in enumerate(zip(inputs.sample_keys, inputs.valid.sum(1).tolist(), strict=True)):
             # torch takes 32 bits of a seed, so both numbers are mixed down to these
             generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{self.seed} {key}".encode()))
-            scores[row, inputs.valid[row].cpu()] = torch.rand(count, generator=generator, device="cpu")
+            drawn = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
+            scores[row, inputs.valid[row].cpu()] = drawn
         return scores.to(inputs.tokens.device)

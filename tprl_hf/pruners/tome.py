@@ -41,14 +41,15 @@ def merge_pairs(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
         `int64 [count]`: indices of those that are left, ascending; and what they have become, `[count, D]`.
     """
     left = torch.arange(len(tokens), device=tokens.device)
-    sums, sizes = tokens.float(), torch.ones(len(tokens), device=tokens.device)
+    sums, sizes = tokens.float(), torch.ones_like(left, dtype=torch.float32)
     while len(left) > max(count, 1):
         directions = F.normalize(sums / sizes[:, None], dim=-1)
-        sources, targets = torch.arange(0, len(left), 2), torch.arange(1, len(left), 2)
+        places = torch.arange(len(left), device=left.device)
+        sources, targets = places[::2], places[1::2]
         best = (directions[sources] @ directions[targets].T).max(dim=1)
         num_merged = min(len(left) - count, len(sources), len(left) - 1)
         order = best.values.argsort(descending=True, stable=True)[:num_merged]
-        gone, into = sources.to(order.device)[order], targets.to(order.device)[best.indices[order]]
+        gone, into = sources[order], targets[best.indices[order]]
         sums = sums.index_add(0, into, sums[gone])
         sizes = sizes.index_add(0, into, sizes[gone])
         stays = torch.ones(len(left), dtype=torch.bool, device=left.device).index_fill(0, gone, False)

@@ -19,7 +19,7 @@ class UniformPruner(TokenPruner):
     """
 
     def score(self, inputs: PruningInputs) -> Tensor:
-        return 1.0 - dither_order(inputs.layout.row, inputs.layout.column) / 4.0**NUM_BITS
+        return 1.0 - dither_order(inputs.layout.row, inputs.layout.column).float() / 4.0**NUM_BITS
 
 
 def dither_order(row: Tensor, column: Tensor) -> Tensor:
