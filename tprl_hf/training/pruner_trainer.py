@@ -5,7 +5,7 @@ import functools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,6 +37,8 @@ from .trainer_arguments import (
     refuse_other_arguments,
     with_pictures,
 )
+from .trainer_callbacks import AtTheStart, StopAtNaN
+from .training_lock import alone_in
 from .whole_checkpoints import (
     AfterSaving,
     NothingLeft,
@@ -81,29 +83,6 @@ class MicroBatch:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-
-class AtTheStart(TrainerCallback):
-    """Calls a function before the first step, when transformers has begun a new log; not in a resumed run."""
-
-    def __init__(self, function: Callable[[], None]):
-        self.function = function
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0:
-            self.function()
-
-
-class StopAtNaN(TrainerCallback):
-    """Stops before a gradient that is not finite reaches the weights."""
-
-    def __init__(self, trainer: "PrunerTrainer"):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        for name, parameter in self.trainer.model.named_parameters():
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                self.trainer.stop_at(f"The gradient of {name} is not finite")
 
 
 class PrunerTrainer(Trainer):
@@ -281,9 +260,15 @@ class PrunerTrainer(Trainer):
                 for the newest in `output_dir` that is whole, of the last run that was started there.
 
         Raises:
-            `ValueError`: when there is none to resume from, or a file of it is missing or damaged.
+            `ValueError`: when there is none to resume from, or a file of it is missing or damaged; and while another
+                process trains in `output_dir`.
             `OSError`: when a checkpoint could not be written; those before it are as they were.
         """
+        with alone_in(Path(self.args.output_dir)) if self.is_world_process_zero() else contextlib.nullcontext():
+            return self.train_alone(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def train_alone(self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys: Any) -> TrainOutput:
+        """Trains, where nobody else writes into the directory."""
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args) if resume_from_checkpoint else None
         if checkpoint is not None:
             self.restore(checkpoint)
@@ -291,11 +276,12 @@ class PrunerTrainer(Trainer):
         else:
             self.run = new_run(Path(self.args.output_dir)) if self.args.should_save else 0
             set_seed(self.args.seed)  # as after `__init__`, whatever was drawn since then
+        self.run_log.facts["run"] = self.run
         # transformers would delete old checkpoints before the new one is marked
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.save_total_limit = limit
         try:
-            output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+            output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys)
         except NothingLeft:  # all is restored
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             output = TrainOutput(self.state.global_step, 0.0, {})

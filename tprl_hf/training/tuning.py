@@ -1,5 +1,6 @@
 """The LLM learns from pruned prompts (Table 5 of the TPRL paper): TRL's SFTTrainer, a LoRA of PEFT, mixed budgets."""
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from tprl_hf.pictures import images_of
 
 from .answer_batches import SampleEncoder, reference_answer, undecoded
 from .trainer_arguments import has_answers, needs_answers, take_one_device
+from .training_lock import alone_in
 from .unpruned_answers import COLUMN, UnprunedAnswers
 from .whole_checkpoints import (
     MANIFEST,
@@ -148,7 +150,8 @@ def tune_lvlm(
         `list[dict]`: what was logged.
 
     Raises:
-        `ValueError`: for a LoRA beside one that the model has, and a model that cannot be tuned.
+        `ValueError`: for a LoRA beside one that the model has, a model that cannot be tuned, and while another process
+            trains in `args.output_dir`.
         `OSError`: when a checkpoint could not be written; those before it are as they were.
     """
     from peft import LoraConfig
@@ -179,7 +182,8 @@ def tune_lvlm(
         trainer.add_callback(make(trainer))
     trainer.add_callback(StopBeforeAnotherStep())
     try:
-        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        with alone_in(Path(args.output_dir)) if args.process_index == 0 else contextlib.nullcontext():
+            trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     except NothingLeft:  # all is restored
         pass
     except (OSError, RuntimeError, SafetensorError) as error:
