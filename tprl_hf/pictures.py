@@ -124,7 +124,7 @@ def images_of(row: Mapping[str, Any]) -> Sequence[Any]:
 def in_a_list(found: Any) -> list[Any]:
     """What a column of pictures holds: a list of them, one, or `None`."""
     if isinstance(found, (list, tuple)):
-        return list(found)
+        return [one for one in found if one is not None]
     return [] if found is None else [found]
 
 

@@ -134,11 +134,8 @@ class PrunerTrainer(Trainer):
     ):
         refuse_other_arguments(type(self).__name__, others)
         args = given_args(type(self), args, model, self._stage)
-        train_dataset, eval_dataset = (
-            given_dataset(dataset, name)
-            for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset"))
-        )
-        train_dataset = None if train_dataset is None else with_pictures(train_dataset, "train_dataset")
+        self.args = args
+        train_dataset, eval_dataset = self.accepted(train_dataset), given_dataset(eval_dataset, "eval_dataset")
         model = given_model(model)
         processing_class = given_processor(processing_class, model)
         if args.push_to_hub and not args.save_base_model and not is_hub_name(model.config.base_model_name_or_path):
@@ -189,6 +186,20 @@ class PrunerTrainer(Trainer):
         raise NotImplementedError
 
     # ---- training ----
+
+    @property
+    def train_dataset(self) -> Dataset | None:
+        """What is trained on; one that is assigned is checked as the constructor's."""
+        return self.accepted_dataset
+
+    @train_dataset.setter
+    def train_dataset(self, dataset: Dataset | None) -> None:
+        self.accepted_dataset = self.accepted(dataset)
+
+    def accepted(self, dataset: Dataset | None) -> Dataset | None:
+        """The rows of a dataset that can be trained on. Raises `TypeError` or `ValueError` where it is none."""
+        dataset = given_dataset(dataset, "train_dataset")
+        return None if dataset is None else with_pictures(dataset, "train_dataset")
 
     def collate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows of a dataset as a batch; it is drawn one step before it is used, so that images are processed ahead."""

@@ -191,10 +191,13 @@ def with_pictures(dataset: Dataset, name: str) -> Dataset:
 
 
 def is_filled(column: pa.ChunkedArray) -> np.ndarray:
-    """Where a column holds a value, or a list that is not empty."""
-    if pa.types.is_nested(column.type) and not pa.types.is_struct(column.type):
-        return pc.greater(pc.fill_null(pc.list_value_length(column), 0), 0).to_numpy()
-    return column.is_valid().to_numpy()
+    """Where a column holds a value, or a list with one."""
+    if not pa.types.is_nested(column.type) or pa.types.is_struct(column.type):
+        return column.is_valid().to_numpy()
+    lists = column.combine_chunks()
+    filled = np.zeros(len(lists), dtype=bool)
+    filled[pc.list_parent_indices(lists).filter(pc.list_flatten(lists).is_valid()).to_numpy()] = True
+    return filled
 
 
 def num_answers(dataset: Dataset) -> int:

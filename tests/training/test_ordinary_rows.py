@@ -1,0 +1,74 @@
+"""Rows as ordinary datasets have them: they train as they are meant, or one line says what to change."""
+
+import pytest
+import torch
+
+from tprl_hf.training import (
+    AutoencoderTrainer,
+    LfDTrainer,
+    TPRLGRPOTrainer,
+    calibrate_escalation,
+)
+from tprl_hf.training.answer_batches import undecoded
+
+from .test_trainers import stage
+
+
+def with_values(dataset, name, values, feature=None):
+    return dataset.remove_columns(name).add_column(name, values, feature=feature)
+
+
+def files_of(dataset):
+    """The pictures of each row, as files."""
+    return undecoded(dataset)["images"][:]
+
+
+# ---- rows without a picture, and other datasets ----
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "lfd", "ppo", "grpo"])
+def test_a_dataset_that_is_assigned_is_checked_as_the_first_one(name, make_model, processor, dataset, tmp_path):
+    trainer = stage(name, make_model, processor, dataset, str(tmp_path), max_steps=1)
+    first = trainer.train_dataset
+    pictures = [*first["images"][:3], None, [], *first["images"][5:]]
+    trainer.train_dataset = with_values(first, "images", pictures, first.features["images"])
+    assert len(trainer.train_dataset) == 6
+    trainer.train()
+    with pytest.raises(TypeError, match="a stream must end"):
+        trainer.train_dataset = dataset.to_iterable_dataset()
+    with pytest.raises(ValueError, match="No row of train_dataset has a picture"):
+        trainer.train_dataset = with_values(first, "images", [[]] * 8, first.features["images"])
+    if name != "autoencoder":
+        lacks = {"lfd": "keep_masks"}.get(name, "answer")
+        with pytest.raises(ValueError, match=f"train_dataset has no column .{lacks}"):
+            trainer.train_dataset = first.remove_columns(lacks)
+    assert len(trainer.train_dataset) == 6  # what is refused changes nothing
+    trainer.train_dataset = None
+    assert trainer.train_dataset is None
+
+
+@pytest.mark.parametrize("trainer_class", [AutoencoderTrainer, LfDTrainer, TPRLGRPOTrainer])
+def test_a_dataset_is_refused_before_a_model_is_loaded(trainer_class, dataset, tmp_path):
+    bare = dataset.remove_columns("images")
+    with pytest.raises(ValueError, match="train_dataset has no column 'images'"):
+        trainer_class(str(tmp_path / "no model"), train_dataset=bare)
+
+
+def test_a_second_look_is_calibrated_on_rows_with_pictures(make_model, processor, dataset, caplog):
+    model = make_model(policy_training={"stage": "lfd"})
+    model.read_chat_template(processor)
+    rows = dataset.remove_columns("answer")
+    some = with_values(rows, "images", [*files_of(rows)[:6], [], None], rows.features["images"])
+    found = [calibrate_escalation(model, processor, one, 0.25, 0.5, 0.5) for one in (some, rows.select(range(6)))]
+    assert found[0] == found[1] and "2 of 8 rows have no picture, and are left out" in caplog.text
+
+
+def test_a_list_of_no_pictures_is_no_picture(make_model, processor, dataset, tmp_path):
+    files = files_of(dataset)
+    pictures = [[None], [None, *files[0]], *files[2:]]
+    some = with_values(dataset, "images", pictures, dataset.features["images"])
+    trainer = stage("autoencoder", make_model, processor, some, str(tmp_path), max_steps=1)
+    assert len(trainer.train_dataset) == 7
+    plain = trainer.encoder.encode(dataset[0])
+    again = trainer.encoder.encode({**some[1], "prompt": dataset[0]["prompt"]})
+    assert torch.equal(again.prompt_ids, plain.prompt_ids) and again.num_visual == plain.num_visual
