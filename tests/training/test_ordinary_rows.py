@@ -2,16 +2,22 @@
 
 import pytest
 import torch
+from datasets import ClassLabel
 
+from tprl_hf.report.runs import MASKS, json_lines
 from tprl_hf.training import (
     AutoencoderTrainer,
     LfDTrainer,
     TPRLGRPOTrainer,
     calibrate_escalation,
 )
-from tprl_hf.training.answer_batches import undecoded
+from tprl_hf.training.answer_batches import check_row, reference_answer, undecoded
+from tprl_hf.training.answer_rewards import ANSWER_REWARDS
+from tprl_hf.training.tuning import as_chats
 
 from .test_trainers import stage
+
+ROW = {"images": ["a.png"], "prompt": "what ?", "answer": "red"}
 
 
 def with_values(dataset, name, values, feature=None):
@@ -72,3 +78,48 @@ def test_a_list_of_no_pictures_is_no_picture(make_model, processor, dataset, tmp
     plain = trainer.encoder.encode(dataset[0])
     again = trainer.encoder.encode({**some[1], "prompt": dataset[0]["prompt"]})
     assert torch.equal(again.prompt_ids, plain.prompt_ids) and again.num_visual == plain.num_visual
+
+
+# ---- names, numbers, nothing ----
+
+
+def test_names_are_shown_and_compared(make_model, processor, dataset, tmp_path):
+    words = ClassLabel(names=["word7", "word8"])
+    kinds = ClassLabel(names=["colour", "count"])
+    numbered = with_values(dataset, "answer", [0, 1] * 4, words)
+    numbered = with_values(numbered, "question_type", [0, 1] * 4, kinds)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    trainer = stage("ppo", make_model, processor, numbered, str(tmp_path), **settings)
+    assert trainer.train_dataset["answer"][:] == ["word7", "word8"] * 4
+    trainer.train()
+    assert all(one.keys() == {"colour", "count"} for one in json_lines(tmp_path / MASKS)[-1]["kept_by_type"])
+    assert [row["completion"][0]["content"] for row in as_chats(numbered)] == ["word7", "word8"] * 4
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"),
+    [(3, "3"), (0, "0"), (0.5, "0.5"), ([1, 2, 2], "2"), (["a", None, None], "a"), ([], None), (None, None)],
+)
+def test_numbers_are_answers(answer, reference):
+    row = {**ROW, "answer": answer}
+    check_row(row)
+    assert reference_answer(row) == reference
+
+
+@pytest.mark.parametrize("answer", [True, float("nan"), {"answer": "red"}, [["red"]], [{"answer": "red"}]])
+def test_what_is_no_answer_is_shown(answer):
+    with pytest.raises(ValueError, match="answer must be the reference answer as a text or a number, or a list"):
+        check_row({**ROW, "answer": answer})
+
+
+def test_rewards_read_numbers(dataset):
+    for reward in ANSWER_REWARDS.values():
+        assert reward(["q"], ["?"], answer=[None]) == reward(["q"], ["?"], answer=[[]]) == [None]
+    for name in ("exact_match", "vqa_score", "relaxed_accuracy", "anls"):
+        assert ANSWER_REWARDS[name](["q"] * 3, ["0"] * 3, answer=[0, [0, None], 1]) == [1.0, 1.0, 0.0]
+
+
+def test_rows_without_a_question_are_refused_at_once(make_model, processor, dataset, tmp_path):
+    some = with_values(dataset, "prompt", [*dataset["prompt"][:6], None, None])
+    with pytest.raises(ValueError, match="2 of 8 rows of train_dataset have no `prompt`: fill or leave out"):
+        stage("autoencoder", make_model, processor, some, str(tmp_path))

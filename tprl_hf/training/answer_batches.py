@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
+from tprl_hf.data.own_rows import is_answer, with_names
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.text_query import chat_messages, question_mask
 from tprl_hf.modeling.token_pruner import PruningInputs
@@ -99,7 +100,10 @@ def left_padded(samples: Sequence[EncodedSample], device: torch.device) -> dict[
 
 
 def undecoded(dataset: Dataset) -> Dataset:
-    """The same dataset, whose images stay bytes until they are needed: most are needed once, for their features."""
+    """
+    The same dataset, whose images stay bytes until they are needed: most are needed once, for their features. Names
+    stand for the numbers of a `ClassLabel`.
+    """
     if dataset.format["type"] not in (None, "torch", "custom"):  # others give no lists and texts
         dataset = dataset.with_format(None)
     for name in ("images", "image"):
@@ -107,15 +111,14 @@ def undecoded(dataset: Dataset) -> Dataset:
             dataset = dataset.cast_column(name, List(ImageFeature(decode=False)))
         elif dataset.features.get(name) == ImageFeature():
             dataset = dataset.cast_column(name, ImageFeature(decode=False))
-    return dataset
+    return with_names(dataset)
 
 
 def reference_answer(row: Mapping[str, Any]) -> str | None:
     """The answer of a row; of several, the one that is given most often. `None` where the row has none."""
     answer = row.get("answer")
-    if answer is None or isinstance(answer, str):
-        return answer
-    return max(answer, key=answer.count, default=None)
+    texts = [str(one) for one in (answer if isinstance(answer, list) else [answer]) if one is not None]
+    return max(texts, key=texts.count, default=None)
 
 
 def open_images(images: Sequence[Any], name: str | None = None) -> list[Image.Image]:
@@ -140,9 +143,9 @@ def check_row(row: Mapping[str, Any]) -> None:
     if not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
         raise wrong("prompt", row.get("prompt"), "a question, or a list of chat messages", "Fill the column.")
     answer = row.get("answer")
-    answers = answer if isinstance(answer, list) and answer else [answer]
-    if answer is not None and not all(isinstance(one, str) for one in answers):
-        raise wrong("answer", answer, "the reference answer as a text, or a list of them")
+    answers = answer if isinstance(answer, list) else [answer]
+    if not all(one is None or is_answer(one) for one in answers):
+        raise wrong("answer", answer, "the reference answer as a text or a number, or a list of them")
 
 
 class SampleEncoder:

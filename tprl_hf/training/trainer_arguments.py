@@ -162,6 +162,8 @@ def given_dataset(dataset: Any, name: str) -> Any:
             raise ValueError(f"{name} has no column {wanted!r}, only {', '.join(columns)}: rename_column gives it.")
     if len(dataset) == 0:
         raise ValueError(f"{name} has no rows.")
+    if missing := len(dataset) - num_filled(dataset, "prompt"):
+        raise ValueError(f"{missing} of {len(dataset)} rows of {name} have no `prompt`: fill or leave out these rows.")
     return undecoded(dataset)
 
 
@@ -202,10 +204,13 @@ def is_filled(column: pa.ChunkedArray) -> np.ndarray:
 
 def num_answers(dataset: Dataset) -> int:
     """How many rows of a dataset have an answer."""
-    if "answer" not in dataset.column_names:
-        return 0
-    answers = dataset.select_columns("answer").with_format("arrow")[:]["answer"]
-    return len(answers) - answers.null_count
+    return num_filled(dataset, "answer") if "answer" in dataset.column_names else 0
+
+
+def num_filled(dataset: Dataset, name: str) -> int:
+    """How many rows of a dataset have something else than `None` in a column."""
+    column = dataset.select_columns(name).with_format("arrow")[:][name]
+    return len(column) - column.null_count
 
 
 def has_answers(dataset: Dataset) -> bool:
