@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from datasets import ClassLabel
+from datasets import ClassLabel, Dataset, List, Value
 
+from tprl_hf.modeling.text_query import chat_messages
 from tprl_hf.report.runs import MASKS, json_lines
 from tprl_hf.training import (
     AutoencoderTrainer,
@@ -16,6 +17,7 @@ from tprl_hf.training.answer_rewards import ANSWER_REWARDS
 from tprl_hf.training.tuning import as_chats
 
 from .test_trainers import stage
+from .test_trl_habits import said
 
 ROW = {"images": ["a.png"], "prompt": "what ?", "answer": "red"}
 
@@ -123,3 +125,38 @@ def test_rows_without_a_question_are_refused_at_once(make_model, processor, data
     some = with_values(dataset, "prompt", [*dataset["prompt"][:6], None, None])
     with pytest.raises(ValueError, match="2 of 8 rows of train_dataset have no `prompt`: fill or leave out"):
         stage("autoencoder", make_model, processor, some, str(tmp_path))
+
+
+# ---- chat messages ----
+
+
+def test_fields_that_a_dataset_filled_are_not_there():
+    """Templates ask which fields a part has: Qwen's takes a text with `image: None` for an image."""
+    content = [{"type": "image"}, {"type": "text", "text": "what ?"}]
+    part = {"type": Value("string"), "text": Value("string"), "image": Value("string")}
+    feature = List({"role": Value("string"), "content": List(part), "name": Value("string")})
+    stored = Dataset.from_dict({"a": [0]}).add_column("prompt", [said(content)], feature=feature)[0]["prompt"]
+    assert stored[0]["content"][1]["image"] is None and stored[0]["name"] is None
+    assert chat_messages(stored, 1) == said(content)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("<image>\nwhat ?", "`prompt` has <image> in its text: leave it out. Pictures stand before the first"),
+        (said("<image> what ?"), "`prompt` has <image> in its text"),
+        (said([{"type": "image"}, {"type": "image"}]), "`prompt` has 2 parts of type 'image', and its row 1 pictures"),
+        (said([{"type": "video"}]), "`prompt` has a part of type 'video': trainers read texts and images only"),
+        ([*said("q"), {"role": "assistant", "content": "red"}], "the answer would be seen: put it into `answer`"),
+    ],
+)
+def test_prompts_that_would_be_read_wrongly_are_refused(prompt, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        check_row({**ROW, "prompt": prompt})
+    assert len(str(refused.value)) < 360
+
+
+def test_chat_messages_are_tuned_on_as_they_are(dataset):
+    chats = [said(prompt) for prompt in dataset["prompt"]]
+    asked = as_chats(with_values(dataset, "prompt", chats))["prompt"]
+    assert asked[:] == as_chats(dataset)["prompt"][:] == chats

@@ -15,7 +15,7 @@ from transformers import BatchFeature
 
 from tprl_hf.data.own_rows import is_answer, with_names
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
-from tprl_hf.modeling.text_query import chat_messages, question_mask
+from tprl_hf.modeling.text_query import chat_messages, messages_of, question_mask, text_parts
 from tprl_hf.modeling.token_pruner import PruningInputs
 from tprl_hf.modeling.values import wrong
 from tprl_hf.modeling.visual_features import VisualFeatures
@@ -146,6 +146,30 @@ def check_row(row: Mapping[str, Any]) -> None:
     answers = answer if isinstance(answer, list) else [answer]
     if not all(one is None or is_answer(one) for one in answers):
         raise wrong("answer", answer, "the reference answer as a text or a number, or a list of them")
+    check_messages(messages_of(row["prompt"]), len(images_of(row)))
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]], num_images: int) -> None:
+    """Raises `ValueError` for messages with other things than texts and the row's pictures, or with the answer."""
+    parts = [part for message in messages for part in text_parts(message["content"])]
+    others = sorted({part["type"] for part in parts} - {"text", "image"})
+    if others:
+        raise ValueError(f"`prompt` has a part of type {others[0]!r}: trainers read texts and images only.")
+    if any(part["type"] == "text" and "<image>" in part["text"] for part in parts):
+        raise ValueError(
+            "`prompt` has <image> in its text: leave it out. Pictures stand before the first question, or where a "
+            "message has a part {'type': 'image'}."
+        )
+    named = sum(part["type"] == "image" for part in parts)
+    if named not in (0, num_images):
+        raise ValueError(
+            f"`prompt` has {named} parts of type 'image', and its row {num_images} pictures: give each picture one, "
+            "or leave all of them out."
+        )
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(
+            "The last message of `prompt` is of the assistant, so that the answer would be seen: put it into `answer`."
+        )
 
 
 class SampleEncoder:

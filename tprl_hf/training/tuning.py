@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.peft_adapter import FOLDER, has_adapter, refuse_unless_one_lora, save_adapter
+from tprl_hf.modeling.text_query import messages_of
 from tprl_hf.modeling.values import KEPT_FRACTION, list_of, whole
 from tprl_hf.pictures import images_of
 
@@ -87,8 +88,8 @@ def as_chats(dataset: Dataset) -> Dataset:
 
     def chat(row: dict[str, Any]) -> dict[str, Any]:
         pictures = {} if as_they_are else {"images": images_of(row)}
-        asked = [{"role": "user", "content": row["prompt"]}]
-        return {**pictures, "prompt": asked, "completion": [{"role": "assistant", "content": reference_answer(row)}]}
+        said = [{"role": "assistant", "content": reference_answer(row)}]
+        return {**pictures, "prompt": messages_of(row["prompt"]), "completion": said}
 
     kept = ("images", "prompt", "answer")
     others = [name for name in dataset.column_names if name not in kept]
