@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, List, Value
 
+from tprl_hf.evaluation.answers import chat_inputs
 from tprl_hf.modeling.text_query import chat_messages
 from tprl_hf.report.runs import MASKS, json_lines
 from tprl_hf.training import (
@@ -12,7 +13,7 @@ from tprl_hf.training import (
     TPRLGRPOTrainer,
     calibrate_escalation,
 )
-from tprl_hf.training.answer_batches import check_row, reference_answer, undecoded
+from tprl_hf.training.answer_batches import SampleEncoder, check_row, reference_answer, undecoded
 from tprl_hf.training.answer_rewards import ANSWER_REWARDS
 from tprl_hf.training.tuning import as_chats
 
@@ -127,6 +128,33 @@ def test_rows_without_a_question_are_refused_at_once(make_model, processor, data
         stage("autoencoder", make_model, processor, some, str(tmp_path))
 
 
+def test_rows_with_lists_of_nothing_are_refused_at_once(make_model, processor, dataset, tmp_path):
+    answers = with_values(dataset, "answer", [*[["word7"]] * 6, [], [None]])
+    with pytest.raises(ValueError, match="2 of 8 rows of train_dataset have no `answer`"):
+        stage("ppo", make_model, processor, answers, str(tmp_path))
+    prompts = with_values(dataset, "prompt", [*[said("word7")] * 6, [], None])
+    with pytest.raises(ValueError, match="2 of 8 rows of train_dataset have no `prompt`"):
+        stage("ppo", make_model, processor, prompts, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["video", "videos"])
+def test_videos_of_a_dataset_are_not_left_out_in_silence(name, make_model, processor, dataset, tmp_path):
+    empty = dataset.add_column(name, [None] * 8, feature=Value("string"))
+    assert len(stage("autoencoder", make_model, processor, empty, str(tmp_path)).train_dataset) == 8
+    filled = dataset.add_column(name, [*[None] * 7, "cat.mp4"])
+    with pytest.raises(ValueError, match=f"has videos in its column '{name}', which are not read: put frames of them"):
+        stage("autoencoder", make_model, processor, filled, str(tmp_path))
+
+
+@pytest.mark.parametrize(("image_id", "called"), [(None, "The image of the question 'what .'"), ("", "The image of"),
+                                                  (0, "0"), ("cat", "cat")])  # fmt: skip
+def test_a_picture_that_cannot_be_read_is_called_by_its_row(image_id, called, make_model, processor):
+    row = {**ROW, "images": [b"nothing"], "image_id": image_id}
+    for read in (lambda: SampleEncoder(make_model(), processor)([row]), lambda: chat_inputs(processor, [row])):
+        with pytest.raises(ValueError, match=f"^{called}.* is not an image that Pillow can read"):
+            read()
+
+
 # ---- chat messages ----
 
 
@@ -147,7 +175,11 @@ def test_fields_that_a_dataset_filled_are_not_there():
         (said("<image> what ?"), "`prompt` has <image> in its text"),
         (said([{"type": "image"}, {"type": "image"}]), "`prompt` has 2 parts of type 'image', and its row 1 pictures"),
         (said([{"type": "video"}]), "`prompt` has a part of type 'video': trainers read texts and images only"),
-        ([*said("q"), {"role": "assistant", "content": "red"}], "the answer would be seen: put it into `answer`"),
+        (
+            [*said("q"), {"role": "assistant", "content": "red"}],
+            "is of 'assistant': end it with the question, of 'user'",
+        ),
+        ([{"role": "system", "content": "q"}], "The last message of `prompt` is of 'system'"),
     ],
 )
 def test_prompts_that_would_be_read_wrongly_are_refused(prompt, message):

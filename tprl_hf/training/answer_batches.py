@@ -19,7 +19,7 @@ from tprl_hf.modeling.text_query import chat_messages, messages_of, question_mas
 from tprl_hf.modeling.token_pruner import PruningInputs
 from tprl_hf.modeling.values import wrong
 from tprl_hf.modeling.visual_features import VisualFeatures
-from tprl_hf.pictures import image_digest, images_of, picture_of
+from tprl_hf.pictures import image_digest, images_of, name_of_picture, picture_of
 
 from .divergence import UnprunedAnswer
 from .feature_cache import FeatureCache, join_features
@@ -166,9 +166,10 @@ def check_messages(messages: Sequence[Mapping[str, Any]], num_images: int) -> No
             f"`prompt` has {named} parts of type 'image', and its row {num_images} pictures: give each picture one, "
             "or leave all of them out."
         )
-    if messages[-1]["role"] == "assistant":
+    if messages[-1]["role"] != "user":
         raise ValueError(
-            "The last message of `prompt` is of the assistant, so that the answer would be seen: put it into `answer`."
+            f"The last message of `prompt` is of {messages[-1]['role']!r}: end it with the question, of 'user'. What "
+            "the assistant says to it belongs in `answer`."
         )
 
 
@@ -315,7 +316,7 @@ class SampleEncoder:
 
     def process_together(self, processor: Any, rows: Sequence[dict[str, Any]]) -> BatchFeature:
         """The processor's output for the prompts of rows; of several, each has images."""
-        images = [open_images(images_of(row), row.get("image_id")) for row in rows]
+        images = [open_images(images_of(row), name_of_picture(row)) for row in rows]
         padding = {"padding": True} if len(rows) > 1 else {}
         texts = [self.render(row)[0] for row in rows]
         return processor(images=images if any(images) else None, text=texts, return_tensors="pt", **padding)

@@ -156,15 +156,26 @@ def given_dataset(dataset: Any, name: str) -> Any:
         elif isinstance(dataset, IterableDataset):
             cure = "rows are drawn by their number, so a stream must end: Dataset.from_list(list(stream.take(1000)))"
         raise TypeError(f"{name} is a datasets.Dataset; got {type(dataset).__name__}: {cure}.")
+    check_rows(dataset, name)
+    return undecoded(dataset)
+
+
+def check_rows(dataset: Dataset, name: str) -> None:
+    """Raises `ValueError` for a dataset without rows, or without the columns that each sample has."""
     columns = dataset.column_names
     for wanted in ("prompt", "images"):
         if wanted not in columns and not (wanted == "images" and "image" in columns):
             raise ValueError(f"{name} has no column {wanted!r}, only {', '.join(columns)}: rename_column gives it.")
     if len(dataset) == 0:
         raise ValueError(f"{name} has no rows.")
+    for other in {"video", "videos"}.intersection(columns):
+        if num_filled(dataset, other):
+            raise ValueError(
+                f"{name} has videos in its column {other!r}, which are not read: put frames of them into `images`, or "
+                f"remove_columns({other!r})."
+            )
     if missing := len(dataset) - num_filled(dataset, "prompt"):
         raise ValueError(f"{missing} of {len(dataset)} rows of {name} have no `prompt`: fill or leave out these rows.")
-    return undecoded(dataset)
 
 
 def with_pictures(dataset: Dataset, name: str) -> Dataset:
@@ -208,9 +219,8 @@ def num_answers(dataset: Dataset) -> int:
 
 
 def num_filled(dataset: Dataset, name: str) -> int:
-    """How many rows of a dataset have something else than `None` in a column."""
-    column = dataset.select_columns(name).with_format("arrow")[:][name]
-    return len(column) - column.null_count
+    """How many rows of a dataset have something in a column."""
+    return int(is_filled(dataset.select_columns(name).with_format("arrow")[:][name]).sum())
 
 
 def has_answers(dataset: Dataset) -> bool:
