@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 CORRECT = 0.5  # a score from here on counts as a correct answer, where answers are counted
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -68,7 +69,7 @@ def vqa_score(answer: str, references: Sequence[str] | str) -> float:
     Returns:
         `float`: In [0, 1].
     """
-    texts = [normalize_vqa(text) for text in _as_list(references)]
+    texts = [normalize_vqa(text) for text in as_texts(references)]
     answer = normalize_vqa(answer)
     if len(texts) == 1:
         return float(answer == texts[0])
@@ -96,7 +97,7 @@ def _normalized(text: str) -> str:
 
 def exact_score(answer: str, references: Sequence[str] | str) -> float:
     """1 where [`is_correct`] holds for any of the references, else 0."""
-    return float(any(is_correct(answer, reference) for reference in _as_list(references)))
+    return float(any(is_correct(answer, reference) for reference in as_texts(references)))
 
 
 def relaxed_score(answer: str, references: Sequence[str] | str, tolerance: float = 0.05) -> float:
@@ -111,7 +112,7 @@ def relaxed_score(answer: str, references: Sequence[str] | str, tolerance: float
     (1.0, 0.0, 1.0)
     ```
     """
-    return float(any(_is_close(answer.strip(), reference.strip(), tolerance) for reference in _as_list(references)))
+    return float(any(_is_close(answer.strip(), reference.strip(), tolerance) for reference in as_texts(references)))
 
 
 def _is_close(answer: str, reference: str, tolerance: float) -> bool:
@@ -135,7 +136,7 @@ def anls_score(answer: str, references: Sequence[str] | str, threshold: float = 
     """
     text = " ".join(answer.lower().split())
     best = 0.0
-    for reference in _as_list(references):
+    for reference in as_texts(references):
         target = " ".join(reference.lower().split())
         longest = max(len(text), len(target))
         best = max(best, 1 - edit_distance(text, target) / longest if longest else 1.0)
@@ -179,7 +180,7 @@ def chosen_option(answer: str) -> str | None:
 def choice_score(answer: str, references: Sequence[str] | str) -> float:
     """1 where the answer names the option of the reference, which is its letter, else 0."""
     chosen = chosen_option(answer)
-    return float(chosen is not None and chosen in map(chosen_option, _as_list(references)))
+    return float(chosen is not None and chosen in map(chosen_option, as_texts(references)))
 
 
 def says_yes(answer: str) -> bool:
@@ -200,7 +201,7 @@ def says_yes(answer: str) -> bool:
 
 def yes_no_score(answer: str, references: Sequence[str] | str) -> float:
     """1 where POPE reads the answer as the reference, "yes" or "no"."""
-    return float(says_yes(answer) == (_as_list(references)[0].strip().lower() == "yes"))
+    return float(says_yes(answer) == (as_texts(references)[0].strip().lower() == "yes"))
 
 
 def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
@@ -213,5 +214,7 @@ def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
     return shared / union if union else 0.0
 
 
-def _as_list(references: Sequence[str] | str) -> Sequence[str]:
-    return [references] if isinstance(references, str) else references
+def as_texts(references: Any) -> list[str]:
+    """References as texts: one or several, texts or numbers."""
+    several = references if isinstance(references, Sequence) and not isinstance(references, str) else [references]
+    return [str(one) for one in several if one is not None]

@@ -121,10 +121,17 @@ def images_of(row: Mapping[str, Any]) -> Sequence[Any]:
     return several or one
 
 
+def name_of_picture(row: Mapping[str, Any]) -> str:
+    """What messages call a picture of a row that has no path: by its `image_id`, or else by the question."""
+    if row.get("image_id") not in (None, ""):
+        return str(row["image_id"])
+    return f"The image of the question {repr(row.get('prompt'))[:80]}"
+
+
 def in_a_list(found: Any) -> list[Any]:
     """What a column of pictures holds: a list of them, one, or `None`."""
     if isinstance(found, (list, tuple)):
-        return list(found)
+        return [one for one in found if one is not None]
     return [] if found is None else [found]
 
 

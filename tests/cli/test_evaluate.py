@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from datasets import ClassLabel, Dataset
 from PIL import Image
 
 from tests.cli.test_demo import table_under
@@ -91,6 +92,48 @@ def test_every_setting_says_what_it_costs(evaluate, tmp_path):
     # of two layers, FastV runs one and a half on all tokens
     assert 0.4 < counted["fastv", "1/4"]["pruner"] / counted["none", "1"]["prefill"] < 1
     assert counted["sparsevlm", "1/4"]["pruner"] > counted["fastv", "1/4"]["pruner"]
+
+
+@pytest.mark.parametrize("columns", [("images",), ("image", "question_type"), ("images", "image_id", "boxes")])
+def test_a_saved_dataset_needs_no_more_than_pictures_prompts_and_answers(columns, evaluate, tmp_path, image_file):
+    pictures = {"images": [[str(image_file)]] * 3, "image": [str(image_file)] * 3}
+    others = {"image_id": [0, 0, None], "boxes": [[[0, 0, 8, 8]], [], None]}
+    rows = {name: {**pictures, **others, "question_type": [1, 0, 1]}[name] for name in columns}
+    dataset = Dataset.from_dict({**rows, "prompt": ["word7", "word8", "word9"], "answer": [0, 1, 2]})
+    if "question_type" in columns:
+        dataset = dataset.cast_column("question_type", ClassLabel(names=["colour", "count"]))
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    words = ["--data", str(tmp_path / "saved"), "--keep-ratios", "1/2"]
+    code, _, err = evaluate(*words)
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    kinds = {"colour": 1, "count": 2} if "question_type" in columns else {"all": 3}
+    assert {kind: one["count"] for kind, one in found[0]["by_type"].items()} == kinds
+    assert evaluate(*words)[0] == 0  # nothing is asked again
+    if "boxes" not in columns:
+        code, _, err = evaluate(*words, "--pruners", "oracle", "--overwrite")
+        assert code == 2 and "saved has none of: leave it out of --pruners" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda d: d.rename_column("image", "picture"),
+            "has no column 'images', only picture, prompt, answer: rename",
+        ),
+        (lambda d: d.rename_column("prompt", "question"), "has no column 'prompt', only image, question, answer"),
+        (
+            lambda d: d.map(lambda row, n: {"answer": [None, "word8"][n % 2]}, with_indices=True),
+            "`answer` is missing in 2 of 3 rows, first in row 0: give",
+        ),
+    ],
+)
+def test_a_saved_dataset_that_lacks_something(change, message, evaluate, tmp_path, image_file):
+    rows = {"image": [str(image_file)] * 3, "prompt": ["word7"] * 3, "answer": ["word8"] * 3}
+    change(Dataset.from_dict(rows)).save_to_disk(str(tmp_path / "saved"))
+    code, _, err = evaluate("--data", str(tmp_path / "saved"))
+    assert code == 2 and "tprl evaluate: error: " in err and message in err and "Traceback" not in err
 
 
 def test_random_under_several_seeds_is_one_row_with_their_spread(evaluate, tmp_path):

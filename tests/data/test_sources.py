@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from datasets import DatasetDict
 from PIL import Image
 
 from tprl_hf.data import mosaic_vqa
@@ -32,6 +33,15 @@ def test_what_is_not_a_source(tmp_path):
         assert not is_source(name)
         with pytest.raises(ValueError, match=f"There are no data '{name}': a source is mosaic, easy-vqa"):
             read_source(name, "train")
+
+
+def test_a_directory_of_several_splits(tmp_path):
+    made = mosaic_vqa(num_samples=2)
+    DatasetDict(train=made, test=made).save_to_disk(tmp_path / "saved")
+    for read in (is_source, lambda name: read_source(name, "train")):
+        with pytest.raises(ValueError, match=r"saved has several splits, train, test: name one of .*saved/train\."):
+            read(str(tmp_path / "saved"))
+    assert read_source(str(tmp_path / "saved" / "test"), "train")["prompt"] == made["prompt"]
 
 
 @pytest.mark.parametrize("mark", [" ", "\u2028", "\u2029", "\u0085", "\x1c", "\x0b", "\x0c"])

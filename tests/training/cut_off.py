@@ -26,6 +26,7 @@ from tprl_hf.cli.main import main
 from tprl_hf.cli.stop_signals import SaveAndStop
 from tprl_hf.modeling import checkpoint_tprl
 from tprl_hf.training.saved_masks import SavedMasks
+from tprl_hf.training.training_lock import alone_in
 
 # how often each stage is killed; docs/reliability.md has the figures of 40, and of 12 for other faults
 FEW = {"autoencoder": 6, "demonstrations": 5, "lfd": 6, "ppo": 2}
@@ -181,6 +182,14 @@ def show_life(folder: str) -> int:
     processes.PATIENCE = 3.0
     with processes.signs_of_life(Path(folder)):
         print("alive", flush=True)
+        time.sleep(60)
+    return 0
+
+
+def hold_lock(folder: str) -> int:
+    """What another training does, for a minute."""
+    with alone_in(Path(folder)):
+        print("held", flush=True)
         time.sleep(60)
     return 0
 

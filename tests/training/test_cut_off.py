@@ -16,11 +16,12 @@ import pytest
 import torch
 import yaml
 from datasets import load_from_disk
+from transformers import TrainerCallback
 
 from tprl_hf.cli import processes, stop_signals
 from tprl_hf.cli.stop_signals import Stopped, StopSignals
 from tprl_hf.report.runs import LOG, MASKS, read_stage
-from tprl_hf.training.whole_checkpoints import MANIFEST, checkpoint_to_resume, newest_whole
+from tprl_hf.training.whole_checkpoints import MANIFEST, checkpoint_to_resume, newest_whole, why_not_whole
 
 from .conftest import make_dataset
 from .cut_off import Fault, number_of_faults, number_of_others, show_life, start, train
@@ -330,9 +331,10 @@ def test_the_older_checkpoint_stays_until_the_new_one_is_whole(make_model, proce
     monkeypatch.setattr(torch, "save", no_room)
     with pytest.raises(OSError, match=r"checkpoint-4 could not be written .*No space left.*make room, and resume"):
         again.train()
-    found, passed_over = newest_whole(tmp_path)
-    assert found == tmp_path / ".replaced-checkpoint-4" and passed_over == []
-    assert again.args.save_total_limit == 1
+    older = tmp_path / ".replaced-checkpoint-4"
+    assert why_not_whole(older) is None and again.args.save_total_limit == 1
+    found, passed_over = newest_whole(tmp_path)  # it is of the first run, and the second one was started last
+    assert found is None and ".replaced-checkpoint-4: another run wrote it" in passed_over[0]
 
 
 def test_checkpoints_of_an_earlier_run_are_neither_taken_nor_deleted(make_model, processor, dataset, tmp_path, caplog):
@@ -355,6 +357,37 @@ def test_checkpoints_of_an_earlier_run_are_neither_taken_nor_deleted(make_model,
     assert [row["step"] for row in again.state.log_history if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_is_not_resumed_from_an_older_one(
+    make_model, processor, dataset, tmp_path
+):
+    def run(**settings):
+        settings = {"save_steps": 2, "max_steps": 4, "logging_steps": 1, **settings}
+        return stage("autoencoder", make_model, processor, dataset, str(tmp_path), **settings)
+
+    class EndAtOnce(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    run().train()
+    second = run(learning_rate=1e-3)
+    second.add_callback(EndAtOnce())
+    with pytest.raises(KeyboardInterrupt):
+        second.train()
+    found, passed_over = newest_whole(tmp_path)  # `tprl train` starts again, and says so
+    assert found is None and "checkpoint-4: another run wrote it, before the one that was st" in passed_over[0]
+    again = run(learning_rate=1e-3)
+    with pytest.raises(ValueError, match=r"no whole checkpoint in .*: start again .*checkpoint-4: another run wrote"):
+        again.train(resume_from_checkpoint=True)
+    again.train()
+    assert newest_whole(tmp_path)[0] == tmp_path / "checkpoint-4" and again.run == 2
+    # named, an older run is the last one again
+    third = run(max_steps=2)
+    third.train()
+    assert third.run == 3 and newest_whole(tmp_path)[0] == tmp_path / "checkpoint-2"
+    run(max_steps=6, learning_rate=1e-3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert newest_whole(tmp_path)[0] == tmp_path / "checkpoint-6"
+
+
 def test_checkpoints_of_older_versions_have_no_run_and_are_resumed_from(make_model, processor, dataset, tmp_path):
     settings = {"save_steps": 2, "save_total_limit": 2}
     stage("autoencoder", make_model, processor, dataset, str(tmp_path), max_steps=4, **settings).train()
@@ -362,6 +395,9 @@ def test_checkpoints_of_older_versions_have_no_run_and_are_resumed_from(make_mod
         manifest = json.loads(path.read_text())
         del manifest["run"]
         path.write_text(json.dumps(manifest))
+    lines = [line.replace(', "run": 1', "") for line in (tmp_path / LOG).read_text().splitlines(keepends=True)]
+    assert '"run"' not in "".join(lines)
+    (tmp_path / LOG).write_text("".join(lines))
     resumed = stage("autoencoder", make_model, processor, dataset, str(tmp_path), max_steps=6, **settings)
     assert resumed.train(resume_from_checkpoint=True).global_step == 6
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}

@@ -304,8 +304,10 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
     from datasets import concatenate_datasets
 
     from tprl_hf import answer_rules
+    from tprl_hf.data.own_rows import with_all_columns
     from tprl_hf.data.sources import is_source, read_source
     from tprl_hf.evaluation.lmms_eval.samples import lmms_eval_samples
+    from tprl_hf.training.trainer_arguments import check_rows
 
     function, metric = METRICS[arguments.metric or "exact"]
     score = getattr(answer_rules, function)
@@ -326,6 +328,8 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
     if is_source(data):
         number = arguments.num_samples or (2000 if data == "easy-vqa" else None)
         samples = read_source(data, split, num_samples=number)
+        check_rows(samples, data)
+        samples = with_all_columns(samples)
         if "answer" not in samples.column_names:
             if arguments.metric in NEED_REFERENCES:
                 raise ValueError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tprl_hf.training.stages import STAGES, stages_until
+from tprl_hf.training.training_lock import alone_in
 
 
 def refuse_several_processes(recipe: dict[str, Any]) -> None:
@@ -21,8 +22,8 @@ def delete_stages(stages: list[str], recipe: dict[str, Any]) -> None:
     of all stages. Nothing is deleted where something is refused.
 
     Raises:
-        `ValueError`: where a stage that is not among them was made from one of them, or where a directory is not that
-            of a stage.
+        `ValueError`: where a stage that is not among them was made from one of them, where a directory is not that of
+            a stage, and while another process trains in one.
     """
     folder = Path(recipe["output_dir"])
     there = [stage for stage in STAGES if (folder / stage).is_dir()]
@@ -31,6 +32,9 @@ def delete_stages(stages: list[str], recipe: dict[str, Any]) -> None:
             raise ValueError(
                 f"{folder / stage} is not a stage of `tprl train`: it has no settings.json. Delete it yourself."
             )
+        if stage in stages:
+            with alone_in(folder / stage):  # else its process would write on into what is made anew
+                pass
         made_from = [one for one in stages_until(stage) if one in stages and one in there]
         if stage not in stages and made_from:
             raise ValueError(

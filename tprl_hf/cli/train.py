@@ -301,8 +301,12 @@ def load_source(section: dict[str, Any], name: str, num_samples: int | None = No
     labelled = section.get("labels", True)
     if "question_types" not in section:
         return dataset if labelled else without_labels(dataset)
-    kinds, wanted = dataset["question_type"], section["question_types"]
-    known = sorted(set(kinds))
+    from tprl_hf.data.own_rows import column_of, kind_of
+
+    has_types = "question_type" in dataset.column_names
+    kinds = [kind_of(kind) for kind in (column_of(dataset, "question_type") if has_types else [None] * len(dataset))]
+    known, given = sorted(set(kinds)), section["question_types"]
+    wanted = [kind_of(kind) for kind in given] if isinstance(given, list) else given
     if not isinstance(wanted, list) or not wanted or not set(wanted) <= set(known):
         raise ValueError(
             f"data.{name} has no questions of types {wanted}, but of {', '.join(known)}: list some of them."

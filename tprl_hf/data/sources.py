@@ -1,5 +1,6 @@
 """Samples by the name of their source, as recipes and commands write it."""
 
+import json
 from pathlib import Path
 
 from datasets import Dataset, load_from_disk
@@ -7,6 +8,7 @@ from datasets import Dataset, load_from_disk
 from .easy import easy_vqa
 from .jsonl import jsonl_samples
 from .mosaic import mosaic_vqa
+from .own_rows import with_names
 from .photo import photo_vqa
 from .samples import check_number
 
@@ -14,9 +16,17 @@ KINDS = "mosaic, easy-vqa, photo, a .jsonl file, or the directory of a saved dat
 
 
 def is_source(name: str) -> bool:
-    """Whether `name` is of one of the kinds that [`read_source`] reads."""
+    """
+    Whether `name` is of one of the kinds that [`read_source`] reads. Raises `ValueError` for a directory of several
+    saved datasets.
+    """
     if not isinstance(name, str):
         return False
+    if (several := Path(name) / "dataset_dict.json").is_file():
+        splits = json.loads(several.read_bytes())["splits"]
+        raise ValueError(
+            f"{name} has several splits, {', '.join(splits)}: name one of them, such as {name}/{splits[0]}."
+        )
     known = name in ("mosaic", "easy-vqa", "photo")
     return known or name.endswith(".jsonl") or (Path(name) / "state.json").is_file()
 
@@ -36,7 +46,8 @@ def read_source(name: str, split: str, seed: int = 0, num_samples: int | None = 
             Only the first so many. Mosaic and photo, which are made from a seed, make 6000 by default.
 
     Returns:
-        `datasets.Dataset`: Rows of `SAMPLE_FEATURES`.
+        `datasets.Dataset`: Rows of `SAMPLE_FEATURES`; of a saved dataset the columns that it has, with names in place
+        of the numbers of a `ClassLabel`.
 
     Raises:
         `ValueError`: If it is none of these, or its samples are not as they must be.
@@ -57,4 +68,4 @@ def read_source(name: str, split: str, seed: int = 0, num_samples: int | None = 
             raise FileNotFoundError(f"There is no file {name}.")
         return jsonl_samples(name, num_samples)
     dataset = load_from_disk(name)
-    return dataset if num_samples is None else dataset.select(range(min(num_samples, len(dataset))))
+    return with_names(dataset if num_samples is None else dataset.select(range(min(num_samples, len(dataset)))))

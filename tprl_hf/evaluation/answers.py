@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tprl_hf.modeling.text_query import chat_messages, question_mask
-from tprl_hf.pictures import images_of, picture_of
+from tprl_hf.pictures import images_of, name_of_picture, picture_of
 
 
 def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.device | str = "cpu"):
@@ -37,7 +37,7 @@ def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.devi
         )
     chats = [chat_messages(sample["prompt"], len(images_of(sample))) for sample in samples]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
-    images = [[picture_of(image, sample.get("image_id")) for image in images_of(sample)] for sample in samples]
+    images = [[picture_of(image, name_of_picture(sample)) for image in images_of(sample)] for sample in samples]
     videos = [video for sample in samples for video in sample.get("videos", ())]
     shown: dict[str, Any] = {"images": images if any(images) else None}
     if videos:

@@ -21,5 +21,5 @@ def questions_digest(samples: Dataset) -> str:
                 image = Path(image).read_bytes()
             content = image if isinstance(image, bytes) else to_rgb(image).tobytes()
             digest.update(hashlib.sha256(content).digest())
-        digest.update(repr((sample["prompt"], sample.get("answer"), sample["boxes"])).encode())
+        digest.update(repr((sample["prompt"], sample.get("answer"), sample.get("boxes") or [])).encode())
     return digest.hexdigest()[:16]

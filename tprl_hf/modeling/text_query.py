@@ -131,12 +131,17 @@ def chat_messages(prompt: str | list[dict[str, Any]], num_images: int) -> list[d
         `ValueError`: for what is neither a question nor chat messages.
     """
     messages = messages_of(prompt)
-    parts = [text_parts(message["content"]) for message in messages]
+    parts = [[filled(part) for part in text_parts(message["content"])] for message in messages]
     if not any(part["type"] == "image" for content in parts for part in content):
         first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
         if first is not None:
             parts[first] = [*({"type": "image"} for _ in range(num_images)), *parts[first]]
-    return [{**message, "content": content} for message, content in zip(messages, parts, strict=True)]
+    return [{**filled(message), "content": content} for message, content in zip(messages, parts, strict=True)]
+
+
+def filled(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A message or a part without what is `None`: datasets fill rows so, and templates ask which fields are there."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def messages_of(prompt: Any) -> list[dict[str, Any]]:

@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
+from tprl_hf.data.own_rows import is_answer, with_names
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
-from tprl_hf.modeling.text_query import chat_messages, question_mask
+from tprl_hf.modeling.text_query import chat_messages, messages_of, question_mask, text_parts
 from tprl_hf.modeling.token_pruner import PruningInputs
 from tprl_hf.modeling.values import wrong
 from tprl_hf.modeling.visual_features import VisualFeatures
-from tprl_hf.pictures import image_digest, images_of, picture_of
+from tprl_hf.pictures import image_digest, images_of, name_of_picture, picture_of
 
 from .divergence import UnprunedAnswer
 from .feature_cache import FeatureCache, join_features
@@ -99,7 +100,10 @@ def left_padded(samples: Sequence[EncodedSample], device: torch.device) -> dict[
 
 
 def undecoded(dataset: Dataset) -> Dataset:
-    """The same dataset, whose images stay bytes until they are needed: most are needed once, for their features."""
+    """
+    The same dataset, whose images stay bytes until they are needed: most are needed once, for their features. Names
+    stand for the numbers of a `ClassLabel`.
+    """
     if dataset.format["type"] not in (None, "torch", "custom"):  # others give no lists and texts
         dataset = dataset.with_format(None)
     for name in ("images", "image"):
@@ -107,15 +111,14 @@ def undecoded(dataset: Dataset) -> Dataset:
             dataset = dataset.cast_column(name, List(ImageFeature(decode=False)))
         elif dataset.features.get(name) == ImageFeature():
             dataset = dataset.cast_column(name, ImageFeature(decode=False))
-    return dataset
+    return with_names(dataset)
 
 
 def reference_answer(row: Mapping[str, Any]) -> str | None:
     """The answer of a row; of several, the one that is given most often. `None` where the row has none."""
     answer = row.get("answer")
-    if answer is None or isinstance(answer, str):
-        return answer
-    return max(answer, key=answer.count, default=None)
+    texts = [str(one) for one in (answer if isinstance(answer, list) else [answer]) if one is not None]
+    return max(texts, key=texts.count, default=None)
 
 
 def open_images(images: Sequence[Any], name: str | None = None) -> list[Image.Image]:
@@ -140,9 +143,34 @@ def check_row(row: Mapping[str, Any]) -> None:
     if not isinstance(row.get("prompt"), (str, list)) or not row["prompt"]:
         raise wrong("prompt", row.get("prompt"), "a question, or a list of chat messages", "Fill the column.")
     answer = row.get("answer")
-    answers = answer if isinstance(answer, list) and answer else [answer]
-    if answer is not None and not all(isinstance(one, str) for one in answers):
-        raise wrong("answer", answer, "the reference answer as a text, or a list of them")
+    answers = answer if isinstance(answer, list) else [answer]
+    if not all(one is None or is_answer(one) for one in answers):
+        raise wrong("answer", answer, "the reference answer as a text or a number, or a list of them")
+    check_messages(messages_of(row["prompt"]), len(images_of(row)))
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]], num_images: int) -> None:
+    """Raises `ValueError` for messages with other things than texts and the row's pictures, or with the answer."""
+    parts = [part for message in messages for part in text_parts(message["content"])]
+    others = sorted({part["type"] for part in parts} - {"text", "image"})
+    if others:
+        raise ValueError(f"`prompt` has a part of type {others[0]!r}: trainers read texts and images only.")
+    if any(part["type"] == "text" and "<image>" in part["text"] for part in parts):
+        raise ValueError(
+            "`prompt` has <image> in its text: leave it out. Pictures stand before the first question, or where a "
+            "message has a part {'type': 'image'}."
+        )
+    named = sum(part["type"] == "image" for part in parts)
+    if named not in (0, num_images):
+        raise ValueError(
+            f"`prompt` has {named} parts of type 'image', and its row {num_images} pictures: give each picture one, "
+            "or leave all of them out."
+        )
+    if messages[-1]["role"] != "user":
+        raise ValueError(
+            f"The last message of `prompt` is of {messages[-1]['role']!r}: end it with the question, of 'user'. What "
+            "the assistant says to it belongs in `answer`."
+        )
 
 
 class SampleEncoder:
@@ -288,7 +316,7 @@ class SampleEncoder:
 
     def process_together(self, processor: Any, rows: Sequence[dict[str, Any]]) -> BatchFeature:
         """The processor's output for the prompts of rows; of several, each has images."""
-        images = [open_images(images_of(row), row.get("image_id")) for row in rows]
+        images = [open_images(images_of(row), name_of_picture(row)) for row in rows]
         padding = {"padding": True} if len(rows) > 1 else {}
         texts = [self.render(row)[0] for row in rows]
         return processor(images=images if any(images) else None, text=texts, return_tensors="pt", **padding)

@@ -5,7 +5,8 @@ from typing import Any
 
 from tprl_hf import answer_rules
 
-Labels = Sequence[Sequence[str] | str | None]  # the column `answer`: of each row one correct answer, or several
+# The column `answer`: of each row one correct answer, or several, as texts or numbers.
+Labels = Sequence[Sequence[Any] | str | float | None]
 
 
 def exact_match(prompts: Sequence[Any], completions: Sequence[Any], answer: Labels, **columns: Any) -> list:
@@ -86,8 +87,8 @@ ANSWER_REWARDS = {f.__name__: f for f in (exact_match, vqa_score, relaxed_accura
 
 def _compared(score: Callable[[str, Any], float], completions: Sequence[Any], labels: Labels) -> list[float | None]:
     """The score of each completion; `None` where its row has no label."""
-    pairs = zip(completions, labels, strict=True)
-    return [score(_text(one), label) if label else None for one, label in pairs]
+    pairs = zip(completions, map(answer_rules.as_texts, labels), strict=True)
+    return [score(_text(one), texts) if any(texts) else None for one, texts in pairs]
 
 
 def _text(completion: Any) -> str:

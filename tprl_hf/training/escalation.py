@@ -12,7 +12,7 @@ from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.values import COUNT, KEPT_FRACTION, number
 
 from .answer_batches import SampleEncoder, left_pad
-from .trainer_arguments import given_dataset
+from .trainer_arguments import given_dataset, with_pictures
 
 
 @torch.no_grad()
@@ -33,6 +33,7 @@ def calibrate_escalation(
         model ([`TPRLForConditionalGeneration`]): with a trained policy, or another pruner.
         processor: its processor.
         dataset (`datasets.Dataset`): validation samples; not those that the result is measured on.
+            Those without a picture are left out.
         keep_ratio (`float`): fraction of the visual tokens that is KEPT at the first look.
         escalate_keep_ratio (`float`): the same at the second look.
         mean_keep_ratio (`float`): tokens read at both looks, over the visual tokens that there are.
@@ -42,7 +43,7 @@ def calibrate_escalation(
         [`Escalation`]: for `generate(keep_ratio=keep_ratio, escalate=...)`.
 
     Raises:
-        `ValueError`: for a mean that looking again at some samples cannot give.
+        `ValueError`: for a mean that looking again at some samples cannot give, and for a dataset without a picture.
 
     Example:
 
@@ -60,7 +61,8 @@ def calibrate_escalation(
         above=keep_ratio, below=most, what=f"between {keep_ratio:.4g}, nobody looks again, and {most:.4g}"
     )
     mean_keep_ratio, batch_size = between("mean_keep_ratio", mean_keep_ratio), COUNT("batch_size", batch_size)
-    encoder, rows = SampleEncoder(model, processor), given_dataset(dataset, "dataset")
+    encoder = SampleEncoder(model, processor)
+    rows = with_pictures(given_dataset(dataset, "dataset"), "dataset")
     model.eval()
     budgets = [Budget(ratio, min_keep=model.config.min_keep, max_keep=model.config.max_keep) for ratio in
                (keep_ratio, escalate_keep_ratio)]  # fmt: skip

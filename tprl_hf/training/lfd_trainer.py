@@ -1,11 +1,10 @@
 """Stage 3: the policy learns to keep what a teacher kept (eq. 8 of the TPRL paper)."""
 
-import os
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor, nn
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
@@ -96,12 +95,13 @@ class LfDTrainer(PolicyTrainer):
     _stage = "lfd"
     args: LfDConfig
 
-    def __init__(self, model: TPRLForConditionalGeneration | str | os.PathLike, args: Any = None, **arguments: Any):
-        super().__init__(model, args, **arguments)
-        if self.train_dataset is not None and "keep_masks" not in self.train_dataset.column_names:
+    def accepted(self, dataset: Dataset | None) -> Dataset | None:
+        dataset = super().accepted(dataset)
+        if dataset is not None and "keep_masks" not in dataset.column_names:
             raise ValueError(
                 "train_dataset has no column `keep_masks`: make demonstrations of it with generate_demonstrations."
             )
+        return dataset
 
     def networks(self, model: TPRLForConditionalGeneration, args: LfDConfig) -> TrainedNetworks:
         networks = super().networks(model, args)

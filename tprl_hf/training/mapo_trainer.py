@@ -141,6 +141,7 @@ class TPRLMAPOTrainer(TPRLGRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         found = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if not self.num_replays:
+            assert self.train_dataset is not None
             logger.warning(
                 f"No question that remembers something was asked again, so that {self._name} was leave-one-out: train "
                 f"longer, or on fewer questions than {len(self.train_dataset):,}."

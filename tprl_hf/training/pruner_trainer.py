@@ -5,7 +5,7 @@ import functools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,6 +37,8 @@ from .trainer_arguments import (
     refuse_other_arguments,
     with_pictures,
 )
+from .trainer_callbacks import AtTheStart, StopAtNaN
+from .training_lock import alone_in
 from .whole_checkpoints import (
     AfterSaving,
     NothingLeft,
@@ -81,29 +83,6 @@ class MicroBatch:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-
-class AtTheStart(TrainerCallback):
-    """Calls a function before the first step, when transformers has begun a new log; not in a resumed run."""
-
-    def __init__(self, function: Callable[[], None]):
-        self.function = function
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0:
-            self.function()
-
-
-class StopAtNaN(TrainerCallback):
-    """Stops before a gradient that is not finite reaches the weights."""
-
-    def __init__(self, trainer: "PrunerTrainer"):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        for name, parameter in self.trainer.model.named_parameters():
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                self.trainer.stop_at(f"The gradient of {name} is not finite")
 
 
 class PrunerTrainer(Trainer):
@@ -155,11 +134,8 @@ class PrunerTrainer(Trainer):
     ):
         refuse_other_arguments(type(self).__name__, others)
         args = given_args(type(self), args, model, self._stage)
-        train_dataset, eval_dataset = (
-            given_dataset(dataset, name)
-            for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset"))
-        )
-        train_dataset = None if train_dataset is None else with_pictures(train_dataset, "train_dataset")
+        self.args = args
+        train_dataset, eval_dataset = self.accepted(train_dataset), given_dataset(eval_dataset, "eval_dataset")
         model = given_model(model)
         processing_class = given_processor(processing_class, model)
         if args.push_to_hub and not args.save_base_model and not is_hub_name(model.config.base_model_name_or_path):
@@ -210,6 +186,20 @@ class PrunerTrainer(Trainer):
         raise NotImplementedError
 
     # ---- training ----
+
+    @property
+    def train_dataset(self) -> Dataset | None:
+        """What is trained on; one that is assigned is checked as the constructor's."""
+        return self.accepted_dataset
+
+    @train_dataset.setter
+    def train_dataset(self, dataset: Dataset | None) -> None:
+        self.accepted_dataset = self.accepted(dataset)
+
+    def accepted(self, dataset: Dataset | None) -> Dataset | None:
+        """The rows of a dataset that can be trained on. Raises `TypeError` or `ValueError` where it is none."""
+        dataset = given_dataset(dataset, "train_dataset")
+        return None if dataset is None else with_pictures(dataset, "train_dataset")
 
     def collate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows of a dataset as a batch; it is drawn one step before it is used, so that images are processed ahead."""
@@ -281,9 +271,15 @@ class PrunerTrainer(Trainer):
                 for the newest in `output_dir` that is whole, of the last run that was started there.
 
         Raises:
-            `ValueError`: when there is none to resume from, or a file of it is missing or damaged.
+            `ValueError`: when there is none to resume from, or a file of it is missing or damaged; and while another
+                process trains in `output_dir`.
             `OSError`: when a checkpoint could not be written; those before it are as they were.
         """
+        with alone_in(Path(self.args.output_dir)) if self.is_world_process_zero() else contextlib.nullcontext():
+            return self.train_alone(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def train_alone(self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys: Any) -> TrainOutput:
+        """Trains, where nobody else writes into the directory."""
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args) if resume_from_checkpoint else None
         if checkpoint is not None:
             self.restore(checkpoint)
@@ -291,11 +287,12 @@ class PrunerTrainer(Trainer):
         else:
             self.run = new_run(Path(self.args.output_dir)) if self.args.should_save else 0
             set_seed(self.args.seed)  # as after `__init__`, whatever was drawn since then
+        self.run_log.facts["run"] = self.run
         # transformers would delete old checkpoints before the new one is marked
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.save_total_limit = limit
         try:
-            output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+            output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys)
         except NothingLeft:  # all is restored
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             output = TrainOutput(self.state.global_step, 0.0, {})

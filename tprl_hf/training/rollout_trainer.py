@@ -82,10 +82,6 @@ class RolloutTrainer(PolicyTrainer):
         self.reward_funcs = given_rewards(reward_funcs)
         super().__init__(model, args, **arguments)
         self.reward_weights = check_rewards(self.reward_funcs, self.args.reward_weights)
-        if not self.reward_funcs and self.args.score not in OWN_ANSWER_SCORES:
-            needs_answers(
-                self.train_dataset, "train_dataset", "score by it, or pass reward_funcs, or set score='agreement'"
-            )
         if self.has_start:
             self.start_policy = copy.deepcopy(self.tprl_model.policy).requires_grad_(False)
         if self.args.logging_steps is None:
@@ -99,6 +95,12 @@ class RolloutTrainer(PolicyTrainer):
         # of unpruned prompts, by row: answers where reward functions score them, else scores
         self.unpruned: dict[int, Any] = {}
         self.buffer: dict[str, Tensor] = {}  # by name [T, S, ...], and `is_trained_on [S]`; without it all are
+
+    def accepted(self, dataset: Dataset | None) -> Dataset | None:
+        dataset = super().accepted(dataset)
+        if not self.reward_funcs and self.args.score not in OWN_ANSWER_SCORES:
+            needs_answers(dataset, "train_dataset", "score by it, or pass reward_funcs, or set score='agreement'")
+        return dataset
 
     def begin(self) -> None:
         self.num_scored = self.llm_passes = 0

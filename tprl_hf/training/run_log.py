@@ -61,7 +61,7 @@ class RunLog(TrainerCallback):
     """
 
     def __init__(self, output_dir: str, facts: Mapping[str, Any]):
-        self.facts = facts
+        self.facts = dict(facts)
         self.is_open = False
         self.rows, self.masks = (StepLines(Path(output_dir) / name) for name in (LOG, MASKS))
 

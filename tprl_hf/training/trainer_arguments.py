@@ -156,13 +156,26 @@ def given_dataset(dataset: Any, name: str) -> Any:
         elif isinstance(dataset, IterableDataset):
             cure = "rows are drawn by their number, so a stream must end: Dataset.from_list(list(stream.take(1000)))"
         raise TypeError(f"{name} is a datasets.Dataset; got {type(dataset).__name__}: {cure}.")
+    check_rows(dataset, name)
+    return undecoded(dataset)
+
+
+def check_rows(dataset: Dataset, name: str) -> None:
+    """Raises `ValueError` for a dataset without rows, or without the columns that each sample has."""
     columns = dataset.column_names
     for wanted in ("prompt", "images"):
         if wanted not in columns and not (wanted == "images" and "image" in columns):
             raise ValueError(f"{name} has no column {wanted!r}, only {', '.join(columns)}: rename_column gives it.")
     if len(dataset) == 0:
         raise ValueError(f"{name} has no rows.")
-    return undecoded(dataset)
+    for other in {"video", "videos"}.intersection(columns):
+        if num_filled(dataset, other):
+            raise ValueError(
+                f"{name} has videos in its column {other!r}, which are not read: put frames of them into `images`, or "
+                f"remove_columns({other!r})."
+            )
+    if missing := len(dataset) - num_filled(dataset, "prompt"):
+        raise ValueError(f"{missing} of {len(dataset)} rows of {name} have no `prompt`: fill or leave out these rows.")
 
 
 def with_pictures(dataset: Dataset, name: str) -> Dataset:
@@ -191,18 +204,23 @@ def with_pictures(dataset: Dataset, name: str) -> Dataset:
 
 
 def is_filled(column: pa.ChunkedArray) -> np.ndarray:
-    """Where a column holds a value, or a list that is not empty."""
-    if pa.types.is_nested(column.type) and not pa.types.is_struct(column.type):
-        return pc.greater(pc.fill_null(pc.list_value_length(column), 0), 0).to_numpy()
-    return column.is_valid().to_numpy()
+    """Where a column holds a value, or a list with one."""
+    if not pa.types.is_nested(column.type) or pa.types.is_struct(column.type):
+        return column.is_valid().to_numpy()
+    lists = column.combine_chunks()
+    filled = np.zeros(len(lists), dtype=bool)
+    filled[pc.list_parent_indices(lists).filter(pc.list_flatten(lists).is_valid()).to_numpy()] = True
+    return filled
 
 
 def num_answers(dataset: Dataset) -> int:
     """How many rows of a dataset have an answer."""
-    if "answer" not in dataset.column_names:
-        return 0
-    answers = dataset.select_columns("answer").with_format("arrow")[:]["answer"]
-    return len(answers) - answers.null_count
+    return num_filled(dataset, "answer") if "answer" in dataset.column_names else 0
+
+
+def num_filled(dataset: Dataset, name: str) -> int:
+    """How many rows of a dataset have something in a column."""
+    return int(is_filled(dataset.select_columns(name).with_format("arrow")[:][name]).sum())
 
 
 def has_answers(dataset: Dataset) -> bool:

@@ -1,5 +1,6 @@
 """The LLM learns from pruned prompts (Table 5 of the TPRL paper): TRL's SFTTrainer, a LoRA of PEFT, mixed budgets."""
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ from transformers import TrainerCallback
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.peft_adapter import FOLDER, has_adapter, refuse_unless_one_lora, save_adapter
+from tprl_hf.modeling.text_query import messages_of
 from tprl_hf.modeling.values import KEPT_FRACTION, list_of, whole
 from tprl_hf.pictures import images_of
 
 from .answer_batches import SampleEncoder, reference_answer, undecoded
 from .trainer_arguments import has_answers, needs_answers, take_one_device
+from .training_lock import alone_in
 from .unpruned_answers import COLUMN, UnprunedAnswers
 from .whole_checkpoints import (
     MANIFEST,
@@ -85,8 +88,8 @@ def as_chats(dataset: Dataset) -> Dataset:
 
     def chat(row: dict[str, Any]) -> dict[str, Any]:
         pictures = {} if as_they_are else {"images": images_of(row)}
-        asked = [{"role": "user", "content": row["prompt"]}]
-        return {**pictures, "prompt": asked, "completion": [{"role": "assistant", "content": reference_answer(row)}]}
+        said = [{"role": "assistant", "content": reference_answer(row)}]
+        return {**pictures, "prompt": messages_of(row["prompt"]), "completion": said}
 
     kept = ("images", "prompt", "answer")
     others = [name for name in dataset.column_names if name not in kept]
@@ -148,7 +151,8 @@ def tune_lvlm(
         `list[dict]`: what was logged.
 
     Raises:
-        `ValueError`: for a LoRA beside one that the model has, and a model that cannot be tuned.
+        `ValueError`: for a LoRA beside one that the model has, a model that cannot be tuned, and while another process
+            trains in `args.output_dir`.
         `OSError`: when a checkpoint could not be written; those before it are as they were.
     """
     from peft import LoraConfig
@@ -179,7 +183,8 @@ def tune_lvlm(
         trainer.add_callback(make(trainer))
     trainer.add_callback(StopBeforeAnotherStep())
     try:
-        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        with alone_in(Path(args.output_dir)) if args.process_index == 0 else contextlib.nullcontext():
+            trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     except NothingLeft:  # all is restored
         pass
     except (OSError, RuntimeError, SafetensorError) as error:

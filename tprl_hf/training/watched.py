@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from tprl_hf.data.own_rows import kind_of
 from tprl_hf.modeling.saved_files import written_whole
 from tprl_hf.modeling.text_query import question_of
 from tprl_hf.pictures import image_digest, images_of
@@ -37,8 +38,7 @@ class ChosenTokens:
 
 def question_type_of(row: Mapping[str, Any]) -> str:
     """The type of a row's question, also where types are numbers; "all" where rows have none."""
-    found = row.get("question_type")
-    return "all" if found is None or found == "" else str(found)
+    return kind_of(row.get("question_type"))
 
 
 def watched_numbers(chosen: Sequence[ChosenTokens], dataset: Dataset, count: int) -> list[int]:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from tprl_hf.modeling.saved_files import flush
+from tprl_hf.report.runs import LOG, json_lines
 
 logger = logging.get_logger(__name__)
 
@@ -88,6 +89,13 @@ def run_of(checkpoint: Path) -> int | None:
 
 
 def latest_run(folder: Path) -> int:
+    """The number of the run that was started last in a directory, as its log says, whether or not it has checkpoints;
+    without such a log that of the last one that has some."""
+    noted = [line["start"].get("run") for line in json_lines(folder / LOG, {"start": {}})]
+    return noted[-1] if noted and isinstance(noted[-1], int) else last_saved_run(folder)
+
+
+def last_saved_run(folder: Path) -> int:
     """The number of the last run that has checkpoints in a directory, 0 without any."""
     return max((run_of(checkpoint) or 0 for checkpoint in checkpoints_of(folder)), default=0)
 
@@ -100,7 +108,7 @@ def new_run(folder: Path) -> int:
             f"{folder} has checkpoints of another run, such as {others[0].name}: they stay, but for those of the same "
             "steps. Pass resume_from_checkpoint=True to resume, or another output_dir."
         )
-    return latest_run(folder) + 1
+    return last_saved_run(folder) + 1
 
 
 def step_of(checkpoint: Path) -> int:
@@ -122,7 +130,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
         if run_of(checkpoint) in (last, None):  # one that was not marked may be of the last run
             why = why_not_whole(checkpoint)
         else:
-            why = "another run wrote it, before the last one"
+            why = "another run wrote it, before the one that was started last"
         if why is None:
             return checkpoint, passed_over
         passed_over.append(f"passed over {checkpoint}: {why}.")
