@@ -38,9 +38,8 @@ def lmms_eval_samples(
     except ImportError:
         raise ValueError(
             f"{task_name!r} is neither mosaic, easy-vqa, photo nor a file that ends in .jsonl. Tasks of lmms-eval "
-            "need it in an environment of its own: pip install 'tprl_hf[lmms,eval]'; pip uninstall torchvision. "
-            "There, the same command works, and so does lmms-eval --model tprl --model_args keep_ratio=1/3 --tasks "
-            f"{task_name}."
+            "need it, which wants an environment of its own: docs/evaluation.md says how. There, the same "
+            f"command works, and so does lmms-eval --model tprl --model_args keep_ratio=1/3 --tasks {task_name}."
         ) from None
 
     logger.disable("lmms_eval")  # a line for each file in its folders that is not a task
