@@ -164,6 +164,24 @@ def test_what_cannot_be_run_is_refused(tmp_path):
         TPRL(pruner="magic", num_keep=3)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep_ratio": "a third"}, "keep_ratio must be the fraction that is KEPT.*; got 'a third'"),
+        ({"keep_ratio": "4/3"}, r"keep_ratio must be .*; got 1\.33"),
+        ({"num_keep": 0.5}, r"num_keep must be .*; got 0\.5"),
+        ({"keep_ratio": 0.5, "num_keep": 16}, "keep_ratio.*num_keep"),
+        ({"batch_size": "auto"}, "batch_size must be a whole number of at least 1; got 'auto'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(monkeypatch, arguments, message):
+    from tprl_hf.evaluation.lmms_eval import model
+
+    monkeypatch.setattr(model, "load_model", lambda *_: pytest.fail("it loads a model"))
+    with pytest.raises(ValueError, match=message):
+        model.TPRL(**arguments)
+
+
 def test_answers_end_where_the_task_says():
     from tprl_hf.evaluation.lmms_eval.model import cut, generation_arguments
 

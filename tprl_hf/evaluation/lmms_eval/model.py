@@ -22,6 +22,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from tprl_hf.evaluation.answers import chat_inputs
 from tprl_hf.evaluation.benchmark import synchronize
 from tprl_hf.loading import load_model
+from tprl_hf.modeling.budget import Budget
+from tprl_hf.modeling.values import COUNT
 from tprl_hf.pruners.by_name import has_budget, make_pruner, own_pruner
 from tprl_hf.training.answer_batches import end_ids, until_end
 
@@ -58,15 +60,15 @@ class TPRL(lmms):
         device: str | None = None,
     ):
         super().__init__()
+        self.batch_size = COUNT("batch_size", as_number(batch_size))
+        named = {"keep_ratio": keep_ratio, "num_keep": num_keep, "threshold": threshold}
+        self.budget: dict[str, Any] = {name: as_number(value) for name, value in named.items() if value is not None}
+        if self.budget:
+            Budget(**self.budget)  # what `generate` would refuse, before a model is loaded and data are read
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = torch.device(device) if device else self.accelerator.device
-        self.batch_size = int(batch_size)
         self.model, self.processor = load_model(pretrained, self.device)
-        named = {"keep_ratio": keep_ratio, "num_keep": num_keep, "threshold": threshold}
-        self.budget: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-        if "keep_ratio" in self.budget:
-            self.budget["keep_ratio"] = float(Fraction(str(keep_ratio)))
         own = own_pruner(self.model)
         uses_own, pruner = pruner is None and own is not None, pruner or own or "none"
         if pruner == "none":
@@ -166,6 +168,23 @@ class FirstToken(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.time = self.time or now()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def as_number(value: Any) -> Any:
+    """
+    What a text of `--model_args` says as a number; what says none stays as it is, for a check to refuse.
+
+    Example:
+
+    ```python
+    >>> as_number("1/3"), as_number(16), as_number("auto")
+    (0.3333333333333333, 16, 'auto')
+    ```
+    """
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, ZeroDivisionError):
+            return float(Fraction(value))
+    return value
 
 
 def now() -> float:
