@@ -183,9 +183,13 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(monkeypatch, argumen
 
 
 def test_answers_end_where_the_task_says():
-    from tprl_hf.evaluation.lmms_eval.model import cut, generation_arguments
+    from tprl_hf.evaluation.lmms_eval.model import cut, generation_arguments, stops_of
 
     assert [cut("yes USER: x", ["USER:"]), cut(" yes ", ["USER:"]), cut("a.b;c", [";", "."])] == ["yes", "yes", "a"]
+    assert stops_of({"until": "USER:"}) == ["USER:"]
+    assert stops_of({}) == stops_of({"until": None}) == stops_of({"until": ["", None]}) == []
+    nulls = dict.fromkeys(("temperature", "top_p", "num_beams", "max_new_tokens", "do_sample"))
+    assert generation_arguments(nulls) == {"max_new_tokens": 1024, "do_sample": False}
     assert generation_arguments({"temperature": 0, "top_p": 1.0, "num_beams": 1, "image_aspect_ratio": "pad"}) == {
         "max_new_tokens": 1024,
         "do_sample": False,
@@ -197,6 +201,18 @@ def test_answers_end_where_the_task_says():
         "do_sample": True,
         "temperature": 0.2,
     }
+
+
+def test_the_empty_line_that_lmms_eval_fills_in_ends_no_answer():
+    """Most tasks that ask for reasoning say no `until`: their answers have paragraphs, and the result comes last."""
+    from lmms_eval.api.task import TaskConfig
+
+    from tprl_hf.evaluation.lmms_eval.model import cut, stops_of
+
+    for said in ({"max_new_tokens": 4096}, None):
+        filled = TaskConfig(task="own", output_type="generate_until", generation_kwargs=said).generation_kwargs
+        assert filled["until"]
+        assert cut("There are two shapes.\n\nAnswer: B", stops_of(filled)) == "There are two shapes.\n\nAnswer: B"
 
 
 PIECES = (

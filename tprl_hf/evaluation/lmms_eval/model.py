@@ -29,6 +29,9 @@ from tprl_hf.training.answer_batches import end_ids, until_end
 
 # for tasks that say no `max_new_tokens`
 MAX_NEW_TOKENS = 1024
+# What lmms-eval writes into the `until` of a task that has none. It would end an answer that reasons before its
+# result; lmms-eval's own models pass over it too.
+FILLED_IN = "\n\n"
 
 
 class TPRL(lmms):
@@ -111,8 +114,7 @@ class TPRL(lmms):
     def _answer(self, requests: list[Instance]) -> tuple[list[GenerationResult], dict[str, float]]:
         """Answers of one batch, and sums over it: tokens as counts, times in milliseconds."""
         samples = [self._sample(request) for request in requests]
-        wanted = dict(requests[0].args[2])
-        stops = wanted.pop("until", [])
+        wanted = requests[0].args[2]
         inputs = chat_inputs(self.processor, samples, self.device)
         has_images = any(sample["images"] for sample in samples)
         clock = FirstToken()
@@ -134,9 +136,7 @@ class TPRL(lmms):
         ends = end_ids(self.model, self.processor)
         lengths = [len(until_end(row, ends)) for row in new_tokens]
         results = [
-            GenerationResult(
-                cut(text, [stops] if isinstance(stops, str) else stops), TokenCounts(output_tokens=length)
-            )
+            GenerationResult(cut(text, stops_of(wanted)), TokenCounts(output_tokens=length))
             for text, length in zip(texts, lengths, strict=True)
         ]
         kept, visual = (output.get(name, torch.zeros(1)).sum().item() for name in ("num_kept", "num_visual"))
@@ -194,7 +194,8 @@ def now() -> float:
 
 
 def generation_arguments(wanted: dict[str, Any]) -> dict[str, Any]:
-    """A task's `generation_kwargs` as `generate` takes them; what is not about generating is left out."""
+    """A task's `generation_kwargs` as `generate` takes them; what is not about generating, or null, is left out."""
+    wanted = {name: value for name, value in wanted.items() if value is not None}
     arguments = {"max_new_tokens": wanted.get("max_new_tokens", MAX_NEW_TOKENS), "do_sample": False}
     if wanted.get("num_beams", 1) > 1:
         arguments["num_beams"] = wanted["num_beams"]
@@ -202,6 +203,12 @@ def generation_arguments(wanted: dict[str, Any]) -> dict[str, Any]:
         arguments["do_sample"] = True
         arguments |= {name: wanted[name] for name in ("temperature", "top_p", "top_k") if wanted.get(name)}
     return arguments
+
+
+def stops_of(wanted: dict[str, Any]) -> list[str]:
+    """The texts by which a task itself ends an answer."""
+    until = wanted.get("until") or []
+    return [stop for stop in ([until] if isinstance(until, str) else until) if stop and stop != FILLED_IN]
 
 
 def cut(text: str, stops: list[str]) -> str:
@@ -215,7 +222,7 @@ def cut(text: str, stops: list[str]) -> str:
     'yes'
     ```
     """
-    ends = [text.index(stop) for stop in stops if stop and stop in text]
+    ends = [text.index(stop) for stop in stops if stop in text]
     return text[: min(ends)].strip() if ends else text.strip()
 
 
