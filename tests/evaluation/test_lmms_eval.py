@@ -146,7 +146,9 @@ def test_tprl_evaluate_takes_a_task(results, tasks, tmp_path, capsys):
     accuracy = {row["pruner"]: row["accuracy"]["value"] for row in rows}
     assert accuracy["none"] == values(results["none"])["local_pope/pope_accuracy"]
     assert accuracy["divprune"] == values(results["third"])["local_pope/pope_accuracy"]
-    assert "pope_accuracy of the task local_pope" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "pope_accuracy of the task local_pope" in out
+    assert "local_pope lets an answer have 128 tokens; --max-new-tokens 16 cuts longer ones off." in err
     assert main(["evaluate", "--data", "nope", *words]) == 2
     assert "'nope' is not a task of lmms-eval" in capsys.readouterr().err
 
