@@ -64,4 +64,4 @@ test-vllm: .venv-vllm/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-app .venv-lmms .venv-processors .venv-vllm build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-app .venv-floors .venv-lmms .venv-newest .venv-processors .venv-vllm build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

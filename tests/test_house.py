@@ -16,6 +16,11 @@ import dev
 import tprl_hf
 
 ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "docs/trainers/*.md", "examples/*.md")
+    for path in ROOT.glob(pattern)
+)
 
 
 def run_python(code: str) -> str:
@@ -139,6 +144,11 @@ class TestCheckout:
         assert targets is not None and set(targets[1].split()) <= dev.COMMANDS.keys()
         called = re.findall(r"python3 dev\.py ([\w-]+)", (ROOT / "README.md").read_text())
         assert {"demo", "test"} <= set(called) <= dev.COMMANDS.keys()
+
+    def test_make_clean_removes_every_environment(self):
+        (removed,) = re.findall(r"^clean:\n\trm -rf (.*)$", (ROOT / "Makefile").read_text(), re.M)
+        made = re.findall(r"^(\.venv[\w-]*)/$", (ROOT / ".gitignore").read_text(), re.M)
+        assert made and set(made) <= set(removed.split())
 
 
 class TestDevPy:
@@ -272,14 +282,14 @@ class TestDocs:
             for line in re.findall(r"^tprl (\w.*?)(?:  +#.*)?$", (ROOT / page).read_text(), re.M):
                 make_parser().parse_args(shlex.split(line))
 
-    @pytest.mark.parametrize(
-        "page",
-        sorted(
-            path.relative_to(ROOT).as_posix()
-            for pattern in ("*.md", "docs/*.md", "docs/trainers/*.md", "examples/*.md")
-            for path in ROOT.glob(pattern)
-        ),
-    )
+    @pytest.mark.parametrize("page", PAGES)
+    def test_installs_of_a_page_take_the_pins(self, page):
+        """Else pip takes releases that nobody has tried together; vLLM has pins of its own."""
+        for line in (ROOT / page).read_text().splitlines():
+            if "pip install -e " in line and ".venv-vllm" not in line:
+                assert "constraints.txt" in line, line
+
+    @pytest.mark.parametrize("page", PAGES)
     def test_links_lead_somewhere(self, page):
         path = ROOT / page
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):

@@ -40,9 +40,9 @@ def test_every_pruner_answers_and_shows_what_it_keeps(compare, base_checkpoint, 
 
 
 def test_answers_are_marked_where_the_reference_is_known(compare, tmp_path):
-    code, out, _ = compare("--pruners", "uniform", "--answer", "surely not this", "--num-keep", "2")
+    code, out, err = compare("--pruners", "uniform", "--answer", "surely not this", "--num-keep", "2")
     assert code == 0 and [row[1] for row in table_under(out, "pruner")[1:]] == ["16 of 16", "2 of 16"]
-    assert out.count("  x\n") == 2
+    assert out.count("  x\n") == 2 and "x: other than the reference 'surely not this'" in err
     assert (tmp_path / "out" / "kept_tokens.html").read_text().count('class="wrong"') == 2
     code, _, err = compare("--pruners", "learned")
     assert code == 2 and "has not been trained" in err

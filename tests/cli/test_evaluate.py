@@ -359,6 +359,7 @@ def test_a_mistake_on_the_command_line_is_one_line(capsys, words, message):
 def test_unknown_data_and_an_untrained_policy_are_refused(evaluate):
     code, _, err = evaluate("--data", "gqa")
     assert code == 2 and "'gqa' is neither mosaic, easy-vqa, photo nor" in err and "lmms-eval --model tprl" in err
+    assert "docs/evaluation.md" in err and "pip" not in err  # which does not know this package in a new environment
     code, _, err = evaluate("--pruners", "learned")
     assert code == 2 and "policy has not been trained" in err
 

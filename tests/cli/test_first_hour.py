@@ -77,6 +77,8 @@ def test_the_commands_of_the_pages_run_one_after_the_other(here, image_file, cap
                 assert main([*words, *SHORTER[words[0]]]) == 0, (line, capsys.readouterr().err)
                 ran.append(words)
     assert {words[0] for words in ran} == SHORTER.keys() and len(ran) >= 12
+    # whoever asks it about a photograph should not take the answer for the method's
+    assert "Loading the embedded model, which knows drawn shapes only ..." in capsys.readouterr().err
 
 
 class TestEvaluate:

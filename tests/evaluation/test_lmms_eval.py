@@ -146,7 +146,9 @@ def test_tprl_evaluate_takes_a_task(results, tasks, tmp_path, capsys):
     accuracy = {row["pruner"]: row["accuracy"]["value"] for row in rows}
     assert accuracy["none"] == values(results["none"])["local_pope/pope_accuracy"]
     assert accuracy["divprune"] == values(results["third"])["local_pope/pope_accuracy"]
-    assert "pope_accuracy of the task local_pope" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "pope_accuracy of the task local_pope" in out
+    assert "local_pope lets an answer have 128 tokens; --max-new-tokens 16 cuts longer ones off." in err
     assert main(["evaluate", "--data", "nope", *words]) == 2
     assert "'nope' is not a task of lmms-eval" in capsys.readouterr().err
 
@@ -164,10 +166,32 @@ def test_what_cannot_be_run_is_refused(tmp_path):
         TPRL(pruner="magic", num_keep=3)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep_ratio": "a third"}, "keep_ratio must be the fraction that is KEPT.*; got 'a third'"),
+        ({"keep_ratio": "4/3"}, r"keep_ratio must be .*; got 1\.33"),
+        ({"num_keep": 0.5}, r"num_keep must be .*; got 0\.5"),
+        ({"keep_ratio": 0.5, "num_keep": 16}, "keep_ratio.*num_keep"),
+        ({"batch_size": "auto"}, "batch_size must be a whole number of at least 1; got 'auto'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(monkeypatch, arguments, message):
+    from tprl_hf.evaluation.lmms_eval import model
+
+    monkeypatch.setattr(model, "load_model", lambda *_: pytest.fail("it loads a model"))
+    with pytest.raises(ValueError, match=message):
+        model.TPRL(**arguments)
+
+
 def test_answers_end_where_the_task_says():
-    from tprl_hf.evaluation.lmms_eval.model import cut, generation_arguments
+    from tprl_hf.evaluation.lmms_eval.model import cut, generation_arguments, stops_of
 
     assert [cut("yes USER: x", ["USER:"]), cut(" yes ", ["USER:"]), cut("a.b;c", [";", "."])] == ["yes", "yes", "a"]
+    assert stops_of({"until": "USER:"}) == ["USER:"]
+    assert stops_of({}) == stops_of({"until": None}) == stops_of({"until": ["", None]}) == []
+    nulls = dict.fromkeys(("temperature", "top_p", "num_beams", "max_new_tokens", "do_sample"))
+    assert generation_arguments(nulls) == {"max_new_tokens": 1024, "do_sample": False}
     assert generation_arguments({"temperature": 0, "top_p": 1.0, "num_beams": 1, "image_aspect_ratio": "pad"}) == {
         "max_new_tokens": 1024,
         "do_sample": False,
@@ -179,6 +203,18 @@ def test_answers_end_where_the_task_says():
         "do_sample": True,
         "temperature": 0.2,
     }
+
+
+def test_the_empty_line_that_lmms_eval_fills_in_ends_no_answer():
+    """Most tasks that ask for reasoning say no `until`: their answers have paragraphs, and the result comes last."""
+    from lmms_eval.api.task import TaskConfig
+
+    from tprl_hf.evaluation.lmms_eval.model import cut, stops_of
+
+    for said in ({"max_new_tokens": 4096}, None):
+        filled = TaskConfig(task="own", output_type="generate_until", generation_kwargs=said).generation_kwargs
+        assert filled["until"]
+        assert cut("There are two shapes.\n\nAnswer: B", stops_of(filled)) == "There are two shapes.\n\nAnswer: B"
 
 
 PIECES = (

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         from tprl_hf.app.page import launch, make_page
     except ImportError as error:
         raise ValueError(
-            f"tprl app needs gradio ({error}): pip install 'tprl_hf[demo]' in an environment of its own (docs/app.md)"
+            f"tprl app needs gradio ({error}), which wants an environment of its own: docs/app.md says how."
         ) from error
     from tprl_hf.app.asking import Asker
 

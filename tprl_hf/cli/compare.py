@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         help="default: all that the model can have; the unpruned model is always there",
     )
-    parser.add_argument("--answer", metavar="TEXT", help="the reference: marks which answers are correct")
+    parser.add_argument("--answer", metavar="TEXT", help="the reference: marks the answers that are wrong")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the random pruner (default: 0)")
     parser.add_argument(
         "--max-new-tokens", type=positive_int, default=64, metavar="N", help="longest answer (default: 64)"
@@ -91,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
             panels.append(Panel(f"{name}: {count}", answer, mask, plan.scores, correct))
             answered.update()
     print(format_table(rows))
+    if arguments.answer is not None:
+        note(f"x: other than the reference {arguments.answer!r}")
     title = arguments.question + (f"  ({arguments.answer})" if arguments.answer else "")
     figures = make_figures(image, processor, inputs, plan, panels, title)
     lines = [f"model: {name_of_model(arguments.model)}"] if arguments.model else ["the embedded model"]

@@ -343,7 +343,10 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
         raise ValueError(
             f"{arguments.data} is not among the data that --metric {arguments.metric} scores: leave it out."
         )
-    samples, score, name = lmms_eval_samples(arguments.data, arguments.num_samples or 2000, arguments.include_path)
+    samples, score, name, longest = lmms_eval_samples(data, arguments.num_samples or 2000, arguments.include_path)
+    if longest is not None and longest > arguments.max_new_tokens:
+        cut = f"--max-new-tokens {arguments.max_new_tokens} cuts longer ones off."
+        note(f"{data} lets an answer have {longest} tokens; {cut}")
     return samples, None, score, f"{name} of the task {arguments.data}"
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def load_named_model(arguments: argparse.Namespace) -> "tuple[TPRLForConditionalGeneration, Any]":
     """The model that a command names, loaded as its options say, and its processor; see [`load_model`]."""
-    note(f"Loading {arguments.model or 'the embedded model'} ...")
+    note(f"Loading {arguments.model or 'the embedded model, which knows drawn shapes only'} ...")
     model, processor = load_model(arguments.model, **loading_options(arguments))
     if arguments.dtype is None:
         note(f"It computes in {dtype_name(model)} on {model.device.type}; --dtype asks for another one.")

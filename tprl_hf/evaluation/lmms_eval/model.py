@@ -22,11 +22,16 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from tprl_hf.evaluation.answers import chat_inputs
 from tprl_hf.evaluation.benchmark import synchronize
 from tprl_hf.loading import load_model
+from tprl_hf.modeling.budget import Budget
+from tprl_hf.modeling.values import COUNT
 from tprl_hf.pruners.by_name import has_budget, make_pruner, own_pruner
 from tprl_hf.training.answer_batches import end_ids, until_end
 
 # for tasks that say no `max_new_tokens`
 MAX_NEW_TOKENS = 1024
+# What lmms-eval writes into the `until` of a task that has none. It would end an answer that reasons before its
+# result; lmms-eval's own models pass over it too.
+FILLED_IN = "\n\n"
 
 
 class TPRL(lmms):
@@ -58,15 +63,15 @@ class TPRL(lmms):
         device: str | None = None,
     ):
         super().__init__()
+        self.batch_size = COUNT("batch_size", as_number(batch_size))
+        named = {"keep_ratio": keep_ratio, "num_keep": num_keep, "threshold": threshold}
+        self.budget: dict[str, Any] = {name: as_number(value) for name, value in named.items() if value is not None}
+        if self.budget:
+            Budget(**self.budget)  # what `generate` would refuse, before a model is loaded and data are read
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = torch.device(device) if device else self.accelerator.device
-        self.batch_size = int(batch_size)
         self.model, self.processor = load_model(pretrained, self.device)
-        named = {"keep_ratio": keep_ratio, "num_keep": num_keep, "threshold": threshold}
-        self.budget: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-        if "keep_ratio" in self.budget:
-            self.budget["keep_ratio"] = float(Fraction(str(keep_ratio)))
         own = own_pruner(self.model)
         uses_own, pruner = pruner is None and own is not None, pruner or own or "none"
         if pruner == "none":
@@ -109,8 +114,7 @@ class TPRL(lmms):
     def _answer(self, requests: list[Instance]) -> tuple[list[GenerationResult], dict[str, float]]:
         """Answers of one batch, and sums over it: tokens as counts, times in milliseconds."""
         samples = [self._sample(request) for request in requests]
-        wanted = dict(requests[0].args[2])
-        stops = wanted.pop("until", [])
+        wanted = requests[0].args[2]
         inputs = chat_inputs(self.processor, samples, self.device)
         has_images = any(sample["images"] for sample in samples)
         clock = FirstToken()
@@ -132,9 +136,7 @@ class TPRL(lmms):
         ends = end_ids(self.model, self.processor)
         lengths = [len(until_end(row, ends)) for row in new_tokens]
         results = [
-            GenerationResult(
-                cut(text, [stops] if isinstance(stops, str) else stops), TokenCounts(output_tokens=length)
-            )
+            GenerationResult(cut(text, stops_of(wanted)), TokenCounts(output_tokens=length))
             for text, length in zip(texts, lengths, strict=True)
         ]
         kept, visual = (output.get(name, torch.zeros(1)).sum().item() for name in ("num_kept", "num_visual"))
@@ -168,6 +170,23 @@ class FirstToken(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+def as_number(value: Any) -> Any:
+    """
+    What a text of `--model_args` says as a number; what says none stays as it is, for a check to refuse.
+
+    Example:
+
+    ```python
+    >>> as_number("1/3"), as_number(16), as_number("auto")
+    (0.3333333333333333, 16, 'auto')
+    ```
+    """
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, ZeroDivisionError):
+            return float(Fraction(value))
+    return value
+
+
 def now() -> float:
     """Seconds, after the device has finished what it was given."""
     synchronize()
@@ -175,7 +194,8 @@ def now() -> float:
 
 
 def generation_arguments(wanted: dict[str, Any]) -> dict[str, Any]:
-    """A task's `generation_kwargs` as `generate` takes them; what is not about generating is left out."""
+    """A task's `generation_kwargs` as `generate` takes them; what is not about generating, or null, is left out."""
+    wanted = {name: value for name, value in wanted.items() if value is not None}
     arguments = {"max_new_tokens": wanted.get("max_new_tokens", MAX_NEW_TOKENS), "do_sample": False}
     if wanted.get("num_beams", 1) > 1:
         arguments["num_beams"] = wanted["num_beams"]
@@ -183,6 +203,12 @@ def generation_arguments(wanted: dict[str, Any]) -> dict[str, Any]:
         arguments["do_sample"] = True
         arguments |= {name: wanted[name] for name in ("temperature", "top_p", "top_k") if wanted.get(name)}
     return arguments
+
+
+def stops_of(wanted: dict[str, Any]) -> list[str]:
+    """The texts by which a task itself ends an answer."""
+    until = wanted.get("until") or []
+    return [stop for stop in ([until] if isinstance(until, str) else until) if stop and stop != FILLED_IN]
 
 
 def cut(text: str, stops: list[str]) -> str:
@@ -196,7 +222,7 @@ def cut(text: str, stops: list[str]) -> str:
     'yes'
     ```
     """
-    ends = [text.index(stop) for stop in stops if stop and stop in text]
+    ends = [text.index(stop) for stop in stops if stop in text]
     return text[: min(ends)].strip() if ends else text.strip()
 
 

@@ -13,7 +13,7 @@ from tprl_hf.pictures import to_rgb
 
 def lmms_eval_samples(
     task_name: str, num_samples: int | None = None, include_path: str | None = None
-) -> tuple[Dataset, Callable[[str, Any], float], str]:
+) -> tuple[Dataset, Callable[[str, Any], float], str, int | None]:
     """
     Reads a task of lmms-eval.
 
@@ -27,7 +27,8 @@ def lmms_eval_samples(
 
     Returns:
         `tuple`: Rows of `SAMPLE_FEATURES`, whose `answer` is the document's number; the score of an answer, from that
-        number and the answer, which is the first of the task's metrics that one answer has; and that metric's name.
+        number and the answer, which is the first of the task's metrics that one answer has; that metric's name; and
+        the number of new tokens that the task lets an answer have, or `None`.
 
     Raises:
         `ValueError`: If lmms-eval is not installed or has no such task, or the task is of another kind.
@@ -38,9 +39,8 @@ def lmms_eval_samples(
     except ImportError:
         raise ValueError(
             f"{task_name!r} is neither mosaic, easy-vqa, photo nor a file that ends in .jsonl. Tasks of lmms-eval "
-            "need it in an environment of its own: pip install 'tprl_hf[lmms,eval]'; pip uninstall torchvision. "
-            "There, the same command works, and so does lmms-eval --model tprl --model_args keep_ratio=1/3 --tasks "
-            f"{task_name}."
+            "need it, which wants an environment of its own: docs/evaluation.md says how. There, the same "
+            f"command works, and so does lmms-eval --model tprl --model_args keep_ratio=1/3 --tasks {task_name}."
         ) from None
 
     logger.disable("lmms_eval")  # a line for each file in its folders that is not a task
@@ -66,7 +66,8 @@ def lmms_eval_samples(
         return _number(task.process_results(documents[int(number)], [answer])[metric])
 
     features = dict(SAMPLE_FEATURES) | {"images": List(ImageFeature()), "answer": Value("string")}
-    return Dataset.from_list(rows, features=Features(features)), score, metric
+    longest = (task.config.generation_kwargs or {}).get("max_new_tokens")
+    return Dataset.from_list(rows, features=Features(features)), score, metric, longest
 
 
 def _row(task: Any, document: dict[str, Any], number: int) -> dict[str, Any]:
