@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from starlette.exceptions import HTTPException
 
 from tests.families.tiny_processor import make_processor
+from tests.stand_ins.noise import noise
 from tprl_hf import pictures
 from tprl_hf.cli.main import main
 from tprl_hf.data import jsonl_samples
@@ -96,7 +97,7 @@ def test_turned_as_the_camera_was_held():
 
 def broken(tmp_path):
     """What is wrong with a file called .png, and the words that say so."""
-    whole = content_of(Image.effect_noise((64, 64), 50))
+    whole = content_of(noise((64, 64), 50))
     made = {
         "truncated": (whole[: len(whole) // 2], "is damaged"),
         "bomb": (bomb(), "10000 x 5001 pixels; at most 50,000,000"),

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from PIL import Image
 
 from tests.families.stock_processors import save
 from tests.families.tiny_models import build
+from tests.stand_ins.noise import noise
 from tprl_hf.cli.main import main
 from tprl_hf.evaluation.answers import chat_inputs
 from tprl_hf.loading import load_model
@@ -16,7 +16,7 @@ from tprl_hf.pictures import open_picture
 @pytest.fixture
 def pictures(tmp_path):
     for name, size in (("wide", (60, 30)), ("small", (30, 30))):
-        Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{name}.png")
+        noise(size).save(tmp_path / f"{name}.png")
     return [str(tmp_path / "wide.png"), str(tmp_path / "small.png")]
 
 

@@ -4,18 +4,18 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from PIL import Image
 
 from tests.families.processor_needs import of_processor
 from tests.families.stock_processors import STOCK, save
 from tests.families.tiny_models import build
 from tests.serving.test_serve import data_url, serving
+from tests.stand_ins.noise import noise
 from tprl_hf.evaluation.answers import chat_inputs, generate_answers
 from tprl_hf.loading import load_model
 from tprl_hf.pruners import DivPrune
 
 KEEP_RATIO, NEW_TOKENS = 0.4, 6
-PICTURE = Image.effect_noise((40, 30), 90).convert("RGB")
+PICTURE = noise((40, 30))
 SAMPLE = {"images": [PICTURE], "prompt": "what colour is the cat ?"}
 
 

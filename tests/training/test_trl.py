@@ -8,7 +8,6 @@ import contextlib
 
 import pytest
 import torch
-from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
@@ -20,6 +19,7 @@ from transformers import (
 
 from tests.families.stock_processors import save
 from tests.families.tiny_models import IMAGE, VIDEO, build
+from tests.stand_ins.noise import noise
 from tprl_hf import TPRLForConditionalGeneration
 
 trl = pytest.importorskip("trl")
@@ -72,7 +72,7 @@ def model(base, tmp_path):
 
 
 def pictures():
-    return [Image.effect_noise((24, 24), 90).convert("RGB") for _ in QUESTIONS]
+    return [noise((24, 24), seed=number) for number in range(len(QUESTIONS))]
 
 
 def said(role, text):
@@ -160,7 +160,7 @@ def test_sft(model, processor, tmp_path, kind, lora):
         unpruned = model(**batch, num_items_in_batch=items, prune=False).loss
         found = model(**batch, num_items_in_batch=items, fused_lm_head=True).loss
     assert torch.allclose(found, expected, atol=1e-5)
-    assert not torch.allclose(found, unpruned, atol=1e-3)
+    assert not torch.allclose(found, unpruned, atol=1e-4)
 
     with watched(model) as (widths, masks):
         trainer.train()

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 
 from tests.serving.vllm.engine import Request, answers, ask, engine, generated, model_inputs
+from tests.stand_ins.noise import noise
 from tprl_hf import embedded_checkpoint
 from tprl_hf.data import mosaic_vqa
 from tprl_hf.loading import load_model
@@ -168,7 +168,7 @@ def test_a_prompt_with_more_positions_than_the_llm_knows(llm, loaded, samples):
 def test_a_second_question_does_not_run_the_tower_again(llm, loaded, samples):
     if llm.way != "original":
         pytest.skip("one engine is enough")
-    new = Image.effect_noise((48, 48), 90).convert("RGB")
+    new = noise((48, 48))
     first, second = [Request(sample.question, [new]) for sample in samples[:2]]
     assert first.question != second.question
     ask(llm, loaded[1], [first])

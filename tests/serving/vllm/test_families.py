@@ -3,9 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image
 
 from tests.serving.vllm.engine import INTERPRETED, Request, answers, ask, engine, generated, model_inputs, save_tiny
+from tests.stand_ins.noise import noise
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.loading import load_model
 from tprl_hf.missing_packages import load_processor
@@ -59,7 +59,7 @@ def llm(request, checkpoint):
 
 def test_the_same_tokens_at_five_budgets(llm, checkpoint):
     model, processor = load_model(str(checkpoint), "cpu")
-    pictures = [Image.effect_noise(size, 90).convert("RGB") for size in SIZES]
+    pictures = [noise(size, seed=number) for number, size in enumerate(SIZES)]
     requests = [
         Request(question, [picture], budget) for budget in BUDGETS for picture in pictures for question in QUESTIONS
     ]

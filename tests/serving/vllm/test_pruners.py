@@ -5,9 +5,9 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from PIL import Image
 
 from tests.serving.vllm.engine import Request, answers, ask, engine, generated, save_tiny
+from tests.stand_ins.noise import noise
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.missing_packages import load_processor
 from tprl_hf.serving.vllm_plugin import ARCHITECTURE, register
@@ -32,7 +32,7 @@ def test_the_same_tokens_as_with_the_pruner_in_generate(base, pruner):
     processor = load_processor(str(base))
     model = TPRLForConditionalGeneration.from_base_model(str(base), pruner=pruner, keep_ratio=0.4).eval()
     model.read_chat_template(processor)
-    pictures = [Image.effect_noise((30 + 8 * index, 30), 90).convert("RGB") for index in range(4)]
+    pictures = [noise((30 + 8 * index, 30), seed=index) for index in range(4)]
     requests = [
         Request(question, [picture], budget)
         for budget in ({}, {"num_keep": 3}, {"prune": False})
@@ -75,7 +75,7 @@ def test_an_untrained_policy_is_refused(base, tmp_path):
     processor.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path, save_base_model=True)
     with engine(tmp_path, max_model_len=128) as llm:  # it keeps all, unless a request says otherwise
-        request = Request(QUESTIONS[0], [Image.effect_noise((30, 30), 90).convert("RGB")])
+        request = Request(QUESTIONS[0], [noise((30, 30), seed=9)])
         assert answers(ask(llm, processor, [request])) == generated(model, processor, [request])
         with pytest.raises(ValueError, match="has not been trained"):
             ask(llm, processor, [replace(request, budget={"num_keep": 3})])

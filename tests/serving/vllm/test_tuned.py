@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.serving.vllm.engine import Request, answers, ask, engine, generated, save_tiny
+from tests.stand_ins.noise import noise
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.missing_packages import load_processor
 
@@ -53,7 +53,7 @@ def test_the_tuned_llm_answers(family, is_merged, scale, tmp_path):
         str(tmp_path / "base"), keep_ratio=0.4, policy_training={"stage": "tune"}
     ).eval()
     untuned.read_chat_template(processor)
-    pictures = [Image.effect_noise((56 + 28 * index, 56), 90).convert("RGB") for index in range(3)]
+    pictures = [noise((56 + 28 * index, 56), seed=index) for index in range(3)]
     requests = [
         Request(question, [picture], budget)
         for budget in ({}, {"prune": False})
