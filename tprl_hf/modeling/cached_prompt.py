@@ -55,7 +55,7 @@ class CachedPrompt:
         keep_masks: for each sample, which of its visual tokens so far were kept, `bool [N]`.
         columns (`int64 [B, C]`): column of the conversation, as the caller passed it, that each one comes from, -1 for
             padding of ours.
-        num_columns: so many columns the conversation has.
+        num_columns: number of columns of the conversation.
         is_filler (`bool [B, C]`, *optional*): what `generate` wrote behind answers that ended before others.
         carries_state (`bool`): whether some layers read all columns in their order, padding too.
         fingerprint: what the cache looked like.

@@ -40,7 +40,7 @@ from .virtual_tokens import (
 from .visual_features import VisualFeatures
 
 
-def is_answer(output: Any) -> bool:
+def is_generated(output: Any) -> bool:
     """Whether it is what `generate` returns by itself; a `custom_generate` may return anything."""
     return isinstance(output, (Tensor, ModelOutput))
 
@@ -390,7 +390,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             query_mask, cache, embeds = kwargs.pop("query_mask"), kwargs.get(CACHE_NAME), virtual.embeddings
         elif self._leaves_alone(input_ids, choice, visual_features, record):
             output = self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
-            if not filled and is_answer(output):
+            if not filled and is_generated(output):
                 self._note_unpruned_answer(cache, input_ids, asked, kwargs, output, copies, filler)
             if input_ids is not None and asked is not None and isinstance(output, ModelOutput):
                 visual = self.adapter.find_visual(input_ids.cpu())
@@ -422,7 +422,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             with embedded_as(self.get_input_embeddings(), arguments["input_ids"], rows):
                 output = self.lvlm.generate(generation_config=generation_config, **arguments)
 
-        if not is_answer(output):
+        if not is_generated(output):
             return output
         sequences = output if torch.is_tensor(output) else output.sequences
         self._note_answer(cache, pruned.record, output, copies, filler)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
+from tprl_hf.answer_rules import as_texts
 from tprl_hf.data.own_rows import is_answer, with_names
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.text_query import chat_messages, messages_of, question_mask, text_parts
@@ -117,7 +118,7 @@ def undecoded(dataset: Dataset) -> Dataset:
 def reference_answer(row: Mapping[str, Any]) -> str | None:
     """The answer of a row; of several, the one that is given most often. `None` where the row has none."""
     answer = row.get("answer")
-    texts = [str(one) for one in (answer if isinstance(answer, list) else [answer]) if one is not None]
+    texts = as_texts(answer)
     return max(texts, key=texts.count, default=None)
 
 

@@ -172,7 +172,7 @@ class FirstToken(StoppingCriteria):
 
 def as_number(value: Any) -> Any:
     """
-    What a text of `--model_args` says as a number; what says none stays as it is, for a check to refuse.
+    A text of `--model_args` as a number. One that is not a number stays as it is, and a check refuses it.
 
     Example:
 
