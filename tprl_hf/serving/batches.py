@@ -276,7 +276,7 @@ def generate(rows: Rows) -> Any:
         visual_features=features,
         generation_config=config,
         stopping_criteria=StoppingCriteriaList([ends]),
-        tokenizer=first.processor.tokenizer,  # asked for where the checkpoint names texts that end its answers
+        stop_strings=None,  # those of the checkpoint, which the request has as its own
         return_dict_in_generate=True,
     )
 
