@@ -233,7 +233,7 @@ class ChatHandler(ChatCompletionHandler):
         return self.chunk_to_sse(json.dumps(told))
 
 
-async def by_protocol(events: AsyncIterable[str], end: AnswerEnd) -> AsyncIterator[str]:
+async def by_protocol(events: AsyncIterable[Any], end: AnswerEnd) -> AsyncIterator[str]:
     """The events of transformers' stream with what it leaves out: the form of a refusal, and the word at the end."""
     async for text in events:
         before, mark, _ = text.partition('data: {"error": ')  # a quote of an answer would be escaped
