@@ -10,7 +10,7 @@ from tprl_hf.app.asking import MAX_QUESTION, Asker, Refusal, conversation, fewes
 from tprl_hf.evaluation.answers import chat_inputs, generate_answers
 from tprl_hf.loading import load_model
 from tprl_hf.pictures import PictureError
-from tprl_hf.pruners import PRUNERS, DivPrune
+from tprl_hf.pruners import PRUNERS, DivPrune, UniformPruner
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +132,8 @@ def test_the_pruners_are_those_that_work_with_the_model(asker, base_checkpoint):
     image = Image.new("RGB", (40, 30), "red")
     assert plain.count_visual(image) == 16 and fewest(16) == 1 and fewest(144) == 8
     assert asker.default_keep(144) == 48 and plain.default_keep(16) == 5
+    with plain.model.using(UniformPruner(keep_ratio=0.5, max_keep=7)):  # as a checkpoint with a pruner of its own
+        assert plain.default_keep(10) == 5 and plain.default_keep(16) == 7
     assert plain.ask(image, "word7", ["uniform"], 99).replies[1].num_kept == 16  # more than there are is all
     with pytest.raises(Refusal, match="no trained policy, so there are no steps"):
         plain.steps(image, "word7", 4, 2)

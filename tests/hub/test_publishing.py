@@ -139,7 +139,8 @@ def test_what_trainers_and_the_command_push(hub, folder):
     assert hub.repo("me/autoencoder").private and hub.repo("me/by-command").private
     assert hub.repo("me/lfd").messages[1:] == ["by hand"]
     assert hub.repo("me/by-command").messages[-1] == "again"
-    assert "model-index" not in hub.files("me/by-command", revision="later")["README.md"].decode()
+    later = hub.files("me/by-command", revision="later")["README.md"].decode()
+    assert "model-index" not in later and "My own words, before." in later  # a new branch begins with the main card
     assert str(folder) not in "".join(map(str, hub.files("me/by-command").values()))
 
 

@@ -372,4 +372,7 @@ def test_a_card_without_our_text_keeps_its_own():
     assert update_card(again, new, replace=False).count("newer") == 1
     assert update_card(None, new) == update_card("\n", new) == new
     assert "# No header" in update_card("# No header\n", new)
-    assert ModelCard(update_card(card, new, explicit=("license",))).data.license == "mit"
+    named = card.replace("license: other", "license: other\nlicense_name: llama3\nlicense_link: LICENSE")
+    told = ModelCard(update_card(named, new, explicit=("license",))).data.to_dict()
+    assert told["license"] == "mit" and not {"license_name", "license_link"} & told.keys()
+    assert ModelCard(update_card(named, new)).data.license_name == "llama3"

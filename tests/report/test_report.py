@@ -24,8 +24,9 @@ from tprl_hf.missing_packages import load_processor
 from tprl_hf.pruners import UniformPruner
 from tprl_hf.report.charts import Series, box_chart, line_chart, ticks
 from tprl_hf.report.evaluation_page import read_results
-from tprl_hf.report.runs import json_lines, read_training
+from tprl_hf.report.runs import disk_of, json_lines, read_training
 from tprl_hf.report.shown import ShownGrid, ShownPictures, ShownSample, veil_of
+from tprl_hf.report.training_page import training_page
 from tprl_hf.report.two_evaluations import difference, read_evaluation
 from tprl_hf.style import PALETTE
 
@@ -185,6 +186,29 @@ class TestTraining:
         assert len(rows) == len(whole.splitlines()) - 2
         report(run)
         check_page(run / "report.html")
+
+    def test_a_directory_that_is_deleted_meanwhile_does_not_count(self, tmp_path, monkeypatch):
+        """A run that keeps few checkpoints deletes older ones while a live page is written."""
+        (tmp_path / "checkpoint-1").mkdir()
+        (tmp_path / "checkpoint-1" / "weights").write_text("many")
+        (tmp_path / "log.jsonl").write_text("{}\n")
+        lstat = Path.lstat
+
+        def deleted(path):
+            if path.name == "weights":
+                shutil.rmtree(path.parent)
+            return lstat(path)
+
+        monkeypatch.setattr(Path, "lstat", deleted)
+        assert disk_of(tmp_path) == {"checkpoints": 0, "else": 3}
+
+    def test_a_run_that_counts_no_passes_is_drawn_beside_one_that_does(self, tmp_path):
+        for name, passes in (("old", {}), ("new", {"llm_passes": 64})):
+            (tmp_path / name / "ppo").mkdir(parents=True)
+            rows = [{"step": step, "eval_reward": 0.5, **passes} for step in (1, 2)]
+            (tmp_path / name / "ppo" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        page = training_page([read_training(tmp_path / name) for name in ("old", "new")], "tprl report old new")
+        assert page.count("<polyline") == 2 and "optimizer step" in page
 
     def test_two_runs_lie_over_each_other(self, run, tmp_path):
         other = tmp_path / "other" / "run"

@@ -66,9 +66,12 @@ class Answer:
     def refusal(self) -> str | None:
         """The message of a refusal as the protocol has it; `None` for an answer."""
         if self.content.startswith(b"data: "):
-            events = [event[6:] for event in self.content.decode().split("\n\n") if event]
-            errors = [json.loads(event) for event in events if event.startswith('{"error"')]
-            return errors[0]["error"] if errors else None
+            *_, last = [event[6:] for event in self.content.decode().split("\n\n") if event]
+            if last == "[DONE]":
+                return None
+            found = json.loads(last)
+            assert found["error"]["type"] in ("invalid_request_error", "server_error")
+            return found["error"]["message"]
         found = self.json()
         if self.status < 400:
             assert "error" not in found

@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import json
 import re
 import shlex
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ from threading import Thread
 
 import openai
 import pytest
+from transformers.cli.serving.chat_completion import TransformersCompletionCreateParamsStreaming
 
 from tests.serving.raw_requests import data_url as data_url_of
 from tests.serving.raw_requests import served
@@ -21,6 +24,7 @@ from tprl_hf.cli.main import main, make_parser
 from tprl_hf.data import mosaic_vqa
 from tprl_hf.evaluation.answers import generate_answers
 from tprl_hf.loading import load_model
+from tprl_hf.serving.chat_requests import COUNTS, NUMBERS, UNSERVED
 
 pytestmark = pytest.mark.short
 
@@ -79,6 +83,17 @@ def text_of(stream) -> tuple[str, str]:
     """The text of all chunks, and the reason why it ended."""
     chunks = [chunk.choices[0] for chunk in stream]
     return "".join(chunk.delta.content or "" for chunk in chunks), chunks[-1].finish_reason
+
+
+def body_of(samples, **fields) -> dict:
+    """A request's body with the first sample's picture and question."""
+    image = {"type": "image_url", "image_url": {"url": data_url(samples[0]["images"][0])}}
+    content = [image, {"type": "text", "text": samples[0]["prompt"]}]
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": MAX_TOKENS, **fields}
+
+
+def post(client, body) -> str:
+    return client.post("/chat/completions", body=body, cast_to=str)
 
 
 def test_answers_are_those_of_generate_at_every_budget_at_once_and_streamed(client, checkpoint, samples):
@@ -161,6 +176,12 @@ def test_health_and_models(client):
         ({"url": "/etc/hostname"}, "No files are read"),
         ({"url": "http://127.0.0.1:1/image.png"}, "This server fetches no images"),
         ({"url": "data:image/png;base64,!"}, "not base64"),
+        (
+            {"url": "data:image/png,iVBORw0KGgo="},
+            "sent as data:image/png;base64,...; got 'data:image/png,iVBORw0KGgo='",
+        ),
+        ({"extra_body": {"verbosity": "low"}}, "verbosity=.* is not served"),
+        ({"extra_body": {"moderation": {"model": "omni"}}}, "moderation=.* is not served"),
         ({"url": "data:image/svg+xml;base64,PHN2Zy8+"}, "none of PNG, JPEG"),
     ],
 )
@@ -169,6 +190,56 @@ def test_what_is_refused(client, samples, settings, message):
     url = settings.pop("url", data_url(samples[0]["images"][0]))
     with pytest.raises((openai.BadRequestError, openai.UnprocessableEntityError), match=message):
         ask(client, "is there a red circle ?", url, **settings)
+
+
+def test_what_asks_for_nothing_is_taken(client, samples):
+    for fields in ({"presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": {}}, {"verbosity": "medium"}):
+        assert ask(client, samples[0]["prompt"], None, **fields).choices[0].finish_reason == "stop"
+
+
+def test_each_field_of_the_protocol_is_served_refused_or_changes_no_answer():
+    served = {*NUMBERS, *COUNTS, "generation_config", "logit_bias", "messages", "model", "seed", "stop", "stream"}
+    changes_none = {"prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "user"}
+    fields = TransformersCompletionCreateParamsStreaming.__mutable_keys__
+    assert fields - UNSERVED.keys() - served <= changes_none | {"stream_options"}
+
+
+def test_a_stream_has_the_form_of_the_protocol_to_its_end(checkpoint, samples):
+    """The last event is a word; a refusal in place of it is the object that other refusals are."""
+    with serving(str(checkpoint), "--pruner", "divprune") as (_, client):
+        *_, usage, last = post(client, body_of(samples, stream=True)).split("\n\n")[:-1]
+        assert last == "data: [DONE]" and '"usage"' in usage
+        *_, last = post(client, body_of(samples, stream=True, threshold=0.5)).split("\n\n")[:-1]
+        found = json.loads(last.removeprefix("data: "))
+        assert found["error"]["type"] == "invalid_request_error" and "threshold" in found["error"]["message"]
+        with pytest.raises(openai.APIError, match="threshold"):
+            list(ask(client, "is", data_url(samples[0]["images"][0]), stream=True, extra_body={"threshold": 0.5}))
+
+
+def test_an_answer_that_ends_with_its_last_token_is_whole(client, samples):
+    url = data_url(samples[0]["images"][0])
+    whole = ask(client, samples[0]["prompt"], url)
+    length = whole.usage.completion_tokens
+    assert whole.choices[0].finish_reason == "stop" and 1 < length < MAX_TOKENS
+    for number, reason in ((length, "stop"), (length - 1, "length")):
+        told = {"max_tokens": number, "extra_body": {"keep_ratio": 1 / 3}}
+        assert ask(client, samples[0]["prompt"], url, **told).choices[0].finish_reason == reason
+        assert text_of(ask(client, samples[0]["prompt"], url, stream=True, **told))[1] == reason
+
+
+def test_a_checkpoint_with_generation_settings_of_its_own(checkpoint, samples, tmp_path):
+    """They count beside those of a request; its texts end the answer, and it may search with beams."""
+    shutil.copytree(checkpoint, tmp_path / "own")
+    path = tmp_path / "own" / "generation_config.json"
+    own = {"num_beams": 2, "stop_strings": ["o"], "sequence_bias": [[[5, 6], -1.0]]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    sample = next(one for one in samples if one["answer"] == "no")
+    url, greedy = data_url(sample["images"][0]), {"generation_config": '{"num_beams": 1, "stop_strings": ["x"]}'}
+    with serving(str(tmp_path / "own")) as (_, client):
+        for settings in ({}, {"extra_body": {"generation_config": '{"top_k": 5}'}}, {"extra_body": greedy}):
+            choice = ask(client, sample["prompt"], url, model="own", **settings).choices[0]
+            assert (choice.message.content, choice.finish_reason) == ("n", "stop")
+        assert text_of(ask(client, sample["prompt"], url, model="own", stream=True, extra_body=greedy))[0] == "n"
 
 
 def parts_of(samples, *details):
@@ -416,6 +487,10 @@ def test_a_second_server_with_remote_images_and_another_pruner(client, checkpoin
         with serving(str(checkpoint), *words, "--name", "me/mosaic") as (line, second):
             assert "Serving me/mosaic at" in line and "(uniform, num_keep=6)" in line
             found = ask(second, samples[0]["prompt"], f"{url}/image.png", model="me/mosaic")
+            asked = ask(
+                second, samples[0]["prompt"], f"{url}/image.png", model="me/mosaic", extra_body={"prune": True}
+            )
+            assert asked.usage.prompt_tokens_details.image_tokens_kept == 6  # which names no budget
             for name, why in (("none.png", "404"), ("large.png", "larger than 1 MB")):
                 with pytest.raises(openai.BadRequestError, match=why):
                     ask(second, "q", f"{url}/{name}", model="me/mosaic")

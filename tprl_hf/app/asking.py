@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tprl_hf.costs import budget_in_use
 from tprl_hf.evaluation.answers import chat_inputs
 from tprl_hf.evaluation.benchmark import PrefillTime, measure_prefill
 from tprl_hf.evaluation.trajectory import TrajectoryStep, trajectory_of
 from tprl_hf.loading import unknown_words_note
-from tprl_hf.modeling.budget import Budget
+from tprl_hf.modeling.budget import Budget, keep_counts
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.outputs_tprl import PrunePlan
 from tprl_hf.modeling.token_pruner import SetPruner, TokenPruner
@@ -159,8 +160,10 @@ class Asker:
 
     def default_keep(self, num_visual: int) -> int:
         """How many of a picture's tokens the checkpoint would keep; a third where it does not say."""
-        config = self.model.config
-        wanted = config.num_keep or round(num_visual * (config.keep_ratio or 1 / 3))
+        budget = budget_in_use({}, self.model.pruner.budget, self.model.config)
+        if budget is None or budget.threshold is not None:
+            budget = Budget(keep_ratio=1 / 3)
+        wanted = int(keep_counts(torch.tensor([num_visual]), budget))
         return min(max(wanted, fewest(num_visual)), num_visual)
 
     def has_policy(self) -> bool:

@@ -213,7 +213,8 @@ def publish(
     api = HfApi(token=token)
     name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
     there = api.repo_exists(name)
-    existing = card_on_hub(api, name, revision) if there and branch_exists(api, name, revision) else None
+    # a branch that is made begins with the main one's card
+    existing = card_on_hub(api, name, revision if branch_exists(api, name, revision) else None) if there else None
     files = files_to_publish(directory, name, api, existing_card=existing, **facts)
     card = files["README.md"]
     assert isinstance(card, bytes)
@@ -249,8 +250,12 @@ def check_card(api: HfApi, card: str, repo_type: str = "model") -> None:
 
 
 def branch_exists(api: HfApi, repo_id: str, revision: str | None) -> bool:
-    """Whether a repository has a branch; it always has `None`, the main one."""
-    return revision is None or any(branch.name == revision for branch in api.list_repo_refs(repo_id).branches)
+    """Whether a repository has a branch; it always has `None`, the main one. A pull request is there already."""
+    return (
+        revision is None
+        or revision.startswith("refs/pr")
+        or any(branch.name == revision for branch in api.list_repo_refs(repo_id).branches)
+    )
 
 
 def push_demonstrations(

@@ -187,6 +187,8 @@ def update_card(existing: str | None, new: str, replace: bool = True, explicit: 
     merged = {**ours, **{key: value for key, value in old.items() if value is not None}}
     if "tags" in ours or "tags" in old:
         merged["tags"] = list(dict.fromkeys([*(old.get("tags") or ()), *ours.get("tags", ())]))
+    if "license" in explicit:  # the name and the link were those of the earlier one
+        merged = {key: value for key, value in merged.items() if key not in ("license_name", "license_link")}
     for name in ("model-index", "base_model", "base_model_relation", *explicit):  # of what is pushed now
         if name in ours:
             merged[name] = ours[name]

@@ -1,6 +1,7 @@
 """A directory of `tprl train`, or of one trainer, as it is: finished, running, or cut off in the middle."""
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -208,13 +209,15 @@ def newest_state(folder: Path) -> dict[str, Any]:
 def disk_of(folder: Path) -> dict[str, int]:
     """Bytes by what they are; files that a run deletes at the same time do not count."""
     found = {"checkpoints": 0, "else": 0}
-    for path in folder.rglob("*"):
-        try:
-            size = path.lstat().st_size if not path.is_dir() else 0
-        except FileNotFoundError:
-            continue
-        part = path.relative_to(folder).parts[0]
-        found["checkpoints" if part.startswith("checkpoint-") else "else"] += size
+    for inside, _, names in os.walk(folder):  # rglob ends with an error where a directory is deleted meanwhile
+        for name in names:
+            path = Path(inside, name)
+            try:
+                size = path.lstat().st_size
+            except FileNotFoundError:
+                continue
+            part = path.relative_to(folder).parts[0]
+            found["checkpoints" if part.startswith("checkpoint-") else "else"] += size
     return found
 
 

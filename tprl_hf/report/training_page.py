@@ -159,10 +159,11 @@ def fits(name: str, pattern: str) -> bool:
 def chart_of(
     title: str, unit: str, metrics: Sequence[str], stages: Mapping[str, StageRun], names: Sequence[str]
 ) -> str:
-    """The metrics of one chart; those of validation against passes of the LLM where these are counted."""
+    """The metrics of one chart; those of validation against passes of the LLM where all runs count them."""
     validates = bool(metrics) and all(metric.startswith("eval_") for metric in metrics)
-    rows = [row for stage in stages.values() for row in stage.history]
-    x_name = "llm_passes" if validates and any(row.get("llm_passes") for row in rows) else "step"
+    logged = [stage.history for stage in stages.values() if stage.history]
+    are_counted = all(any(row.get("llm_passes") for row in rows) for rows in logged)
+    x_name = "llm_passes" if validates and are_counted else "step"
     series = []
     for number, metric in enumerate(metrics):
         for run, stage in stages.items():

@@ -9,7 +9,6 @@ goes out then. Requests that come meanwhile wait for the next call.
 import asyncio
 import contextvars
 import copy
-import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,7 +80,6 @@ class Job:
 
     Attributes:
         sequence (`int64 [1, L + T]`): Prompt and answer, when it is over.
-        error (`Exception`): What happened instead.
     """
 
     def __init__(self, batches: "Batches", model: Any, processor: Any, config: GenerationConfig):
@@ -93,7 +91,6 @@ class Job:
         self.streamer: Any = None
         self.is_taken = self.is_over = False
         self.sequence: Tensor | None = None
-        self.error: Exception | None = None
         ends = config.eos_token_id if config.eos_token_id is not None else model.generation_config.eos_token_id
         self.last_tokens = {ends} if isinstance(ends, int) else set(ends or ())
 
@@ -102,10 +99,8 @@ class Job:
         jobs = self.batches.take(self, streamer)
         if jobs:
             answer(jobs)
-        if self.error is not None:
-            if streamer is None:
-                raise self.error
-            raise RuntimeError(json.dumps(self.wishes.record.problem)[1:-1]) from self.error  # put between quotes
+        if self.wishes.end.error is not None:
+            raise self.wishes.end.error
         return self.sequence
 
     def read_by(self, streamer: Any) -> None:
@@ -159,6 +154,7 @@ class Job:
     def finish(self, new_tokens: Tensor) -> None:
         """Gives the answer to the client, where it is known what it cost."""
         self.is_over = True
+        self.wishes.end.is_whole = int(new_tokens[-1]) in self.last_tokens
         self.sequence = torch.cat([self.inputs["input_ids"][0].cpu(), new_tokens.cpu()])[None]
         if self.wishes.num_kept is not None:
             self.settle(self.wishes.num_kept)
@@ -179,7 +175,7 @@ class Job:
         self.let_go()
 
     def fail(self, error: Exception) -> None:
-        self.error, self.is_over = error, True
+        self.wishes.end.error, self.is_over = error, True
         self.wishes.record.problem = error.detail if isinstance(error, HTTPException) else str(error)
         self.let_go()
 
@@ -280,6 +276,7 @@ def generate(rows: Rows) -> Any:
         visual_features=features,
         generation_config=config,
         stopping_criteria=StoppingCriteriaList([ends]),
+        stop_strings=None,  # those of the checkpoint, which the request has as its own
         return_dict_in_generate=True,
     )
 
@@ -333,8 +330,8 @@ class Batches(GenerateManager):
         self.add(job)
         self.submit(job.generate)
         await job.wishes.end.generated.wait()
-        if job.error is not None:
-            raise job.error
+        if job.wishes.end.error is not None:
+            raise job.wishes.end.error
         assert job.sequence is not None
         length = inputs["input_ids"].shape[-1]
         tokens = job.sequence[0, length:]

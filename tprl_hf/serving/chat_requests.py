@@ -19,10 +19,11 @@ UNSERVED: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "metadata": ({},),
     "modalities": (["text"],),
+    "moderation": (),
     "n": (1,),
     "parallel_tool_calls": (True,),
     "prediction": (),
-    "presence_penalty": (0,),
+    "presence_penalty": (0, 0.0),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
@@ -30,6 +31,7 @@ UNSERVED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("auto", "none"),
     "tools": ([],),
     "top_logprobs": (0,),
+    "verbosity": ("medium",),
     "web_search_options": (),
 }
 # What a number may be: lowest, highest.
@@ -113,7 +115,7 @@ def read_question(content: bytes | bytearray, limits: Limits) -> Question:
     if body.get("generation_config") is not None:
         body["generation_config"] = json.dumps(read_generation_config(body["generation_config"], limits))
     if body.get("logit_bias") is not None:
-        body["logit_bias"] = read_biases(body["logit_bias"])
+        body["logit_bias"] = read_biases(body["logit_bias"]) or None  # transformers refuses an empty one
     budget, seed, stops = take_budget(body), take_seed(body), take_stops(body)
     timings = body.pop("timings", None) or False
     messages = read_messages(body.pop("messages", None), limits)
@@ -251,7 +253,7 @@ def take_budget(body: dict[str, Any]) -> dict[str, Any]:
     Takes `keep_ratio`, `num_keep`, `threshold` or `prune` out of a request.
 
     Returns:
-        `dict`: Keyword arguments of `generate`, empty where the request names no budget.
+        `dict`: Keyword arguments of `generate`, empty where the request names no budget. `"prune": true` names none.
 
     Raises:
         `HTTPException`: 400 when it names several, or one that is none.
@@ -270,7 +272,7 @@ def take_budget(body: dict[str, Any]) -> dict[str, Any]:
             Budget(**budget)
     except ValueError as error:
         raise refuse(str(error)) from None
-    return budget
+    return {} if budget.get("prune") else budget
 
 
 def read_messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:

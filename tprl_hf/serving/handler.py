@@ -6,14 +6,15 @@ model, and what a request says besides, is ours.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+import traceback
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from openai.types.completion_usage import CompletionUsage
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
@@ -24,7 +25,7 @@ from tprl_hf.pictures import MAX_PIXELS
 from .batches import WISHES, Batches, Wishes
 from .chat_requests import Question, read_question
 from .images import count_pixels, fetch
-from .limits import Limits, refuse
+from .limits import Limits, error_response, refuse, status_and_message
 from .places import Places, Turn
 from .prompts import PreparedProcessor, answer_length, num_positions, prepare
 from .records import RequestRecord, usage_details
@@ -117,9 +118,10 @@ class ChatHandler(ChatCompletionHandler):
             record.prompt_tokens = inputs["input_ids"].shape[-1]
             record.note("prepared")
             yield Prepared(inputs, turn)
-        except (ValueError, OSError) as error:  # as on the command line: a user's mistake
+        except (ValueError, OSError) as error:
             turn.end()
-            raise refuse(" ".join(str(error).split())) from error
+            status, message = status_and_message(error)
+            raise refuse(message, status) from error
         except BaseException:
             turn.end()
             raise
@@ -179,12 +181,15 @@ class ChatHandler(ChatCompletionHandler):
             cost = replace(cost, kept_tokens=budget["num_keep"])
         return budget, cost
 
-    def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
-        """Texts that end the answer are ours: transformers' own criterion is handed the processor, and fails."""
+    def _build_generation_config(self, body: dict[str, Any], defaults: GenerationConfig, **kwargs: Any) -> Any:
+        """Texts that end the answer are ours: transformers' own criterion leaves them in the answer."""
         wishes = WISHES.get()
-        config = super()._build_generation_config(body, *args, **kwargs)
-        stops, config.stop_strings = config.stop_strings or [], None
-        wishes.end.stops += [stops] if isinstance(stops, str) else stops
+        config = super()._build_generation_config(body, defaults, **kwargs)
+        for stops in (config.stop_strings or [], defaults.stop_strings or []):
+            wishes.end.stops += [stops] if isinstance(stops, str) else stops
+        config.stop_strings = None
+        # `generate` does the same; which requests share a call depends on it
+        config.update(**defaults.to_dict(), defaults_only=True)
         if body.get("temperature") or (body.get("top_p") is not None and body.get("temperature") is None):
             config.do_sample = True  # by the protocol; without it both would be ignored
         if body.get("stream") and (config.num_beams or 1) > 1:
@@ -194,24 +199,30 @@ class ChatHandler(ChatCompletionHandler):
         length = wishes.inputs["input_ids"].shape[-1]
         config.max_new_tokens = answer_length(asked, default, length, num_positions(self.models.model))
         vocabulary = self.models.model.config.get_text_config().vocab_size
-        for (token,) in config.sequence_bias or {}:
+        for token in map(int, body.get("logit_bias") or ()):
             if token >= vocabulary:
                 raise refuse(f"logit_bias names the token {token}; the model has {vocabulary:,}.")
         return config
+
+    def _streaming(self, *args: Any, **kwargs: Any) -> StreamingResponse:
+        response = super()._streaming(*args, **kwargs)
+        response.body_iterator = by_protocol(response.body_iterator, WISHES.get().end)
+        return response
 
     def _build_completion(
         self, request_id: str, content: str, model_id: str, finish_reason: str, usage: Any = None, **fields: Any
     ) -> dict[str, Any]:
         wishes = WISHES.get()
         content = wishes.end.cut(content)
-        reason = "stop" if finish_reason == "length" and wishes.end.found else finish_reason
         note_usage(usage, wishes.record)
-        told = super()._build_completion(request_id, content, model_id, reason, usage=usage, **fields)
+        told = super()._build_completion(
+            request_id, content, model_id, wishes.end.reason(finish_reason), usage=usage, **fields
+        )
         return told | ({"timings": wishes.record.timings()} if wishes.timings else {})
 
     def _build_chunk_sse(self, *args: Any, finish_reason: str | None = None, usage: Any = None, **fields: Any) -> str:
         wishes = WISHES.get()
-        reason = "stop" if finish_reason == "length" and wishes.end.found else finish_reason
+        reason = wishes.end.reason(finish_reason)
         if usage is None:
             return super()._build_chunk_sse(*args, finish_reason=reason, **fields)
         note_usage(usage, wishes.record)
@@ -220,6 +231,21 @@ class ChatHandler(ChatCompletionHandler):
             return event
         told = json.loads(event.removeprefix("data: ")) | {"timings": wishes.record.timings()}
         return self.chunk_to_sse(json.dumps(told))
+
+
+async def by_protocol(events: AsyncIterable[Any], end: AnswerEnd) -> AsyncIterator[str]:
+    """The events of transformers' stream with what it leaves out: the form of a refusal, and the word at the end."""
+    async for text in events:
+        before, mark, _ = text.partition('data: {"error": ')  # a quote of an answer would be escaped
+        if not mark or end.error is None:
+            yield text
+            continue
+        status, message = status_and_message(end.error)
+        if status == 500:
+            traceback.print_exception(end.error)
+        yield f"{before}data: {bytes(error_response(status, message).body).decode()}\n\n"
+    if end.error is None:
+        yield "data: [DONE]\n\n"
 
 
 def note_usage(usage: CompletionUsage, record: RequestRecord) -> None:

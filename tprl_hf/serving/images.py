@@ -47,10 +47,10 @@ def read_url(url: str, limits: Limits) -> SentImage:
         `HTTPException`: 400 for files of this machine, and for addresses that are not allowed.
     """
     scheme = url.partition(":")[0].lower()
-    if scheme == "data":
-        header, _, data = url.partition(",")
+    header, _, data = url.partition(",")
+    if scheme == "data" and header.endswith(";base64"):
         try:
-            return SentImage(base64.b64decode(data, validate=True) if header.endswith(";base64") else b"")
+            return SentImage(base64.b64decode(data, validate=True))
         except ValueError as error:  # binascii.Error among them
             raise refuse(f"The image is not base64 ({error}).") from None
     if scheme in ("http", "https"):

@@ -55,6 +55,15 @@ def error_response(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": kind}}, status, headers)
 
 
+def status_and_message(error: Exception) -> tuple[int, str]:
+    """What a client is told about an error."""
+    if isinstance(error, HTTPException):
+        return error.status_code, error.detail
+    if isinstance(error, (ValueError, OSError)):  # as on the command line: a user's mistake
+        return 400, " ".join(str(error).split())
+    return 500, f"The server failed ({type(error).__name__}); its log says where."
+
+
 class WaitingRoom:
     """
     How many requests wait for their answers, and how many bytes all requests hold that have come or are coming.

@@ -23,6 +23,8 @@ class AnswerEnd:
         server_ends (`threading.Event`): Set when the server cannot wait for the answer any more.
         generated (`asyncio.Event`): Set when the model has made its last token, and all about it is known.
         found (`bool`): Whether one of the texts has come.
+        is_whole (`bool`): Whether the model ended the answer itself.
+        error (`Exception`, *optional*): What happened instead of an answer.
     """
 
     def __init__(self, stops: list[str]):
@@ -30,7 +32,8 @@ class AnswerEnd:
         self.client_left = threading.Event()
         self.server_ends = threading.Event()
         self.generated = asyncio.Event()
-        self.found = False
+        self.found = self.is_whole = False
+        self.error: Exception | None = None
 
     def is_late(self) -> bool:
         return self.client_left.is_set() or self.server_ends.is_set()
@@ -39,6 +42,10 @@ class AnswerEnd:
         """Raises `HTTPException` 503 where the answer would come too late."""
         if self.is_late():
             raise refuse("The server ends, or the client has left.", 503)
+
+    def reason(self, finish_reason: str | None) -> str | None:
+        """Why the answer ended; transformers looks at its length only."""
+        return "stop" if finish_reason == "length" and (self.found or self.is_whole) else finish_reason
 
     def cut(self, text: str) -> str:
         """`text` up to the first of the texts that end it."""
