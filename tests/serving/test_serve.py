@@ -542,6 +542,6 @@ def test_a_set_pruner_is_served_and_unknown_words_are_told(checkpoint, samples, 
             ask(one, "is", url, **threshold)
         with pytest.raises(openai.APIError) as error:
             text_of(ask(one, "is", url, stream=True, **threshold))
-        assert "pass keep_ratio or num_keep" in error.value.body
+        assert "pass keep_ratio or num_keep" in error.value.body["message"]
     (note,) = [line for line in (tmp_path / "errors").read_text().splitlines() if "does not know" in line]
     assert "'elephant'" in note and "red" not in note
