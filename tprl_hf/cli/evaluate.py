@@ -348,10 +348,15 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
         raise ValueError(
             f"{arguments.data} is not among the data that --metric {arguments.metric} scores: leave it out."
         )
-    samples, score, name, longest = lmms_eval_samples(data, arguments.num_samples or 2000, arguments.include_path)
+    samples, score, name, wanted = lmms_eval_samples(data, arguments.num_samples or 2000, arguments.include_path)
+    longest = wanted.get("max_new_tokens")
     if longest is not None and longest > arguments.max_new_tokens:
         cut = f"--max-new-tokens {arguments.max_new_tokens} cuts longer ones off."
         note(f"{data} lets an answer have {longest} tokens; {cut}")
+    drawn = wanted.get("do_sample") or (wanted.get("temperature") or 0) > 0
+    if drawn or (wanted.get("num_beams") or 1) > 1:
+        how = "draws its answers" if drawn else f"searches with {wanted['num_beams']} beams"
+        note(f"{data} {how}; here each is greedy, so that rows differ by their tokens alone.")
     return samples, None, score, f"{name} of the task {arguments.data}"
 
 
