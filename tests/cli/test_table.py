@@ -121,7 +121,9 @@ def test_two_files_of_one_name_are_two_tasks():
     def run(data, questions, accuracy):
         scores = {("none", "1"): np.ones((1, 4)), ("uniform", "1/2"): np.full((1, 4), accuracy)}
         units = list("abcd")
-        return Run(Path("out"), Path(data).stem, questions, units, 2, scores, dict.fromkeys(scores, 8.0), 16.0, {}, data)
+        return Run(
+            Path("out"), Path(data).stem, questions, units, 2, scores, dict.fromkeys(scores, 8.0), 16.0, {}, data
+        )
 
     def columns(*runs):
         (line,) = (line for line in join_runs(runs) if line.pruner == "uniform")

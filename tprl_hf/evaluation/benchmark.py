@@ -228,8 +228,8 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 @torch.no_grad()
 def kv_bytes(model, inputs: Mapping[str, Any], **choice: Any) -> int:
     """
-    Size of the keys and values that a batch of prompts leaves in the cache. Layers without them, such as those of linear
-    attention, count nothing, and windows what they hold.
+    Size of the keys and values that a batch of prompts leaves in the cache. Layers without them, such as those of
+    linear attention, count nothing, and windows what they hold.
 
     Args:
         model ([`TPRLForConditionalGeneration`]): The model, with whatever pruner it uses at the moment.

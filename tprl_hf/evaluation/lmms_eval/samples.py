@@ -14,6 +14,7 @@ from tprl_hf.pictures import to_rgb
 # result; lmms-eval's own models pass over it too.
 FILLED_IN = "\n\n"
 
+
 def lmms_eval_samples(
     task_name: str, num_samples: int | None = None, include_path: str | None = None
 ) -> tuple[Dataset, Callable[[str, Any], float], str, dict[str, Any]]:
