@@ -1,5 +1,8 @@
 import numpy as np
 import pytest
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
 
 from tprl_hf.intervals import bootstrap_mean, units_of
 
@@ -23,8 +26,16 @@ def test_scores_of_one_unit_are_drawn_together():
 
 
 def test_the_units_of_questions_are_their_images():
-    assert units_of(["a", "a", None, "", "b"]) == ["a", "a", 2, 3, "b"]
-    assert units_of([0, 0, 1]) == [0, 0, 1]  # 0 is an image too
+    """By their label; without one by what they show, as a saved dataset or a task of lmms-eval has them."""
+    red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    pictures = [[red], [blue], [red.copy()], [red, blue], [], []]
+    rows = {"images": pictures, "image_id": ["", None, None, "", None, ""]}
+    features = Features({"images": List(ImageFeature()), "image_id": Value("string")})
+    assert units_of(Dataset.from_dict(rows, features=features)) == [0, 1, 0, 3, 4, 5]
+    assert units_of(Dataset.from_dict({**rows, "image_id": ["a", "a", None, "", "b", "0"]}, features=features)) == [
+        *("a", "a", 2, 3, "b", "0"),
+    ]
+    assert units_of(Dataset.from_dict({"image_id": [0, 0, 1]})) == [0, 0, 1]  # 0 is an image too
 
 
 def test_equal_scores_have_no_width_and_the_same_seed_gives_the_same_interval():

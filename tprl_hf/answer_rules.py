@@ -6,6 +6,7 @@ from itertools import combinations
 from typing import Any
 
 CORRECT = 0.5  # a score from here on counts as a correct answer, where answers are counted
+AGREEING = 3  # people who give an answer that VQAv2 counts in full
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBER_WORDS)}}
 ARTICLES = ("a", "an", "the")
@@ -59,8 +60,9 @@ def vqa_score(answer: str, references: Sequence[str] | str) -> float:
     VQA accuracy (Antol et al., arXiv 1505.00468; VQAv2's evaluation): the mean, over leaving out each reference in
     turn, of `min(1, equal references / 3)`.
 
-    Answer and references are always normalised; VQAv2's own script skips that where all references are the same. With
-    a single reference, it is an exact match of normalised texts.
+    Answer and references are always normalised; VQAv2's own script skips that where all references are the same. Three
+    references or fewer are no vote, as no answer could have three others: they are answers that are correct, and one
+    that equals any of them scores 1.
 
     Args:
         answer (`str`): The model's answer.
@@ -71,10 +73,10 @@ def vqa_score(answer: str, references: Sequence[str] | str) -> float:
     """
     texts = [normalize_vqa(text) for text in as_texts(references)]
     answer = normalize_vqa(answer)
-    if len(texts) == 1:
-        return float(answer == texts[0])
+    if len(texts) <= AGREEING:
+        return float(answer in texts)
     equal = [text == answer for text in texts]
-    return sum(min(1.0, (sum(equal) - left_out) / 3) for left_out in equal) / len(equal)
+    return sum(min(1.0, (sum(equal) - left_out) / AGREEING) for left_out in equal) / len(equal)
 
 
 def is_correct(answer: str, reference: str) -> bool:
@@ -154,7 +156,8 @@ def edit_distance(first: str, second: str) -> int:
 
 
 CHOICE = re.compile(r"\W*(?P<alone>[A-Za-z])\W*|\s*\(?(?P<first>[A-Z])[).:](?=\s|$).*", re.DOTALL)
-STATED_CHOICE = re.compile(r"answer\s*(?:is|:)\s*(?:option\s*)?\(?([A-Z])\b", re.IGNORECASE)
+# A small letter only where nothing but a mark follows: "the answer is a cat" names no option.
+STATED_CHOICE = re.compile(r"(?i:answer\s*(?:is\s*:?|:)\s*(?:option\s*)?)[(*]*([A-Z]\b|[a-z](?=[).:*]|\s*$))")
 
 
 def chosen_option(answer: str) -> str | None:
@@ -167,7 +170,7 @@ def chosen_option(answer: str) -> str | None:
     Example:
 
     ```python
-    >>> chosen_option("(B)"), chosen_option("B. a cat"), chosen_option("The answer is B."), chosen_option("A cat")
+    >>> chosen_option("(B)"), chosen_option("B. a cat"), chosen_option("The answer is: B"), chosen_option("A cat")
     ('B', 'B', 'B', None)
     ```
     """
@@ -199,9 +202,27 @@ def says_yes(answer: str) -> bool:
     return not {"No", "not", "no"} & set(words)
 
 
+def is_yes(references: Sequence[str] | str) -> bool | None:
+    """
+    Whether the reference, or the most frequent of several, is "yes", and not "no"; `None` where it is neither. Letter
+    case and a closing full stop do not count.
+    """
+    texts = as_texts(references)
+    reference = _normalized(max(texts, key=texts.count, default=""))
+    return {"yes": True, "no": False}.get(reference)
+
+
+def expects_yes(references: Sequence[str] | str) -> bool:
+    """What [`is_yes`] says. Raises `ValueError` for a reference that is neither yes nor no."""
+    expected = is_yes(references)
+    if expected is None:
+        raise ValueError(f"The reference {references!r} is neither yes nor no: change it, or take another metric.")
+    return expected
+
+
 def yes_no_score(answer: str, references: Sequence[str] | str) -> float:
-    """1 where POPE reads the answer as the reference, "yes" or "no"."""
-    return float(says_yes(answer) == (as_texts(references)[0].strip().lower() == "yes"))
+    """1 where POPE reads the answer as the reference, which must be "yes" or "no"; see [`expects_yes`]."""
+    return float(says_yes(answer) == expects_yes(references))
 
 
 def box_iou(first: Sequence[float], second: Sequence[float]) -> float:

@@ -2,9 +2,14 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from .pictures import image_digest, images_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -24,9 +29,22 @@ class Estimate:
     count: int
 
 
-def units_of(image_ids: Sequence[Any]) -> list[Hashable]:
-    """The unit of each question: its image, or where it has no `image_id`, the question alone."""
-    return [number if image_id in (None, "") else image_id for number, image_id in enumerate(image_ids)]
+def units_of(samples: "Dataset") -> list[Hashable]:
+    """
+    The unit of each question: its image.
+
+    Args:
+        samples (`Dataset`): The questions. Those with one `image_id` share a unit, and so do those without any about
+            the same pictures; a question without a picture is a unit alone.
+    """
+    first: dict[str, int] = {}
+    units: list[Hashable] = []
+    for number, unit in enumerate(samples["image_id"]):
+        if unit in (None, ""):
+            sample = samples[number]
+            unit = first.setdefault(image_digest(sample), number) if images_of(sample) else number
+        units.append(unit)
+    return units
 
 
 def bootstrap_mean(

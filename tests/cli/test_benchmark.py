@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from tests.cli.test_demo import table_under
-from tests.families.tiny_models import text, tower
+from tests.families.tiny_models import build, collate, sample, text, tower
+from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
 from tprl_hf.evaluation.benchmark import (
     LiveTensors,
     Spread,
+    kv_bytes,
     peak_bytes,
     random_prompts,
     ratio,
@@ -56,6 +58,16 @@ def test_json_and_another_pruner(run_benchmark):
     assert found["kv_bytes_unpruned"] - found["kv_bytes_pruned"] == 12 * 2 * 2 * 2 * 8 * 4
     assert found["ratios"].keys() == found["cpu_ratios"].keys() >= {"prefill pruned / floor", "answer speed-up"}
     assert found["versions"].keys() == {"tprl_hf", "torch", "transformers"} and "load" not in found
+
+
+def test_layers_of_linear_attention_have_no_kv_cache():
+    """Qwen3.5 has keys and values in some layers only; of Gemma 3's, windows hold what they see."""
+    for family, layers in {"llava": 2, "qwen3_5": 1, "qwen3_5_moe": 1, "gemma3": 2}.items():
+        model = TPRLForConditionalGeneration.from_base_model(build(family), pruner="divprune").eval()
+        inputs = collate(family, [sample(family)])
+        length, visual = inputs["input_ids"].shape[1], int(model.prune(**inputs, prune=False).num_visual[0])
+        for choice, num_tokens in (({"prune": False}, length), ({"num_keep": 3}, length - visual + 3)):
+            assert kv_bytes(model, inputs, **choice) == layers * num_tokens * 2 * 2 * 8 * 4, family
 
 
 def test_requests_per_second_against_batch_size(run_benchmark):

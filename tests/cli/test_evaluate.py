@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset
 from PIL import Image
 
 from tests.cli.test_demo import table_under
-from tests.families.tiny_models import build
+from tests.families.tiny_models import build, config_of
 from tests.families.tiny_processor import make_processor
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.answer_rules import is_correct
@@ -325,6 +325,40 @@ def test_without_answers_pruned_answers_are_compared_with_unpruned_ones(evaluate
 
     code, _, err = evaluate("--data", str(own_data), "--metric", "yes-no")
     assert code == 2 and "has no `answer`, which --metric yes-no compares with" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "message"),
+    [
+        ("choice", 2, "--metric choice reads each `answer` as the letter of an option, such as B; got '2' in row 0"),
+        ("yes-no", "red", "--metric yes-no reads each `answer` as yes or no; got 'red' in row 0"),
+    ],
+)
+def test_references_that_a_metric_cannot_read_are_refused(evaluate, tmp_path, metric, answer, message, monkeypatch):
+    """ScienceQA's answers are numbers of options: as letters all of them were wrong, and as yes or no all a no."""
+    monkeypatch.setattr(loading, "load_named_model", lambda *_: pytest.fail("it loads a model"))
+    (tmp_path / "own.jsonl").write_text(json.dumps({"images": [], "prompt": "word7", "answer": answer}) + "\n")
+    code, _, err = evaluate("--data", str(tmp_path / "own.jsonl"), "--metric", metric)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_questions_without_image_ids_share_the_unit_of_their_picture(evaluate, tmp_path, image_file):
+    """Else intervals over images would be those over questions."""
+    rows = {"images": [[str(image_file)]] * 3, "prompt": ["word7", "word8", "word9"], "answer": [0, 1, 2]}
+    Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
+    assert evaluate("--data", str(tmp_path / "saved"))[0] == 0
+    assert json.loads((tmp_path / "out" / "questions.json").read_text())["units"] == ["0", "0", "0"]
+
+
+def test_an_llm_whose_config_has_no_intermediate_size(evaluate, tmp_path):
+    """Of Qwen3.5's mixture of experts, and four more families."""
+    base = build("llava", text_config=config_of("qwen3_5_moe").text_config.to_dict())
+    base.save_pretrained(tmp_path / "base")
+    make_processor().save_pretrained(tmp_path / "base")
+    words = ["--num-samples", "2", "--keep-ratios", "1/2"]
+    code, _, err = evaluate(*words, model=tmp_path / "base")
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "questions.json").read_text())["llm_layers"] == 2
 
 
 def test_a_trained_policy_has_rows_of_its_own(evaluate, tmp_path):

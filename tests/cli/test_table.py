@@ -1,10 +1,13 @@
 """`tprl table` joins what `tprl evaluate` wrote."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tprl_hf.cli.main import main
+from tprl_hf.evaluation.runs_table import Run, join_runs
 
 WORDS = ["--num-samples", "8", "--keep-ratios", "1/2,1/4", "--max-new-tokens", "2"]
 
@@ -110,3 +113,23 @@ def test_a_directory_that_lacks_something_is_refused(runs, tmp_path, capsys, mis
     (copy / missing).unlink()
     assert main(["table", str(copy), "--output-dir", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_two_files_of_one_name_are_two_tasks():
+    """Else the answers to both would be one column, as if they were replicates."""
+
+    def run(data, questions, accuracy):
+        scores = {("none", "1"): np.ones((1, 4)), ("uniform", "1/2"): np.full((1, 4), accuracy)}
+        units = list("abcd")
+        return Run(
+            Path("out"), Path(data).stem, questions, units, 2, scores, dict.fromkeys(scores, 8.0), 16.0, {}, data
+        )
+
+    def columns(*runs):
+        (line,) = (line for line in join_runs(runs) if line.pruner == "uniform")
+        return {task: round(cell.percent.value) for task, cell in line.cells.items()}
+
+    first, second = run("gqa/test.jsonl", "1", 0.5), run("pope/test.jsonl", "2", 0.9)
+    assert columns(first, second) == {"gqa/test.jsonl": 50, "pope/test.jsonl": 90}
+    assert columns(first, run("moved/test.jsonl", "1", 0.7)) == {"test": 60}  # the same questions
+    assert columns(first, run("gqa/test.jsonl", "3", 0.7)) == {"test": 60}  # more of them, or another seed

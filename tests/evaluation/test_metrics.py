@@ -12,6 +12,7 @@ import pytest
 from tprl_hf.answer_rules import (
     anls_score,
     box_iou,
+    chosen_option,
     edit_distance,
     is_correct,
     normalize_vqa,
@@ -63,6 +64,13 @@ def test_vqa_normalisation(text, normalized):
 def test_vqa_accuracy_averages_over_nine_of_ten_people(count, score):
     references = ["red"] * count + ["blue"] * (10 - count)
     assert vqa_score("Red.", references) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("references", [["left"], ["on the left", "left"], ["left"] * 2, ["left"] * 3])
+def test_up_to_three_references_are_answers_that_are_correct(references):
+    """No answer could have three others that agree: an answer that all gave would score 2/3, or 1/3."""
+    assert (vqa_score("Left.", references), vqa_score("right", references)) == (1.0, 0.0)
+    assert vqa_score("left", ["left"] * 4) == 1.0 and vqa_score("left", ["left", "a", "b", "c"]) == 0.25
 
 
 def test_vqa_accuracy_with_one_reference_is_exact():
@@ -123,6 +131,40 @@ def test_edit_distance():
 def test_pope_reads_answers_as_the_authors_do(answer, yes):
     assert says_yes(answer) is yes
     assert yes_no_score(answer, "yes") == float(yes) and yes_no_score(answer, "no") == float(not yes)
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"), [("Yes.", True), (" NO ", False), (["no", "yes", "yes"], True), (["No."], False)]
+)
+def test_references_of_yes_and_no_are_read_as_answers_are(reference, expected):
+    assert yes_no_score("yes", reference) == float(expected) and yes_no_score("no", reference) == float(not expected)
+    if isinstance(reference, str):
+        found = metrics.POPE().compute(predictions=["Yes"], references=[reference])
+        assert found["accuracy"] == found["precision"] == float(expected)
+
+
+@pytest.mark.parametrize("reference", ["true", "red", "0", []])
+def test_other_references_of_yes_and_no_are_refused(reference):
+    with pytest.raises(ValueError, match="is neither yes nor no"):
+        yes_no_score("yes", reference)
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("The answer is: B", "B"),
+        ("The correct answer is: (C).", "C"),
+        ("So the answer is **D**.", "D"),
+        ("answer: b", "B"),
+        ("The answer is (b) a dog", "B"),
+        ("The answer is option c.", "C"),
+        ("The answer is a cat.", None),  # an article
+        ("the answer is a red ball", None),
+        ("The answer is an apple", None),
+    ],
+)
+def test_the_letter_of_an_option_in_a_sentence(answer, letter):
+    assert chosen_option(answer) == letter
 
 
 def test_pope_counts_yes_as_positive():

@@ -622,6 +622,16 @@ def test_predictions_are_keep_masks(ppo, dataset):
     assert torch.equal(plan.keep_mask, mask)
 
 
+def test_predictions_have_the_bounds_of_the_config(make_model, processor, dataset, tmp_path):
+    """As `generate` has them: what is measured is the pruning of inference."""
+    model = make_model(min_keep=2, max_keep=3)
+    args = TRAINERS["ppo"][1](str(tmp_path), eval_keep_ratios=[0.5, 1 / 16])
+    trainer = TRAINERS["ppo"][0](model, args, processing_class=processor, train_dataset=dataset)
+    assert trainer.predict(dataset).predictions.sum(2).tolist() == [[3, 2]] * 8
+    with model.using(model.learned_pruner()):
+        assert model.prune(**trainer.encoder.process(dataset[0]), keep_ratio=0.5).num_kept.tolist() == [3]
+
+
 # ---- what it says ----
 
 

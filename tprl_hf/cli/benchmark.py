@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
             "new_tokens": arguments.max_new_tokens,
             "rounds": arguments.rounds,
             **time_parts(model, inputs, num_keep, arguments),
-            **memory(model, inputs["input_ids"].shape[1], num_visual - num_keep, arguments.batch_size),
+            **memory(model, inputs, num_keep),
         }
         if arguments.load:
             found["load"] = time_load(model, make_inputs, num_keep, arguments)
@@ -325,17 +325,15 @@ def time_load(model, make_inputs, num_keep: int, arguments: argparse.Namespace) 
     return found
 
 
-def memory(model, length: int, num_removed: int, batch: int) -> dict[str, int]:
-    """KV cache of the prompts in bytes, in the model's own precision, and all that was allocated on a GPU at most."""
+def memory(model, inputs, num_keep: int) -> dict[str, int]:
+    """KV cache of the prompts in bytes, as the model fills it, and all that was allocated on a GPU at most."""
     import torch
 
-    from tprl_hf.evaluation.flops import llm_shape
+    from tprl_hf.evaluation.benchmark import kv_bytes
 
-    llm = llm_shape(model.lvlm.config)
-    size = torch.empty(0, dtype=model.dtype).element_size()
     found = {
-        "kv_bytes_unpruned": batch * llm.kv_bytes(length, size),
-        "kv_bytes_pruned": batch * llm.kv_bytes(length - num_removed, size),
+        "kv_bytes_unpruned": kv_bytes(model, inputs, prune=False),
+        "kv_bytes_pruned": kv_bytes(model, inputs, num_keep=num_keep),
     }
     if model.device.type == "cuda":
         found["allocated_bytes"] = torch.cuda.max_memory_allocated(model.device)

@@ -36,13 +36,18 @@ BASELINES = ("none", "random")
 # By name, the functions of `tprl_hf.answer_rules` and what the tables say of them.
 METRICS = {
     "exact": ("exact_score", "share of answers that equal a reference, letter case and a closing full stop aside"),
-    "vqa": ("vqa_score", "VQAv2's accuracy: normalised, min(1, n / 3) for n of nine people"),
+    "vqa": (
+        "vqa_score",
+        "VQAv2's accuracy: normalised, min(1, n / 3) for n of nine people; up to three references are all correct",
+    ),
     "relaxed": ("relaxed_score", "ChartQA's relaxed accuracy: numbers within 5 %"),
     "anls": ("anls_score", "normalised Levenshtein similarity, 0 below 0.5"),
     "choice": ("choice_score", "share of multiple-choice answers that name the letter of the correct option"),
     "yes-no": ("yes_no_score", "POPE's accuracy: no if the first sentence has no or not, else yes"),
 }
-NEED_REFERENCES = ("choice", "yes-no")  # they read a reference as the letter of an option, or as yes or no
+# What these read a reference as.
+NEED_REFERENCES = {"choice": "the letter of an option, such as B", "yes-no": "yes or no"}
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # that every LLM's config has
 # The oracle needs data with boxes, and shrinking a picture is not a pruner's work, so that only this command has them.
 OTHERS = (
     *("oracle", RESIZE, ENLARGED),
@@ -135,7 +140,6 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     from tprl_hf.evaluation.broken import broken_questions
     from tprl_hf.evaluation.compare_pruners import append_records, compare_pruners, read_records
-    from tprl_hf.evaluation.flops import llm_shape
     from tprl_hf.evaluation.runs_table import QUESTIONS
     from tprl_hf.evaluation.setting_costs import count_settings, time_settings
     from tprl_hf.evaluation.tables import summarize
@@ -150,6 +154,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.output_dir or default_folder(arguments))
     check_writable(folder)
     samples, data_seeds, score, metric = load_samples(arguments)
+    check_references(samples, arguments)
     samples = undecoded(samples)
     if any(name.endswith("oracle") for name in arguments.pruners or ()) and not any(samples["boxes"]):
         raise ValueError(f"The oracle needs boxes, which {arguments.data} has none of: leave it out of --pruners.")
@@ -164,12 +169,12 @@ def run(arguments: argparse.Namespace) -> int:
     answers = folder / "answers.jsonl"
     described = describe_run(arguments, model, known_before)
     claim_folder(folder, described, arguments.overwrite)
-    units = units_of(samples["image_id"])
+    units = units_of(samples)
     asked = {
         "data": arguments.data,
         "split": described["split"],
         "units": list(map(str, units)),
-        "llm_layers": llm_shape(model.config).num_layers,
+        "llm_layers": model.config.get_text_config().num_hidden_layers,
     }
     write(folder / QUESTIONS, json.dumps(asked) + "\n")
     keys = {setting.key for setting in settings}
@@ -253,15 +258,15 @@ def row_name(model, name: str, method) -> str:
     from transformers import AutoConfig
 
     import tprl_hf
-    from tprl_hf.evaluation.flops import llm_shape
     from tprl_hf.pruners.llm_attention import LLMAttentionPruner
     from tprl_hf.test_bed.batches import ANSWER_LAYER, NOUN_LAYER
 
     if not isinstance(method, LLMAttentionPruner) or method.layer not in (NOUN_LAYER + 1, ANSWER_LAYER + 1):
         return name
     # a model with an LLM of just these sizes is the embedded one, or was trained on from it
-    embedded = llm_shape(AutoConfig.from_pretrained(tprl_hf.embedded_checkpoint()))
-    return f"{name}{MARK}" if llm_shape(model.config) == embedded else name
+    configs = model.config, AutoConfig.from_pretrained(tprl_hf.embedded_checkpoint())
+    own, embedded = ([getattr(one.get_text_config(), size) for size in SIZES] for one in configs)
+    return f"{name}{MARK}" if own == embedded else name
 
 
 def default_pruners(model, processor, sample: dict[str, Any]) -> list[str]:
@@ -343,11 +348,30 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
         raise ValueError(
             f"{arguments.data} is not among the data that --metric {arguments.metric} scores: leave it out."
         )
-    samples, score, name, longest = lmms_eval_samples(data, arguments.num_samples or 2000, arguments.include_path)
+    samples, score, name, wanted = lmms_eval_samples(data, arguments.num_samples or 2000, arguments.include_path)
+    longest = wanted.get("max_new_tokens")
     if longest is not None and longest > arguments.max_new_tokens:
         cut = f"--max-new-tokens {arguments.max_new_tokens} cuts longer ones off."
         note(f"{data} lets an answer have {longest} tokens; {cut}")
+    drawn = wanted.get("do_sample") or (wanted.get("temperature") or 0) > 0
+    if drawn or (wanted.get("num_beams") or 1) > 1:
+        how = "draws its answers" if drawn else f"searches with {wanted['num_beams']} beams"
+        note(f"{data} {how}; here each is greedy, so that rows differ by their tokens alone.")
     return samples, None, score, f"{name} of the task {arguments.data}"
+
+
+def check_references(samples, arguments: argparse.Namespace) -> None:
+    """Raises `ValueError` for references that the metric cannot read: no answer would be scored as it should."""
+    from tprl_hf.answer_rules import as_texts, chosen_option, is_yes
+
+    metric = arguments.metric
+    for number, answer in enumerate(samples["answer"] if metric in NEED_REFERENCES else ()):
+        reads = is_yes(answer) is not None if metric == "yes-no" else all(map(chosen_option, as_texts(answer)))
+        if not reads:
+            raise ValueError(
+                f"--metric {metric} reads each `answer` as {NEED_REFERENCES[metric]}; got {answer!r} in row {number} "
+                f"of {arguments.data}: change it, or take another metric."
+            )
 
 
 def describe_data(arguments: argparse.Namespace, samples, metric: str) -> dict[str, Any]:

@@ -225,6 +225,22 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return live.peak
 
 
+@torch.no_grad()
+def kv_bytes(model, inputs: Mapping[str, Any], **choice: Any) -> int:
+    """
+    Size of the keys and values that a batch of prompts leaves in the cache. Layers without them, such as those of
+    linear attention, count nothing, and windows what they hold.
+
+    Args:
+        model ([`TPRLForConditionalGeneration`]): The model, with whatever pruner it uses at the moment.
+        inputs (`Mapping[str, Any]`): The batch as the processor returned it.
+        choice: The budget as `forward` takes it.
+    """
+    layers = model(**inputs, **choice, use_cache=True, logits_to_keep=1).past_key_values.layers
+    held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    return sum(one.nbytes for one in held if one is not None)
+
+
 def synchronize() -> None:
     """Waits until the device has finished what it was given."""
     if torch.accelerator.is_available():

@@ -204,7 +204,7 @@ def compare_dtypes(
         `list[dict]`: a row for each dtype, pruner and budget: `accuracy`, `difference` (to float32), `masks` (see
         [`compare_choices`], to float32), `batch` (the same, of the second batch size to the first, in this dtype).
     """
-    units = units_of(samples["image_id"])
+    units = units_of(samples)
     rows: list[dict[str, Any]] = []
     reference: Measured | None = None
     for dtype in (REFERENCE, *dtypes):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from tprl_hf.answer_rules import says_yes
+from tprl_hf.answer_rules import is_yes, says_yes
 
 if TYPE_CHECKING:
     from .compare_pruners import Record
@@ -92,7 +92,7 @@ def confidence_of(
     negatives = {
         number
         for number, reference in enumerate(references)
-        if is_no(reference) and (not existence or question_types[number] == "existence")
+        if is_yes(reference) is False and (not existence or question_types[number] == "existence")
     }
     said = [says_yes(one.answer) for one in records if one.sample in negatives]
     return Confidence(
@@ -123,12 +123,6 @@ def expected_calibration_error(
     for probability, score in zip(probabilities, scores, strict=True):
         bins.setdefault(min(int(probability * num_bins), num_bins - 1), []).append((probability, score))
     return sum(abs(sum(p - score for p, score in one)) for one in bins.values()) / len(probabilities)
-
-
-def is_no(reference: Any) -> bool:
-    """Whether a reference, or the first of several, is "no"."""
-    first = reference if isinstance(reference, str) else reference[0]
-    return first.strip().lower() == "no"
 
 
 def confidence_table(rows: Sequence[Any]) -> list[list[str]]:

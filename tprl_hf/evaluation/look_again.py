@@ -96,7 +96,7 @@ def compare_looks(
     answered = answer_all(model, processor, test, {"none": {"keep_ratio": 1.0}, **looks})
     fixed = {point: {"num_keep": math.ceil(answered[point].mean_read)} for point in points}
     others = answer_all(model, processor, test, fixed)
-    units = units_of(test["image_id"])
+    units = units_of(test)
 
     def percent(scores: Sequence[float]) -> dict[str, float]:
         return asdict(bootstrap_mean([100 * score for score in scores], units))

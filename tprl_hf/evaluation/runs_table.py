@@ -39,6 +39,7 @@ class Run:
         kept (`dict`): By row, mean number of tokens that the LLM saw.
         num_visual (`float`): Mean number of visual tokens that there were.
         unfinished (`dict`): By row, how many answers are missing; such rows have no scores.
+        data (`str`): The data as its command named them, such as the path of a file.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Run:
     kept: dict[Name, float]
     num_visual: float
     unfinished: dict[Name, int]
+    data: str
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,24 @@ def read_run(folder: Path) -> Run:
         {name: fmean(record.num_kept for record in own) for name, own in records.items()},
         fmean(record.num_visual for record in records["none", "1"]),
         {name: number for name, number in missing.items() if number},
+        asked["data"],
     )
+
+
+def by_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by their task. Files of one name with other questions are tasks of their own, called by their paths."""
+    tasks: dict[str, list[Run]] = {}
+    for run in runs:
+        tasks.setdefault(run.task, []).append(run)
+    found: dict[str, list[Run]] = {}
+    for task, own in tasks.items():
+        paths: dict[str, str] = {}  # of the same questions one, as a file may move
+        for run in own:
+            paths.setdefault(run.questions, run.data)
+        is_one = len(set(paths.values())) == 1
+        for run in own:
+            found.setdefault(task if is_one else paths[run.questions], []).append(run)
+    return found
 
 
 def join_runs(runs: Sequence[Run], confidence: float = 0.95) -> list[Line]:
@@ -153,9 +172,7 @@ def join_runs(runs: Sequence[Run], confidence: float = 0.95) -> list[Line]:
         runs (`Sequence[Run]`): The evaluations.
         confidence (`float`, *optional*, defaults to 0.95): Of the intervals.
     """
-    tasks: dict[str, list[Run]] = {}
-    for run in runs:
-        tasks.setdefault(run.task, []).append(run)
+    tasks = by_task(runs)
     names = list(dict.fromkeys(name for run in runs for name in run.scores))
     kept = {name: fmean(run.kept[name] for run in runs if name in run.scores) for name in names}
     budgets = sorted({budget for _, budget in names}, key=lambda budget: -share_of(budget))

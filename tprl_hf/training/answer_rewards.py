@@ -26,7 +26,8 @@ def exact_match(prompts: Sequence[Any], completions: Sequence[Any], answer: Labe
 def vqa_score(prompts: Sequence[Any], completions: Sequence[Any], answer: Labels, **columns: Any) -> list:
     """
     VQA accuracy (Antol et al., arXiv 1505.00468), as VQAv2, TextVQA and VizWiz have it: `min(1, equal labels / 3)`,
-    mean over leaving out each label in turn; punctuation, articles, number words and contractions are normalised.
+    mean over leaving out each label in turn, and 1 for any of up to three labels; punctuation, articles, number words
+    and contractions are normalised.
 
     Example:
 

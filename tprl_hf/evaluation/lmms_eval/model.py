@@ -27,11 +27,10 @@ from tprl_hf.modeling.values import COUNT
 from tprl_hf.pruners.by_name import has_budget, make_pruner, own_pruner
 from tprl_hf.training.answer_batches import end_ids, until_end
 
+from .samples import cut, stops_of
+
 # for tasks that say no `max_new_tokens`
 MAX_NEW_TOKENS = 1024
-# What lmms-eval writes into the `until` of a task that has none. It would end an answer that reasons before its
-# result; lmms-eval's own models pass over it too.
-FILLED_IN = "\n\n"
 
 
 class TPRL(lmms):
@@ -203,27 +202,6 @@ def generation_arguments(wanted: dict[str, Any]) -> dict[str, Any]:
         arguments["do_sample"] = True
         arguments |= {name: wanted[name] for name in ("temperature", "top_p", "top_k") if wanted.get(name)}
     return arguments
-
-
-def stops_of(wanted: dict[str, Any]) -> list[str]:
-    """The texts by which a task itself ends an answer."""
-    until = wanted.get("until") or []
-    return [stop for stop in ([until] if isinstance(until, str) else until) if stop and stop != FILLED_IN]
-
-
-def cut(text: str, stops: list[str]) -> str:
-    """
-    An answer up to the first of the texts that end it.
-
-    Example:
-
-    ```python
-    >>> cut("yes USER: and", ["USER:", "."])
-    'yes'
-    ```
-    """
-    ends = [text.index(stop) for stop in stops if stop in text]
-    return text[: min(ends)].strip() if ends else text.strip()
 
 
 def _log(batches: list[dict[str, float]]) -> None:

@@ -10,10 +10,14 @@ from datasets import Image as ImageFeature
 from tprl_hf.data import SAMPLE_FEATURES
 from tprl_hf.pictures import to_rgb
 
+# What lmms-eval writes into the `until` of a task that has none. It would end an answer that reasons before its
+# result; lmms-eval's own models pass over it too.
+FILLED_IN = "\n\n"
+
 
 def lmms_eval_samples(
     task_name: str, num_samples: int | None = None, include_path: str | None = None
-) -> tuple[Dataset, Callable[[str, Any], float], str, int | None]:
+) -> tuple[Dataset, Callable[[str, Any], float], str, dict[str, Any]]:
     """
     Reads a task of lmms-eval.
 
@@ -27,8 +31,8 @@ def lmms_eval_samples(
 
     Returns:
         `tuple`: Rows of `SAMPLE_FEATURES`, whose `answer` is the document's number; the score of an answer, from that
-        number and the answer, which is the first of the task's metrics that one answer has; that metric's name; and
-        the number of new tokens that the task lets an answer have, or `None`.
+        number and the answer, which is the first of the task's metrics that one answer has, and ends where the task
+        says; that metric's name; and how the task wants answers generated.
 
     Raises:
         `ValueError`: If lmms-eval is not installed or has no such task, or the task is of another kind.
@@ -60,14 +64,36 @@ def lmms_eval_samples(
     total = len(documents) if num_samples is None else min(num_samples, len(documents))
     rows = [_row(task, documents[number], number) for number in range(total)]
     metric = _metric_of(task, documents[0])
+    wanted = dict(task.config.generation_kwargs or {})
+    stops = stops_of(wanted)
 
     def score(answer: str, number: Any) -> float:
         # a document is read anew each time: some tasks write into it
-        return _number(task.process_results(documents[int(number)], [answer])[metric])
+        return _number(task.process_results(documents[int(number)], [cut(answer, stops)])[metric])
 
     features = dict(SAMPLE_FEATURES) | {"images": List(ImageFeature()), "answer": Value("string")}
-    longest = (task.config.generation_kwargs or {}).get("max_new_tokens")
-    return Dataset.from_list(rows, features=Features(features)), score, metric, longest
+    return Dataset.from_list(rows, features=Features(features)), score, metric, wanted
+
+
+def stops_of(wanted: dict[str, Any]) -> list[str]:
+    """The texts by which a task itself ends an answer."""
+    until = wanted.get("until") or []
+    return [stop for stop in ([until] if isinstance(until, str) else until) if stop and stop != FILLED_IN]
+
+
+def cut(text: str, stops: list[str]) -> str:
+    """
+    An answer up to the first of the texts that end it.
+
+    Example:
+
+    ```python
+    >>> cut("yes USER: and", ["USER:", "."])
+    'yes'
+    ```
+    """
+    ends = [text.index(stop) for stop in stops if stop in text]
+    return text[: min(ends)].strip() if ends else text.strip()
 
 
 def _row(task: Any, document: dict[str, Any], number: int) -> dict[str, Any]:

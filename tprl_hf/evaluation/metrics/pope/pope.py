@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from tprl_hf.answer_rules import says_yes
+from tprl_hf.answer_rules import expects_yes, says_yes
 
 DESCRIPTION = (
     """Object hallucination: yes-no questions about what is in the image, with "yes" as the positive class."""
@@ -34,7 +34,7 @@ class POPE(evaluate.Metric):
 
     def _compute(self, predictions, references):
         said = [says_yes(answer) for answer in predictions]
-        true = [reference.strip().lower() == "yes" for reference in references]
+        true = [expects_yes(reference) for reference in references]
         hits = sum(yes and expected for yes, expected in zip(said, true, strict=True))
         precision = hits / sum(said) if any(said) else 0.0
         recall = hits / sum(true) if any(true) else 0.0
