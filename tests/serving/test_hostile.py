@@ -133,7 +133,9 @@ def leave_soon(address, request, seconds):
 def text_of(answer) -> str:
     if not answer.content.startswith(b"data: "):
         return answer.json()["choices"][0]["message"]["content"].strip()
-    chunks = [json.loads(event[6:]) for event in answer.content.decode().split("\n\n") if event]
+    *events, last = [event[6:] for event in answer.content.decode().split("\n\n") if event]
+    assert last == "[DONE]"
+    chunks = map(json.loads, events)
     return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks).strip()
 
 
