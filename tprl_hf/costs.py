@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tprl_hf.modeling.budget import Budget, keep_counts, resolve_choice
+from tprl_hf.modeling.budget import Budget, bounds_of, keep_counts, resolve_choice
 from tprl_hf.modeling.columns import find_visual
 
 
@@ -50,10 +50,10 @@ def placeholder_ids(base_config: Any) -> list[int]:
 def own_budget(config: Any) -> Budget | None:
     """The budget of the pruner that a [`TPRLConfig`] names; `None` where that pruner has none of its own."""
     settings = config.pruner or {}
-    named = {name: settings.get(name) for name in ("keep_ratio", "num_keep", "threshold")}
+    named: dict[str, Any] = {name: settings.get(name) for name in ("keep_ratio", "num_keep", "threshold")}
     if all(value is None for value in named.values()):
         return None
-    return Budget(**named, min_keep=config.min_keep, max_keep=config.max_keep)
+    return Budget(**named, **bounds_of(config))
 
 
 def budget_in_use(given: dict[str, Any], pruner_budget: Budget | None, config: Any) -> Budget | None:

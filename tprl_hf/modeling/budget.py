@@ -81,6 +81,11 @@ def refuse_other_masks(keep_mask: Any) -> None:
         raise wrong("keep_mask", keep_mask, what, "Pass a torch tensor.")
 
 
+def bounds_of(config: Any) -> dict[str, Any]:
+    """`min_keep` and `max_keep` of a config, which bound each [`Budget`] of its model."""
+    return {"min_keep": config.min_keep, "max_keep": config.max_keep}
+
+
 def resolve_choice(
     keep_ratio: float | None,
     num_keep: int | None,
@@ -108,7 +113,7 @@ def resolve_choice(
     refuse_several(given)
     if keep_mask is not None or prune is False:
         return keep_mask
-    bounds: dict[str, Any] = {"min_keep": config.min_keep, "max_keep": config.max_keep}
+    bounds = bounds_of(config)
     if given and prune is None:
         return Budget(**budget, **bounds)
     if pruner_budget is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .budget import Budget, keep_counts
+from .budget import Budget, bounds_of, keep_counts
 from .generation_tprl import filler_of_answers, setting
 from .sequence_inputs import OTHER_PROMPTS
 from .values import FRACTION, KEPT_FRACTION, check_fields, wrong
@@ -155,8 +155,7 @@ def generate_escalated(
     inputs["return_dict_in_generate"] = True
 
     num_visual = adapter.find_visual(input_ids.cpu()).sum(1)
-    bounds = {name: getattr(model.config, name) for name in ("min_keep", "max_keep")}
-    second_budget = Budget(escalation.keep_ratio, **bounds)
+    second_budget = Budget(escalation.keep_ratio, **bounds_of(model.config))
     can_grow = keep_counts(num_visual, second_budget) > keep_counts(num_visual, choice)
     notes = FirstTokenNotes(len(input_ids))
     stop = StopsUnsure(notes, escalation.below, can_grow)

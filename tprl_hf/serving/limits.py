@@ -61,7 +61,12 @@ def status_and_message(error: Exception) -> tuple[int, str]:
         return error.status_code, error.detail
     if isinstance(error, (ValueError, OSError)):  # as on the command line: a user's mistake
         return 400, " ".join(str(error).split())
-    return 500, f"The server failed ({type(error).__name__}); its log says where."
+    return 500, failure(error)
+
+
+def failure(error: Exception) -> str:
+    """What a client is told of an error that is not the client's."""
+    return f"The server failed ({type(error).__name__}); its log says where."
 
 
 class WaitingRoom:

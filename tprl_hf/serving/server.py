@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from .connections import KnownHosts
 from .handler import ChatHandler, OneModel
-from .limits import Limits, WaitingRoom, error_response, refuse
+from .limits import Limits, WaitingRoom, error_response, failure, refuse
 from .records import Metrics, RequestRecord
 from .stopping import AnswerEnd
 
@@ -151,4 +151,4 @@ def note_refusal(record: RequestRecord, error: BaseException) -> None:
 async def describe_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return error_response(error.status_code, error.detail)
-    return error_response(500, f"The server failed ({type(error).__name__}); its log says where.")
+    return error_response(500, failure(error))

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from tprl_hf.modeling.budget import Budget
+from tprl_hf.modeling.budget import Budget, bounds_of
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs
 from tprl_hf.modeling.values import COUNT, flag, number
@@ -95,7 +95,7 @@ def mean_keep_ratio(
     model: TPRLForConditionalGeneration, pruner: LearnedPruner, batches: list[AnswerBatch], threshold: float
 ) -> float:
     """Kept tokens over all tokens, with `threshold`."""
-    budget = Budget(threshold=threshold, min_keep=model.config.min_keep, max_keep=model.config.max_keep)
+    budget = Budget(threshold=threshold, **bounds_of(model.config))
     kept = total = 0
     for batch in batches:
         keep_mask, _ = pruner.choose(batch.inputs, budget)

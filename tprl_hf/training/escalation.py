@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import LogitsProcessorList
 
-from tprl_hf.modeling.budget import Budget, keep_counts
+from tprl_hf.modeling.budget import Budget, bounds_of, keep_counts
 from tprl_hf.modeling.escalation import Escalation, FirstTokenNotes
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.values import COUNT, KEPT_FRACTION, number
@@ -64,8 +64,7 @@ def calibrate_escalation(
     encoder = SampleEncoder(model, processor)
     rows = with_pictures(given_dataset(dataset, "dataset"), "dataset")
     model.eval()
-    budgets = [Budget(ratio, min_keep=model.config.min_keep, max_keep=model.config.max_keep) for ratio in
-               (keep_ratio, escalate_keep_ratio)]  # fmt: skip
+    budgets = [Budget(ratio, **bounds_of(model.config)) for ratio in (keep_ratio, escalate_keep_ratio)]
     probabilities: list[torch.Tensor] = []
     first: list[torch.Tensor] = []
     second: list[torch.Tensor] = []

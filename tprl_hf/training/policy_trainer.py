@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from tprl_hf import __version__
 from tprl_hf.data.digest import data_digest
-from tprl_hf.modeling.budget import Budget
+from tprl_hf.modeling.budget import Budget, bounds_of
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.pruning_policy import PolicyOutput
 from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs
@@ -135,7 +135,6 @@ class PolicyTrainer(PrunerTrainer):
     def measure_masks(self, dataset: Dataset) -> tuple[dict[str, float], list[ChosenTokens]]:
         """What `measure` gives, and what was chosen of the samples of this process."""
         model, ratios, measured_by = self.tprl_model, self.args.eval_keep_ratios, self.measured_by(dataset)
-        bounds = {name: getattr(model.config, name) for name in ("min_keep", "max_keep")}
         pruner = model.learned_pruner()
         totals: dict[str, Tensor] = {}  # of each metric its sum, and how many samples it is known of, [2, R]
         found: list[ChosenTokens] = []
@@ -151,7 +150,7 @@ class PolicyTrainer(PrunerTrainer):
             batch = self.unpruned_answers(batch) if measured_by == "unpruned answers" else batch
             chosen, scores = [], []
             for column, ratio in enumerate(ratios):
-                budget = Budget(keep_ratio=ratio, **bounds)
+                budget = Budget(keep_ratio=ratio, **bounds_of(model.config))
                 keep_mask, of_tokens = pruner.choose(batch.inputs, budget)
                 measured = self.measure_answers(batch, keep_mask, measured_by)
                 if reads_questions:
