@@ -36,6 +36,8 @@ def test_the_units_of_questions_are_their_images():
         *("a", "a", 2, 3, "b", "0"),
     ]
     assert units_of(Dataset.from_dict({"image_id": [0, 0, 1]})) == [0, 0, 1]  # 0 is an image too
+    numbered = units_of(Dataset.from_dict({**rows, "image_id": ["4", "2", None, "", None, ""]}, features=features))
+    assert len(set(map(str, numbered))) == 6  # a question without a label is not of the image "2" or "4"
 
 
 def test_equal_scores_have_no_width_and_the_same_seed_gives_the_same_interval():

@@ -37,12 +37,14 @@ def units_of(samples: "Dataset") -> list[Hashable]:
         samples (`Dataset`): The questions. Those with one `image_id` share a unit, and so do those without any about
             the same pictures; a question without a picture is a unit alone.
     """
-    first: dict[str, int] = {}
+    labels = list(samples["image_id"])
+    taken = set(map(str, labels))  # a file keeps units as texts
+    first: dict[str, Hashable] = {}
     units: list[Hashable] = []
-    for number, unit in enumerate(samples["image_id"]):
+    for number, unit in enumerate(labels):
         if unit in (None, ""):
-            sample = samples[number]
-            unit = first.setdefault(image_digest(sample), number) if images_of(sample) else number
+            sample, own = samples[number], f"question {number}" if str(number) in taken else number
+            unit = first.setdefault(image_digest(sample), own) if images_of(sample) else own
         units.append(unit)
     return units
 
