@@ -136,31 +136,24 @@ def test_the_two_recipes():
     assert "differs from the shipped one by {} points at 1/3, {} at 1/9".format(*differences) in PAGE
 
 
-def test_the_runs_without_labels_that_are_measured():
-    """Of a table whose page is not made yet."""
-    table = read_table("unlabelled")
-    runs, measured = runs_of(table, Path("runs"), full=False), MeasuredRuns(table, PAPER)
+def test_the_numbers_of_the_runs_without_labels():
+    budgets, shipped = ("1/3", "1/9", "1/18"), "with labels, the shipped checkpoint"
 
-    def lost_by(label: str, number: int) -> list[str]:
-        """Points that all seeds of a row lose on average, by budget."""
-        paths = [measured.path_of(one) for one in runs if one.label == label]
-        assert len(paths) == number
-        kept = [json.loads(path.read_text(encoding="utf-8"))["answers"] for path in paths]
-        correct = [
-            fmean(score for one in kept for score in unpacked(one[budget], RESULTS["num_samples"])["correct"])
-            for budget in table.keep_ratios
-        ]
-        return [f"{100 * (RESULTS['unpruned']['value'] - share):.2f}" for share in correct]
+    def lost_by(label: str) -> list[str]:
+        """Points that a row loses, by budget."""
+        found = [float(points("unlabelled", label, budget).split()[0]) for budget in budgets]
+        return [f"{-one:.2f}" for one in found]
 
-    without_labels, with_labels = lost_by("without labels", 3), [lost("ppo", budget) for budget in table.keep_ratios]
+    without_labels, with_labels = lost_by("without labels"), [lost("ppo", budget) for budget in budgets]
     for one, other in zip(without_labels, with_labels, strict=True):
         assert abs(float(one) - float(other)) < 0.3
     assert "three seeds without labels lose {}, {} and {} points at 1/3, 1/9 and 1/18".format(*without_labels) in PAGE
-    assert "with labels {}, {} and {}. One seed".format(*with_labels) in PAGE
-    blind = lost_by("without labels and question", 1)
-    rule = [lost("divprune", budget) for budget in table.keep_ratios]
-    assert "not read the question either loses {}, {} and {}; DivPrune".format(*blind) in PAGE
-    assert "a rule that does not read it, {}, {} and {}.".format(*rule) in PAGE
+    assert "with labels {}, {} and {}. Without".format(*with_labels) in PAGE
+    differences = [points("unlabelled", "without labels", budget, shipped) for budget in budgets]
+    assert "the shipped checkpoint by {}, {} and {} ([table]".format(*differences) in PAGE
+    blind, rule = lost_by("without labels and question"), [lost("divprune", budget) for budget in budgets]
+    assert "neither labels nor question loses {}, {} and {} points".format(*blind) in PAGE
+    assert "a rule that does not read it, {}, {} and {} (the same table)".format(*rule) in PAGE
     assert all(float(one) >= float(other) for one, other in zip(blind, rule, strict=True))
 
 
