@@ -233,6 +233,16 @@ def test_other_forms_are_refused_by_name(name, value, message):
         model(**inputs, keep_mask=torch.arange(16) % 2 == 0)
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_mask_in_second_place_is_told_from_pixels(family):
+    """As many base models have it there; ours is LLaVA's order for all families."""
+    _, model = wrap(family)
+    inputs = collate(family, [sample(family, 0, 1)])
+    for mask in (inputs["attention_mask"], inputs["attention_mask"].bool()):
+        with pytest.raises(ValueError, match=r"pixel_values is torch.* as a mask is: pass attention_mask by its name"):
+            model(inputs["input_ids"], mask)
+
+
 # Also of all others whose base model takes embeddings: not of PaliGemma 2, Ovis 2, Gemma 4 and Qwen 2.5 Omni.
 @pytest.mark.parametrize("family", ["llava", "idefics3", "gemma3", "qwen2_5_vl", "gemma4_unified"])
 @torch.no_grad()

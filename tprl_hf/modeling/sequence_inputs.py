@@ -53,6 +53,12 @@ def check_call(
     for name in ("position_ids", "labels", "shift_labels"):
         if inputs.get(name) is not None and not is_whole(inputs[name]):
             raise wrong(name, inputs[name], "a tensor of whole numbers", PASS_TENSORS)
+    pixels = inputs.get("pixel_values")
+    if isinstance(pixels, Tensor) and pixels.shape == input_ids.shape and not pixels.is_floating_point():
+        raise ValueError(
+            f"pixel_values is {pixels.dtype} with the shape of input_ids, as a mask is: pass attention_mask by its "
+            "name, since families of models have other arguments in second place."
+        )
 
 
 def is_whole(value: Any) -> bool:
