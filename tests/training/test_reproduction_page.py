@@ -157,6 +157,15 @@ def test_the_numbers_of_the_runs_without_labels():
     assert all(float(one) >= float(other) for one, other in zip(blind, rule, strict=True))
 
 
+def test_the_discount_of_a_step():
+    losses = [
+        [f"{-float(points('lambda_disc', label, budget).split()[0]):.2f}" for label in ("0.25", "0.5", "0.75", "1")]
+        for budget in ("1/3", "1/9")
+    ]
+    assert "recipe loses {}, {}, {} and {} points at 1/3".format(*losses[0]) in PAGE
+    assert "and {}, {}, {} and {} at 1/9 ([table]".format(*losses[1]) in PAGE
+
+
 def test_the_timings_are_those_of_the_gpu():
     timed = json.loads((ROOT / "docs" / "results" / "gpu" / "llava-1.5-7b_third.json").read_text(encoding="utf-8"))
     before, after = (timed["milliseconds"][f"prefill {way}"]["median"] for way in ("unpruned", "pruned"))
