@@ -157,6 +157,28 @@ def test_the_numbers_of_the_runs_without_labels():
     assert all(float(one) >= float(other) for one, other in zip(blind, rule, strict=True))
 
 
+def test_the_ways_to_give_credit():
+    shipped = "counterfactual (ours)"
+    rows = {
+        "counterfactual, 16 questions a step": "with 16 questions a step {}, {}, {} and {} points",
+        "GRPO, bits": "GRPO with bits {}, {}, {} and {};",
+        "GRPO, sets": "GRPO with sets {}, {}, {} and {};",
+        "GRPO, sets, annealed": "the same at falling budgets {}, {}, {} and {};",
+        "noise gates, KL": "noise gates with the KL target {}, {}, {} and {} ([table]",
+    }
+    for label, text in rows.items():
+        assert text.format(*(points("credit", label, at, shipped) for at in ("1/3", "2/9", "1/9", "1/18"))) in PAGE
+    longer = [points("credit_longer", "GRPO, sets, annealed", at, shipped) for at in ("1/3", "2/9", "1/9", "1/18")]
+    assert "sets at falling budgets have {}, {}, {} and {} ([table]".format(*longer) in PAGE
+
+
+def test_positions_counted_anew():
+    differences = [
+        points("positions", "counted anew", at, "original positions") for at in ("1/3", "2/9", "1/9", "1/18")
+    ]
+    assert "original positions by {}, {}, {} and {} points".format(*differences) in PAGE
+
+
 def test_the_discount_of_a_step():
     losses = [
         [f"{-float(points('lambda_disc', label, budget).split()[0]):.2f}" for label in ("0.25", "0.5", "0.75", "1")]
