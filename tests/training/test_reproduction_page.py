@@ -188,6 +188,15 @@ def test_the_discount_of_a_step():
     assert "and {}, {}, {} and {} at 1/9 ([table]".format(*losses[1]) in PAGE
 
 
+def test_the_parts_of_the_reward():
+    for label, text in (
+        ("log-probability instead of correctness", "log-probability instead of correctness {} and {} points"),
+        ("no bonus for removed tokens", "no bonus {} and {},"),
+        ("a bonus five times as large", "a bonus five times as large {} and {} ([table]"),
+    ):
+        assert text.format(*(points("rewards", label, at, "the paper's") for at in ("1/3", "1/9"))) in PAGE
+
+
 def test_the_timings_are_those_of_the_gpu():
     timed = json.loads((ROOT / "docs" / "results" / "gpu" / "llava-1.5-7b_third.json").read_text(encoding="utf-8"))
     before, after = (timed["milliseconds"][f"prefill {way}"]["median"] for way in ("unpruned", "pruned"))
