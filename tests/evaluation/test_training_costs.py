@@ -71,6 +71,7 @@ def test_each_keep_mask_of_a_rollout_is_counted():
     assert kept_in_rollouts(TPRLGRPOConfig("x", **budgets)) == pytest.approx([0.5, 0.25, 0.3] * 2)
     last = TPRLGRPOConfig("x", **budgets, score_every_step=False)
     assert kept_in_rollouts(last) == pytest.approx([0.3] * 2)
+    assert kept_in_rollouts(TPRLPPOConfig("x", num_steps=2, score_every_step=False)) == pytest.approx([0.7 * 0.35])
     free = kept_in_rollouts(TPRLPPOConfig("x", num_steps=2, lambda_disc=0.5, num_generations=1))
     assert free == pytest.approx([0.7, 0.7 * 0.35])
     flips = CounterfactualConfig("x", rollout_keep_ratios=[0.2, 0.4], num_flips=5)

@@ -122,6 +122,7 @@ CONFIGS: dict[type, dict[str, Any]] = {
         **OF_ROLLOUTS,
         "num_steps": is_count,
         "lambda_disc": is_fraction,
+        "score_every_step": is_flag,
         "alpha": is_rate,
         "beta": is_rate,
         "gamma": is_unit,

@@ -417,6 +417,25 @@ def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_pa
     torch.testing.assert_close(advantages[0], advantages[1], atol=1e-5, rtol=1e-4)
 
 
+def test_ppo_may_score_the_last_step_alone(make_model, processor, dataset, tmp_path):
+    """Without discounts the returns are the same; the LLM scores a third of the masks, and each question unpruned."""
+    made = []
+    for every in (True, False):
+        undiscounted = {"gamma": 1.0, "lam": 1.0, "whiten_advantages": False, "num_steps": 3}
+        trainer = stage("ppo", make_model, processor, dataset, str(tmp_path), score_every_step=every, **undiscounted)
+        trainer.collect(0)
+        assert "objective/score_unpruned" in trainer.metrics
+        made.append((trainer.buffer["returns"][0], trainer.rollouts, trainer.metrics, trainer.num_scored))
+    (returns, rollouts, metrics, scored), (last, same, others, fewer) = made
+    assert torch.equal(rollouts.keep_masks, same.keep_masks)
+    # the return of the first step, which all trajectories have; later ones lack what was scored before them
+    torch.testing.assert_close(returns, last, atol=1e-5, rtol=1e-4)
+    rewards = [float(one["objective/reward"][-1]) for one in (metrics, others)]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
+    questions, trajectories = len(trainer.batch), len(rollouts.sample_index)
+    assert (scored, fewer) == (questions + 3 * trajectories, questions + trajectories)
+
+
 @pytest.mark.parametrize(
     ("config_class", "settings", "message"),
     [

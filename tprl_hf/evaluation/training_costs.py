@@ -93,6 +93,8 @@ def kept_in_rollouts(config: Any) -> list[float]:
 
 def scores_unpruned(config: Any) -> bool:
     """Whether an algorithm scores unpruned prompts: once for each question."""
+    if isinstance(config, TPRLPPOConfig):
+        return True
     return not hasattr(config, "num_flips") and getattr(config, "score_every_step", True)
 
 
@@ -148,10 +150,12 @@ def evaluation_work(config: Any, rows: int, times: float, prompts: Prompts, hits
     return Work(images=images, llm_tokens=times * rows * tokens)
 
 
-def plan_paper(questions: int, epochs: float, speed: Speed) -> list[tuple[str, Work, float]]:
+def plan_paper(
+    questions: int, epochs: float, speed: Speed, score_every_step: bool = True
+) -> list[tuple[str, Work, float]]:
     """Each stage of recipes/paper.yaml with LLaVA-1.5-7B and a cache of all features: its work and its hours."""
     prompts, size = Prompts(visual=576, text=65), 576 * 4096 * 2.0
-    ppo = TPRLPPOConfig("x", num_steps=3, lambda_disc=0.5, num_train_epochs=epochs)
+    ppo = TPRLPPOConfig("x", num_steps=3, lambda_disc=0.5, num_train_epochs=epochs, score_every_step=score_every_step)
     filled = Work(images=-questions, read_bytes=questions * size)  # by the first stage
     stages = {
         "autoencoder": supervised_work(AutoencoderConfig("x"), questions, prompts, size, 1.0),
@@ -171,6 +175,7 @@ def main() -> None:
     parser.add_argument("--images-per-second", type=float, default=33, help="through processor and tower")
     parser.add_argument("--read-gb", type=float, default=2, help="a second, of the disk with the cache")
     parser.add_argument("--update-ms", type=float, default=15, help="an optimizer step of the policy")
+    parser.add_argument("--last-masks", action="store_true", help="with ppo.score_every_step=false")
     given = parser.parse_args()
     speed = Speed(
         image=1 / given.images_per_second,
@@ -178,7 +183,7 @@ def main() -> None:
         update=given.update_ms / 1000,
         read_byte=1 / (given.read_gb * 1e9),
     )
-    plan = plan_paper(given.questions, given.epochs, speed)
+    plan = plan_paper(given.questions, given.epochs, speed, not given.last_masks)
     print(
         f"{'stage':15} {'images':>8} {'LLM tokens':>11} {'updates':>9} {'TB read':>8} {'MB/s read':>10} {'hours':>7}"
     )

@@ -50,7 +50,7 @@ class TPRLGRPOTrainer(BudgetedRolloutTrainer):
         )  # fmt: skip
         step_mask, num_kept = rollouts.step_mask, rollouts.num_kept
 
-        scores = self.score_steps(self.batch, rollouts, args.score_every_step)
+        scores = self.score_steps(self.batch, rollouts, args.score_every_step, args.score_every_step)
         is_scored = ~scores.isnan().any(0)  # else no reward function said anything, and nothing is learned
         rewards = step_rewards(scores.nan_to_num(), num_kept, 1.0, args.efficiency_coef)
         rewards = in_existing_steps(rewards, step_mask)

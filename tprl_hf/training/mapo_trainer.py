@@ -157,7 +157,7 @@ class TPRLMAPOTrainer(TPRLGRPOTrainer):
             model.policy, model.autoencoder, self.batch.inputs, args.num_generations, args.num_steps,
             args.lambda_disc, generator, budgets,
         )  # fmt: skip
-        scores = self.score_steps(self.batch, fresh, args.score_every_step)
+        scores = self.score_steps(self.batch, fresh, args.score_every_step, args.score_every_step)
         is_scored = ~scores.isnan().any(0)  # else no reward function said anything, and nothing is learned
         rewards = step_rewards(scores.nan_to_num(), fresh.num_kept, 1.0, args.efficiency_coef)
         rewards = in_existing_steps(rewards, fresh.step_mask)

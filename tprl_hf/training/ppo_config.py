@@ -19,6 +19,9 @@ class TPRLPPOConfig(RolloutConfig):
             Steps T of a trajectory at most.
         lambda_disc (`float`, defaults to 0.5):
             Step t draws from `lambda_disc ** t * p` (eq. 14), t counted from 0.
+        score_every_step (`bool`, defaults to `True`):
+            Score after each step (eq. 4). Else only after the last one, whose reward is then the whole change from the
+            unpruned prompt: far fewer tokens for the LLM, and the same returns where `gamma` and `lam` are 1.
         alpha (`float`, defaults to 1.0), beta (`float`, defaults to 0.1):
             Weights of score and efficiency in the reward (eq. 4).
         gamma (`float`, defaults to 0.99), lam (`float`, defaults to 0.95):
@@ -54,6 +57,7 @@ class TPRLPPOConfig(RolloutConfig):
 
     num_steps: int = 3
     lambda_disc: float = 0.5
+    score_every_step: bool = True
     alpha: float = 1.0
     beta: float = 0.1
     gamma: float = 0.99

@@ -51,7 +51,7 @@ class TPRLPPOTrainer(RolloutTrainer):
         step_mask, num_kept = rollouts.step_mask, rollouts.num_kept
 
         # r_t = alpha (Score(H_t) - Score(H_{t-1})) + beta (1 - K_t / K_{t-1}) (eq. 4-6)
-        scores = self.score_steps(self.batch, rollouts)
+        scores = self.score_steps(self.batch, rollouts, args.score_every_step)
         is_scored = ~scores.isnan().any(0)  # else no reward function said anything, and nothing is learned
         rewards = step_rewards(scores.nan_to_num(), num_kept, args.alpha, args.beta)
         rewards = in_existing_steps(rewards, step_mask)

@@ -284,27 +284,32 @@ class RolloutTrainer(PolicyTrainer):
         self.num_scored = trained_with  # `llm_passes` counts what training costs, not what measuring does
         return {"reward": rewards[~rewards.isnan()]}
 
-    def score_steps(self, batch: AnswerBatch, rollouts: Rollouts, every_step: bool = True) -> Tensor:
+    def score_steps(
+        self, batch: AnswerBatch, rollouts: Rollouts, every_step: bool = True, with_unpruned: bool = True
+    ) -> Tensor:
         """
         Scores before the first step and after each, float32 `[T + 1, S]`; NaN where no reward function said anything.
 
-        Without `every_step` only the last masks are scored, and all other scores are 0. This is enough where the
-        rollouts of one question are compared: the score of its unpruned prompt, the most expensive one, cancels.
+        Args:
+            every_step: else only the last masks are scored, and the steps before have the score of the start, so that
+                the last step is given the whole change.
+            with_unpruned: else the score of the start is 0. This is enough where the rollouts of one question are
+                compared, because it cancels.
         """
         num_steps, num_trajectories = rollouts.step_mask.shape
-        if not every_step:
-            last = self.score_masks(batch, rollouts.keep_masks[-1], rollouts.sample_index.tolist())
-            self.note(last.metrics())
-            self.final_scores = last.scores
-            return torch.cat([torch.zeros_like(last.scores).expand(num_steps, -1), last.scores[None]])
-        # one call for all steps
-        masks, samples = rollouts.keep_masks[1:].flatten(0, 1), rollouts.sample_index.tolist() * num_steps
-        unpruned, scored = self.score_with_unpruned(batch, masks, samples)
+        masks = rollouts.keep_masks[1:] if every_step else rollouts.keep_masks[-1:]
+        masks, samples = masks.flatten(0, 1), rollouts.sample_index.tolist() * len(masks)  # one call for all
+        if with_unpruned:
+            start, scored = self.score_with_unpruned(batch, masks, samples)
+            self.note({"objective/score_unpruned": start.nanmean()})
+        else:
+            scored = self.score_masks(batch, masks, samples)
+            start = scored.scores.new_zeros(len(batch))
         final = scored.take(slice(-num_trajectories, None))
         self.final_scores = final.scores
-        self.note({**final.metrics(), "objective/score_unpruned": unpruned.nanmean()})
-        pruned = scored.scores.view(num_steps, num_trajectories)
-        return torch.cat([unpruned[rollouts.sample_index][None], pruned])
+        self.note(final.metrics())
+        pruned = scored.scores.view(-1, num_trajectories)
+        return torch.cat([start[rollouts.sample_index].expand(num_steps + 1 - len(pruned), -1), pruned])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, "llm_passes": self.llm_passes}, start_time)
