@@ -44,6 +44,8 @@ def test_the_hours_of_the_page_are_those_of_the_command(printed):
     assert round(printed("--epochs", passes)["sum"]) == 48
     (faster,) = re.findall(r"one H100 at 720 TFLOP/s, all 200 passes \| (\d+) \|", PAGE)
     assert round(printed("--tflops", "720")["sum"]) == int(faster)
+    (last,) = re.findall(r"with `--last-masks`\) \| (\d+) \|", PAGE)
+    assert round(printed("--last-masks")["sum"]) == int(last)
 
 
 def test_twice_as_many_questions_cost_twice_and_a_faster_machine_less(printed):
