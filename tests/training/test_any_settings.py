@@ -114,6 +114,7 @@ GRPO = {
     "scale_rewards": among("group", "none"),
     "ratio": among("joint", "token"),
     "draw": among("bits", "sets"),
+    "num_probes": lambda value: is_count(value, 0),
 }
 CONFIGS: dict[type, dict[str, Any]] = {
     AutoencoderConfig: OF_ALL,

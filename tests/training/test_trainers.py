@@ -417,6 +417,36 @@ def test_only_the_last_step_may_be_scored(make_model, processor, dataset, tmp_pa
     torch.testing.assert_close(advantages[0], advantages[1], atol=1e-5, rtol=1e-4)
 
 
+def test_probes_say_which_questions_are_worth_scoring(make_model, processor, dataset, tmp_path):
+    """Scores are those of scoring all; questions whose probes agree are left, and cost only their probes."""
+
+    def collected(**settings):
+        asked = {"efficiency_coef": 0.0, "num_generations": 4, "per_device_train_batch_size": 8, "min_logprob": -100.0}
+        settings = {**asked, "score_every_step": False, **settings}
+        trainer = stage("grpo", make_model, processor, dataset, str(tmp_path), **settings)
+        trainer.collect(0)
+        return trainer
+
+    def scores_of(trainer, groups):
+        return trainer.final_scores.view(-1, 4)[groups]
+
+    every = collected()
+    probes = every.final_scores.view(-1, 4)[:, :2].std(1)
+    middle = float(probes.sort().values[3:5].mean())  # some questions are below it, some above
+    assert 0 < middle < probes.max()
+    trainer = collected(num_probes=2, min_spread=middle)
+    open_groups = probes >= middle
+    torch.testing.assert_close(scores_of(trainer, open_groups), scores_of(every, open_groups), atol=1e-5, rtol=1e-4)
+    left = scores_of(trainer, ~open_groups)
+    assert left[:, 2:].isnan().all() and not left[:, :2].isnan().any()
+    questions = len(probes)
+    assert trainer.num_scored == 2 * questions + 2 * int(open_groups.sum()) < every.num_scored == 4 * questions
+    advantages, same = (one.buffer["advantages"][0].view(-1, 4) for one in (trainer, every))
+    torch.testing.assert_close(advantages[open_groups], same[open_groups], atol=1e-3, rtol=1e-3)
+    trained_on = trainer.buffer["is_trained_on"].view(-1, 4)
+    assert trained_on.any() and not trained_on[~open_groups].any()
+
+
 def test_ppo_may_score_the_last_step_alone(make_model, processor, dataset, tmp_path):
     """Without discounts the returns are the same; the LLM scores a third of the masks, and each question unpruned."""
     made = []
@@ -440,6 +470,8 @@ def test_ppo_may_score_the_last_step_alone(make_model, processor, dataset, tmp_p
     ("config_class", "settings", "message"),
     [
         (TPRLGRPOConfig, {**GRPO, "num_generations": 1}, r"at least 2; got 1\. GRPO compares"),
+        (TPRLGRPOConfig, {**GRPO, "num_probes": 2, "num_generations": 2}, "less than num_generations=2; got 2"),
+        (TPRLGRPOConfig, {**GRPO, "num_probes": 2, "num_generations": 8}, "set score_every_step=False and min_spread"),
         (TPRLPPOConfig, {**PPO, "gradient_accumulation_steps": 2}, "micro_batch_size"),
         (TPRLPPOConfig, {**PPO, "ratio": "geometric"}, "ratio must be 'joint' or 'token'; got 'geometric'"),
         (

@@ -34,6 +34,10 @@ class TPRLGRPOConfig(BudgetedRolloutConfig):
             Draw each bit by itself, or sets of tokens without replacement: every rollout then keeps exactly as many as
             its budget says, as in TwigVLM++ (arXiv 2503.14075 v3). Sets need `rollout_keep_ratios`, `lambda_disc=1`
             and no shared budget.
+        num_probes (`int`, defaults to 0):
+            So many rollouts of each question are scored first, and the others only where the scores of these differ by
+            `min_spread`, so that questions which teach nothing cost less. 0 scores all. Needs
+            `score_every_step=False`.
 
     Raises:
         `ValueError`: for settings that exclude each other.
@@ -43,6 +47,7 @@ class TPRLGRPOConfig(BudgetedRolloutConfig):
         "num_generations": whole(2, cure="GRPO compares the rollouts of a question."),
         "num_steps": COUNT,
         "lambda_disc": FRACTION,
+        "num_probes": whole(0),
     }
 
     per_device_train_batch_size: int = 8
@@ -53,6 +58,7 @@ class TPRLGRPOConfig(BudgetedRolloutConfig):
     scale_rewards: Literal["group", "none"] = "group"
     ratio: Literal["joint", "token"] = "joint"
     draw: Literal["bits", "sets"] = "bits"
+    num_probes: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,4 +66,14 @@ class TPRLGRPOConfig(BudgetedRolloutConfig):
             raise ValueError(
                 f'draw="sets" keeps as many tokens as a budget says: set rollout_keep_ratios, shared_budget=0 and '
                 f"lambda_disc=1; got {self.rollout_keep_ratios}, {self.shared_budget} and {self.lambda_disc}."
+            )
+        if self.num_probes and not 2 <= self.num_probes < self.num_generations:
+            raise ValueError(
+                f"num_probes must be 0, or at least 2 and less than num_generations={self.num_generations}; "
+                f"got {self.num_probes}."
+            )
+        if self.num_probes and (self.score_every_step or self.min_spread == 0):
+            raise ValueError(
+                f"num_probes={self.num_probes} saves the scores of questions that min_spread leaves out: set "
+                f"score_every_step=False and min_spread above 0; got {self.score_every_step} and {self.min_spread}."
             )

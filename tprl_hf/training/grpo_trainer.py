@@ -18,6 +18,7 @@ from .grpo_config import TPRLGRPOConfig
 from .rewards import in_existing_steps, step_rewards
 from .rollout_trainer import BudgetedRolloutTrainer
 from .rollouts import (
+    Rollouts,
     collect_rollouts,
     logits_at_budget,
     logits_of_start,
@@ -50,7 +51,10 @@ class TPRLGRPOTrainer(BudgetedRolloutTrainer):
         )  # fmt: skip
         step_mask, num_kept = rollouts.step_mask, rollouts.num_kept
 
-        scores = self.score_steps(self.batch, rollouts, args.score_every_step, args.score_every_step)
+        if args.num_probes:
+            scores = self.score_probes_first(rollouts)
+        else:
+            scores = self.score_steps(self.batch, rollouts, args.score_every_step, args.score_every_step)
         is_scored = ~scores.isnan().any(0)  # else no reward function said anything, and nothing is learned
         rewards = step_rewards(scores.nan_to_num(), num_kept, 1.0, args.efficiency_coef)
         rewards = in_existing_steps(rewards, step_mask)
@@ -66,13 +70,36 @@ class TPRLGRPOTrainer(BudgetedRolloutTrainer):
             self.buffer["start_logits"] = logits_of_start(
                 self.start_policy, codes, self.batch.inputs, rollouts, budgets, args.lambda_disc
             )
+        is_known = is_scored.view(-1, args.num_generations).any(1).repeat_interleave(args.num_generations)
         self.note(
             {
-                "objective/reward": rewards.sum(0)[is_scored].mean(),
+                "objective/reward": returns[0][is_known].mean(),
                 "objective/keep_ratio": (num_kept[-1] / num_kept[0].clamp(min=1)).mean(),
                 "objective/is_trained_on": trained_on.float().mean(),
             }
         )
+
+    def score_probes_first(self, rollouts: Rollouts) -> Tensor:
+        """
+        Scores as of [`~RolloutTrainer.score_steps`], of the last masks only; NaN where a question was left after
+        `num_probes` of its rollouts. What is logged are the means over the probes, which no question lacks.
+        """
+        args = self.args
+        groups = torch.arange(len(rollouts.sample_index), device=args.device).view(-1, args.num_generations)
+        probes, others = groups[:, : args.num_probes].flatten(), groups[:, args.num_probes :]
+        probed = self.score_steps(self.batch, rollouts.take(probes), every_step=False, with_unpruned=False)
+        scores = probed.new_full((len(probed), groups.numel()), torch.nan)
+        scores[:, probes] = probed
+
+        known = fill_with_group_mean(probed[-1:].nan_to_num(), ~probed[-1].isnan(), args.num_probes)
+        spread = known.view(-1, args.num_probes).std(1)
+        index = others[spread >= args.min_spread].flatten()
+        if len(index) > 0:
+            rest = rollouts.take(index)
+            found = self.score_masks(self.batch, rest.keep_masks[-1], rest.sample_index.tolist()).scores
+            scores[:, index] = torch.cat([found.new_zeros(len(probed) - 1, len(index)), found[None]])
+        self.final_scores = scores[-1]
+        return scores
 
     def trajectory_losses(self, networks: nn.Module, index: Tensor) -> Tensor:
         args = self.args
