@@ -402,7 +402,8 @@ def test_recipes_of_older_versions_are_read(tmp_path):
     assert make_config("counterfactual", found).num_iterations == 4
 
     paper = {"advantages": "gae", "score_every_step": True, "beta": 0.1, "num_rollouts": 1}
-    assert read(**paper)["ppo"] == {"beta": 0.1, "num_generations": 1}
+    assert read(**paper)["ppo"] == {"beta": 0.1, "num_generations": 1, "score_every_step": True}
+    assert read(score_every_step=False)["ppo"] == {"score_every_step": False}  # today's code has it again
     refused("ppo.entropy_coef=0.01 is no longer possible: set it to 0", **{**shipped, "entropy_coef": 0.01})
     refused("is now the stage grpo", advantages="group")
     refused("ppo.target_keep_ratio=0.3 is no longer possible", target_keep_ratio=0.3)

@@ -38,7 +38,6 @@ _COUNTERFACTUAL_NAMES = {
 # Settings that are gone, with the only value that today's code stands for.
 _PPO_GONE = {
     "advantages": "gae",
-    "score_every_step": True,
     "rollout_keep_ratios": None,
     "shared_budget": 0,
     "weight_by_budget": False,
