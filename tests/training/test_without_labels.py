@@ -189,15 +189,15 @@ def test_the_recipe_for_own_data_needs_no_answers(base, own_data, tmp_path):
         "base_model": base, "output_dir": tmp_path / "run",
         "data.train.source": own_data, "data.validation.source": own_data,
         "policy.latent_dim": 16, "policy.policy_num_heads": 4, "policy.policy_dim": 16,
-        "lfd.num_train_epochs": 1, "counterfactual.num_flips": 2,
+        "lfd.num_train_epochs": 1,
     }  # fmt: skip
-    for stage in ("autoencoder", "lfd", "counterfactual"):
+    for stage in ("autoencoder", "lfd", "grpo"):
         small |= {f"{stage}.max_steps": 1, f"{stage}.use_cpu": True}
-    for stage in ("demonstrations", "lfd", "counterfactual"):
+    for stage in ("demonstrations", "lfd", "grpo"):
         small[f"{stage}.max_answer_length"] = 4
     words = [f"{name}={json.dumps(str(value) if isinstance(value, Path) else value)}" for name, value in small.items()]
     assert main(["train", "all", "--config", "own_data", "--set", *words]) == 0
-    metrics = json.loads((tmp_path / "run" / "counterfactual" / "training.json").read_text())["metrics"]
+    metrics = json.loads((tmp_path / "run" / "grpo" / "training.json").read_text())["metrics"]
     assert metrics.keys() >= {"agreement@0.333", "agreement@0.111"} and "accuracy" not in metrics
 
 
