@@ -172,6 +172,19 @@ def test_the_ways_to_give_credit():
     assert "sets at falling budgets have {}, {}, {} and {} ([table]".format(*longer) in PAGE
 
 
+def test_the_rival_of_the_shipped_policy():
+    label = "GRPO, sets, annealed, probes"
+    differences = [points("rival", label, at, "the shipped checkpoint") for at in ("1/3", "1/9", "1/18")]
+    assert "three times the demonstrations: {}, {} and {} points at 1/3, 1/9 and 1/18".format(*differences) in PAGE
+    for pair in differences:
+        low, high = pair.split("[")[1].rstrip("]").split(", ")
+        assert float(low) < 0 < float(high)  # "as good as"
+    table = read_table("rival")
+    measured, runs = MeasuredRuns(table, PAPER), runs_of(table, Path("runs"), full=False)
+    passes = [json.loads(measured.path_of(one).read_text(encoding="utf-8"))["curve"][-1]["llm_passes"] for one in runs]
+    assert f"about {round(fmean(passes), -3):,.0f} passes" in PAGE
+
+
 def test_positions_counted_anew():
     differences = [
         points("positions", "counted anew", at, "original positions") for at in ("1/3", "2/9", "1/9", "1/18")
