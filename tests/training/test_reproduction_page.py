@@ -164,6 +164,7 @@ def test_the_ways_to_give_credit():
         "GRPO, bits": "GRPO with bits {}, {}, {} and {};",
         "GRPO, sets": "GRPO with sets {}, {}, {} and {};",
         "GRPO, sets, annealed": "the same at falling budgets {}, {}, {} and {};",
+        "GRPO, sets, annealed, probes": "with probes besides {}, {}, {} and {};",
         "noise gates, KL": "noise gates with the KL target {}, {}, {} and {} ([table]",
     }
     for label, text in rows.items():
