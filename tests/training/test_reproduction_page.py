@@ -206,7 +206,8 @@ def test_the_parts_of_the_reward():
     for label, text in (
         ("log-probability instead of correctness", "log-probability instead of correctness {} and {} points"),
         ("no bonus for removed tokens", "no bonus {} and {},"),
-        ("a bonus five times as large", "a bonus five times as large {} and {} ([table]"),
+        ("a bonus five times as large", "a bonus five times as large {} and {},"),
+        ("scores of the last masks only", "scores of the last masks only {} and {} ([table]"),
     ):
         assert text.format(*(points("rewards", label, at, "the paper's") for at in ("1/3", "1/9"))) in PAGE
 
