@@ -142,6 +142,7 @@ CONFIGS: dict[type, dict[str, Any]] = {
         **GRPO,
         "scale_rewards": among("none"),
         "draw": among("bits"),
+        "num_probes": lambda value: is_count(value, 0) and scalar(value) == 0,
         "shared_budget": lambda value: is_unit(value) and scalar(value) == 0,
         "memory_size": is_count,
         "memory_weight": lambda value: is_number(value, above=0, below=1),
@@ -214,6 +215,11 @@ def goes_together(config_class: type, values: dict[str, Any]) -> bool:
         of.get("rollout_keep_ratios") and not scalar(of.get("shared_budget", 0)) and scalar(of.get("lambda_disc")) == 1
     )
     if of.get("draw") == "sets" and not exact:
+        return False
+    probes = scalar(of.get("num_probes", 0))
+    if probes and not 2 <= probes < scalar(of["num_generations"]):
+        return False
+    if probes and (scalar(of["score_every_step"]) or scalar(of["min_spread"]) == 0):
         return False
     return not (scalar(of.get("weight_by_budget", False)) and not of["rollout_keep_ratios"])
 

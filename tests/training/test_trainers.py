@@ -470,6 +470,11 @@ def test_ppo_may_score_the_last_step_alone(make_model, processor, dataset, tmp_p
     ("config_class", "settings", "message"),
     [
         (TPRLGRPOConfig, {**GRPO, "num_generations": 1}, r"at least 2; got 1\. GRPO compares"),
+        (
+            TPRLMAPOConfig,
+            {**GRPO, "shared_budget": 0.0, "num_generations": 4, "num_probes": 2, "score_every_step": False},
+            "num_probes=2: MAPO scores all",
+        ),
         (TPRLGRPOConfig, {**GRPO, "num_probes": 2, "num_generations": 2}, "less than num_generations=2; got 2"),
         (TPRLGRPOConfig, {**GRPO, "num_probes": 2, "num_generations": 8}, "set score_every_step=False and min_spread"),
         (TPRLPPOConfig, {**PPO, "gradient_accumulation_steps": 2}, "micro_batch_size"),

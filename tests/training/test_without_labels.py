@@ -239,7 +239,9 @@ def test_without_the_question_two_questions_about_a_picture_get_one_mask(make_mo
         assert torch.equal(plan.keep_mask, masks[query_agnostic][1])
         scores[query_agnostic] = model.prune(**batch.prompts(range(3)), keep_ratio=0.5).scores.view(3, 16)
     assert (masks[True] == masks[True][0]).all() and masks[True].sum() == 24
-    assert torch.equal(scores[True][1], scores[True][2]) and not torch.equal(scores[False][1], scores[False][2])
+    # rows of a batch may differ in the last bit, on some processors
+    torch.testing.assert_close(scores[True][1], scores[True][2], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(scores[False][1], scores[False][2], atol=1e-5)
 
 
 # ---- labels as benchmarks have them ----

@@ -12,8 +12,8 @@ from .grpo_config import TPRLGRPOConfig
 class TPRLMAPOConfig(TPRLGRPOConfig):
     r"""
     Configuration of [`TPRLMAPOTrainer`]. It has the fields of [`TPRLGRPOConfig`], but advantages are never scaled by
-    the spread of a group; questions do not share a budget, because a memory belongs to a question's own; and bits are
-    drawn, because a memory does not know the order in which a set was drawn.
+    the spread of a group; questions do not share a budget, because a memory belongs to a question's own; bits are
+    drawn, because a memory does not know the order in which a set was drawn; and there are no probes.
 
     Args:
         memory_size (`int`, defaults to 8):
@@ -44,6 +44,8 @@ class TPRLMAPOConfig(TPRLGRPOConfig):
             )
         if self.draw != "bits":
             raise ValueError(f'draw={self.draw!r}: MAPO remembers sets, not the order of their draw. Use "bits".')
+        if self.num_probes:
+            raise ValueError(f"num_probes={self.num_probes}: MAPO scores all rollouts of a question. Use 0.")
         if self.shared_budget:
             raise ValueError(
                 f"shared_budget={self.shared_budget}: what MAPO remembers belongs to a question's own budget. Use 0."
