@@ -311,15 +311,17 @@ def plot(table: Table, result: dict[str, Any], path: Path) -> None:
     labels = result["labels"]
     for number, (slug, label) in enumerate(labels.items()):
         colour = PALETTE[number % len(PALETTE)]
+        dash = "-" if number < len(PALETTE) else "--"  # tells apart what shares a colour
         if table.curve:
             for place, one in enumerate(one for one in result["training"] if one["row"] == label):
                 points = curve_of(one["curve"], table.curve)
-                axes.plot(*zip(*points, strict=True), color=colour, label=label if place == 0 else None, linewidth=1.3)
+                shown = label if place == 0 else None
+                axes.plot(*zip(*points, strict=True), dash, color=colour, label=shown, linewidth=1.3)
         else:
             rows = {row["budget"]: row for row in result["measured"]["rows"] if row["way"] == slug}
             xs = [100 * float(Fraction(ratio)) for ratio in table.keep_ratios]
             ys = [100 * rows[ratio]["accuracy"]["value"] for ratio in table.keep_ratios]
-            axes.plot(xs, ys, color=colour, marker="osD^vPX*"[number % 8], label=label)
+            axes.plot(xs, ys, dash, color=colour, marker="osD^vPX*"[number % 8], label=label)
     if table.curve:
         axes.set_xlabel({"step": "optimizer steps", "llm_passes": "keep masks scored by the LLM"}[table.curve])
         axes.set_ylabel("accuracy on validation, %, mean of the budgets of training")
