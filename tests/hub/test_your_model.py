@@ -24,8 +24,8 @@ LLAVA, QWEN, IN_4_BITS, LARGE = "LLaVA-1.5-7B", "Qwen2.5-VL-7B", "In 4 bits", "L
 NEEDS = {QWEN: "torchvision", IN_4_BITS: "bitsandbytes"}
 # What makes the page's training as short as a test may be, and ends with weights that training changed.
 SHORT = [
-    *(f"{stage}.max_steps=1" for stage in ("autoencoder", "lfd", "counterfactual")),
-    *("lfd.keep_best=false", "counterfactual.keep_best=false", "lfd.warmup_steps=0"),
+    *(f"{stage}.max_steps=1" for stage in ("autoencoder", "lfd", "grpo")),
+    *("lfd.keep_best=false", "grpo.keep_best=false", "lfd.warmup_steps=0"),
 ]
 
 
