@@ -2,7 +2,7 @@
 7. Serve a model over HTTP, by the OpenAI protocol, with a budget for each request.
 
     python examples/07_serve.py                       # the embedded model
-    python examples/07_serve.py runs/own_data/ppo     # a checkpoint of yours, or a name on the Hub
+    python examples/07_serve.py runs/own_data/grpo     # a checkpoint of yours, or a name on the Hub
 """
 
 import base64

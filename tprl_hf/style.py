@@ -40,6 +40,22 @@ def colour_of(name: str, others: Sequence[str]) -> int:
     return free[[one for one in others if one != "learned"].index(name) % len(free)]
 
 
+def repeats_colour(name: str, others: Sequence[str]) -> bool:
+    """
+    Whether a series before `name` in `others` has its colour, so that it needs a dash.
+
+    Example:
+
+    ```python
+    >>> names = ["learned", *"abcdefg"]
+    >>> [name for name in names if repeats_colour(name, names)]
+    ['g']
+    ```
+    """
+    before = others[: list(others).index(name)]
+    return colour_of(name, others) in [colour_of(one, others) for one in before]
+
+
 _COLOURS = "".join(f" --c{number}: {colour};" for number, colour in enumerate(PALETTE))
 _DARK_COLOURS = _COLOURS.replace(BLACK, "#f1f3f5").replace(BLUE, "#2f95d0")
 # The first block has a variable for each colour, the second gives each another value on dark screens.

@@ -77,6 +77,9 @@ def test_each_keep_mask_of_a_rollout_is_counted():
     free = kept_in_rollouts(TPRLPPOConfig("x", num_steps=2, lambda_disc=0.5, num_generations=1))
     assert free == pytest.approx([0.7, 0.7 * 0.35])
     flips = CounterfactualConfig("x", rollout_keep_ratios=[0.2, 0.4], num_flips=5)
+    sixteen = budgets | {"num_generations": 16, "score_every_step": False}
+    some = TPRLGRPOConfig("x", **sixteen, min_spread=0.1, num_probes=4)
+    assert len(kept_in_rollouts(some)) == 7  # four, and of a quarter of the questions twelve more
     assert kept_in_rollouts(flips) == pytest.approx([0.3] * 6 * flips.num_generations)
     limited = TPRLGRPOConfig("x", max_llm_passes=60, num_train_epochs=100, **budgets)
     assert rollout_work(limited, 1000, PROMPTS, 1.0, 1.0).images == 10  # six masks a visit

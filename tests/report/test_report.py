@@ -28,7 +28,7 @@ from tprl_hf.report.runs import disk_of, json_lines, read_training
 from tprl_hf.report.shown import ShownGrid, ShownPictures, ShownSample, veil_of
 from tprl_hf.report.training_page import training_page
 from tprl_hf.report.two_evaluations import difference, read_evaluation
-from tprl_hf.style import PALETTE
+from tprl_hf.style import PALETTE, colour_of, repeats_colour
 
 POLICY = {"latent_dim": 16, "policy_num_heads": 4, "policy_dim": 16}
 STAGE = {"max_steps": 4, "logging_steps": 1, "disable_tqdm": True, "use_cpu": True, "save_steps": 2}
@@ -454,6 +454,12 @@ class TestCharts:
 
     def test_no_two_colours_are_alike(self):
         assert len(set(PALETTE)) == len(PALETTE)
+
+    @pytest.mark.parametrize("with_learned", [False, True])
+    def test_no_two_series_look_alike(self, with_learned):
+        """As many as two rounds of the colours that are free: black is the learned policy's."""
+        names = ["learned"][: int(with_learned)] + list("abcdefghijkl")
+        assert len({(colour_of(name, names), repeats_colour(name, names)) for name in names}) == len(names)
 
 
 class TestShown:

@@ -186,6 +186,27 @@ def test_the_rival_of_the_shipped_policy():
     assert f"about {round(fmean(passes), -3):,.0f} passes" in PAGE
 
 
+def test_whose_masks_are_imitated():
+    budgets = ("1/3", "2/9", "1/9", "1/18")
+    result = json.loads((PAPER / "teachers.json").read_text(encoding="utf-8"))
+    found = {(row["way"], row["budget"]): -100 * row["difference"]["value"] for row in result["measured"]["rows"]}
+    slugs = {label: slug for slug, label in result["labels"].items()}
+
+    def losses(way: str) -> str:
+        return "{}, {}, {} and {}".format(*(f"{found[way, budget]:.2f}" for budget in budgets))
+
+    (claim,) = (line for line in PAGE.splitlines() if line.startswith("| the policy starts from VisPruner's masks"))
+    for label, text in (
+        ("VisPruner at 75 and 50 %, the paper's", "a policy that imitates them loses {} points"),
+        ("VisPruner", "one that imitates VisPruner at these budgets {},"),
+        ("DivPrune", "DivPrune {},"),
+        ("gradient", "the gradient teacher, which knows the answer, {} ([table]"),
+    ):
+        assert text.format(losses(slugs[label])) in claim
+        assert all(found[slugs[label], budget] > found["vispruner", budget] for budget in budgets)
+    assert f"No imitation reaches VisPruner itself ({losses('vispruner')})" in claim
+
+
 def test_positions_counted_anew():
     differences = [
         points("positions", "counted anew", at, "original positions") for at in ("1/3", "2/9", "1/9", "1/18")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,8 @@ import torch
 from datasets import load_from_disk
 from transformers import AutoProcessor
 from tprl_hf import TPRLForConditionalGeneration
-from tprl_hf.training import GradientTeacher, LfDConfig, LfDTrainer, TPRLPPOConfig, TPRLPPOTrainer
-from tprl_hf.training import generate_demonstrations
+from tprl_hf.training import GradientTeacher, LfDConfig, LfDTrainer, TPRLGRPOConfig, TPRLGRPOTrainer
+from tprl_hf.training import TPRLPPOConfig, TPRLPPOTrainer, generate_demonstrations
 
 stage, base, data, output_dir, resume = sys.argv[1:]
 torch.manual_seed(1)
@@ -53,6 +54,15 @@ if stage == "lfd":
         model, LfDConfig(output_dir, **common), processing_class=processor, train_dataset=demonstrations,
         eval_dataset=dataset,
     )  # fmt: skip
+elif stage == "probes":
+    config = TPRLGRPOConfig(
+        output_dir, num_generations=4, num_probes=2, num_iterations=1, min_spread=0.05, score="logprob",
+        score_every_step=False, min_logprob=-100.0, num_steps=1, lambda_disc=1.0, rollout_keep_ratios=[0.5],
+        draw="sets", num_mini_batches=2, micro_batch_size=1, **common,
+    )  # fmt: skip
+    trainer = TPRLGRPOTrainer(
+        model, config, processing_class=processor, train_dataset=dataset, eval_dataset=dataset
+    )
 else:
     settings = {"num_generations": 2, "num_ppo_epochs": 1, "num_mini_batches": 2, "micro_batch_size": 1}
     if stage == "unlabelled":
@@ -65,12 +75,13 @@ trainer.train(resume_from_checkpoint=resume == "True")
 rank = trainer.args.process_index
 assert trainer.args.world_size == 2
 torch.save({n: p.data for n, p in trainer.model.named_parameters()}, f"{output_dir}/rank-{rank}-{resume}.pt")
-(Path(output_dir) / "log.json").write_text(json.dumps(trainer.state.log_history))
+if rank == 0:
+    (Path(output_dir) / "log.json").write_text(json.dumps(trainer.state.log_history))
 trainer.save_model()
 """
 
 
-@pytest.mark.parametrize("stage", ["lfd", "ppo", "unlabelled"])
+@pytest.mark.parametrize("stage", ["lfd", "ppo", "unlabelled", "probes"])
 def test_two_processes(stage, base, dataset, tmp_path):
     if stage == "unlabelled":
         dataset = dataset.remove_columns("answer")
@@ -97,6 +108,11 @@ def test_two_processes(stage, base, dataset, tmp_path):
     resumed = run(resume=True)
     assert all(value.equal(whole[name]) for name, value in resumed.items())
     assert len(list(out.glob("features/*/*/*.safetensors"))) == len(set(dataset["image_id"]))  # of both, each once
+    if stage == "probes":  # some questions of each buffer, not all, have all their rollouts scored
+        log = json.loads((out / "log.json").read_text())
+        passes = sorted({row["llm_passes"] for row in log if "llm_passes" in row})
+        scored = [after - before for before, after in pairwise(passes)]
+        assert len(scored) == 2 and all(2 * 4 < number < 4 * 4 for number in scored), scored
     if stage == "unlabelled":  # one process finds what the other one has answered
         lines = [line for path in out.glob("unpruned_answers/*.jsonl") for line in path.read_text().splitlines()[1:]]
         assert len(lines) == len({line[:64] for line in lines}) == len(dataset)

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from tprl_hf.intervals import Estimate, bootstrap_mean
-from tprl_hf.style import PALETTE, colour_of
+from tprl_hf.style import PALETTE, colour_of, repeats_colour
 
 from .benchmark import Spread
 from .compare_pruners import Record, Setting
@@ -292,7 +292,7 @@ def draw_accuracy(axes: Any, rows: Sequence[Row], places: Sequence[float], sprea
             marker=markers[number % len(markers)],
             markersize=5,
             linewidth=2 if name == "learned" else 1.2,
-            linestyle=":" if name == "random" else "--" if number >= len(PALETTE) and name != "learned" else "-",
+            linestyle=":" if name == "random" else "--" if repeats_colour(name, names) else "-",
             elinewidth=0.8,
             capsize=2,
         )

@@ -14,6 +14,8 @@ from tprl_hf.training import AutoencoderConfig, LfDConfig, TPRLPPOConfig
 
 # Of a token that is still there, before the discount of its step: what the review of the paper's recipe assumed.
 KEEP_PROBABILITY = 0.7
+# Of questions whose first rollouts differ, so that GRPO with probes scores all: 0.22 in docs/results/paper/rival.
+SHARE_SCORED = 0.25
 
 
 @dataclass
@@ -78,6 +80,8 @@ class Speed:
 def kept_in_rollouts(config: Any) -> list[float]:
     """The fraction of visual tokens in each keep mask that is scored at a visit of a question, without unpruned."""
     copies = config.num_generations
+    if probes := getattr(config, "num_probes", 0):
+        copies = round(probes + SHARE_SCORED * (copies - probes))
     budgets: list[float] = getattr(config, "rollout_keep_ratios", None) or []
     if hasattr(config, "num_flips"):
         return [sum(budgets) / len(budgets)] * copies * (1 + config.num_flips)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tprl_hf.json_files import COUNT, read_json
-from tprl_hf.style import PALETTE, colour_of, html_page
+from tprl_hf.style import colour_of, html_page, repeats_colour
 
 from .charts import CHART_CSS, DASHES, Series, bar_cell, cell, line_chart, table
 from .shown import HATCH_SVG, SAMPLE_SHAPE, SHOWN_CSS, ShownPictures, ShownSample, fits
@@ -189,7 +189,7 @@ def cost_chart(runs: Mapping[str, Sequence[Row]], title: str, x_label: str, plac
             own = sorted((row for row in runs[run][1:] if row["pruner"] == name), key=place)
             points = [(place(row), 100 * row["accuracy"]["value"]) for row in own]
             intervals = [(100 * row["accuracy"]["low"], 100 * row["accuracy"]["high"]) for row in own]
-            one_dash = "2 3" if name == "random" else "7 3" if number >= len(PALETTE) and name != "learned" else ""
+            one_dash = "2 3" if name == "random" else "7 3" if repeats_colour(name, names) else ""
             dash, tip = (two_dash, f"{name}, {run}") if len(runs) > 1 else (one_dash, name)
             found.append(Series(tip, points, colour_of(name, names), number, dash, intervals, name, bool(two_dash)))
     same = len(set(levels.values())) == 1
