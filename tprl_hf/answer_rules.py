@@ -235,7 +235,13 @@ def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
     return shared / union if union else 0.0
 
 
+def as_text(reference: Any) -> str:
+    """A reference as a text. A column of whole numbers with a gap holds 2.0 where its author wrote 2: that is "2"."""
+    is_whole = isinstance(reference, float) and reference.is_integer()
+    return str(int(reference)) if is_whole else str(reference)
+
+
 def as_texts(references: Any) -> list[str]:
     """References as texts: one or several, texts or numbers."""
     several = references if isinstance(references, Sequence) and not isinstance(references, str) else [references]
-    return [str(one) for one in several if one is not None]
+    return [as_text(one) for one in several if one is not None]

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
+from .own_rows import as_text
 from .samples import FIELDS, SAMPLE_FEATURES, check_number
 
 
@@ -129,7 +130,7 @@ def _text(name: str, value: Any, place: str) -> str:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not isinstance(value, str) and not is_number:
         raise ValueError(f"{place}: `{name}` must be a text or a number; got {json.dumps(value)[:80]}.")
-    return str(value)
+    return as_text(value) if name == "answer" else str(value)
 
 
 def _boxes(boxes: Any, place: str) -> list[list[int]]:

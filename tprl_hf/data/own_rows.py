@@ -77,6 +77,11 @@ def is_answer(value: Any) -> bool:
     return isinstance(value, str) or is_number
 
 
+def as_text(value: Any) -> str:
+    """An answer as a text, as in `answer_rules`: 2.0, which a column of whole numbers with a gap holds, is "2"."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
 def answer_of(value: Any, place: str) -> str | list[str] | None:
     """What a column `answer` holds, as texts; `None` where it holds nothing."""
     answers = [one for one in (value if isinstance(value, (list, tuple)) else [value]) if one is not None]
@@ -87,7 +92,7 @@ def answer_of(value: Any, place: str) -> str | list[str] | None:
             )
     if not answers:
         return None
-    return [str(one) for one in answers] if isinstance(value, (list, tuple)) else str(answers[0])
+    return [as_text(one) for one in answers] if isinstance(value, (list, tuple)) else as_text(answers[0])
 
 
 def has_names(feature: Any) -> bool:
