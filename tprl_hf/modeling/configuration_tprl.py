@@ -22,6 +22,8 @@ from .values import (
 
 KEEP_ALL = "To keep all tokens pass keep_ratio=1.0 or prune=False."
 # What each field may be, but for those that are checked where they are read.
+LEAST_LATENT_DIM = 256  # narrower codes make a policy that does not read the question
+
 CHECKS: dict[str, Check] = {
     "base_model_name_or_path": optional(text),
     "base_model_revision": optional(text),
@@ -136,9 +138,11 @@ class TPRLConfig(PreTrainedConfig):
         token_dim (`int`, *optional*):
             Width D of the visual tokens as the LLM sees them. Taken from `base_config`.
         autoencoder_dim (`int`, *optional*):
-            Width between the two layers of the autoencoder. Defaults to `token_dim // 4`.
+            Width between the two layers of the autoencoder. Defaults to `token_dim // 4`, and `latent_dim` at least.
         latent_dim (`int`, *optional*):
-            Width Z of the codes. Defaults to `token_dim // 16`, rounded up to a multiple of `policy_num_heads`.
+            Width Z of the codes, and of the policy's attention. Defaults to `token_dim // 16`, the paper's, and 256 at
+            least, which that is for LLaVA-1.5-7B; rounded up to a multiple of `policy_num_heads`. A narrow policy does
+            not learn to read the question: docs/results/paper/own_data.md.
         policy_dim (`int`, defaults to 512):
             Width inside the MLPs of the policy's heads.
         policy_num_heads (`int`, defaults to 8):
@@ -224,11 +228,11 @@ class TPRLConfig(PreTrainedConfig):
         if self.token_dim is None and isinstance(self.base_config, PreTrainedConfig):
             self.token_dim = self.base_config.get_text_config().hidden_size
         if self.token_dim is not None:
-            if self.autoencoder_dim is None:
-                self.autoencoder_dim = max(self.token_dim // 4, 1)
             if self.latent_dim is None:
                 heads = self.policy_num_heads
-                self.latent_dim = -(-(self.token_dim // 16) // heads) * heads or heads
+                self.latent_dim = -(-max(self.token_dim // 16, LEAST_LATENT_DIM) // heads) * heads
+            if self.autoencoder_dim is None:
+                self.autoencoder_dim = max(self.token_dim // 4, self.latent_dim)
         if self.base_config is not None and kwargs.get("tie_word_embeddings") is None:
             kwargs["tie_word_embeddings"] = getattr(self.base_config, "tie_word_embeddings", False)
         kwargs.setdefault("auto_map", {})  # TRL reads it of a config whose class transformers does not know
