@@ -142,7 +142,7 @@ class TPRLConfig(PreTrainedConfig):
         latent_dim (`int`, *optional*):
             Width Z of the codes, and of the policy's attention. Defaults to `token_dim // 16`, the paper's, and 256 at
             least, which that is for LLaVA-1.5-7B; rounded up to a multiple of `policy_num_heads`. A narrow policy does
-            not learn to read the question: docs/results/paper/own_data.md.
+            not learn to read the question: `tprl reproduce own_data`.
         policy_dim (`int`, defaults to 512):
             Width inside the MLPs of the policy's heads.
         policy_num_heads (`int`, defaults to 8):
