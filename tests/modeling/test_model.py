@@ -41,7 +41,21 @@ def test_the_papers_widths_are_the_default():
     config = TPRLConfig(base_config={"model_type": "llava", "text_config": text})
     assert (config.token_dim, config.autoencoder_dim, config.latent_dim) == (4096, 1024, 256)
     assert (config.policy_dim, config.policy_num_heads, config.policy_num_layers) == (512, 8, 1)
-    assert TPRLConfig(base_config=config.base_config, token_dim=192).latent_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("given", "widths"),
+    [
+        ({"token_dim": 192}, (256, 256)),  # a 16th of narrow tokens would be too narrow a policy
+        ({"token_dim": 192, "policy_num_heads": 12}, (264, 264)),
+        ({"token_dim": 8192}, (2048, 512)),
+        ({"token_dim": 192, "latent_dim": 16}, (48, 16)),
+        ({"token_dim": 192, "latent_dim": 96, "autoencoder_dim": 24}, (24, 96)),
+    ],
+)
+def test_widths_of_the_codes(given, widths):
+    config = TPRLConfig(**given)
+    assert (config.autoencoder_dim, config.latent_dim) == widths
 
 
 def test_config_round_trip(tmp_path, model):
