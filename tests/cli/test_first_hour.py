@@ -212,7 +212,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(here, own_data, base
 
 def test_a_policy_whose_base_model_is_in_a_directory_is_pushed_with_it(here, base_checkpoint, capsys):
     model = TPRLForConditionalGeneration.from_base_model(
-        str(base_checkpoint), keep_ratio=0.5, policy_training={"stage": "lfd"}, policy_num_heads=2
+        str(base_checkpoint), keep_ratio=0.5, policy_training={"stage": "lfd"}, latent_dim=8, policy_num_heads=2
     )
     model.save_pretrained(here / "policy")
     make_processor().save_pretrained(here / "policy")

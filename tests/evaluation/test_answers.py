@@ -58,7 +58,7 @@ def test_each_picture_is_encoded_once_whatever_its_label(images):
 
 def test_answers_are_the_new_tokens_only(images):
     model = TPRLForConditionalGeneration.from_base_model(
-        build("llava"), keep_ratio=0.5, policy_training={"stage": "lfd"}
+        build("llava"), latent_dim=8, keep_ratio=0.5, policy_training={"stage": "lfd"}
     )
     sample = {"images": images[:1], "prompt": "word7 word8"}
     (answer,) = generate_answers(model, make_processor(), [sample], max_new_tokens=3)

@@ -72,7 +72,8 @@ def points(name: str, label: str, budget: str, other: str | None = None) -> str:
     """Points of a row compared with unpruned, or with another row of its table, as the page writes them."""
     result = json.loads((PAPER / f"{name}.json").read_text(encoding="utf-8"))
     slugs = {label: slug for slug, label in result["labels"].items()}
-    (row,) = (row for row in result["measured"]["rows"] if (row["way"], row["budget"]) == (slugs[label], budget))
+    way = slugs.get(label, label)  # a rule has its own name
+    (row,) = (row for row in result["measured"]["rows"] if (row["way"], row["budget"]) == (way, budget))
     found = row["difference"] if other is None else row[f"less {slugs[other]}"]
     value, low, high = (100 * found[end] for end in ("value", "low", "high"))
     return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
@@ -205,6 +206,19 @@ def test_whose_masks_are_imitated():
         assert text.format(losses(slugs[label])) in claim
         assert all(found[slugs[label], budget] > found["vispruner", budget] for budget in budgets)
     assert f"No imitation reaches VisPruner itself ({losses('vispruner')})" in claim
+
+
+def test_the_recipe_for_own_data():
+    def both(label: str, other: str | None = None) -> str:
+        return " and ".join(points("own_data", label, budget, other) for budget in ("1/3", "1/9"))
+
+    (claim,) = (line for line in PAGE.splitlines() if line.startswith("| (ours) a policy can be trained on a few"))
+    assert f"three seeds): {both('the recipe')} points at 1/3 and 1/9, DivPrune {both('divprune')}. " in claim
+    assert f"Its GRPO changes imitation by {both('the recipe', 'imitation alone')}. " in claim
+    assert f"the same recipe has {both('the recipe, codes of 16')} (one seed)" in claim
+    your_model = " ".join((ROOT / "docs" / "your_model.md").read_text(encoding="utf-8").split())
+    losses = [points("own_data", way, "1/9").split()[0][1:] for way in ("the recipe", "divprune")]
+    assert "it loses {} points at 1/9 there, DivPrune {}".format(*losses) in your_model
 
 
 def test_positions_counted_anew():

@@ -138,7 +138,8 @@ class TPRLConfig(PreTrainedConfig):
         token_dim (`int`, *optional*):
             Width D of the visual tokens as the LLM sees them. Taken from `base_config`.
         autoencoder_dim (`int`, *optional*):
-            Width between the two layers of the autoencoder. Defaults to `token_dim // 4`, and `latent_dim` at least.
+            Width between the two layers of the autoencoder. Defaults to `token_dim // 4`, and with the default
+            `latent_dim` to that at least.
         latent_dim (`int`, *optional*):
             Width Z of the codes, and of the policy's attention. Defaults to `token_dim // 16`, the paper's, and 256 at
             least, which that is for LLaVA-1.5-7B; rounded up to a multiple of `policy_num_heads`. A narrow policy does
@@ -228,11 +229,13 @@ class TPRLConfig(PreTrainedConfig):
         if self.token_dim is None and isinstance(self.base_config, PreTrainedConfig):
             self.token_dim = self.base_config.get_text_config().hidden_size
         if self.token_dim is not None:
+            middle = max(self.token_dim // 4, 1)
             if self.latent_dim is None:
                 heads = self.policy_num_heads
                 self.latent_dim = -(-max(self.token_dim // 16, LEAST_LATENT_DIM) // heads) * heads
+                middle = max(middle, self.latent_dim)
             if self.autoencoder_dim is None:
-                self.autoencoder_dim = max(self.token_dim // 4, self.latent_dim)
+                self.autoencoder_dim = middle
         if self.base_config is not None and kwargs.get("tie_word_embeddings") is None:
             kwargs["tie_word_embeddings"] = getattr(self.base_config, "tie_word_embeddings", False)
         kwargs.setdefault("auto_map", {})  # TRL reads it of a config whose class transformers does not know
