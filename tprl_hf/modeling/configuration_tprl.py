@@ -21,9 +21,8 @@ from .values import (
 )
 
 KEEP_ALL = "To keep all tokens pass keep_ratio=1.0 or prune=False."
+LEAST_LATENT_DIM = 256  # much narrower codes make a policy that hardly reads the question
 # What each field may be, but for those that are checked where they are read.
-LEAST_LATENT_DIM = 256  # narrower codes make a policy that does not read the question
-
 CHECKS: dict[str, Check] = {
     "base_model_name_or_path": optional(text),
     "base_model_revision": optional(text),
@@ -142,8 +141,8 @@ class TPRLConfig(PreTrainedConfig):
             `latent_dim` to that at least.
         latent_dim (`int`, *optional*):
             Width Z of the codes, and of the policy's attention. Defaults to `token_dim // 16`, the paper's, and 256 at
-            least, which that is for LLaVA-1.5-7B; rounded up to a multiple of `policy_num_heads`. A narrow policy does
-            not learn to read the question: `tprl reproduce own_data`.
+            least, which that is for LLaVA-1.5-7B; rounded up to a multiple of `policy_num_heads`. A narrow policy
+            hardly learns to read the question: `tprl reproduce own_data`.
         policy_dim (`int`, defaults to 512):
             Width inside the MLPs of the policy's heads.
         policy_num_heads (`int`, defaults to 8):
