@@ -347,7 +347,11 @@ class Asker:
             arguments = {**inputs, **budget_of(num_keep, num_visual), "visual_features": features}
             plan = self.model.prune(**arguments)
             sequences = self.model.generate(
-                **arguments, do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens
+                **arguments,
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=self.max_new_tokens,
+                tokenizer=self.processor.tokenizer,
             )
             meaning, values = ("", None) if num_keep is None else self._what_it_followed(name, asked, plan)
         answer = self.processor.decode(sequences[0, length:], skip_special_tokens=True).strip()

@@ -77,12 +77,13 @@ def run(arguments: argparse.Namespace) -> int:
         note(unknown)
 
     rows, panels = [["pruner", "tokens kept", "answer"]], []
+    greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": arguments.max_new_tokens}
     with bar(len(pruners), "pruner", "Answering") as answered:
         for name, pruner in pruners.items():
             own: dict[str, Any] = {"prune": False} if name == "none" else budget
             with using_pruner(model, pruner):
                 plan = model.prune(**inputs, **own)
-                sequence = model.generate(**inputs, **own, do_sample=False, max_new_tokens=arguments.max_new_tokens)[0]
+                sequence = model.generate(**inputs, **own, **greedy, tokenizer=processor.tokenizer)[0]
             answer = processor.decode(sequence[inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
             correct = None if arguments.answer is None else is_correct(answer, arguments.answer)
             count = f"{int(plan.num_kept)} of {int(plan.num_visual)}"

@@ -47,7 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = chat_inputs(processor, [{"images": [image], "prompt": arguments.question}], model.device)
     with using_pruner(model, pruner):
         plan = model.prune(**inputs, **budget)
-        sequences = model.generate(**inputs, **budget, do_sample=False, max_new_tokens=arguments.max_new_tokens)
+        sequences = model.generate(
+            **inputs,
+            **budget,
+            do_sample=False,
+            max_new_tokens=arguments.max_new_tokens,
+            tokenizer=processor.tokenizer,
+        )
         calls = {
             "unpruned": lambda: model(**inputs, prune=False, logits_to_keep=1),
             "pruned": lambda: model(**inputs, **budget, logits_to_keep=1),

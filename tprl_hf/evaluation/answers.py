@@ -73,7 +73,8 @@ def generate_answers(
     answers: list[str] = []
     for start in range(0, len(samples), batch_size):
         inputs = chat_inputs(processor, samples[start : start + batch_size], model.device)
-        sequences = model.generate(**inputs, do_sample=False, **generate_kwargs)
+        # generate() needs the tokenizer where the checkpoint has stop strings.
+        sequences = model.generate(**inputs, tokenizer=processor.tokenizer, do_sample=False, **generate_kwargs)
         new_tokens = sequences[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
     return answers

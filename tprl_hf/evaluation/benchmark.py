@@ -285,7 +285,12 @@ def answer_calls(model, inputs: Mapping[str, Any], num_keep: int, new_tokens: in
 
     def answer(**choice: Any) -> Any:
         return model.generate(
-            **inputs, **choice, do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens
+            **inputs,
+            **choice,
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            stop_strings=None,  # of the checkpoint: all answers are as long
         )
 
     return {"unpruned": lambda: answer(prune=False), "pruned": lambda: answer(num_keep=num_keep)}

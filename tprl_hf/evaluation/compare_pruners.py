@@ -237,6 +237,7 @@ def answer(
             num_beams=1,
             return_dict_in_generate=True,
             logits_processor=LogitsProcessorList([notes]),
+            tokenizer=processor.tokenizer,
             **generate_kwargs,
         )
     new_tokens = output.sequences[:, prompts.inputs["input_ids"].shape[1] :]

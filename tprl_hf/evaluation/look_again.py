@@ -63,7 +63,7 @@ def answer_all(
         for name, call in calls.items():
             output = model.generate(
                 **inputs, **call, visual_features=features, max_new_tokens=max_new_tokens, do_sample=False,
-                return_dict_in_generate=True,
+                return_dict_in_generate=True, tokenizer=processor.tokenizer,
             )  # fmt: skip
             texts = processor.batch_decode(
                 output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True

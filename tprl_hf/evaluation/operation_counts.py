@@ -59,7 +59,12 @@ def count_prefill(model, inputs: dict[str, Any], features: Any, keep_mask: Tenso
     """What the LLM costs until its first new token, with the tokens of `keep_mask` (`bool [V]`) alone."""
     return count(
         lambda: model.generate(
-            **inputs, keep_mask=keep_mask, visual_features=features, max_new_tokens=1, do_sample=False
+            **inputs,
+            keep_mask=keep_mask,
+            visual_features=features,
+            max_new_tokens=1,
+            do_sample=False,
+            stop_strings=None,
         )
     )[0]
 

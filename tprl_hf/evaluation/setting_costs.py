@@ -85,7 +85,8 @@ def time_settings(
         budget = setting.arguments if prompts.arguments is None else prompts.arguments
         with using(model, setting.pruner_for([sample])), torch.no_grad():
             features = model.encode_images(**prompts.inputs, **options)
-            model.generate(**prompts.inputs, **budget, visual_features=features, do_sample=False, max_new_tokens=1)
+            once = {"do_sample": False, "max_new_tokens": 1, "stop_strings": None}
+            model.generate(**prompts.inputs, **budget, visual_features=features, **once)
 
     calls = {}
     for name, setting in one_each(settings).items():

@@ -70,7 +70,13 @@ def trajectory_of(
     inputs = chat_inputs(processor, [dict(sample)], model.device)
 
     def answer(**pruning: Any) -> str:
-        sequences = model.generate(**inputs, **pruning, do_sample=False, max_new_tokens=max_new_tokens)
+        sequences = model.generate(
+            **inputs,
+            **pruning,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            tokenizer=processor.tokenizer,
+        )
         return processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     unpruned = answer(prune=False)

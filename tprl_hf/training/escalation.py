@@ -80,6 +80,7 @@ def calibrate_escalation(
             do_sample=False,
             num_beams=1,
             logits_processor=LogitsProcessorList([notes]),
+            tokenizer=processor.tokenizer,
         )
         assert notes.probability is not None
         probabilities.append(notes.probability.cpu())

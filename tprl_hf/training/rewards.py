@@ -185,6 +185,7 @@ def generate_completions(
             keep_mask=keep_mask[part][valid[samples]],
             max_new_tokens=max_completion_length,
             do_sample=False,
+            tokenizer=processor.tokenizer,
         )
         new_tokens = sequences[:, prompts["input_ids"].shape[1] :]
         texts += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]

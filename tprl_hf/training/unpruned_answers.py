@@ -218,7 +218,7 @@ class UnprunedAnswers:
         prompts, ends = batch.prompts(index), end_ids(self.model, self.processor)
         output = self.model.generate(
             **prompts, keep_mask=self.keep_all(batch, index), max_new_tokens=self.max_answer_length, do_sample=False,
-            num_beams=1, return_dict_in_generate=True, output_logits=True,
+            num_beams=1, return_dict_in_generate=True, output_logits=True, tokenizer=self.processor.tokenizer,
         )  # fmt: skip
         new, logits = output.sequences[:, prompts["input_ids"].shape[1] :].cpu(), torch.stack(output.logits, 1)
         ids = [until_end(row, ends) for row in new]

@@ -126,6 +126,7 @@ class TPRL(lmms):
                 **self.budget,
                 **generation_arguments(wanted),
                 visual_features=features,
+                tokenizer=self.processor.tokenizer,
                 return_dict_in_generate=True,
                 stopping_criteria=StoppingCriteriaList([clock]),
             )
