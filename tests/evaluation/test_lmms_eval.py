@@ -54,6 +54,12 @@ def tasks(tmp_path_factory) -> Path:
         "doc_to_text: question\ndoc_to_target: answer\ngeneration_kwargs:\n  max_new_tokens: 4\n  until: ['zzz']\n"
         "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
     )
+    # a filter takes the first letter, and only the letter is right
+    (folder / "local_letter.yaml").write_text(
+        "include: local_color.yaml\ntask: local_letter\ndoc_to_target: '{{answer[0]}}'\n"
+        "filter_list:\n  - name: letter\n    filter:\n      - function: regex\n        regex_pattern: '^(\\w)'\n"
+        "      - function: take_first\n"
+    )
     (folder / "local.py").write_text('def images(doc):\n    return [doc["image"].convert("RGB")]\n')
     return folder
 
@@ -151,6 +157,21 @@ def test_tprl_evaluate_takes_a_task(results, tasks, tmp_path, capsys):
     assert "local_pope lets an answer have 128 tokens; --max-new-tokens 16 cuts longer ones off." in err
     assert main(["evaluate", "--data", "nope", *words]) == 2
     assert "'nope' is not a task of lmms-eval" in capsys.readouterr().err
+
+
+def test_tprl_evaluate_filters_answers_as_the_task_does(tasks, tmp_path):
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    from tprl_hf.cli.main import main
+
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    found = simple_evaluate("tprl", model_args="pruner=none", tasks=["local_letter"], task_manager=manager)
+    theirs = found["results"]["local_letter"]["exact_match,letter"]
+    words = ["--include-path", str(tasks), "--pruners", "none", "--output-dir", str(tmp_path / "letter")]
+    assert main(["evaluate", "--data", "local_letter", *words]) == 0
+    rows = json.loads((tmp_path / "letter" / "results.json").read_text())["rows"]
+    assert {row["pruner"]: row["accuracy"]["value"] for row in rows}["none"] == theirs >= 0.9
 
 
 def test_what_cannot_be_run_is_refused(tmp_path):

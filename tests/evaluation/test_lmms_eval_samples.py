@@ -9,6 +9,11 @@ from tprl_hf.cli.evaluate import load_samples
 from tprl_hf.cli.main import make_parser
 
 
+def take_last_line(requests):
+    for request in requests:
+        request.filtered_resps["last"] = request.resps[0].split("RESULT:")[-1].strip()
+
+
 @pytest.fixture
 def task(monkeypatch):
     """A task with two documents; `process_results` notes what it was given."""
@@ -25,9 +30,14 @@ def task(monkeypatch):
         doc_to_text=lambda document: document["question"],
         process_results=process_results,
         config=SimpleNamespace(task="own", generation_kwargs={}),
+        _filters=[SimpleNamespace(apply=lambda requests, documents: take_last_line(requests))],
         seen=seen,
     )
-    modules = {name: ModuleType(name) for name in ("lmms_eval", "lmms_eval.tasks", "loguru")}
+    modules = {
+        name: ModuleType(name) for name in ("lmms_eval", "lmms_eval.api.reasoning", "lmms_eval.tasks", "loguru")
+    }
+    modules["lmms_eval.api.reasoning"].parse_reasoning_tags_config = lambda usual, own: own or usual
+    modules["lmms_eval.api.reasoning"].strip_reasoning_tags = lambda text, tags: text.rsplit(tags[0][1], 1)[-1].strip()
     modules["lmms_eval.tasks"].TaskManager = lambda **_: SimpleNamespace(all_subtasks=["own"], all_tasks=["own"])
     modules["lmms_eval.tasks"].get_task_dict = lambda names, manager: {"own": task}
     modules["loguru"].logger = SimpleNamespace(disable=lambda name: None)
@@ -47,6 +57,8 @@ def load():
         ("###", " a cat ### it sits", "a cat"),
         (["\n\n"], "It purrs.\n\na cat", "It purrs.\n\na cat"),  # lmms-eval fills it in where a task says nothing
         (None, "a cat", "a cat"),
+        ("###", "It purrs. RESULT: a cat ### it sits", "a cat"),  # the task's filter
+        (None, "<think>a dog?</think> a cat", "a cat"),
     ],
 )
 def test_an_answer_ends_where_the_task_says(task, until, answer, scored):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from numbers import Real
+from types import SimpleNamespace
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
@@ -13,6 +14,8 @@ from tprl_hf.pictures import to_rgb
 # What lmms-eval writes into the `until` of a task that has none. It would end an answer that reasons before its
 # result; lmms-eval's own models pass over it too.
 FILLED_IN = "\n\n"
+# What lmms-eval's command takes out of an answer before it is scored, unless the task says other tags, or none.
+REASONING_TAGS = [["<think>", "</think>"], ["<analysis>", "</analysis>"]]
 
 
 def lmms_eval_samples(
@@ -31,13 +34,15 @@ def lmms_eval_samples(
 
     Returns:
         `tuple`: Rows of `SAMPLE_FEATURES`, whose `answer` is the document's number; the score of an answer, from that
-        number and the answer, which is the first of the task's metrics that one answer has, and ends where the task
-        says; that metric's name; and how the task wants answers generated.
+        number and the answer, which is the first of the task's metrics that one answer has; it is of the answer up to
+        where the task ends it, after the task's first filter and without reasoning, as lmms-eval's command has it;
+        that metric's name; and how the task wants answers generated.
 
     Raises:
         `ValueError`: If lmms-eval is not installed or has no such task, or the task is of another kind.
     """
     try:
+        from lmms_eval.api.reasoning import parse_reasoning_tags_config, strip_reasoning_tags
         from lmms_eval.tasks import TaskManager, get_task_dict
         from loguru import logger
     except ImportError:
@@ -67,9 +72,13 @@ def lmms_eval_samples(
     wanted = dict(task.config.generation_kwargs or {})
     stops = stops_of(wanted)
 
+    tags = parse_reasoning_tags_config(REASONING_TAGS, getattr(task.config, "reasoning_tags", None)) or []
+
     def score(answer: str, number: Any) -> float:
-        # a document is read anew each time: some tasks write into it
-        return _number(task.process_results(documents[int(number)], [cut(answer, stops)])[metric])
+        document = documents[int(number)]  # read anew each time: some tasks write into it
+        result = filtered(task, document, cut(answer, stops))
+        result = strip_reasoning_tags(result, tags) if tags and isinstance(result, str) else result
+        return _number(task.process_results(document, [result])[metric])
 
     features = dict(SAMPLE_FEATURES) | {"images": List(ImageFeature()), "answer": Value("string")}
     return Dataset.from_list(rows, features=Features(features)), score, metric, wanted
@@ -94,6 +103,14 @@ def cut(text: str, stops: list[str]) -> str:
     """
     ends = [text.index(stop) for stop in stops if stop in text]
     return text[: min(ends)].strip() if ends else text.strip()
+
+
+def filtered(task: Any, document: dict[str, Any], answer: str) -> Any:
+    """What the task's first filter takes out of an answer, such as the letter of a choice."""
+    request = SimpleNamespace(resps=[answer], filtered_resps={})  # all that filters read of a request
+    task._filters[0].apply([request], [document])
+    (found,) = request.filtered_resps.values()
+    return found
 
 
 def _row(task: Any, document: dict[str, Any], number: int) -> dict[str, Any]:
