@@ -86,6 +86,44 @@ def test_pruning_and_lora_switched_off_give_the_base_bit_for_bit(tuned, folders,
             call()
 
 
+KINDS = {
+    "DoRA": {"use_dora": True},
+    "a module as a whole": {"modules_to_save": ["lm_head"]},
+    "embeddings as a whole": {"modules_to_save": ["embed_tokens"]},
+    "some tokens": {"trainable_token_indices": [3, 4]},
+    "biases": {"bias": "lora_only"},
+    "rank-stabilised": {"use_rslora": True},
+    "the head": {"target_modules": ["q_proj", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_else_peft_trains_beside_a_lora_comes_back(kind, family, folders, tmp_path):
+    policy = TPRLForConditionalGeneration.from_pretrained(folders / "policy").eval()
+    base = logits_of(policy, family)
+    around = peft.get_peft_model(policy, peft.LoraConfig(**(LORA | KINDS[kind]))).eval()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in around.parameters():
+            if weight.requires_grad:
+                weight += 0.1 * torch.randn_like(weight)
+    expected = logits_of(around, family)
+    around.save_pretrained(tmp_path / "lora")
+
+    model = TPRLForConditionalGeneration.from_pretrained(folders / "policy").eval()
+    model.load_adapter(str(tmp_path / "lora"))
+    torch.testing.assert_close(logits_of(model, family), expected)
+    model.save_pretrained(tmp_path / "tuned")
+    again = TPRLForConditionalGeneration.from_pretrained(tmp_path / "tuned").eval()
+    torch.testing.assert_close(logits_of(again, family), expected)
+    if kind != "biases":  # PEFT trains those of the base model, so they stay
+        again.disable_adapters()
+        assert logits_of(again, family).equal(base)
+        again.enable_adapters()
+        again.delete_adapter("default")
+        assert logits_of(again, family).equal(base)
+
+
 def test_it_is_merged_by_peft(tuned, folders, family, tmp_path):
     tuned.save_pretrained(tmp_path / "tuned")
     policy = TPRLForConditionalGeneration.from_pretrained(folders / "policy")

@@ -24,7 +24,7 @@ from .configuration_tprl import TPRLConfig
 ROW = 64  # words of 8 bytes whose sum is weighted by where it lies
 # Classes of base models whose tensors are in files as they are in memory, as far as is known by now.
 only_renamed: set[type] = set()
-ADAPTER_MARKS = (".lora_", ".base_layer.", ".original_module.", ".modules_to_save.")
+ADAPTER_MARKS = (".lora_", ".base_layer.", ".original_module.", ".modules_to_save.", ".token_adapter.")
 Digest = tuple[tuple[int, ...], torch.dtype, int]
 
 

@@ -4,6 +4,7 @@ PEFT is called directly where transformers only hands on: transformers 5.24 refu
 was not out when it came.
 """
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from transformers.utils import is_peft_available
 
 FOLDER = "adapter"
 WEIGHTS = "adapter_model.safetensors"
-_OF_LORA, _BASE_LAYER = ".lora_", ".base_layer."
+OF_ADAPTERS = (".lora_", ".modules_to_save.", ".trainable_tokens_")
+# What PEFT puts into the names of weights that were there before, the longest first.
+WRAPPERS = (".token_adapter.base_layer.", ".base_layer.", ".original_module.")
 
 
 def has_adapter(model: PreTrainedModel) -> bool:
@@ -26,7 +29,11 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 def without_adapter(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights that were there before, by the names that they had."""
-    return {name.replace(_BASE_LAYER, "."): value for name, value in state.items() if _OF_LORA not in name}
+    return {
+        functools.reduce(lambda short, wrapper: short.replace(wrapper, "."), WRAPPERS, name): value
+        for name, value in state.items()
+        if not any(mark in name for mark in OF_ADAPTERS)
+    }
 
 
 def refuse_unless_one_lora(model: Any) -> None:
@@ -78,15 +85,30 @@ def load_own_adapter(model: Any, source: str, hub_kwargs: dict[str, Any]) -> Non
     kwargs = {name: value for name, value in hub_kwargs.items() if name != "subfolder"}
     inside = "/".join(part for part in (hub_kwargs.get("subfolder"), FOLDER) if part)
     if os.path.isdir(source):
-        info = model.load_adapter(os.path.join(source, inside))
+        model.load_adapter(os.path.join(source, inside))
     else:
-        info = model.load_adapter(source, adapter_kwargs={**kwargs, "subfolder": inside})
+        model.load_adapter(source, adapter_kwargs={**kwargs, "subfolder": inside})
+
+
+def wrong_weights(model: Any, info: Any, source: str | None, name: str, kwargs: dict[str, Any] | None) -> list[str]:
+    """
+    Weights of the LoRA `name` that are missing or have no place, after PEFT has read again what
+    transformers did not find: transformers 5.24 leaves the magnitudes of DoRA as they were made.
+    """
     wrong = sorted({*info.missing_keys, *info.unexpected_keys})
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} weights of the LoRA in {source}/{FOLDER} are missing or have no place (as {wrong[0]}): "
-            "copy the checkpoint again."
-        )
+    if not wrong or source is None:
+        return wrong
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+    options = {key: value for key, value in (kwargs or {}).items() if not key.startswith("_")}
+    read = load_peft_weights(source, device="cpu", **options)
+    state = {key.removeprefix("base_model.model."): value for key, value in read.items()}
+    try:
+        found = set_peft_model_state_dict(model, state, name)
+    except KeyError as missing:  # of a module that is saved as a whole
+        return [str(missing.args[0])]
+    absent = [key for key in found.missing_keys if any(mark in key for mark in OF_ADAPTERS) and f".{name}" in key]
+    return sorted([*absent, *found.unexpected_keys])
 
 
 class TPRLAdapterMixin(PeftAdapterMixin):
@@ -102,18 +124,34 @@ class TPRLAdapterMixin(PeftAdapterMixin):
             "model.load_adapter(DIRECTORY): save_pretrained then saves policy and LoRA together."
         )
 
-    def load_adapter(self, *args, is_trainable: bool = False, **kwargs) -> Any:
+    def load_adapter(
+        self,
+        peft_model_id: str | None = None,
+        adapter_name: str | None = None,
+        *args,
+        is_trainable: bool = False,
+        **kwargs,
+    ) -> Any:
         """As [`~transformers.PreTrainedModel.load_adapter`]: `save_pretrained` saves the LoRA beside the policy.
 
         Raises:
-            `ValueError`: for `is_trainable=True`, because a `Trainer` that resumes would not find the LoRA again.
+            `ValueError`: for `is_trainable=True`, because a `Trainer` that resumes would not find the LoRA again; and
+                when a weight of it is missing or has no place.
         """
         if is_trainable:
             raise ValueError(
                 "load_adapter(is_trainable=True) would train weights that a resumed Trainer does not find: train "
                 "with peft.PeftModel.from_pretrained(model, DIRECTORY, is_trainable=True)."
             )
-        return super().load_adapter(*args, **kwargs)
+        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        name = adapter_name or "default"
+        wrong = wrong_weights(self, info, peft_model_id, name, kwargs.get("adapter_kwargs"))
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} weights of the LoRA in {peft_model_id} are missing or have no place (as {wrong[0]}): "
+                "copy it again."
+            )
+        return info
 
     def enable_adapters(self) -> None:
         """Switches the LoRA on again. Raises `ValueError` where there is none."""
@@ -126,10 +164,10 @@ class TPRLAdapterMixin(PeftAdapterMixin):
     def _switch_adapters(self, on: bool) -> None:
         self._refuse_without_adapter()
         from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils import ModulesToSaveWrapper
+        from peft.utils.other import AuxiliaryTrainingWrapper
 
         for module in self.modules():
-            if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 module.enable_adapters(enabled=on)
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:

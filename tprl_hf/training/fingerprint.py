@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from tprl_hf.modeling.peft_adapter import without_adapter
+
 if TYPE_CHECKING:
     from tprl_hf import TPRLForConditionalGeneration
 
@@ -18,10 +20,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def fingerprint_of_lvlm(model: "TPRLForConditionalGeneration") -> str:
     """That of the LVLM in a model, as it was before it got a LoRA."""
-    weights = model.lvlm.state_dict()
-    return digest_of_weights(
-        {name.replace(".base_layer.", "."): weights[name] for name in weights if ".lora_" not in name}
-    )
+    return digest_of_weights(without_adapter(model.lvlm.state_dict()))
 
 
 def digest_of_weights(weights: Mapping[str, Tensor]) -> str:
