@@ -93,6 +93,14 @@ def test_ways_that_give_the_greedy_tokens(family, way):
     assert torch.equal(model.generate(**batch, **SAME_TOKENS[way], max_new_tokens=NEW), expected)
 
 
+@pytest.mark.parametrize("settings", [{}, {"prune": False}])
+def test_a_paged_cache_is_refused_where_it_would_answer_without_the_picture(settings):
+    _, model = wrap("llava")
+    batch = collate("llava", [sample("llava", 1, 1)])
+    with pytest.raises(ValueError, match=r'cache_implementation="paged"` hands no pixels to the model'):
+        model.generate(**batch, cache_implementation="paged", max_new_tokens=NEW, **settings)
+
+
 @pytest.mark.parametrize("family", VARIED)
 @torch.no_grad()
 def test_assisted_decoding(family):

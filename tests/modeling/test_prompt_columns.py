@@ -238,7 +238,7 @@ def test_a_mask_in_second_place_is_told_from_pixels(family):
     """As many base models have it there; ours is LLaVA's order for all families."""
     _, model = wrap(family)
     inputs = collate(family, [sample(family, 0, 1)])
-    for mask in (inputs["attention_mask"], inputs["attention_mask"].bool()):
+    for mask in (inputs["attention_mask"], inputs["attention_mask"].bool(), inputs["attention_mask"].float()):
         with pytest.raises(ValueError, match=r"pixel_values is torch.* as a mask is: pass attention_mask by its name"):
             model(inputs["input_ids"], mask)
 

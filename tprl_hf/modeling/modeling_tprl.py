@@ -369,6 +369,12 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
             return self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
         kwargs |= cache_argument(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         configs = (generation_config, self.generation_config)
+        is_paged = setting("cache_implementation", kwargs, *configs) == "paged"
+        if is_paged and input_ids is not None and self.adapter.find_visual(input_ids.cpu()).any():
+            raise ValueError(
+                '`cache_implementation="paged"` hands no pixels to the model, and answers without the picture: leave it '
+                "out. `tprl serve` answers several requests at once."
+            )
         copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
         cache, asked = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
         if asked is None and input_ids is not None:

@@ -54,7 +54,7 @@ def check_call(
         if inputs.get(name) is not None and not is_whole(inputs[name]):
             raise wrong(name, inputs[name], "a tensor of whole numbers", PASS_TENSORS)
     pixels = inputs.get("pixel_values")
-    if isinstance(pixels, Tensor) and pixels.shape == input_ids.shape and not pixels.is_floating_point():
+    if isinstance(pixels, Tensor) and pixels.shape == input_ids.shape and bool(((pixels == 0) | (pixels == 1)).all()):
         raise ValueError(
             f"pixel_values is {pixels.dtype} with the shape of input_ids, as a mask is: pass attention_mask by its "
             "name, since families of models have other arguments in second place."
