@@ -372,8 +372,8 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         is_paged = setting("cache_implementation", kwargs, *configs) == "paged"
         if is_paged and input_ids is not None and self.adapter.find_visual(input_ids.cpu()).any():
             raise ValueError(
-                '`cache_implementation="paged"` hands no pixels to the model, and answers without the picture: leave it '
-                "out. `tprl serve` answers several requests at once."
+                '`cache_implementation="paged"` hands no pixels to the model: leave it out, as it would answer '
+                "without the picture. `tprl serve` answers several requests at once."
             )
         copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
         cache, asked = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
