@@ -14,7 +14,7 @@ from tprl_hf import pictures
 from tprl_hf.cli.main import main
 from tprl_hf.data import jsonl_samples
 from tprl_hf.evaluation.answers import chat_inputs
-from tprl_hf.pictures import FORMATS, PictureError, open_picture, picture_of, to_rgb
+from tprl_hf.pictures import FORMATS, PictureError, image_digest, open_picture, picture_of, to_rgb
 from tprl_hf.serving.images import read_url
 from tprl_hf.serving.limits import Limits
 from tprl_hf.training.answer_batches import open_images, undecoded
@@ -92,7 +92,11 @@ def test_turned_as_the_camera_was_held():
     exif[0x0112] = 6
     read = open_picture(content_of(image, exif=exif))
     assert read.size == (4, 8)
-    assert read.tobytes() == ImageOps.exif_transpose(Image.open(io.BytesIO(content_of(image, exif=exif)))).tobytes()
+    opened = Image.open(io.BytesIO(content_of(image, exif=exif)))
+    assert read.tobytes() == ImageOps.exif_transpose(opened).tobytes()
+    # a row may hold it opened; the digest is of what is seen
+    assert picture_of(opened).size == (4, 8) and picture_of(opened).tobytes() == read.tobytes()
+    assert image_digest({"image": opened}) == image_digest({"image": read}) != image_digest({"image": image})
 
 
 def broken(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tprl_hf.modeling.budget import Budget, bounds_of, keep_counts, resolve_choice
+from tprl_hf.modeling.budget import Budget, keep_counts, resolve_choice
 from tprl_hf.modeling.columns import find_visual
 
 
@@ -53,7 +53,8 @@ def own_budget(config: Any) -> Budget | None:
     named: dict[str, Any] = {name: settings.get(name) for name in ("keep_ratio", "num_keep", "threshold")}
     if all(value is None for value in named.values()):
         return None
-    return Budget(**named, **bounds_of(config))
+    bounds = {name: settings[name] for name in ("min_keep", "max_keep") if name in settings}
+    return Budget(**named, **bounds)
 
 
 def budget_in_use(given: dict[str, Any], pruner_budget: Budget | None, config: Any) -> Budget | None:

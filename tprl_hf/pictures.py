@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # Readers that start no other program: Pillow hands EPS to Ghostscript, whatever the file is called.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -41,7 +41,7 @@ def open_picture(source: str | Path | bytes, name: str | None = None) -> Image.I
     name = name or ("The image" if isinstance(source, bytes) else str(source))
     with opened(source, name) as image:
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image), name)
+        return to_rgb(image, name)
 
 
 def picture_size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
@@ -88,11 +88,14 @@ def too_large(name: str, size: str) -> str:
 
 def to_rgb(image: Image.Image, name: str = "The image") -> Image.Image:
     """
-    An image of any mode in RGB. What is transparent shows white; 16 bits a pixel become 8.
+    An image of any mode in RGB, turned as the camera was held. What is transparent shows white; 16 bits a pixel
+    become 8.
 
     Raises:
         `PictureError`: For numbers whose black and white are not known: floats, and whole ones beyond 16 bits.
     """
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):

@@ -7,6 +7,7 @@ import pytest
 from tests.families.stock_processors import save
 from tests.families.tiny_models import build
 from tests.stand_ins.noise import noise
+from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
 from tprl_hf.evaluation.answers import chat_inputs
 from tprl_hf.loading import load_model
@@ -42,6 +43,28 @@ def test_the_embedded_model(capsys, pictures, budget):
     kept = None if "threshold" in budget else int(plan.num_kept)
     assert found["kept_tokens"] == kept
     assert found["llm_tokens"] == (None if kept is None else found["prompt_tokens"] - 288 + kept)
+
+
+@pytest.mark.parametrize(
+    ("own", "bounds", "kept"),
+    [
+        ({"keep_ratio": 0.5}, {"max_keep": 10}, 10),
+        ({"keep_ratio": 0.5, "max_keep": 10}, {}, 10),
+        ({"keep_ratio": 0.5, "max_keep": 20}, {"max_keep": 10}, 10),
+        ({"num_keep": 2}, {"min_keep": 7}, 7),
+        ({"keep_ratio": 0.5}, {}, 72),
+    ],
+)
+def test_bounds_of_the_pruner_and_of_the_config_both_hold(capsys, pictures, tmp_path, own, bounds, kept):
+    embedded, processor = load_model()
+    model = TPRLForConditionalGeneration.from_base_model(embedded.lvlm, **bounds)
+    model.set_pruner("uniform", **own)
+    model.save_pretrained(tmp_path, save_base_model=True)
+    processor.save_pretrained(tmp_path)
+    images = [open_picture(pictures[1])]
+    inputs = chat_inputs(processor, [{"images": images, "prompt": "is there a red circle ?"}])
+    assert int(model.prune(**inputs).num_kept) == kept
+    assert counted(capsys, "--image", pictures[1], str(tmp_path))["images"][0]["kept_tokens"] == kept
 
 
 def test_a_family_with_tokens_by_size_and_without_weights(capsys, pictures, tmp_path):

@@ -2,6 +2,7 @@ import argparse
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,38 @@ def test_a_folder_with_answers_of_another_run_is_refused(evaluate, tmp_path):
     (tmp_path / "out" / "run.json").write_text("")
     code, _, err = evaluate()
     assert code == 2 and "run.json is damaged: pass another --output-dir" in err
+
+
+def change_processor(folder):
+    return (
+        "processor_config.json",
+        lambda text: text.replace('"do_normalize": true', '"do_normalize": false'),
+        r"processor \w+ instead of \w+",
+    )
+
+
+def change_template(folder):
+    return "chat_template.jinja", lambda text: f"{text} word9", r"processor \w+ instead of \w+"
+
+
+def change_generation(folder):
+    changed = json.dumps({"repetition_penalty": 1.5, "eos_token_id": 3})
+    return "generation_config.json", lambda text: changed, r"generation .* instead of .*repetition_penalty"
+
+
+@pytest.mark.parametrize("change", [change_processor, change_template, change_generation])
+def test_answers_of_a_model_whose_other_files_changed_are_not_taken(change, evaluate, base_checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(base_checkpoint, folder)
+    assert evaluate(model=folder)[0] == 0
+    moved = folder.rename(tmp_path / "moved")
+    assert "40/40" in evaluate(model=moved)[2]  # it may lie elsewhere
+    name, other, message = change(moved)
+    before = (moved / name).read_text()
+    (moved / name).write_text(other(before))
+    assert (moved / name).read_text() != before
+    code, out, err = evaluate(model=moved)
+    assert code == 2 and out == "" and re.search(f"another run \\({message}", err)
 
 
 def changed_answer(path):
@@ -437,6 +470,51 @@ def test_smaller_pictures_have_rows(evaluate, tmp_path):
     assert header[-4:] == ["tower M", "pruner M", "prefill M", "ms"] and "ECE" in out
     code, _, err = evaluate("--pruners", "resize+divprune", "--keep-ratios", "1/2", "--num-samples", "4")
     assert code == 2 and "resize+divprune prunes from a picture of half the tokens: keep less than 1/2" in err
+
+
+def test_the_checkpoints_own_pruner_has_its_settings(evaluate, base_checkpoint, tmp_path):
+    """Its row is what `generate` does with the checkpoint, and its name says so."""
+    model = TPRLForConditionalGeneration.from_base_model(str(base_checkpoint), pruner="uniform")
+    model.set_pruner("query-similarity", reduce="max", keep_ratio=0.5)
+    model.save_pretrained(tmp_path / "own", save_base_model=True)
+    make_processor().save_pretrained(tmp_path / "own")
+    words = ["--num-samples", "8", "--keep-ratios", "1/4", "--max-new-tokens", "2"]
+    assert main(["evaluate", str(tmp_path / "own"), *words, "--output-dir", str(tmp_path / "rows")]) == 0
+    names = {row["pruner"] for row in json.loads((tmp_path / "rows" / "results.json").read_text())["rows"]}
+    assert "query-similarity:reduce=max" in names and "query-similarity" not in names
+
+
+def test_the_policy_takes_a_number_of_steps(tmp_path, capsys):
+    words = ["evaluate", "--num-samples", "6", "--keep-ratios", "1/9", "--output-dir", str(tmp_path)]
+    assert main([*words, "--pruners", "learned,learned:num_steps=3"]) == 0
+    rows = {row["pruner"]: row["mean_kept"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert rows["learned"] == rows["learned:num_steps=3"] == 16
+    for wrong, message in (("num_steps=0", "num_steps"), ("depth=3", "learned has no setting 'depth'")):
+        capsys.readouterr()
+        assert main([*words, "--pruners", f"learned:{wrong}"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_rows_that_cannot_be_asked_are_named_before_the_first_answer(evaluate, own_data, tmp_path):
+    lines = own_data.read_text().splitlines()
+    whole = (tmp_path / "noise.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    lines += [json.dumps({"image": "half.png", "prompt": "word7", "answer": "word3"})]
+    lines += [json.dumps({"image": "noise.png", "prompt": "<image> word7", "answer": "word3"})]
+    own_data.write_text("\n".join(lines))
+    code, out, err = evaluate("--data", str(own_data))
+    assert code == 2 and out == "" and "2 of 6 rows" in err
+    assert "Row 4: " in err and "half.png is damaged" in err and "Row 5: its prompt has <image>" in err
+    assert not (tmp_path / "out" / "answers.jsonl").exists()
+
+
+def test_a_saved_dataset_without_rows_and_one_with_an_empty_column_of_videos(evaluate, tmp_path, image_file):
+    Dataset.from_dict({"image": [], "prompt": [], "answer": []}).save_to_disk(tmp_path / "empty")
+    code, _, err = evaluate("--data", str(tmp_path / "empty"))
+    assert code == 2 and "has no samples" in err
+    rows = [{"image": str(image_file), "prompt": "word7", "answer": "word3", "videos": None}] * 2
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    assert evaluate("--data", str(tmp_path / "rows"))[0] == 0
 
 
 def test_the_oracle_needs_boxes(evaluate, own_data):

@@ -77,14 +77,24 @@ def test_percent_of_unpruned_by_task_and_their_mean(runs, tmp_path, capsys):
     assert "| uniform | 1/4 |" in (tmp_path / "table" / "table.md").read_text()
 
 
-def test_runs_of_one_task_are_replicates(runs, tmp_path):
+def test_runs_of_one_task_are_replicates(runs, tmp_path, capsys):
     """Such as policies of two seeds: every answer counts, and the spread is theirs."""
     good = with_scores(runs, "mosaic", lambda record: True)
     bad = good.rename(runs / "good")
     worse = with_scores(runs, "mosaic", lambda record: record["pruner"] == "none" or record["sample"] < 4)
+    capsys.readouterr()
     rows = table_of(tmp_path, bad, worse)
     assert rows["uniform", "1/2"]["percent"]["mosaic"]["value"] == 75
     assert rows["uniform", "1/2"]["by_replicate"]["mosaic"] == [100, 50]
+    assert capsys.readouterr().err == ""
+
+
+def test_two_models_on_one_task_are_said(runs, tmp_path, capsys):
+    one = with_scores(runs, "mosaic", lambda record: True).rename(runs / "one")
+    other = with_scores(runs, "mosaic", lambda record: record["sample"] < 4)
+    table_of(tmp_path, one, other)
+    err = capsys.readouterr().err
+    assert "ask the same questions, and 100.0 and 50.0 % of their unpruned answers are right" in err
 
 
 def test_what_is_not_finished_is_left_out_and_said(runs, tmp_path, capsys):

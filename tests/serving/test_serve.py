@@ -1,5 +1,6 @@
 """`tprl serve` as its users have it: a process of its own, and the `openai` client."""
 
+import base64
 import contextlib
 import io
 import json
@@ -166,6 +167,7 @@ def test_health_and_models(client):
         ({"n": 2}, "n=2 is not served: leave it out"),
         ({"logprobs": True}, "logprobs=true is not served"),
         ({"presence_penalty": 0.5}, "presence_penalty=0.5 is not served"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty=0.5 is not served"),
         ({"response_format": {"type": "json_object"}}, "response_format=.* is not served"),
         ({"extra_body": {"temperature": "warm"}}, 'temperature must be a number; got "warm"'),
         ({"extra_body": {"seed": 0.5}}, "seed is a whole number of 64 bits; got 0.5"),
@@ -444,7 +446,7 @@ def test_a_client_that_leaves_frees_the_model(client, samples, streamed):
     start = time.monotonic()
     ask(client, samples[0]["prompt"], url)
     alone = time.monotonic() - start
-    hasty = client.with_options(timeout=0.5)
+    hasty, before = client.with_options(timeout=0.5), left(client)
     for _ in range(3):  # clients that try again by themselves
         if streamed:
             with ask(client, samples[0]["prompt"], url, stream=True, **LONG) as stream:
@@ -455,6 +457,21 @@ def test_a_client_that_leaves_frees_the_model(client, samples, streamed):
     start = time.monotonic()
     ask(client, samples[0]["prompt"], url)
     assert time.monotonic() - start < 10 * alone + 3
+    assert left(client) >= before + 3
+
+
+def left(client) -> float:
+    """How many clients did not wait for their answer, as the metrics have it."""
+    text = client.get("/../metrics", cast_to=str)
+    found = re.search(r'^tprl_requests_total{status="499"} (\S+)$', text, re.MULTILINE)
+    return float(found.group(1)) if found else 0.0
+
+
+def test_an_image_in_base64_may_have_lines(client, samples):
+    header, data = data_url(samples[0]["images"][0]).split(",")
+    url = f"{header},{base64.encodebytes(base64.b64decode(data)).decode()}"
+    whole = ask(client, samples[0]["prompt"], f"{header},{data}").choices[0].message.content
+    assert "\n" in url and ask(client, samples[0]["prompt"], url).choices[0].message.content == whole
 
 
 @pytest.mark.parametrize(

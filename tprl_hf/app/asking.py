@@ -18,6 +18,7 @@ from tprl_hf.evaluation.benchmark import PrefillTime, measure_prefill
 from tprl_hf.evaluation.trajectory import TrajectoryStep, trajectory_of
 from tprl_hf.loading import unknown_words_note
 from tprl_hf.modeling.budget import Budget, keep_counts
+from tprl_hf.modeling.generation_tprl import GREEDY
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.outputs_tprl import PrunePlan
 from tprl_hf.modeling.token_pruner import SetPruner, TokenPruner
@@ -348,8 +349,7 @@ class Asker:
             plan = self.model.prune(**arguments)
             sequences = self.model.generate(
                 **arguments,
-                do_sample=False,
-                num_beams=1,
+                **GREEDY,
                 max_new_tokens=self.max_new_tokens,
                 tokenizer=self.processor.tokenizer,
             )

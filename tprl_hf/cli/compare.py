@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.answer_rules import is_correct
     from tprl_hf.evaluation.answers import chat_inputs
     from tprl_hf.loading import unknown_words_note
+    from tprl_hf.modeling.generation_tprl import GREEDY
     from tprl_hf.visualization import Panel
 
     from .loading import load_named_model, using_pruner
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         note(unknown)
 
     rows, panels = [["pruner", "tokens kept", "answer"]], []
-    greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": arguments.max_new_tokens}
+    greedy = {**GREEDY, "max_new_tokens": arguments.max_new_tokens}
     with bar(len(pruners), "pruner", "Answering") as answered:
         for name, pruner in pruners.items():
             own: dict[str, Any] = {"prune": False} if name == "none" else budget
@@ -106,13 +107,14 @@ def usable_pruners(
     model, inputs, budget: dict[str, Any], arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The pruners that this model can have, the unpruned model first; and why it cannot have the others."""
-    from tprl_hf.pruners.by_name import make_pruner
+    from tprl_hf.pruners.by_name import make_pruner, own_pruner, own_pruner_with_settings
 
     from .loading import using_pruner
 
     pruners: dict[str, Any] = {"none": None}
     refused = {}
-    for name in arguments.pruners or method_names():
+    own = {own_pruner(model): own_pruner_with_settings(model)}
+    for name in arguments.pruners or [own.get(name, name) for name in method_names()]:
         try:
             pruner = make_pruner(model, name, arguments.seed)
             with using_pruner(model, pruner):

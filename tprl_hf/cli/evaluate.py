@@ -33,6 +33,15 @@ if TYPE_CHECKING:
 NAME = "evaluate"
 HELP = "measure a model's accuracy under several pruners and budgets"
 BASELINES = ("none", "random")
+TEST_BEDS = ("mosaic", "easy-vqa", "photo")
+# Of a generation config.
+NO_ANSWER_DEPENDS_ON = (
+    "transformers_version",
+    "_from_model_config",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+)
 # By name, the functions of `tprl_hf.answer_rules` and what the tables say of them.
 METRICS = {
     "exact": ("exact_score", "share of answers that equal a reference, letter case and a closing full stop aside"),
@@ -162,12 +171,13 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.overwrite:
         refuse_other_run(folder, known_before)
     model, processor = load_model_for(arguments.data, arguments)
+    check_samples(samples, processor, arguments.data)
     names = arguments.pruners or default_pruners(model, processor, samples[0])
     settings = make_settings(model, names, arguments)
 
     folder.mkdir(parents=True, exist_ok=True)
     answers = folder / "answers.jsonl"
-    described = describe_run(arguments, model, known_before)
+    described = describe_run(arguments, model, processor, known_before)
     claim_folder(folder, described, arguments.overwrite)
     units = units_of(samples)
     asked = {
@@ -273,9 +283,9 @@ def default_pruners(model, processor, sample: dict[str, Any]) -> list[str]:
     """Those that this model can have: its tower may not return attention, its policy may not be trained."""
     from tprl_hf.evaluation.compare_pruners import encode_once
     from tprl_hf.pruners import VisPruner
-    from tprl_hf.pruners.by_name import own_pruner
+    from tprl_hf.pruners.by_name import own_pruner_with_settings
 
-    own = own_pruner(model)
+    own = own_pruner_with_settings(model)
     names = list(dict.fromkeys(["uniform", "vispruner", *([] if own is None else [own])]))
     try:
         encode_once(model, processor, [sample], VisPruner())
@@ -317,7 +327,7 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
     function, metric = METRICS[arguments.metric or "exact"]
     score = getattr(answer_rules, function)
     data, split = arguments.data, arguments.split or "test"
-    if data not in ("mosaic", "easy-vqa", "photo") and arguments.split:
+    if data not in TEST_BEDS and arguments.split:
         raise ValueError(f"{data} has no splits: leave out --split {split}.")
     if data in ("mosaic", "photo"):
         number = arguments.num_samples or 2000
@@ -374,6 +384,32 @@ def check_references(samples, arguments: argparse.Namespace) -> None:
             )
 
 
+def check_samples(samples, processor, data: str) -> None:
+    """Raises `ValueError` for own rows that could not be asked, all at once and before the first answer."""
+    from tprl_hf.data.sources import is_source
+    from tprl_hf.modeling.text_query import chat_messages, text_parts
+    from tprl_hf.pictures import images_of, name_of_picture, picture_of
+
+    if data in TEST_BEDS or not is_source(data):
+        return
+    placeholder = getattr(processor, "image_token", None)
+    wrong: list[str] = []
+    for number, row in enumerate(samples):
+        try:
+            pictures = [picture_of(image, name_of_picture(row)) for image in images_of(row)]
+            messages = chat_messages(row["prompt"], len(pictures))
+            texts = [part.get("text") or "" for message in messages for part in text_parts(message["content"])]
+            if placeholder and any(placeholder in text for text in texts):
+                raise ValueError(f"its prompt has {placeholder} in a text: leave it out, it stands for a picture")
+        except (ValueError, OSError) as error:
+            wrong.append(f"Row {number}: {error}")
+    if wrong:
+        more = f" ({len(wrong) - 2} more)" if len(wrong) > 2 else ""
+        raise ValueError(
+            f"{len(wrong)} of {len(samples)} rows of {data} cannot be asked{more}.\n" + "\n".join(wrong[:2])
+        )
+
+
 def describe_data(arguments: argparse.Namespace, samples, metric: str) -> dict[str, Any]:
     """What the answers depend on, as far as it is known before a model is loaded."""
     from tprl_hf.evaluation.fingerprint import questions_digest
@@ -388,16 +424,17 @@ def describe_data(arguments: argparse.Namespace, samples, metric: str) -> dict[s
     }
 
 
-def describe_run(arguments: argparse.Namespace, model, known_before: dict[str, Any]) -> dict[str, Any]:
+def describe_run(arguments: argparse.Namespace, model, processor, known_before: dict[str, Any]) -> dict[str, Any]:
     """What the numbers depend on, besides the settings."""
     import torch
     import transformers
 
     import tprl_hf
-    from tprl_hf.evaluation.fingerprint import fingerprint
+    from tprl_hf.evaluation.fingerprint import fingerprint, processor_digest
 
     from .tables import describe_device
 
+    generation = json.loads(json.dumps(model.generation_config.to_diff_dict(), default=str))  # as run.json has it
     config, num_samples = model.config.to_dict(), known_before["num_samples"]
     ratios = ",".join(text for text, _ in arguments.keep_ratios)
     command = f"tprl evaluate{f' {arguments.model}' if arguments.model else ''} --data {arguments.data}"
@@ -421,6 +458,9 @@ def describe_run(arguments: argparse.Namespace, model, known_before: dict[str, A
         "time_rounds": arguments.time_rounds,
         "pruners": arguments.pruners or [],
         "settings": {name: config[name] for name in ("num_steps", "query_agnostic", "position_ids")},
+        "bounds": {name: config[name] for name in ("min_keep", "max_keep", "threshold_keep_ratio")},
+        "generation": {name: value for name, value in generation.items() if name not in NO_ANSWER_DEPENDS_ON},
+        "processor": processor_digest(processor),
         # an untrained policy is drawn anew each time, and no setting asks it
         "weights": fingerprint(model.lvlm if model.config.policy_training is None else model),
     }

@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.evaluation.answers import chat_inputs
     from tprl_hf.evaluation.benchmark import measure_prefill
     from tprl_hf.loading import unknown_words_note
+    from tprl_hf.modeling.generation_tprl import GREEDY
     from tprl_hf.visualization import Panel
 
     from .loading import load_named_model, pruner_and_budget, using_pruner
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         sequences = model.generate(
             **inputs,
             **budget,
-            do_sample=False,
+            **GREEDY,
             max_new_tokens=arguments.max_new_tokens,
             tokenizer=processor.tokenizer,
         )

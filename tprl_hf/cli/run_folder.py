@@ -13,7 +13,10 @@ from .arguments import loading_words
 
 RUNS = "tprl_output/evaluate"
 # not the name of the data: a file may change under its name, or move
-DEPENDS_ON = ("questions", "split", "seed", "num_samples", "max_new_tokens", "score", "settings", "weights")
+DEPENDS_ON = (
+    *("questions", "split", "seed", "num_samples", "max_new_tokens", "score"),
+    *("settings", "bounds", "generation", "processor", "weights"),
+)
 PLOT = "results.png"
 PAGE = "results.html"
 WRITTEN = (
@@ -50,7 +53,9 @@ def refuse_other_run(folder: Path, described: dict[str, Any]) -> None:
         raise ValueError(f"{path} is damaged: {advice}") from None
     own = {name: described[name] for name in DEPENDS_ON if name in described}
     other = [
-        f"{name} {before.get(name)} instead of {value}" for name, value in own.items() if before.get(name) != value
+        f"{name} {before[name]} instead of {value}"
+        for name, value in own.items()
+        if name in before and before[name] != value
     ]
     if other:
         raise ValueError(f"{folder} holds the answers of another run ({', '.join(other)}): {advice}")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from tprl_hf.whole_files import write
@@ -39,6 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
         for run in runs
         for name, number in run.unfinished.items()
     ]
+    others = [
+        f"{one.folder} and {other.folder} ask the same questions, and {100 * one.unpruned:.1f} and "
+        f"{100 * other.unpruned:.1f} % of their unpruned answers are right. They are read as replicates of one model; "
+        "for two models make two tables."
+        for one, other in pairwise(sorted(runs, key=lambda run: run.questions))
+        if one.questions == other.questions and abs(one.unpruned - other.unpruned) > 0.005
+    ]
     notes = [
         "Numbers: mean score in percent of the unpruned model's on the same questions (its own accuracy in "
         "parentheses); ±: standard deviation over seeds and runs; in brackets paired 95 % bootstrap intervals over "
@@ -49,11 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "table.md", "\n".join([as_markdown(table), *notes, *unfinished]) + "\n")
+    write(folder / "table.md", "\n".join([as_markdown(table), *notes, *others, *unfinished]) + "\n")
     write(folder / "table.tex", as_latex(table))
     write(folder / "table.json", json.dumps({"command": notes[-1], "rows": as_json(lines)}, indent=1) + "\n")
     print(format_table(table))
     print("\n".join(notes))
-    print("\n".join(unfinished), end="\n" if unfinished else "", file=sys.stderr)
+    for line in (*others, *unfinished):
+        print(line, file=sys.stderr)
     print(f"Written: {folder}/table.md, table.tex and table.json")
     return 0

@@ -67,5 +67,7 @@ def read_source(name: str, split: str, seed: int = 0, num_samples: int | None = 
         if not Path(name).is_file():
             raise FileNotFoundError(f"There is no file {name}.")
         return jsonl_samples(name, num_samples)
+    if not json.loads((Path(name) / "state.json").read_bytes()).get("_data_files"):  # which datasets cannot load
+        raise ValueError(f"{name} has no samples.")
     dataset = load_from_disk(name)
     return with_names(dataset if num_samples is None else dataset.select(range(min(num_samples, len(dataset)))))

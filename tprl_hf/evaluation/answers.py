@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from tprl_hf.modeling.generation_tprl import GREEDY
 from tprl_hf.modeling.text_query import chat_messages, question_mask
 from tprl_hf.pictures import images_of, name_of_picture, picture_of
 
@@ -38,7 +39,7 @@ def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.devi
     chats = [chat_messages(sample["prompt"], len(images_of(sample))) for sample in samples]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     images = [[picture_of(image, name_of_picture(sample)) for image in images_of(sample)] for sample in samples]
-    videos = [video for sample in samples for video in sample.get("videos", ())]
+    videos = [video for sample in samples for video in sample.get("videos") or ()]
     shown: dict[str, Any] = {"images": images if any(images) else None}
     if videos:
         shown["videos"] = [list(video.frames) for video in videos]
@@ -74,7 +75,7 @@ def generate_answers(
     for start in range(0, len(samples), batch_size):
         inputs = chat_inputs(processor, samples[start : start + batch_size], model.device)
         # generate() needs the tokenizer where the checkpoint has stop strings.
-        sequences = model.generate(**inputs, tokenizer=processor.tokenizer, do_sample=False, **generate_kwargs)
+        sequences = model.generate(**inputs, tokenizer=processor.tokenizer, **GREEDY | generate_kwargs)
         new_tokens = sequences[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
     return answers

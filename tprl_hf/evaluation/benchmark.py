@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tprl_hf.modeling.generation_tprl import GREEDY
 from tprl_hf.modeling.token_pruner import TokenPruner
 from tprl_hf.modeling.visual_features import VisualFeatures
 
@@ -287,7 +288,7 @@ def answer_calls(model, inputs: Mapping[str, Any], num_keep: int, new_tokens: in
         return model.generate(
             **inputs,
             **choice,
-            do_sample=False,
+            **GREEDY,
             min_new_tokens=new_tokens,
             max_new_tokens=new_tokens,
             stop_strings=None,  # of the checkpoint: all answers are as long

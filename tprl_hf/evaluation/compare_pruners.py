@@ -12,6 +12,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from tprl_hf.answer_rules import exact_score
+from tprl_hf.modeling.generation_tprl import GREEDY
 from tprl_hf.modeling.saved_files import written_whole
 from tprl_hf.modeling.token_pruner import TokenPruner
 from tprl_hf.pictures import image_digest, images_of
@@ -233,12 +234,9 @@ def answer(
             **prompts.inputs,
             **(setting.arguments if prompts.arguments is None else prompts.arguments),
             visual_features=prompts.features,
-            do_sample=False,
-            num_beams=1,
-            return_dict_in_generate=True,
             logits_processor=LogitsProcessorList([notes]),
             tokenizer=processor.tokenizer,
-            **generate_kwargs,
+            **GREEDY | {"return_dict_in_generate": True} | generate_kwargs,
         )
     new_tokens = output.sequences[:, prompts.inputs["input_ids"].shape[1] :]
     end = model.generation_config.eos_token_id

@@ -22,6 +22,7 @@ import tprl_hf
 from tprl_hf.answer_rules import exact_score
 from tprl_hf.data import mosaic_vqa
 from tprl_hf.intervals import bootstrap_mean, units_of
+from tprl_hf.modeling.generation_tprl import GREEDY
 from tprl_hf.training import calibrate_escalation
 
 from .answers import chat_inputs
@@ -62,8 +63,8 @@ def answer_all(
         inputs, features = chat_inputs(processor, batch, model.device), encode_once(model, processor, batch, None)
         for name, call in calls.items():
             output = model.generate(
-                **inputs, **call, visual_features=features, max_new_tokens=max_new_tokens, do_sample=False,
-                return_dict_in_generate=True, tokenizer=processor.tokenizer,
+                **inputs, **call, visual_features=features, max_new_tokens=max_new_tokens,
+                tokenizer=processor.tokenizer, **GREEDY | {"return_dict_in_generate": True},
             )  # fmt: skip
             texts = processor.batch_decode(
                 output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tprl_hf.modeling.generation_tprl import GREEDY
 from tprl_hf.modeling.token_pruner import TokenPruner
 
 
@@ -63,7 +64,7 @@ def count_prefill(model, inputs: dict[str, Any], features: Any, keep_mask: Tenso
             keep_mask=keep_mask,
             visual_features=features,
             max_new_tokens=1,
-            do_sample=False,
+            **GREEDY,
             stop_strings=None,
         )
     )[0]

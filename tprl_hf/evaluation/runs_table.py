@@ -53,6 +53,11 @@ class Run:
     unfinished: dict[Name, int]
     data: str
 
+    @property
+    def unpruned(self) -> float:
+        """Mean score of the unpruned model."""
+        return float(self.scores["none", "1"].mean())
+
 
 @dataclass(frozen=True)
 class Cell:

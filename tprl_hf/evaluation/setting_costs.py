@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from tprl_hf.modeling.generation_tprl import GREEDY
+
 from .benchmark import Spread, time_in_turns
 from .compare_pruners import Prompts, Setting, full_size, shrunk, using
 from .operation_counts import OperationCounts, count, count_prefill, count_pruner
@@ -85,7 +87,7 @@ def time_settings(
         budget = setting.arguments if prompts.arguments is None else prompts.arguments
         with using(model, setting.pruner_for([sample])), torch.no_grad():
             features = model.encode_images(**prompts.inputs, **options)
-            once = {"do_sample": False, "max_new_tokens": 1, "stop_strings": None}
+            once = {**GREEDY, "max_new_tokens": 1, "stop_strings": None}
             model.generate(**prompts.inputs, **budget, visual_features=features, **once)
 
     calls = {}

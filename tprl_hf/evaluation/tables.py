@@ -214,7 +214,7 @@ def percent(estimate: Estimate, signed: bool = False) -> str:
 
 def as_markdown(table: Sequence[Sequence[str]]) -> str:
     """A GitHub table."""
-    lines = ["| " + " | ".join(row) + " |" for row in table]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:], ""])
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.checkpoint_checks import refuse_untrained
+from tprl_hf.modeling.generation_tprl import GREEDY
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.training.answer_batches import SampleEncoder
 from tprl_hf.training.answer_scores import score_answers
@@ -73,7 +74,7 @@ def trajectory_of(
         sequences = model.generate(
             **inputs,
             **pruning,
-            do_sample=False,
+            **GREEDY,
             max_new_tokens=max_new_tokens,
             tokenizer=processor.tokenizer,
         )

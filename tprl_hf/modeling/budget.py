@@ -1,6 +1,6 @@
 """How much is kept: what a call says about it, and the number of tokens that follows for each sample."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,12 @@ def bounds_of(config: Any) -> dict[str, Any]:
     return {"min_keep": config.min_keep, "max_keep": config.max_keep}
 
 
+def within_bounds(budget: Budget, config: Any) -> Budget:
+    """A budget under its own bounds and those of the config, whichever is narrower."""
+    most = [bound for bound in (budget.max_keep, config.max_keep) if bound is not None]
+    return replace(budget, min_keep=max(budget.min_keep, config.min_keep), max_keep=min(most, default=None))
+
+
 def resolve_choice(
     keep_ratio: float | None,
     num_keep: int | None,
@@ -99,8 +105,9 @@ def resolve_choice(
     """What a call of `prune`, `forward` or `generate` does with the visual tokens.
 
     Returns:
-        A [`Budget`] for the pruner: that of the call, else the pruner's own, else the config's. Or the user's
-        `keep_mask`. Or `None`: all tokens stay, and nothing is pruned.
+        A [`Budget`] for the pruner: that of the call, else the pruner's own, else the config's, always within the
+        config's `min_keep` and `max_keep`. Or the user's `keep_mask`. Or `None`: all tokens stay, and nothing is
+        pruned.
 
     Raises:
         `ValueError`: when the call says several things or says one wrongly, or pruning was asked for and nobody names
@@ -117,7 +124,7 @@ def resolve_choice(
     if given and prune is None:
         return Budget(**budget, **bounds)
     if pruner_budget is not None:
-        return pruner_budget
+        return within_bounds(pruner_budget, config)
     default = {name: getattr(config, name) for name in budget}
     if any(value is not None for value in default.values()):
         return Budget(**default, **bounds)

@@ -18,6 +18,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from .columns import restore_prompt
 
+# Arguments of `generate` for one answer of the likeliest tokens, whatever the checkpoint's generation config says.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+}
+
 # Attributes of the library's own processors and criteria that count the prompt.
 _LENGTHS = (
     "min_length",

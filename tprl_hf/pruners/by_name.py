@@ -17,6 +17,17 @@ def own_pruner(model: "TPRLForConditionalGeneration") -> str | None:
     return None if config.policy_training is None else "learned"
 
 
+def own_pruner_with_settings(model: "TPRLForConditionalGeneration") -> str | None:
+    """[`own_pruner`] as [`make_pruner`] reads it, with the settings that the checkpoint has: "fastv:layer=3"."""
+    from tprl_hf.modeling.token_pruner import TokenPruner
+
+    name = own_pruner(model)
+    no_settings = {"name", "seed", *inspect.signature(TokenPruner.__init__).parameters}
+    settings = {key: value for key, value in (model.config.pruner or {}).items() if key not in no_settings}
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in settings.values()]
+    return name if name is None else ":".join([name, *map("=".join, zip(settings, texts, strict=True))])
+
+
 def has_budget(model: "TPRLForConditionalGeneration") -> bool:
     """Whether the checkpoint says how much it keeps."""
     config, own = model.config, model.pruner.budget
@@ -30,7 +41,7 @@ def make_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0)
             The model.
         name (`str`):
             A pruner's name: "learned", or one of [`~tprl_hf.pruners.PRUNERS`], which settings may follow:
-            "fastv:layer=3".
+            "fastv:layer=3", "learned:num_steps=3".
         seed (`int`, *optional*, defaults to 0):
             Seed of the random pruner.
 
@@ -47,14 +58,27 @@ def make_pruner(model: "TPRLForConditionalGeneration", name: str, seed: int = 0)
 
     if name == "none":
         return None
+    name, settings = split_settings(name)
     if name == "learned":
         refuse_untrained(model.config)
-        return None if model.config.pruner is None else model.learned_pruner()
-    name, settings = split_settings(name)
+        return learned_with(model, settings)
     if name not in PRUNERS:
         raise ValueError(f"There is no pruner {name!r}; choose from learned, {', '.join(PRUNERS)}.")
     refuse_unknown_settings(name, settings)
     return PRUNERS[name](**({"seed": seed} if name == "random" else {}) | settings)
+
+
+def learned_with(model: "TPRLForConditionalGeneration", settings: dict[str, Any]) -> "TokenPruner | None":
+    """The policy, in so many steps as the settings say; `None` where it chooses so anyway."""
+    from tprl_hf.modeling.configuration_tprl import CHECKS
+
+    if unknown := sorted(settings.keys() - {"num_steps"}):
+        raise ValueError(f"learned has no setting {unknown[0]!r}; it has num_steps.")
+    if not settings and model.config.pruner is None:
+        return None
+    pruner = model.learned_pruner()
+    pruner.num_steps = CHECKS["num_steps"]("num_steps", settings.get("num_steps", pruner.num_steps))
+    return pruner
 
 
 def split_settings(text: str) -> tuple[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from .limits import MAX_MESSAGES, MAX_TEXT, Limits, parse_body, refuse
 UNSERVED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "chat_template_kwargs": (),  # they could name another template, or replace what is passed here
+    "frequency_penalty": (0, 0.0),  # transformers would take it for a repetition_penalty, of the prompt's words too
     "function_call": ("none",),
     "functions": ([],),
     "logprobs": (False,),
@@ -36,7 +37,6 @@ UNSERVED: dict[str, tuple[Any, ...]] = {
 }
 # What a number may be: lowest, highest.
 NUMBERS: dict[str, tuple[float, float]] = {
-    "frequency_penalty": (-0.99, 2),
     "temperature": (0, 100),
     "top_p": (1e-6, 1),
 }

@@ -206,7 +206,8 @@ class ChatHandler(ChatCompletionHandler):
 
     def _streaming(self, *args: Any, **kwargs: Any) -> StreamingResponse:
         response = super()._streaming(*args, **kwargs)
-        response.body_iterator = by_protocol(response.body_iterator, WISHES.get().end)
+        wishes = WISHES.get()
+        response.body_iterator = by_protocol(response.body_iterator, wishes.end, wishes.record)
         return response
 
     def _build_completion(
@@ -233,7 +234,7 @@ class ChatHandler(ChatCompletionHandler):
         return self.chunk_to_sse(json.dumps(told))
 
 
-async def by_protocol(events: AsyncIterable[Any], end: AnswerEnd) -> AsyncIterator[str]:
+async def by_protocol(events: AsyncIterable[Any], end: AnswerEnd, record: RequestRecord) -> AsyncIterator[str]:
     """The events of transformers' stream with what it leaves out: the form of a refusal, and the word at the end."""
     async for text in events:
         before, mark, _ = text.partition('data: {"error": ')  # a quote of an answer would be escaped
@@ -244,6 +245,7 @@ async def by_protocol(events: AsyncIterable[Any], end: AnswerEnd) -> AsyncIterat
         if status == 500:
             traceback.print_exception(end.error)
         yield f"{before}data: {bytes(error_response(status, message).body).decode()}\n\n"
+    record.status = 200  # only now: a client that left before has 499
     if end.error is None:
         yield "data: [DONE]\n\n"
 

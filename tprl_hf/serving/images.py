@@ -50,7 +50,8 @@ def read_url(url: str, limits: Limits) -> SentImage:
     header, _, data = url.partition(",")
     if scheme == "data" and header.endswith(";base64"):
         try:
-            return SentImage(base64.b64decode(data, validate=True))
+            # many encoders break the lines
+            return SentImage(base64.b64decode("".join(data.split()), validate=True))
         except ValueError as error:  # binascii.Error among them
             raise refuse(f"The image is not base64 ({error}).") from None
     if scheme in ("http", "https"):

@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from .connections import KnownHosts
@@ -124,7 +124,8 @@ class App(Starlette):
             note_refusal(record, error)
             raise
         response = found if isinstance(found, Response) else JSONResponse(found)
-        record.status = response.status_code
+        if not isinstance(response, StreamingResponse):  # which notes it at its end
+            record.status = response.status_code
         return response
 
     async def show_metrics(self, request: Request) -> Response:

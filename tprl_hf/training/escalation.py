@@ -8,6 +8,7 @@ from transformers import LogitsProcessorList
 
 from tprl_hf.modeling.budget import Budget, bounds_of, keep_counts
 from tprl_hf.modeling.escalation import Escalation, FirstTokenNotes
+from tprl_hf.modeling.generation_tprl import GREEDY
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.values import COUNT, KEPT_FRACTION, number
 
@@ -77,8 +78,7 @@ def calibrate_escalation(
             query_mask=left_pad([sample.query_mask for sample in batch.samples]),
             keep_ratio=keep_ratio,
             max_new_tokens=1,
-            do_sample=False,
-            num_beams=1,
+            **GREEDY,
             logits_processor=LogitsProcessorList([notes]),
             tokenizer=processor.tokenizer,
         )

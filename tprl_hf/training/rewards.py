@@ -14,6 +14,7 @@ from typing import Any, SupportsFloat
 import torch
 from torch import Tensor
 
+from tprl_hf.modeling.generation_tprl import GREEDY
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.pictures import images_of
 
@@ -184,7 +185,7 @@ def generate_completions(
             **prompts,
             keep_mask=keep_mask[part][valid[samples]],
             max_new_tokens=max_completion_length,
-            do_sample=False,
+            **GREEDY,
             tokenizer=processor.tokenizer,
         )
         new_tokens = sequences[:, prompts["input_ids"].shape[1] :]

@@ -15,6 +15,7 @@ from datasets import Dataset, Features, List, Value
 from PIL import Image
 from torch import Tensor
 
+from tprl_hf.modeling.generation_tprl import GREEDY
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.pictures import images_of, stored_picture, to_rgb
 
@@ -217,8 +218,8 @@ class UnprunedAnswers:
         """Answers of samples `index`, with the distributions that they were chosen from."""
         prompts, ends = batch.prompts(index), end_ids(self.model, self.processor)
         output = self.model.generate(
-            **prompts, keep_mask=self.keep_all(batch, index), max_new_tokens=self.max_answer_length, do_sample=False,
-            num_beams=1, return_dict_in_generate=True, output_logits=True, tokenizer=self.processor.tokenizer,
+            **prompts, keep_mask=self.keep_all(batch, index), max_new_tokens=self.max_answer_length,
+            **GREEDY | {"return_dict_in_generate": True}, output_logits=True, tokenizer=self.processor.tokenizer,
         )  # fmt: skip
         new, logits = output.sequences[:, prompts["input_ids"].shape[1] :].cpu(), torch.stack(output.logits, 1)
         ids = [until_end(row, ends) for row in new]
