@@ -1,26 +1,15 @@
 """Which weights and which questions a result was measured with."""
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 
 from tprl_hf.pictures import images_of, stored_picture, to_rgb
 from tprl_hf.training.answer_batches import undecoded
-from tprl_hf.training.fingerprint import fingerprint
+from tprl_hf.training.fingerprint import fingerprint, processor_digest
 
 __all__ = ["fingerprint", "processor_digest", "questions_digest"]
-
-
-def processor_digest(processor: Any) -> str:
-    """A digest of how a processor puts pictures and words before the model, wherever it was loaded from."""
-    tokenizer = processor.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
-    said = repr((processor.to_json_string(), processor.chat_template, words))
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def questions_digest(samples: Dataset) -> str:

@@ -105,7 +105,7 @@ def undecoded(dataset: Dataset) -> Dataset:
     The same dataset, whose images stay bytes until they are needed: most are needed once, for their features. Names
     stand for the numbers of a `ClassLabel`.
     """
-    if dataset.format["type"] not in (None, "torch", "custom"):  # others give no lists and texts
+    if dataset.format["type"] not in (None, "custom"):  # others give no lists and texts
         dataset = dataset.with_format(None)
     for name in ("images", "image"):
         if dataset.features.get(name) == List(ImageFeature()):
@@ -147,6 +147,8 @@ def check_row(row: Mapping[str, Any]) -> None:
     answers = answer if isinstance(answer, list) else [answer]
     if not all(one is None or is_answer(one) for one in answers):
         raise wrong("answer", answer, "the reference answer as a text or a number, or a list of them")
+    if any(isinstance(one, str) and "<image>" in one for one in answers):
+        raise ValueError("`answer` has <image> in its text, which stands for a picture: leave it out.")
     check_messages(messages_of(row["prompt"]), len(images_of(row)))
 
 

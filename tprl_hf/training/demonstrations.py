@@ -22,7 +22,7 @@ from tprl_hf.modeling.values import COUNT, KEPT_FRACTION, list_of, one_of, whole
 
 from .answer_batches import AnswerBatch, SampleEncoder
 from .feature_cache import cache_of
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, processor_digest
 from .saved_masks import Masks, SavedMasks, description, this_process
 from .teachers import AnswerTeacher
 from .trainer_arguments import given_dataset, needs_answers
@@ -158,6 +158,7 @@ def generate_demonstrations(
             "keep_ratios": schedules,
             "batch_size": batch_size,
             "weights": fingerprint(model.lvlm),
+            "processor": processor_digest(processor),
         }
         if unpruned_answers is not None:
             depends_on["unpruned_answers"] = unpruned_answers.settings

@@ -1,8 +1,9 @@
 """Which weights a result was made with."""
 
 import hashlib
+import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,3 +32,12 @@ def digest_of_weights(weights: Mapping[str, Tensor]) -> str:
         some = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float64)
         digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def processor_digest(processor: Any) -> str:
+    """A digest of how a processor puts pictures and words before the model, wherever it was loaded from."""
+    tokenizer = processor.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    said = repr((processor.to_json_string(), processor.chat_template, words))
+    return hashlib.sha256(said.encode()).hexdigest()[:16]

@@ -55,6 +55,7 @@ class TPRLGRPOTrainer(BudgetedRolloutTrainer):
             scores = self.score_probes_first(rollouts)
         else:
             scores = self.score_steps(self.batch, rollouts, args.score_every_step, args.score_every_step)
+        scores[0] = scores[0].nan_to_num()  # cancels in a group, known or not
         is_scored = ~scores.isnan().any(0)  # else no reward function said anything, and nothing is learned
         rewards = step_rewards(scores.nan_to_num(), num_kept, 1.0, args.efficiency_coef)
         rewards = in_existing_steps(rewards, step_mask)

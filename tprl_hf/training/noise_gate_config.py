@@ -29,6 +29,7 @@ class NoiseGateConfig(RolloutConfig):
             As of [`CounterfactualConfig`].
     """
 
+    no_checkpointing: ClassVar[str] = "transformers does so only in training mode, and the LVLM stays as it answers"
     checks: ClassVar[dict[str, Check]] = {"rollout_keep_ratios": list_of(KEPT_FRACTION, least=1)}
 
     rollout_keep_ratios: list[float] = field(default_factory=lambda: [1 / 3, 2 / 9, 1 / 9, 1 / 18])

@@ -26,6 +26,10 @@ from tprl_hf.modeling.values import (
 logger = logging.get_logger(__name__)
 
 
+# Settings of `TrainingArguments` that read texts and their labels, and what they are where nobody sets them.
+NOT_OF_POLICIES = {"label_smoothing_factor": 0, "neftune_noise_alpha": None, "train_sampling_strategy": "random"}
+
+
 @dataclass
 class PrunerTrainingConfig(TrainingArguments):
     r"""
@@ -86,6 +90,7 @@ class PrunerTrainingConfig(TrainingArguments):
     }
 
     some_metrics: ClassVar[str]  # of those that `evaluate` gives, for messages
+    no_checkpointing: ClassVar[str] = "no gradient goes through the LVLM, and the policy is small"
 
     feature_cache_mb: int = 1024
     feature_cache_dir: str | None = None
@@ -115,10 +120,13 @@ class PrunerTrainingConfig(TrainingArguments):
         for name in ("gradient_checkpointing", "activation_checkpointing"):  # transformers 5.24 renames it
             if optional(flag)(name, getattr(self, name, None)):
                 logger.warning(
-                    f"{name}=True has no effect: no gradient goes through the LVLM, and the policy is "
-                    "small. For memory set score_batch_size or, in reinforcement learning, micro_batch_size."
+                    f"{name}=True has no effect: {self.no_checkpointing}. For memory set score_batch_size or, in "
+                    "reinforcement learning, micro_batch_size."
                 )
                 setattr(self, name, None)
+        for name, nothing in NOT_OF_POLICIES.items():
+            if getattr(self, name, nothing) != nothing:
+                raise ValueError(f"{name}={getattr(self, name)!r} is for the losses of language models: leave it out.")
         for name in ("bf16", "fp16"):
             if optional(flag)(name, getattr(self, name)):
                 logger.warning(

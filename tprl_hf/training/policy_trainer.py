@@ -25,7 +25,7 @@ from .answer_scores import score_answers
 from .policy_config import PolicyTrainingConfig
 from .pruner_trainer import PrunerTrainer, TrainedNetworks
 from .rollouts import policy_on_trajectories
-from .trainer_arguments import given_dataset, has_answers
+from .trainer_arguments import given_dataset, has_answers, needs_answers
 from .unpruned_answers import UnprunedAnswers
 from .watched import ChosenTokens, masks_line, question_type_of, watched_numbers, write_watched
 
@@ -87,6 +87,10 @@ class PolicyTrainer(PrunerTrainer):
         super().__init__(model, args, **arguments)
         args, model = self.args, self.tprl_model
         self.refuse_sets_without_a_mean()
+        sets = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"eval_dataset": self.eval_dataset}
+        for name, dataset in sets.items():
+            if dataset is not None:
+                self.refuse_half_labelled(dataset, name)
         self.unpruned_answers = UnprunedAnswers(
             model,
             self.processing_class,
@@ -95,13 +99,19 @@ class PolicyTrainer(PrunerTrainer):
             batch_size=args.score_batch_size,
         )
         if args.keep_ratio is not None:
-            model.config.keep_ratio = args.keep_ratio
+            model.config.keep_ratio = args.keep_ratio  # in place of whatever budget it had
+            model.config.num_keep = model.config.threshold = model.config.threshold_keep_ratio = None
         self.best: dict[str, Any] = {}
         self.last_measured = -1
         self.chosen: list[tuple[Dataset, list[ChosenTokens]]] = []  # by the last `evaluate`, of each dataset
         self.watched: list[int] | None = None  # places among these
         self.training_before = model.config.policy_training
         self.digest: str | None = None
+        self.is_finished = False
+
+    def train_alone(self, *arguments: Any) -> Any:
+        self.is_finished = False
+        return super().train_alone(*arguments)
 
     def networks(self, model: TPRLForConditionalGeneration, args: Any) -> TrainedNetworks:
         model.autoencoder.requires_grad_(False)
@@ -135,6 +145,7 @@ class PolicyTrainer(PrunerTrainer):
     def measure_masks(self, dataset: Dataset) -> tuple[dict[str, float], list[ChosenTokens]]:
         """What `measure` gives, and what was chosen of the samples of this process."""
         model, ratios, measured_by = self.tprl_model, self.args.eval_keep_ratios, self.measured_by(dataset)
+        self.refuse_half_labelled(dataset, "The dataset")
         pruner = model.learned_pruner()
         totals: dict[str, Tensor] = {}  # of each metric its sum, and how many samples it is known of, [2, R]
         found: list[ChosenTokens] = []
@@ -153,7 +164,7 @@ class PolicyTrainer(PrunerTrainer):
                 budget = Budget(keep_ratio=ratio, **bounds_of(model.config))
                 keep_mask, of_tokens = pruner.choose(batch.inputs, budget)
                 measured = self.measure_answers(batch, keep_mask, measured_by)
-                if reads_questions:
+                if reads_questions and len(batch) > 1:  # one alone has no other question
                     measured["question_effect"] = question_effect(pruner, batch.inputs, budget, keep_mask)
                 for name, values in measured.items():
                     total = totals.setdefault(name, torch.zeros(2, len(ratios), device=self.args.device))
@@ -179,6 +190,13 @@ class PolicyTrainer(PrunerTrainer):
     def measured_by(self, dataset: Dataset) -> Measure:
         """By what a dataset is measured, all of its rows alike."""
         return "answers" if has_answers(dataset) else "unpruned answers"
+
+    def refuse_half_labelled(self, dataset: Dataset, name: str) -> None:
+        """Raises `ValueError` for a dataset that is measured by its answers, and lacks some."""
+        if self.measured_by(dataset) == "answers":
+            needs_answers(
+                dataset, name, "fill them in, or remove the column: the LVLM's own unpruned answers are compared then"
+            )
 
     def refuse_sets_without_a_mean(self) -> None:
         """Raises `ValueError` for evaluation sets that are measured by different things, so that no mean is best."""
@@ -272,6 +290,7 @@ class PolicyTrainer(PrunerTrainer):
             self.state.best_metric, self.state.best_global_step = self.best["score"], self.best["step"]
             self.tell_the_outcome()
         self.note_training(self.best["step"] if self.best else self.state.global_step)
+        self.is_finished = True
         super().finish()
 
     def tell_the_outcome(self) -> None:
@@ -307,7 +326,7 @@ class PolicyTrainer(PrunerTrainer):
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if _internal_call:  # a checkpoint; `finish` noted the end
+        if not self.is_finished and self.state.global_step:  # else `finish` noted the end, or nothing was trained
             self.note_training(self.state.global_step)
         super().save_model(output_dir, _internal_call)
 

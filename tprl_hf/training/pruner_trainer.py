@@ -5,7 +5,7 @@ import functools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -136,6 +136,8 @@ class PrunerTrainer(Trainer):
         args = given_args(type(self), args, model, self._stage)
         self.args = args
         train_dataset, eval_dataset = self.accepted(train_dataset), given_dataset(eval_dataset, "eval_dataset")
+        if isinstance(model, (str, os.PathLike)):
+            set_seed(args.seed)  # of a policy that is new
         model = given_model(model)
         processing_class = given_processor(processing_class, model)
         if args.push_to_hub and not args.save_base_model and not is_hub_name(model.config.base_model_name_or_path):
@@ -160,6 +162,8 @@ class PrunerTrainer(Trainer):
             model, processing_class, cache, encode_batch_size=together, prefetch_threads=args.prefetch_threads
         )
         self.metrics: dict[str, list[float]] = defaultdict(list)
+        self.parts: dict[str, list[tuple[float, float]]] = defaultdict(list)  # of a batch: values and their shares
+        self.share: float | None = None
         self.last_inputs: Any = None
         self.recipe: str | None = None
         self.being_written: Path | None = None  # a checkpoint that is not marked whole yet
@@ -220,7 +224,8 @@ class PrunerTrainer(Trainer):
             last = number == len(parts) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 micro_batch = MicroBatch(rows, encoded, len(part) / len(inputs))
-                loss += super().training_step(model, micro_batch, num_items_in_batch)
+                with self.of_part(micro_batch.share, last):
+                    loss += super().training_step(model, micro_batch, num_items_in_batch)
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -247,11 +252,31 @@ class PrunerTrainer(Trainer):
         )
 
     def note(self, values: Mapping[str, float | Tensor]) -> None:
-        """Collects metrics by their names; the next log averages them. NaN is a mean of nothing, and left out."""
+        """
+        Collects metrics by their names; the next log averages them. NaN is a mean of nothing, and left out. Inside
+        [`of_part`] they are of a micro-batch.
+        """
         for name, value in values.items():
             number = value.item() if isinstance(value, Tensor) else value
-            if not math.isnan(number):
+            if math.isnan(number):
+                continue
+            if self.share is None:
                 self.metrics[name].append(number)
+            else:
+                self.parts[name].append((number, self.share))
+
+    @contextlib.contextmanager
+    def of_part(self, share: float, is_last: bool) -> Iterator[None]:
+        """What is noted inside is of a micro-batch, `share` of its batch; after the last one it is of the batch."""
+        self.share = share
+        try:
+            yield
+        finally:
+            self.share = None
+        if is_last:
+            for name, parts in self.parts.items():
+                self.metrics[name].append(sum(n * part for n, part in parts) / sum(part for _, part in parts))
+            self.parts.clear()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs or "train_loss" in logs:  # of training; what else is logged in between takes nothing away
@@ -288,6 +313,8 @@ class PrunerTrainer(Trainer):
             self.run = new_run(Path(self.args.output_dir)) if self.args.should_save else 0
             set_seed(self.args.seed)  # as after `__init__`, whatever was drawn since then
         self.run_log.facts["run"] = self.run
+        self.tprl_model.lvlm.requires_grad_(False)
+        self.networks(self.tprl_model, self.args)  # another trainer of the model may have set them since
         # transformers would delete old checkpoints before the new one is marked
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.save_total_limit = limit

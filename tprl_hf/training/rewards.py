@@ -205,7 +205,8 @@ def reward_function_scores(
     What each reward function gives for answers, float32 `[S]` on the CPU, by the function's name; NaN for `None`.
 
     They are called as in TRL: with `prompts`, `completions` (messages where the prompts are), `completion_ids`,
-    `trainer_state` and the columns of the rows. Images are decoded only for functions that name `images`.
+    `trainer_state` and the columns of the rows. Images are decoded only for functions that name
+    `images`, or `image`, the first of each row.
 
     Args:
         batch: B samples; `sample_index` (`list[int]` of length S): the sample of each answer.
@@ -234,9 +235,13 @@ def reward_function_scores(
         "trainer_state": trainer_state,
         **{name: [row[name] for row in rows] for name in names},
     }
-    if any("images" in inspect.signature(function).parameters for function in reward_funcs):
+    wanted = {name for function in reward_funcs for name in inspect.signature(function).parameters}
+    if wanted & {"images", "image"}:
         opened = {index: open_images(images_of(batch.rows[index])) for index in set(sample_index)}
-        arguments["images"] = [opened[index] for index in sample_index]
+        if "images" in wanted:
+            arguments["images"] = [opened[index] for index in sample_index]
+        if "image" in wanted:
+            arguments["image"] = [next(iter(opened[index]), None) for index in sample_index]
     return {
         name: torch.tensor(checked_rewards(name, rewards, len(rows)), dtype=torch.float32)
         for name, rewards in call_rewards(reward_funcs, arguments).items()

@@ -104,6 +104,8 @@ class RolloutTrainer(PolicyTrainer):
 
     def begin(self) -> None:
         self.num_scored = self.llm_passes = 0
+        if self.has_start:
+            self.start_policy.load_state_dict(self.tprl_model.policy.state_dict())
         self.unpruned = {}  # whose rows are those of `train_dataset`, which may be another one by now
         super().begin()
 
@@ -165,7 +167,8 @@ class RolloutTrainer(PolicyTrainer):
         for number, index in enumerate(parts):
             last = number == len(parts) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                part_loss = self.trajectory_losses(model, index).sum() / len(mini_batch)
+                with self.of_part(len(index) / max(len(mini_batch), 1), last):
+                    part_loss = self.trajectory_losses(model, index).sum() / len(mini_batch)
                 self.last_inputs = {"buffer": buffer, "index": index, "rollouts": self.rollouts.state(), **self.buffer}
                 self.refuse_nan(part_loss)
                 self.accelerator.backward(part_loss)
@@ -321,7 +324,7 @@ class RolloutTrainer(PolicyTrainer):
         """Shows the first `num_completions_to_print` rollouts of the buffer, answered once more."""
         if not self.is_world_process_zero() or self.rollouts is None:
             return
-        count = self.args.num_completions_to_print or len(scores)
+        count = min(self.args.num_completions_to_print or len(scores), len(scores))  # MAPO's replays have none
         masks = self.rollouts.keep_masks[-1, :count]
         samples = self.rollouts.sample_index[:count].tolist()
         answers, _ = self.complete(self.batch, masks, samples)
@@ -340,12 +343,16 @@ class RolloutTrainer(PolicyTrainer):
         rollouts = None if self.rollouts is None else self.rollouts.state()
         state = {"rollouts": rollouts, "buffer": self.buffer, "step": self.state.global_step}
         state.update(num_scored=self.num_scored, llm_passes=self.llm_passes, unpruned=self.unpruned)
+        if self.has_start:
+            state["start_policy"] = self.start_policy.state_dict()
         return {**super().saved_state(), **state}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.num_scored, self.llm_passes = state.get("num_scored", 0), state.get("llm_passes", 0)
         self.unpruned = state.get("unpruned", {})  # older versions had none
+        if self.has_start and "start_policy" in state:  # nor this
+            self.start_policy.load_state_dict(state["start_policy"])
         if state["step"] % self.updates_per_buffer != 0:
             self.batch, _ = self.encode_questions(state["step"] // self.updates_per_buffer)
             self.rollouts, self.buffer = Rollouts(**state["rollouts"]), state["buffer"]

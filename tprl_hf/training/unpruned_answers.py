@@ -1,11 +1,13 @@
 """Training without labels: the reference is what the frozen LVLM itself answers when it sees all visual tokens."""
 
+import contextlib
+import copy
 import functools
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from PIL import Image
 from torch import Tensor
+from transformers import GenerationConfig
 
 from tprl_hf.modeling.generation_tprl import GREEDY
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
@@ -22,13 +25,33 @@ from tprl_hf.pictures import images_of, stored_picture, to_rgb
 from .answer_batches import AnswerBatch, SampleEncoder, end_ids, until_end
 from .answer_scores import answer_logits, answered_prompts
 from .divergence import UnprunedAnswer, top_tokens
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, processor_digest
 
 OWN_ANSWER_SCORES = ("agreement", "kl")  # those that read no label
 COLUMN = "unpruned_answer"  # of demonstrations
 COLUMN_FEATURES = {"text": Value("string"), "ids": List(Value("int32")), "settings": Value("string")}
 TOP_K = 32
 MAX_LOGITS = 2**28  # of one pass, 1 GiB: with a vocabulary of 150,000, fourteen answers of 128 tokens
+# Settings of a generation config that change the distribution which tokens are chosen from.
+CHANGES_LOGITS = (
+    *("bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty"),
+    *("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "guidance_scale"),
+    *("min_length", "min_new_tokens", "no_repeat_ngram_size", "repetition_penalty", "sequence_bias"),
+    *("suppress_tokens", "watermarking_config"),
+)
+
+
+@contextlib.contextmanager
+def likeliest_tokens(model: TPRLForConditionalGeneration) -> Iterator[None]:
+    """Inside, `generate` takes what the model itself finds likeliest, which is what answers are compared with."""
+    before, plain = model.generation_config, GenerationConfig()
+    model.generation_config = copy.deepcopy(before)
+    for name in CHANGES_LOGITS:
+        setattr(model.generation_config, name, getattr(plain, name, None))
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 class UnprunedAnswers:
@@ -126,7 +149,7 @@ class UnprunedAnswers:
                 "weights": fingerprint(self.model.lvlm),
                 "max_answer_length": self.max_answer_length,
                 "top_k": self.top_k,
-                "chat_template": hashlib.sha256(repr(self.processor.chat_template).encode()).hexdigest()[:16],
+                "processor": processor_digest(self.processor),
             }
             self.settings_line = json.dumps(depends_on)
         return self.settings_line
@@ -217,7 +240,8 @@ class UnprunedAnswers:
     def answer_chunk(self, batch: AnswerBatch, index: list[int]) -> dict[int, UnprunedAnswer]:
         """Answers of samples `index`, with the distributions that they were chosen from."""
         prompts, ends = batch.prompts(index), end_ids(self.model, self.processor)
-        output = self.model.generate(
+        with likeliest_tokens(self.model):
+            output = self.model.generate(
             **prompts, keep_mask=self.keep_all(batch, index), max_new_tokens=self.max_answer_length,
             **GREEDY | {"return_dict_in_generate": True}, output_logits=True, tokenizer=self.processor.tokenizer,
         )  # fmt: skip
