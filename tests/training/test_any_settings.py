@@ -187,6 +187,7 @@ def test_each_field_of_ours_is_described_here():
                 "ddp_find_unused_parameters",
                 "checks",
                 "some_metrics",
+                "no_checkpointing",
             ),
         }
         assert own - {*BOOLS_OF_OURS} == described.keys()

@@ -187,7 +187,7 @@ def test_a_processor_that_is_nowhere(make_model, tmp_path):
         (
             lambda m, p, d, a: TPRLPPOTrainer(m, a, eval_dataset=with_one_answer(d)).evaluate(),
             ValueError,
-            "has no answer to compare with: 'word",
+            "7 of 8 rows of eval_dataset have no `answer`: fill them in, or remove the column",
         ),
         (
             lambda m, p, d, a: generate_demonstrations(GradientTeacher(), m, p, d.to_iterable_dataset()),

@@ -161,11 +161,11 @@ def test_an_answer_survives_json():
 
 @pytest.mark.parametrize("length", [2, 100])
 def test_the_embedded_model_agrees_with_itself(length, tmp_path):
-    """A real checkpoint: answers of a hundred tokens too, where the end is not allowed."""
+    """A real checkpoint: answers of a hundred tokens too, where it never says what ends them."""
     path = tprl_hf.embedded_checkpoint()
     model, processor = TPRLForConditionalGeneration.from_pretrained(path), load_processor(path)
     if length == 100:
-        model.generation_config.min_new_tokens = 100
+        model.generation_config.eos_token_id = processor.tokenizer.convert_tokens_to_ids("teal")
     rows = rows_of(unlabelled(mosaic_vqa("validation", num_samples=6)))
     batch = UnprunedAnswers(model, processor, tmp_path, max_answer_length=length)(
         SampleEncoder(model, processor)(rows)

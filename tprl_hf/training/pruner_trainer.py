@@ -2,10 +2,8 @@
 
 import contextlib
 import functools
-import math
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +27,7 @@ from .feature_cache import cache_of
 from .micro_batches import MAX_TOKENS, MAX_TOKENS_ON_CPU, within_memory
 from .policy_config import PrunerTrainingConfig
 from .run_log import RunLog, start_facts
+from .step_metrics import StepMetrics
 from .trainer_arguments import (
     given_args,
     given_dataset,
@@ -161,9 +160,7 @@ class PrunerTrainer(Trainer):
         self.encoder = SampleEncoder(
             model, processing_class, cache, encode_batch_size=together, prefetch_threads=args.prefetch_threads
         )
-        self.metrics: dict[str, list[float]] = defaultdict(list)
-        self.parts: dict[str, list[tuple[float, float]]] = defaultdict(list)  # of a batch: values and their shares
-        self.share: float | None = None
+        self.metrics = StepMetrics()
         self.last_inputs: Any = None
         self.recipe: str | None = None
         self.being_written: Path | None = None  # a checkpoint that is not marked whole yet
@@ -224,7 +221,7 @@ class PrunerTrainer(Trainer):
             last = number == len(parts) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 micro_batch = MicroBatch(rows, encoded, len(part) / len(inputs))
-                with self.of_part(micro_batch.share, last):
+                with self.metrics.of_part(micro_batch.share, last):
                     loss += super().training_step(model, micro_batch, num_items_in_batch)
         return loss
 
@@ -252,35 +249,12 @@ class PrunerTrainer(Trainer):
         )
 
     def note(self, values: Mapping[str, float | Tensor]) -> None:
-        """
-        Collects metrics by their names; the next log averages them. NaN is a mean of nothing, and left out. Inside
-        [`of_part`] they are of a micro-batch.
-        """
-        for name, value in values.items():
-            number = value.item() if isinstance(value, Tensor) else value
-            if math.isnan(number):
-                continue
-            if self.share is None:
-                self.metrics[name].append(number)
-            else:
-                self.parts[name].append((number, self.share))
-
-    @contextlib.contextmanager
-    def of_part(self, share: float, is_last: bool) -> Iterator[None]:
-        """What is noted inside is of a micro-batch, `share` of its batch; after the last one it is of the batch."""
-        self.share = share
-        try:
-            yield
-        finally:
-            self.share = None
-        if is_last:
-            for name, parts in self.parts.items():
-                self.metrics[name].append(sum(n * part for n, part in parts) / sum(part for _, part in parts))
-            self.parts.clear()
+        """Collects metrics by their names; the next log averages them."""
+        self.metrics.note(values)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs or "train_loss" in logs:  # of training; what else is logged in between takes nothing away
-            logs = {**logs, **{name: sum(values) / len(values) for name, values in self.metrics.items()}}
+            logs = {**logs, **self.metrics.means()}
             self.metrics.clear()
         super().log(logs, start_time)
 
