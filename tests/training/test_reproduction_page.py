@@ -175,6 +175,14 @@ def test_the_ways_to_give_credit():
     assert "sets at falling budgets have {}, {}, {} and {} ([table]".format(*longer) in PAGE
 
 
+def test_the_width_of_the_codes():
+    rows = ["192 (as wide as the token)", "48 (a 4th)", "24 (an 8th)", "6 (a 32nd)", "3 (a 64th)"]
+    found = [points("fig2", row, "1/3", "12 (a 16th, the paper's)") for row in rows]
+    assert "at 1/3: 192 {}, 48 {}, 24 {}, 6 {}, 3 {} points ([figure 2]".format(*found) in PAGE
+    for row in rows[:3]:  # "about five points"
+        assert 4.5 < float(points("fig2", row, "2/9", "12 (a 16th, the paper's)").split()[0]) < 5.5
+
+
 def test_the_rival_of_the_shipped_policy():
     label = "GRPO, sets, annealed, probes"
     differences = [points("rival", label, at, "the shipped checkpoint") for at in ("1/3", "1/9", "1/18")]
