@@ -193,7 +193,7 @@ def test_the_rival_of_the_shipped_policy():
     better = "the same, 64 questions a step, reads similarity"
     differences = [points("rival", better, at, "the shipped checkpoint") for at in ("1/3", "1/9", "1/18")]
     losses = [points("rival", better, at) for at in ("1/3", "1/9", "1/18")]
-    told = "passes are better: {}, {} and {}, which is {}, {} and {} compared with unpruned ([table]"
+    told = "passes are better at 1/18: {}, {} and {}, which is {}, {} and {} compared with unpruned ([table]"
     assert told.format(*differences, *losses) in PAGE
     assert " 0.18, 0.79 and 1.86 points" in GRPO and [one.split()[0] for one in losses] == ["-0.18", "-0.79", "-1.86"]
     table = read_table("rival")

@@ -247,5 +247,6 @@ def test_a_reward_function_may_name_one_picture(make_model, make_grpo):
 
 @pytest.mark.parametrize("settings", [{"label_smoothing_factor": 0.1}, {"neftune_noise_alpha": 5}])
 def test_settings_of_language_models_are_refused(settings, tmp_path):
+    assert LfDConfig(str(tmp_path), train_sampling_strategy="sequential").train_sampling_strategy == "sequential"
     with pytest.raises(ValueError, match=r"is for the losses of language models: leave it out"):
         LfDConfig(str(tmp_path), **settings)

@@ -34,7 +34,7 @@ NAME = "evaluate"
 HELP = "measure a model's accuracy under several pruners and budgets"
 BASELINES = ("none", "random")
 TEST_BEDS = ("mosaic", "easy-vqa", "photo")
-# Of a generation config.
+# Settings of a generation config that change no answer.
 NO_ANSWER_DEPENDS_ON = (
     "transformers_version",
     "_from_model_config",

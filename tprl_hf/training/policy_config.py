@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -26,8 +26,12 @@ from tprl_hf.modeling.values import (
 logger = logging.get_logger(__name__)
 
 
-# Settings of `TrainingArguments` that read texts and their labels, and what they are where nobody sets them.
-NOT_OF_POLICIES = {"label_smoothing_factor": 0, "neftune_noise_alpha": None, "train_sampling_strategy": "random"}
+# Settings of `TrainingArguments` that read texts and their labels, and the values of them that do not.
+NOT_OF_POLICIES: dict[str, tuple[Any, ...]] = {
+    "label_smoothing_factor": (0,),
+    "neftune_noise_alpha": (None,),
+    "train_sampling_strategy": ("random", "sequential"),
+}
 
 
 @dataclass
@@ -124,8 +128,8 @@ class PrunerTrainingConfig(TrainingArguments):
                     "reinforcement learning, micro_batch_size."
                 )
                 setattr(self, name, None)
-        for name, nothing in NOT_OF_POLICIES.items():
-            if getattr(self, name, nothing) != nothing:
+        for name, harmless in NOT_OF_POLICIES.items():
+            if getattr(self, name, harmless[0]) not in harmless:
                 raise ValueError(f"{name}={getattr(self, name)!r} is for the losses of language models: leave it out.")
         for name in ("bf16", "fp16"):
             if optional(flag)(name, getattr(self, name)):

@@ -205,8 +205,8 @@ def reward_function_scores(
     What each reward function gives for answers, float32 `[S]` on the CPU, by the function's name; NaN for `None`.
 
     They are called as in TRL: with `prompts`, `completions` (messages where the prompts are), `completion_ids`,
-    `trainer_state` and the columns of the rows. Images are decoded only for functions that name
-    `images`, or `image`, the first of each row.
+    `trainer_state` and the columns of the rows. Images are decoded only for functions that name `images`, or
+    `image`, the first of each row.
 
     Args:
         batch: B samples; `sample_index` (`list[int]` of length S): the sample of each answer.

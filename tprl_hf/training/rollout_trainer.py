@@ -167,7 +167,7 @@ class RolloutTrainer(PolicyTrainer):
         for number, index in enumerate(parts):
             last = number == len(parts) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                with self.metrics.of_part(len(index) / max(len(mini_batch), 1), last):
+                with self.metrics.of_part(len(index) / len(mini_batch), last):
                     part_loss = self.trajectory_losses(model, index).sum() / len(mini_batch)
                 self.last_inputs = {"buffer": buffer, "index": index, "rollouts": self.rollouts.state(), **self.buffer}
                 self.refuse_nan(part_loss)

@@ -242,9 +242,13 @@ class UnprunedAnswers:
         prompts, ends = batch.prompts(index), end_ids(self.model, self.processor)
         with likeliest_tokens(self.model):
             output = self.model.generate(
-            **prompts, keep_mask=self.keep_all(batch, index), max_new_tokens=self.max_answer_length,
-            **GREEDY | {"return_dict_in_generate": True}, output_logits=True, tokenizer=self.processor.tokenizer,
-        )  # fmt: skip
+                **prompts,
+                keep_mask=self.keep_all(batch, index),
+                max_new_tokens=self.max_answer_length,
+                output_logits=True,
+                tokenizer=self.processor.tokenizer,
+                **GREEDY | {"return_dict_in_generate": True},
+            )
         new, logits = output.sequences[:, prompts["input_ids"].shape[1] :].cpu(), torch.stack(output.logits, 1)
         ids = [until_end(row, ends) for row in new]
         return {
