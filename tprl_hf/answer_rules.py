@@ -134,7 +134,8 @@ def _as_number(text: str) -> float | None:
 def anls_score(answer: str, references: Sequence[str] | str, threshold: float = 0.5) -> float:
     """
     Normalised Levenshtein similarity to the closest reference, 0 where it is below `threshold` (Biten et al., arXiv
-    1905.13648; DocVQA). Its mean over questions is ANLS. Letter case and repeated blanks do not count.
+    1905.13648; DocVQA). Its mean over questions is ANLS. Letter case and repeated blanks do not count, nor do the
+    latter in the length that DocVQA's script divides by. A similarity of exactly `threshold` counts, as in that script.
     """
     text = " ".join(answer.lower().split())
     best = 0.0
@@ -164,8 +165,9 @@ def chosen_option(answer: str) -> str | None:
     """
     The letter of the option that an answer to a multiple-choice question names; `None` where it names none.
 
-    As ScienceQA's evaluation reads it (Lu et al., arXiv 2209.09513): a letter alone, a letter that a bracket, full
-    stop or colon follows, or "the answer is" and a letter.
+    Much as the evaluations of ScienceQA (Lu et al., arXiv 2209.09513) and LLaVA read it: a letter alone, a letter that
+    a bracket, full stop or colon follows, or "the answer is" and a letter. It is more lenient: a small letter alone
+    counts, of several statements the first does, and nothing is drawn at random where none is found.
 
     Example:
 
@@ -181,9 +183,16 @@ def chosen_option(answer: str) -> str | None:
 
 
 def choice_score(answer: str, references: Sequence[str] | str) -> float:
-    """1 where the answer names the option of the reference, which is its letter, else 0."""
-    chosen = chosen_option(answer)
-    return float(chosen is not None and chosen in map(chosen_option, as_texts(references)))
+    """
+    1 where the answer names the option of the reference, which is its letter, else 0. Raises `ValueError` for a
+    reference that names no option.
+    """
+    options = list(map(chosen_option, as_texts(references)))
+    if None in options:
+        raise ValueError(
+            f"The reference {references!r} is no letter of an option: change it, or take another metric or reward."
+        )
+    return float(chosen_option(answer) in options)
 
 
 def says_yes(answer: str) -> bool:

@@ -14,10 +14,11 @@ from tprl_hf.evaluation.training_costs import (
     Work,
     demonstration_work,
     kept_in_rollouts,
+    noise_gate_work,
     rollout_work,
     supervised_work,
 )
-from tprl_hf.training import AutoencoderConfig, CounterfactualConfig, TPRLGRPOConfig, TPRLPPOConfig
+from tprl_hf.training import AutoencoderConfig, CounterfactualConfig, NoiseGateConfig, TPRLGRPOConfig, TPRLPPOConfig
 
 PAGE = (Path(__file__).parents[2] / "docs" / "at_real_size.md").read_text(encoding="utf-8")
 PROMPTS = Prompts(visual=100, text=10)
@@ -83,6 +84,12 @@ def test_each_keep_mask_of_a_rollout_is_counted():
     assert kept_in_rollouts(flips) == pytest.approx([0.3] * 6 * flips.num_generations)
     limited = TPRLGRPOConfig("x", max_llm_passes=60, num_train_epochs=100, **budgets)
     assert rollout_work(limited, 1000, PROMPTS, 1.0, 1.0).images == 10  # six masks a visit
+
+
+def test_noise_gates_cost_the_llm_three_passes_of_each_prompt():
+    config = NoiseGateConfig("x", max_steps=10, per_device_train_batch_size=4)
+    work = noise_gate_work(config, 640, PROMPTS, 1000.0, 0.0)
+    assert work.llm_tokens == 3 * 40 * 110 and work.images == work.updates * 4 == 40
 
 
 def test_reading_takes_time_only_where_it_is_slower_than_the_llm():

@@ -93,6 +93,14 @@ def test_an_unpruned_prompt_is_read_once_in_a_training(rewards, make_model, proc
     torch.testing.assert_close(trainer.score_steps(trainer.batch, trainer.rollouts), scores, atol=1e-5, rtol=1e-5)
 
 
+def test_a_question_that_comes_twice_in_a_buffer_is_read_once(make_model, processor, dataset, tmp_path):
+    trainer = stage("ppo", make_model, processor, dataset.select([0, 1]), str(tmp_path), max_steps=4)
+    trainer.args.per_device_train_batch_size = 4
+    trainer.collect(0)
+    masks = len(trainer.asked) * trainer.args.num_generations * trainer.args.num_steps
+    assert len(trainer.asked) == 4 and trainer.num_scored == 2 + masks
+
+
 def test_resuming_reads_no_unpruned_prompt_again(make_model, processor, dataset, tmp_path):
     settings = {"max_steps": 16, "save_steps": 16, "save_strategy": "steps", "keep_best": False}
     whole = stage("ppo", make_model, processor, dataset, str(tmp_path), **settings)

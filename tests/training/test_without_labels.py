@@ -277,6 +277,12 @@ def test_rewards_of_benchmarks_by_name(name):
     assert function(prompts=[None], completions=["x"], answer=[None]) == [None]
 
 
+def test_a_choice_without_a_letter_is_refused():
+    """Each answer would count as wrong, and nothing would say so."""
+    with pytest.raises(ValueError, match=r"The reference \['cat'\] is no letter of an option"):
+        load_reward("multiple_choice")(prompts=[None], completions=["B"], answer=["cat"])
+
+
 def test_a_recipe_names_rewards_for_lists_of_answers(base, dataset, tmp_path, capsys):
     several = dataset.remove_columns("answer").add_column("answer", [["word7", "word7", "word8"]] * len(dataset))
     several.save_to_disk(str(tmp_path / "several"))

@@ -56,10 +56,10 @@ def work_of(stage: str, recipe: dict[str, Any], prompts: "Prompts", size: float)
         count = num_rows(recipe, training_data(stage, recipe))
     config = make_config(stage, recipe)
     hits = min(1.0, config.feature_cache_mb * 2**20 / (count * prompts.images * size))
-    if not STAGES[stage].takes_rewards:
-        work = costs.supervised_work(config, count, prompts, size, hits)
-    else:
-        work = costs.rollout_work(config, count, prompts, size, hits)
+    count_work = costs.rollout_work if STAGES[stage].takes_rewards else costs.supervised_work
+    if stage == "noise_gate":
+        count_work = costs.noise_gate_work
+    work = count_work(config, count, prompts, size, hits)
     if stage == "autoencoder" or "validation" not in recipe.get("data", {}):
         return work
     times = 2.0  # at the start and at the end

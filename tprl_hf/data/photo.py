@@ -2,7 +2,7 @@
 
 The photographs come from Debian packages (`photo_things.py`) and are not part of this one; `python -m
 tprl_hf.test_bed.photo_parts` fetches them. A scene is a function of `(split, seed, index)` and of these files. It is
-224 x 224 pixels and shows three to seven different things of 36 to 78 pixels, whose boxes are known.
+224 x 224 pixels and shows three to seven different things of 31 to 78 pixels, whose boxes are known.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def with_article(name: str) -> str:
 
 
 def _absent_name(scene: PhotoScene, rng: np.random.Generator) -> str:
-    """A thing that is not there: half of the time of a kind that is."""
+    """A thing that is not there: at least half of the time of a kind that is."""
     kinds = {item.kind for item in scene.objects} - {""}
     alike = [name for name in scene.absent if THINGS[name].kind in kinds]
     return _pick(rng, alike if alike and rng.random() < 0.5 else scene.absent)
@@ -354,8 +354,8 @@ def photo_vqa(split: str = "test", seed: int = 0, num_samples: int = 2000) -> Da
     Generate questions about photographed things, seven a picture, one of each type.
 
     Args:
-        split (`str`): `"train"`, `"validation"`, `"test"`, `"new_pictures"` (half of the things that have several
-            photographs are shown in one that training never shows) or `"new_things"` (half of what lies on a picture
+        split (`str`): `"train"`, `"validation"`, `"test"`, `"new_pictures"` (half of what lies on a picture is
+            shown in a photograph that training never shows) or `"new_things"` (half of what lies on a picture
             is never shown nor named in training). No picture is in two splits, whatever the seeds.
         seed (`int`): Not negative; each seed gives other pictures.
         num_samples (`int`): Number of questions, at least 1.

@@ -140,6 +140,13 @@ def supervised_work(config: Any, rows: int, prompts: Prompts, bytes_of_image: fl
     )
 
 
+def noise_gate_work(config: Any, questions: int, prompts: Prompts, bytes_of_image: float, hits: float) -> Work:
+    """Of noise gates: the LLM reads each prompt forwards and backwards, with all its visual tokens."""
+    work = supervised_work(config, questions, prompts, bytes_of_image, hits)
+    visits = work.updates * config.per_device_train_batch_size
+    return work + Work(llm_tokens=3 * visits * (prompts.visual + prompts.text))
+
+
 def demonstration_work(teacher: str, rows: int, prompts: Prompts) -> Work:
     """Of a teacher; one that knows the answer runs the LLM forwards and backwards."""
     reads = {"gradient": 3.0, "leave-out": prompts.visual / 4}.get(teacher, 0.0)

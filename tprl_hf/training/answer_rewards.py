@@ -70,8 +70,8 @@ def anls(prompts: Sequence[Any], completions: Sequence[Any], answer: Labels, **c
 
 def multiple_choice(prompts: Sequence[Any], completions: Sequence[Any], answer: Labels, **columns: Any) -> list:
     """
-    1 where the answer names the letter of the correct option, else 0 (as ScienceQA's evaluation reads it, Lu et al.,
-    arXiv 2209.09513). The label is that letter.
+    1 where the answer names the letter of the correct option, else 0 (ScienceQA, Lu et al., arXiv 2209.09513; see
+    [`~tprl_hf.answer_rules.chosen_option`]). The label is that letter; another one is a `ValueError`.
 
     Example:
 

@@ -24,7 +24,7 @@ class TPRLGRPOConfig(BudgetedRolloutConfig):
             Step t draws from `lambda_disc ** t * p` (eq. 14), t counted from 0.
         score_every_step (`bool`, defaults to `True`):
             Score after each step (eq. 4). Else only after the last one, which costs a third of the time: the scores of
-            the steps between cancel in the returns.
+            the steps between cancel in the first step's return, and later steps are credited with all of it too.
         scale_rewards (`"group"` or `"none"`, defaults to `"group"`):
             Advantages are the returns minus the mean of their group, over its standard deviation; or minus the mean of
             the group's other returns, as in RLOO, which is the former's numerator times `n / (n - 1)`.

@@ -129,7 +129,7 @@ class PolicyTrainer(PrunerTrainer):
             is correct when greedy decoding gives exactly the reference. Without labels the reference is what the LVLM
             itself answers unpruned: `agreement`, `agreement_logprob` and `kl`, in the same way. With reward functions,
             where not every row has an answer, `reward`: the mean of what they say, `None` left out. Besides,
-            `question_effect`, the percentage of the kept tokens that the question of the next sample in a batch would
+            `question_effect`, the percentage of the kept tokens that the question of another sample of the batch would
             not keep: near 0 the policy does not read the question (see `policy_input_norm` of [`TPRLConfig`]).
         """
         metrics, chosen = self.measure_masks(dataset)

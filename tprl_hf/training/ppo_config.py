@@ -21,7 +21,8 @@ class TPRLPPOConfig(RolloutConfig):
             Step t draws from `lambda_disc ** t * p` (eq. 14), t counted from 0.
         score_every_step (`bool`, defaults to `True`):
             Score after each step (eq. 4). Else only after the last one, whose reward is then the whole change from the
-            unpruned prompt: far fewer tokens for the LLM, and the same returns where `gamma` and `lam` are 1.
+            unpruned prompt: far fewer tokens for the LLM. Where `gamma` and `lam` are 1 the first step's return is the
+            same; later steps are then credited with the whole change too.
         alpha (`float`, defaults to 1.0), beta (`float`, defaults to 0.1):
             Weights of score and efficiency in the reward (eq. 4).
         gamma (`float`, defaults to 0.99), lam (`float`, defaults to 0.95):

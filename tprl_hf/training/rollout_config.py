@@ -53,7 +53,9 @@ class RolloutConfig(PolicyTrainingConfig):
             Optimizer steps in each pass over a buffer.
         micro_batch_size (`int`, *optional*):
             Trajectories that run through the policy at once, for memory; gradients do not depend on it.
-        learning_rate (`float`, defaults to 1e-5), num_train_epochs (`float`, defaults to 200):
+        learning_rate (`float`, defaults to 1e-5):
+            That of the authors' repository; the paper does not say it.
+        num_train_epochs (`float`, defaults to 200):
             The paper's. An epoch is a pass over the questions.
         logging_steps (`float`, *optional*):
             By default, `None`, a log for each buffer; in a run of more than 2,000 buffers one for several, so that the

@@ -236,7 +236,8 @@ class RolloutTrainer(PolicyTrainer):
         What `find` says of each question of the buffer when nothing is pruned. The LLM is frozen, so each is asked
         once in a training, by whichever process meets it first: these prompts are the longest of all.
         """
-        new = [sample for sample, row in enumerate(self.asked) if row not in self.unpruned]
+        first = {row: sample for sample, row in reversed([*enumerate(self.asked)]) if row not in self.unpruned}
+        new = sorted(first.values())  # a small dataset has a question more than once in a buffer
         found = find(batch, batch.inputs.valid[new], new) if new else []
         rows = [self.asked[sample] for sample in new]
         self.unpruned.update(gather_object(list(zip(rows, found, strict=True))))
