@@ -134,8 +134,8 @@ def _as_number(text: str) -> float | None:
 def anls_score(answer: str, references: Sequence[str] | str, threshold: float = 0.5) -> float:
     """
     Normalised Levenshtein similarity to the closest reference, 0 where it is below `threshold` (Biten et al., arXiv
-    1905.13648; DocVQA). Its mean over questions is ANLS. Letter case and repeated blanks do not count, nor do the
-    latter in the length that DocVQA's script divides by. A similarity of exactly `threshold` counts, as in that script.
+    1905.13648; DocVQA). Its mean over questions is ANLS. Letter case and repeated blanks do not count; DocVQA's
+    script divides by a length with the latter. A similarity of exactly `threshold` counts, as in that script.
     """
     text = " ".join(answer.lower().split())
     best = 0.0

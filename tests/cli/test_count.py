@@ -67,6 +67,14 @@ def test_bounds_of_the_pruner_and_of_the_config_both_hold(capsys, pictures, tmp_
     assert counted(capsys, "--image", pictures[1], str(tmp_path))["images"][0]["kept_tokens"] == kept
 
 
+def test_a_checkpoint_without_a_budget_keeps_a_third_as_the_commands_do(capsys, pictures, tmp_path):
+    embedded, processor = load_model()
+    TPRLForConditionalGeneration.from_base_model(embedded.lvlm).save_pretrained(tmp_path, save_base_model=True)
+    processor.save_pretrained(tmp_path)
+    words = ["--image", pictures[1], str(tmp_path)]
+    assert [counted(capsys, *words, *more)["images"][0]["kept_tokens"] for more in ((), ("--no-prune",))] == [48, 144]
+
+
 def test_a_family_with_tokens_by_size_and_without_weights(capsys, pictures, tmp_path):
     build("llava_next").config.save_pretrained(tmp_path / "base")
     save("llava_next", tmp_path / "base")

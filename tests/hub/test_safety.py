@@ -370,6 +370,7 @@ def test_a_card_without_our_text_keeps_its_own():
     again = update_card(card, full_card({"tags": ["tprl"]}, "newer"))
     assert "newer" in again and "ours" not in again and "# Mine" in again
     assert update_card(again, new, replace=False).count("newer") == 1
+    assert "ours" not in update_card("# Mine\n", new, replace=False)
     assert update_card(None, new) == update_card("\n", new) == new
     assert "# No header" in update_card("# No header\n", new)
     named = card.replace("license: other", "license: other\nlicense_name: llama3\nlicense_link: LICENSE")

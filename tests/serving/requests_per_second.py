@@ -1,5 +1,5 @@
 """
-Requests per second of `tprl serve` against `--max-batch`: the table in docs/serving.md.
+Requests per second of `tprl serve` against `--max-batch`.
 
     python -m tests.serving.requests_per_second
 

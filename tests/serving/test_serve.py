@@ -524,6 +524,24 @@ def test_a_second_server_with_remote_images_and_another_pruner(client, checkpoin
     assert found.choices[0].message.content.strip() == wanted
 
 
+def test_budgets_of_a_model_without_a_policy_that_prunes_nothing_by_itself(checkpoint, samples, tmp_path):
+    """And what `--quiet` leaves of the log."""
+    model, processor = load_model(str(checkpoint))
+    model.lvlm.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    words = [str(tmp_path / "base"), "--name", "mosaic-tprl", "--no-prune", "--quiet", "--max-image-tokens", "100"]
+    url = data_url(samples[0]["images"][0])
+    with open(tmp_path / "errors", "w") as errors, serving(*words, stderr=errors) as (line, client):
+        assert "(none, prune=False)" in line
+        for fields, kept in (({}, 100), ({"keep_ratio": 1 / 9}, 16), ({"num_keep": 5}, 5)):
+            usage = ask(client, samples[0]["prompt"], url, extra_body=fields, max_tokens=1).usage
+            assert usage.prompt_tokens_details.image_tokens_kept == kept
+        with pytest.raises(openai.BadRequestError):
+            ask(client, "red", url, n=2)
+    (line,) = [one for one in (tmp_path / "errors").read_text().splitlines() if one.startswith("chatcmpl-")]
+    assert " 400 " in line
+
+
 def test_without_the_extra_it_says_which_one(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "tprl_hf.serving.connections", raising=False)  # other tests import it

@@ -40,7 +40,7 @@ def make_page(asker: Asker) -> gr.Blocks:
         files.append(str(folder / f"example {number}.png"))
         example.image.save(files[-1])
     num_visual = asker.count_visual(examples[0].image)
-    own, choices, trained_steps = asker.default_pruner(), asker.pruners, asker.model.config.num_steps
+    own, choices, own_steps = asker.default_pruner(), asker.pruners, asker.model.config.num_steps
 
     with gr.Blocks(title=f"{asker.name}: kept tokens", analytics_enabled=False) as page:
         gr.Markdown(
@@ -117,10 +117,10 @@ def make_page(asker: Asker) -> gr.Blocks:
                         step_question = gr.Textbox(examples[0].question, label="Question", max_length=MAX_QUESTION)
                         num_steps = gr.Slider(
                             1,
-                            max(MOST_STEPS, trained_steps),
-                            value=max(3, trained_steps),
+                            max(MOST_STEPS, own_steps),
+                            value=max(3, own_steps),
                             step=1,
-                            label=f"Steps T (the policy was trained with {trained_steps})",
+                            label=f"Steps T (generate takes {own_steps})",
                         )
                         show_steps = gr.Button("Show the steps", variant="primary", elem_id="show")
                         steps = gr.HTML(elem_id="steps")

@@ -32,9 +32,11 @@ def run(arguments: argparse.Namespace) -> int:
     path = arguments.model or tprl_hf.embedded_checkpoint()
     config = config_of(path)
     if not isinstance(config, tprl_hf.TPRLConfig):
-        config = tprl_hf.TPRLConfig(base_config=config, keep_ratio=DEFAULT_KEEP_RATIO)
+        config = tprl_hf.TPRLConfig(base_config=config)
     given: dict[str, Any] = {"prune": False} if arguments.no_prune else budget_of(arguments)
     budget = budget_in_use(given, own_budget(config), config)
+    if budget is None and not arguments.no_prune:  # as the commands that ask the model
+        budget = budget_in_use({"keep_ratio": DEFAULT_KEEP_RATIO}, None, config)
     ids, processor = placeholder_ids(config.base_config), load_processor(path)
 
     def cost_of(pictures: list[Any], question: str) -> dict[str, Any]:

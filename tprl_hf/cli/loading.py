@@ -58,7 +58,8 @@ def pruner_and_budget(
     name = arguments.pruner or own or DEFAULT_PRUNER
     if arguments.no_prune or name == "none":
         refuse_budget_of_none(budget)
-        return "none", None, {"prune": False}
+        # `tprl serve` also takes requests that have a budget of their own, which an untrained policy cannot serve
+        return "none", None if own is not None else make_pruner(model, DEFAULT_PRUNER), {"prune": False}
     if not budget and not has_budget(model):
         budget = {"keep_ratio": DEFAULT_KEEP_RATIO}
     uses_own = arguments.pruner is None and own is not None

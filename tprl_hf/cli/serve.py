@@ -84,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.serving.limits import Limits
 
     from .loading import load_named_model, pruner_and_budget, using_pruner
+    from .progress import is_quiet
 
     # bound before the model is loaded, so that a port that is taken is told at once
     listener = bind(arguments.host, arguments.port)
@@ -101,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         allow_remote_images=arguments.allow_remote_images,
     )
     app = App(model, processor, name, limits, budget, [arguments.host, *arguments.allow_host])
+    app.metrics.quiet = is_quiet()
     if arguments.host not in LOOPBACK:
         print(f"tprl serve: whoever reaches {arguments.host} can ask; nobody is asked who they are.", file=sys.stderr)
     listener.listen()  # whoever reads the line below can ask

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", type=question, metavar="QUESTION", help="the question")
     add_model_argument(parser)
     add_budget_arguments(parser)
-    parser.add_argument("--steps", type=positive_int, metavar="T", help="default: as the checkpoint was trained")
+    parser.add_argument("--steps", type=positive_int, metavar="T", help="default: num_steps of the checkpoint")
     parser.add_argument("--answer", metavar="TEXT", help="the reference (default: the answer to the unpruned prompt)")
     parser.add_argument(
         "--max-new-tokens", type=positive_int, default=64, metavar="N", help="longest answer (default: 64)"

@@ -13,7 +13,7 @@ from transformers import AutoConfig, TrainingArguments
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from tprl_hf.json_files import read_json
-from tprl_hf.model_cards import dataset_card, eval_results_yaml, model_index, policy_card, without_paths
+from tprl_hf.model_cards import dataset_card, eval_results_yaml, model_index, policy_card, pruner_of, without_paths
 from tprl_hf.modeling.checkpoint_checks import check_weight_files, refuse_other_base
 from tprl_hf.modeling.configuration_tprl import TPRLConfig
 from tprl_hf.modeling.hub_tprl import (
@@ -135,13 +135,14 @@ def files_to_publish(
     lora = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors") if config.includes_adapter else ()
     for pattern in (*WEIGHT_PATTERNS, *lora, GENERATION_CONFIG_NAME, *PROCESSOR_FILES):
         files.update({path.relative_to(directory).as_posix(): path for path in directory.glob(pattern)})
+    own = pruner_of(written)
     for number, (dataset_id, task_id) in (benchmarks or {}).items():
         name = re.sub(r"[^\w-]+", "-", f"{dataset_id} {task_id}")  # nobody's name is a path here
-        files[f".eval_results/{name}.yaml"] = eval_results_yaml(results[number], dataset_id, task_id).encode()
+        files[f".eval_results/{name}.yaml"] = eval_results_yaml(results[number], dataset_id, task_id, own).encode()
 
     metadata = card_metadata(config, found_licence, list(tags))
     if results or benchmark_results:
-        index = model_index(repo_id, results, benchmark_results)
+        index = model_index(repo_id, results, benchmark_results, own)
         metadata.update({"model-index": index, "model_name": repo_id.split("/")[-1]})
     card = full_card(metadata, policy_card(repo_id, written, results, latency, flops, stages, benchmark_results))
     readme = directory / "README.md"

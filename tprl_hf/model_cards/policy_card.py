@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,32 @@ from .render import render_card
 
 # What a results.json of `tprl evaluate` must say.
 RESULT_FIELDS = ("command", "device", "versions", "data", "split", "seed", "num_samples", "weights", "rows")
+
+BUDGETS = {
+    "keep_ratio": "a fraction of {:.4g} of the visual tokens is kept",
+    "num_keep": "{} visual tokens are kept",
+    "threshold": "the visual tokens with a keep probability above {:.4g} are kept",
+}
+NO_SETTINGS = {"name", "seed", "min_keep", "max_keep", *BUDGETS}
+
+
+def pruner_of(config: Mapping[str, Any]) -> str:
+    """
+    What `tprl evaluate` calls the pruner of a checkpoint with this `config.json` in its rows.
+
+    Example:
+
+    ```python
+    >>> pruner_of({"pruner": None}), pruner_of({"pruner": {"name": "fastv", "layer": 3, "keep_ratio": 0.5}})
+    ('learned', 'fastv:layer=3')
+    ```
+    """
+    pruner = config.get("pruner")
+    if pruner is None:
+        return "learned"
+    settings = {name: value for name, value in pruner.items() if name not in NO_SETTINGS}
+    texts = (value if isinstance(value, str) else json.dumps(value) for value in settings.values())
+    return ":".join([pruner["name"], *map("=".join, zip(settings, texts, strict=True))])
 
 
 def without_paths(value: Any) -> Any:
@@ -46,7 +73,7 @@ def policy_card(
     benchmark_results: Sequence[EvalResult] = (),
 ) -> str:
     """
-    The text of a policy's card, without header.
+    The text of the card of a policy, or of a checkpoint with another pruner, without header.
 
     Args:
         repo_id (`str`): Where it is published.
@@ -65,12 +92,9 @@ def policy_card(
     """
     for result in results:
         check_results(result)
-    budgets = {
-        "keep_ratio": "a fraction of {:.4g} of the visual tokens is kept",
-        "num_keep": "{} visual tokens are kept",
-        "threshold": "the visual tokens with a keep probability above {:.4g} are kept",
-    }
-    named = [text.format(config[name]) for name, text in budgets.items() if config.get(name) is not None]
+    own, pruner = pruner_of(config), config.get("pruner") or {}
+    budget = pruner if any(pruner.get(name) is not None for name in BUDGETS) else config
+    named = [text.format(budget[name]) for name, text in BUDGETS.items() if budget.get(name) is not None]
     widths = ("token_dim", "autoencoder_dim", "latent_dim", "num_steps", "query_agnostic", "position_ids")
     return render_card(
         "policy",
@@ -79,6 +103,7 @@ def policy_card(
         merged=config["includes_base_model"],
         base_model=config.get("base_model_name_or_path"),
         config=config,
+        own=own,
         budget=named[0] if named else None,
         budget_argument="" if named else ", keep_ratio=1 / 3",
         results=[{"score": result.get("metric", ""), **without_paths(result)} for result in results],
@@ -101,15 +126,21 @@ def check_results(result: Mapping[str, Any]) -> None:
 
 
 def model_index(
-    repo_id: str, results: Sequence[Mapping[str, Any]], benchmark_results: Sequence[EvalResult] = ()
+    repo_id: str,
+    results: Sequence[Mapping[str, Any]],
+    benchmark_results: Sequence[EvalResult] = (),
+    own: str = "learned",
 ) -> list[dict[str, Any]]:
-    """Accuracy of the policy at each budget, of the unpruned model, and benchmarks as the header's `model-index`."""
+    """
+    Accuracy of the checkpoint's pruner `own` at each budget, of the unpruned model, and benchmarks as the header's
+    `model-index`.
+    """
     found = list(benchmark_results)
     for result in results:
         check_results(result)
         data = without_paths(str(result["data"]))
         for row in result["rows"]:
-            if row["pruner"] not in ("none", "learned"):
+            if row["pruner"] not in ("none", own):
                 continue
             kept = "unpruned" if row["pruner"] == "none" else f"visual tokens kept: {row['budget']}"
             found.append(
@@ -127,16 +158,18 @@ def model_index(
     return eval_results_to_model_index(repo_id.split("/")[-1], found)
 
 
-def eval_results_yaml(result: Mapping[str, Any], dataset_id: str, task_id: str) -> str:
+def eval_results_yaml(result: Mapping[str, Any], dataset_id: str, task_id: str, own: str = "learned") -> str:
     """
-    The policy's accuracy at each budget as a file for `.eval_results/`, for a benchmark that is on the Hub.
+    The accuracy of the checkpoint's pruner at each budget as a file for `.eval_results/`, for a benchmark that is on
+    the Hub.
 
     Args:
         result (`Mapping`): A `results.json`.
         dataset_id, task_id (`str`): The benchmark's dataset on the Hub, and its task.
+        own (`str`, *optional*, defaults to `"learned"`): Its pruner, as [`pruner_of`] says.
 
     Raises:
-        `ValueError`: If the results have no row of the policy.
+        `ValueError`: If the results have no row of it.
     """
     check_results(result)
     entries = [
@@ -147,8 +180,8 @@ def eval_results_yaml(result: Mapping[str, Any], dataset_id: str, task_id: str) 
             notes=f"{row['budget']} of the visual tokens kept; {result['num_samples']} questions",
         )
         for row in result["rows"]
-        if row["pruner"] == "learned"
+        if row["pruner"] == own
     ]
     if not entries:
-        raise ValueError("The results have no row `learned`: run tprl evaluate with --pruners learned.")
+        raise ValueError(f"The results have no row `{own}`: run tprl evaluate with --pruners {own}.")
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)

@@ -246,12 +246,6 @@ def refuse_other_base(config: TPRLConfig, base: PreTrainedConfig, source: str, p
     named = f"{config.base_model_name_or_path}"
     if config.base_model_revision is not None:
         named += f" at revision {config.base_model_revision}"
-    width = base.get_text_config().hidden_size
-    if width != config.token_dim:
-        raise ValueError(
-            f"The policy in {source} was made for visual tokens of width {config.token_dim}, but the base model "
-            f"({base.model_type}) has width {width}. Use the base model it was trained with: {named}."
-        )
     if isinstance(config.base_config, PreTrainedConfig):
         differences = shape_differences(config.base_config.to_dict(), base.to_dict())
         if differences:
@@ -259,6 +253,12 @@ def refuse_other_base(config: TPRLConfig, base: PreTrainedConfig, source: str, p
                 f"The policy in {source} was made for a base model with {', '.join(differences)} (that of {place}). "
                 f"Use the base model it was trained with: {named}."
             )
+    width = base.get_text_config().hidden_size
+    if width != config.token_dim:
+        raise ValueError(
+            f"The policy in {source} was made for visual tokens of width {config.token_dim}, but the base model "
+            f"({base.model_type}) has width {width}. Use the base model it was trained with: {named}."
+        )
     commit = extract_commit_hash(f"{place}/{CONFIG_NAME}", None)  # of a path into the Hub's cache
     pinned = config.base_model_revision
     if commit is not None and pinned is not None and commit != pinned:

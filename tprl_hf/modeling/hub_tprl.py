@@ -29,7 +29,7 @@ WEIGHT_PATTERNS = ("model*.safetensors", "model*.safetensors.index.json")
 SHORT_CARD = """\
 # {title}
 
-A policy that prunes the visual tokens of a vision-language model before its LLM, with
+It prunes the visual tokens of a vision-language model before its LLM, with
 [tprl_hf](https://arxiv.org/abs/2603.13394).
 
 ```python
@@ -174,7 +174,7 @@ def update_card(existing: str | None, new: str, replace: bool = True, explicit: 
     Args:
         existing (`str`, *optional*): the card that is there.
         new (`str`): the card as it would be written from nothing; its text lies between our marks.
-        replace (`bool`, defaults to `True`): whether text between our marks in `existing` gives way to that of `new`.
+        replace (`bool`, defaults to `True`): whether our text in `existing` gives way to that of `new`, or is added.
         explicit (`tuple[str]`, *optional*): metadata that the user asked for now, and which replaces earlier one.
 
     Returns:
@@ -195,7 +195,7 @@ def update_card(existing: str | None, new: str, replace: bool = True, explicit: 
     block = new_card.text[new_card.text.index(BEGIN) : new_card.text.index(END) + len(END)]
     text = old_card.text
     start, end = text.find(BEGIN), text.find(END)
-    if start < 0 or end < start:
+    if replace and (start < 0 or end < start):
         text = f"{text.rstrip()}\n\n{block}\n"
     elif replace:
         text = text[:start] + block + text[end + len(END) :]

@@ -82,6 +82,7 @@ class Metrics:
     """
 
     def __init__(self, num_waiting: Callable[[], int]):
+        self.quiet = False
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.requests = Counter("tprl_requests", "Requests by status", ["status"], registry=self.registry)
@@ -96,7 +97,7 @@ class Metrics:
         self.waiting.set_function(num_waiting)
 
     def add(self, record: RequestRecord) -> None:
-        """Counts a request that is over, and writes its line."""
+        """Counts a request that is over, and writes its line; where `quiet` is set, only that of a failed one."""
         self.requests.labels(str(record.status)).inc()
         for kind in ("prompt", "visual", "kept", "new"):
             self.tokens.labels(kind).inc(getattr(record, f"{kind}_tokens"))
@@ -104,7 +105,8 @@ class Metrics:
             self.batches.observe(record.batch)
         for stage, seconds in {**record.seconds, "total": time.monotonic() - record.started}.items():
             self.seconds.labels(stage).observe(seconds)
-        print(record.line(), file=sys.stderr, flush=True)
+        if record.status >= 400 or not self.quiet:
+            print(record.line(), file=sys.stderr, flush=True)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -49,7 +49,7 @@ class Memory:
         self.kept[key] = {"returns": returns[chosen].cpu(), "keep_masks": keep_masks[chosen].cpu()}
 
     def state(self) -> dict[str, Any]:
-        """All of it in three tensors and a list of keys: a checkpoint with one tensor a question would take minutes."""
+        """All of it in three tensors and a list: a checkpoint with one tensor a question would take minutes."""
         kept = list(self.kept.values())
         empty = torch.zeros(0, dtype=torch.bool)
         return {
