@@ -62,7 +62,7 @@ EXTRAS = {
     # What reads the parts of Photo-LLaVA (docs/photo.md); the parts themselves are fetched without what they ask for.
     "photo": ["gguf>=0.10", "onnx>=1.17"],
     "quantized": ["bitsandbytes>=0.46.1"],
-    "serve": ["aiohttp>=3.11", "prometheus_client>=0.21", "transformers[serving]>=5.21,<6", "uvicorn>=0.34"],
+    "serve": ["aiohttp>=3.12", "prometheus_client>=0.21", "transformers[serving]>=5.21,<6", "uvicorn>=0.34"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["train"],

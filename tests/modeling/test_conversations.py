@@ -375,11 +375,13 @@ def test_several_answers_go_on(family):
 
 
 @pytest.mark.parametrize("family", [family for family in VARIED if family not in STATEFUL])
+@pytest.mark.parametrize("returned", [1, 3])
 @torch.no_grad()
-def test_after_a_beam_search_the_prompt_is_known(family):
+def test_after_a_beam_search_the_prompt_is_known(family, returned):
+    """As many sequences as beams are returned in another order than that of the cache's rows."""
     model, samples = wrap(family)[1], two_samples(family)
-    output = generate(model, collate(family, samples), num_beams=3)
-    cache, rows = output.past_key_values, output.sequences.tolist()
+    output = generate(model, collate(family, samples), num_beams=3, num_return_sequences=returned)
+    cache, rows = output.past_key_values, output.sequences[::returned].tolist()
     inputs = padded_like(collate(family, questions(rows, samples, [0, 1])), rows)
     with pytest.raises(ValueError, match="6 rows, but 2 prompts"):
         generate(model, inputs, past_key_values=cache)

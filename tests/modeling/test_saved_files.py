@@ -1,5 +1,7 @@
 """Saving over an older checkpoint: cut off at any moment, one of the two is there, and whole."""
 
+import copy
+import json
 import os
 import platform
 import shutil
@@ -135,3 +137,43 @@ def test_files_have_the_mode_that_the_umask_leaves(two, tmp_path, umask):
     for folder in ("policy", "whole", "base"):
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / folder).iterdir()}
         assert "model.safetensors" in modes and set(modes.values()) == {0o666 & ~umask}, modes
+
+
+@pytest.mark.parametrize("names", [["../.profile", "../../.profile"], ["/tmp/x"], ["link/x"], "model", [1]])
+def test_a_directory_from_elsewhere_moves_nothing_out_of_itself(names, two, tmp_path):
+    """Whoever made it may have put any list of files there."""
+    outside, directory = tmp_path / "home", tmp_path / "home" / "checkpoint"
+    shutil.copytree(two / "old", directory)
+    (outside / ".profile").write_text("mine")
+    (directory / ".profile").write_text("theirs")
+    (directory / "link").symlink_to(outside)
+    (directory / ".saved").mkdir()
+    (directory / ".saved" / ".names.json").write_text(json.dumps(names))
+    before = sorted(path.relative_to(outside) for path in outside.rglob("*"))
+    with pytest.raises(ValueError, match=r"\.names\.json names"):
+        AutoModelForImageTextToText.from_pretrained(directory)
+    assert sorted(path.relative_to(outside) for path in outside.rglob("*")) == before
+    assert (outside / ".profile").read_text() == "mine"
+
+
+def test_a_base_model_whose_layers_changed_places_is_saved(two, tmp_path):
+    """No value is new: only names tell that the files have another model."""
+    model = TPRLForConditionalGeneration.from_base_model(two / "base", **POLICY)
+    model.save_pretrained(tmp_path / "same")
+    assert not AutoModelForImageTextToText.from_pretrained(tmp_path / "same").config.includes_base_model
+    layers = model.lvlm.get_decoder().layers
+    first, second = (copy.deepcopy(layer.state_dict()) for layer in layers[:2])
+    layers[0].load_state_dict(second)
+    layers[1].load_state_dict(first)
+    model.save_pretrained(tmp_path / "swapped")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "swapped")
+    assert again.config.includes_base_model
+    assert all(value.equal(first[name]) for name, value in again.lvlm.get_decoder().layers[1].state_dict().items())
+
+
+def test_the_adapter_is_that_of_the_base_model_at_hand():
+    """`nn.DataParallel` gives each GPU a copy of the modules, and of nothing else."""
+    model = TPRLForConditionalGeneration.from_base_model(build("llava"), **POLICY)
+    replica = model._replicate_for_data_parallel()
+    replica._modules["lvlm"] = copy.deepcopy(model.lvlm)
+    assert replica.adapter.base is replica.lvlm and model.adapter.base is model.lvlm

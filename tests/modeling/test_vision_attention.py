@@ -1,11 +1,13 @@
 """The attention of the vision tower lies over the tokens its patches become, whatever the batch."""
 
+import importlib.util
+
 import pytest
 import torch
 
 from tests.families.more import OTHERS
 from tests.families.tiny_models import FAMILIES, build, collate, sample
-from tprl_hf.modeling import adapter_for
+from tprl_hf.modeling import adapter_for, vision_attention
 from tprl_hf.modeling.vision_attention import (
     OBSERVED,
     ObservedLayer,
@@ -146,3 +148,16 @@ def test_a_tower_that_runs_twice_is_refused():
             adapter.encode(batch["input_ids"], batch)
     with pytest.raises(ValueError, match="ran several times"):
         choose_layer(layers, -1, "llava")
+
+
+@torch.no_grad()
+def test_a_copy_of_the_module_takes_its_own_notes():
+    """As a second checkpoint brings one that is loaded with `trust_remote_code`."""
+    spec = importlib.util.spec_from_file_location(f"{vision_attention.__name__}_copy", vision_attention.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    base, batch = build("llava").eval(), collate("llava", [sample("llava", 1, 1)])
+    for module in (vision_attention, copy):
+        with module.observed_tower(base) as (twin, layers):
+            twin.get_image_features(pixel_values=batch["pixel_values"])
+        assert layers

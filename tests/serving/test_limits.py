@@ -3,7 +3,9 @@
 import asyncio
 import random
 import re
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -13,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from tprl_hf.pictures import MAX_PIXELS
 from tprl_hf.serving import chat_requests, connections, limits
+from tprl_hf.serving.images import SentImage, fetch
 from tprl_hf.serving.limits import Limits, WaitingRoom
 from tprl_hf.serving.places import Places
 
@@ -149,3 +152,32 @@ def test_who_comes_later_does_not_overtake():
         return begun
 
     assert asyncio.run(run()) == ["large", "small"]
+
+
+def test_fetched_images_are_held_and_bring_no_password(monkeypatch, tmp_path):
+    """Those of `.netrc` belong to whoever runs the server, who lets clients name addresses."""
+    (tmp_path / "netrc").write_text("default login operator password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    told = []
+
+    class Web(BaseHTTPRequestHandler):
+        def do_GET(self):
+            told.append(self.headers["Authorization"])
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(bytes(50))
+
+        def log_message(self, *words):
+            pass
+
+    held: list[int] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Web) as web:
+        Thread(target=web.serve_forever, daemon=True).start()
+        images = [SentImage(url=f"http://127.0.0.1:{web.server_port}/{name}") for name in "ab"]
+        asyncio.run(fetch(images, 100, held.append))
+        web.shutdown()
+    assert told == [None, None] and sum(held) == 100
+    room = WaitingRoom(Limits())
+    room.num_bytes = room.max_bytes + 1
+    with pytest.raises(HTTPException, match="holds as much as it can"):
+        room.refuse_more()

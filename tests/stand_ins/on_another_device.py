@@ -75,6 +75,10 @@ def control() -> None:
             assert "same device" in str(error)
         else:
             raise AssertionError("A layer there took a tensor from here.")
+        # a base model that `device_map` or quantisation has placed there
+        model = TPRLForConditionalGeneration.from_base_model(on_device(build("llava")), latent_dim=8)
+        weights = [*model.policy.parameters(), *model.autoencoder.parameters()]
+        assert {weight.device for weight in weights} == {DEVICE}
 
 
 @torch.no_grad()

@@ -1,13 +1,13 @@
 """Whether a base model's weights are still those of the checkpoint that it is named after.
 
-Tensors are compared by shape and checksum, whatever their names: families name them otherwise in their files than in
-memory. Files are read once, a tensor at a time; a model is compared where it lies.
+Tensors are compared by shape and checksum, and by the end of their names: families name them otherwise in their files
+than in memory. Files are read once, a tensor at a time; a model is compared where it lies.
 """
 
 import functools
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ ROW = 64  # words of 8 bytes whose sum is weighted by where it lies
 only_renamed: set[type] = set()
 ADAPTER_MARKS = (".lora_", ".base_layer.", ".original_module.", ".modules_to_save.", ".token_adapter.")
 Digest = tuple[tuple[int, ...], torch.dtype, int]
+Held = Mapping[str, frozenset[Digest]]
 
 
 def checksum(tensor: Tensor) -> int:
@@ -79,22 +80,47 @@ def weight_files(name: str | None, revision: str | None, cache_dir: Any = None) 
 
 
 @functools.lru_cache(maxsize=4)
-def _digests_of_files(files: tuple[tuple[str, int, int], ...], dtypes: frozenset[torch.dtype]) -> frozenset[Digest]:
-    found: set[Digest] = set()
+def _digests_of_files(files: tuple[tuple[str, int, int], ...], dtypes: frozenset[torch.dtype]) -> Held:
+    found: dict[str, frozenset[Digest]] = {}
     for path, *_ in files:
         with safe_open(path, "pt") as file:
             for name in file.keys():
                 value = file.get_tensor(name)
                 casts = dtypes if value.is_floating_point() else {value.dtype}
-                found.update(digest(value.to(dtype))[0] for dtype in casts)
-    return frozenset(found)
+                found[name] = frozenset(digest(value.to(dtype))[0] for dtype in casts)
+    return found
 
 
-def held_by_files(files: Iterable[str | os.PathLike], dtypes: Iterable[torch.dtype]) -> frozenset[Digest]:
-    """Digests of all tensors of some safetensors files, floating ones cast to each of `dtypes`."""
+def held_by_files(files: Iterable[str | os.PathLike], dtypes: Iterable[torch.dtype]) -> Held:
+    """Digests of all tensors of some safetensors files by name, floating ones cast to each of `dtypes`."""
     stats = [(str(path), os.stat(path)) for path in files]
     known = tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
     return _digests_of_files(known, frozenset(dtypes))
+
+
+def not_held(found: Mapping[str, Iterable[Digest]], held: Held) -> list[str]:
+    """Names of tensors that `held` has not at their place, or has nowhere where it has no such place."""
+    anywhere: frozenset[Digest] = frozenset().union(*held.values())
+    places: dict[str, frozenset[Digest]] = {}
+    for name, values in held.items():
+        places[place_of(name)] = places.get(place_of(name), frozenset()) | values
+    return [name for name, values in found.items() if not places.get(place_of(name), anywhere).issuperset(values)]
+
+
+def place_of(name: str) -> str:
+    """
+    The end of a weight's name that says which layer it is of; what is before it differs between files and memory.
+
+    Example:
+
+    ```python
+    >>> place_of("language_model.model.layers.0.mlp.up_proj.weight"), place_of("model.lm_head.weight")
+    ('layers.0.mlp.up_proj.weight', 'lm_head.weight')
+    ```
+    """
+    parts = name.split(".")
+    numbers = [number for number, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[max(numbers[0] - 1, 0) :] if numbers else parts[-2:])
 
 
 def changed_weights(base: PreTrainedModel, state: dict[str, Tensor], files: list[str]) -> list[str]:
@@ -109,16 +135,18 @@ def changed_weights(base: PreTrainedModel, state: dict[str, Tensor], files: list
     dtypes = frozenset(value.dtype for value in state.values() if value.is_floating_point())
     held = held_by_files(files, dtypes)
     found = digests(state)
-    changed = [name for name, values in found.items() if not held.issuperset(values)]
-    if not changed or type(base) in only_renamed:
+    changed = not_held(found, held)
+    anywhere: frozenset[Digest] = frozenset().union(*held.values())
+    is_new = not all(anywhere.issuperset(found[name]) for name in changed)
+    if not changed or (is_new and type(base) in only_renamed):
         return changed
     # Some families cut or turn tensors when they are read, such as experts: compared is what they would write.
     with tempfile.TemporaryDirectory() as scratch:
         base.save_pretrained(scratch, state_dict=dict(state))
         written = held_by_files(Path(scratch).glob("*.safetensors"), dtypes)
-    if written <= held:
+    if not not_held(written, held):
         return []
-    if written <= {value for values in found.values() for value in values}:
+    if not not_held(written, {"": frozenset(value for values in found.values() for value in values)}):
         only_renamed.add(type(base))
     return changed
 

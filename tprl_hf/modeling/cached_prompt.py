@@ -191,7 +191,9 @@ class CachedPrompt:
             is_filler=None,
         )
 
-    def answered(self, sequences: Tensor, copies: int, held: int, pad_token_id: int | None) -> "CachedPrompt":
+    def answered(
+        self, sequences: Tensor, copies: int, held: int, pad_token_id: int | None, num_beams: int = 1
+    ) -> "CachedPrompt":
         """The record after `generate`.
 
         Args:
@@ -199,18 +201,20 @@ class CachedPrompt:
             copies: rows of the cache for each prompt.
             held: columns that the cache holds by now.
             pad_token_id: what it writes behind answers that have ended.
+            num_beams: of how many beams the rows are; of more than one nobody tells which sequence a row holds.
         """
         length = self.input_ids.shape[1]
         rows = [row for row in range(len(self.input_ids)) for _ in range(copies)]
         record = self.take(rows)
         if held <= length:
             return record.cut(held)
-        if len(sequences) == len(rows):
+        are_known = num_beams == 1 and len(sequences) == len(rows)
+        if are_known:
             answers = sequences[:, length:].cpu()
-        else:  # of a beam's rows nobody tells which sequence they hold
+        else:
             answers = torch.full((len(rows), held - length), UNKNOWN, device="cpu")
         filler = torch.zeros_like(answers, dtype=torch.bool)
-        if pad_token_id is not None and len(sequences) == len(rows):
+        if pad_token_id is not None and are_known:
             filler = (answers == pad_token_id).flip(1).cumprod(1).flip(1).bool()
         new = answers[:, : held - length]
         record = record.extend(new, torch.ones_like(new))

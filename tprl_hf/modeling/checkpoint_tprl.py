@@ -61,7 +61,14 @@ from .peft_adapter import (
     without_adapter,
 )
 from .policy_linear import PolicyLinear
-from .policy_weights import load_policy, policy_in_files, policy_state, read_policy, refuse_broken
+from .policy_weights import (
+    load_policy,
+    place_beside_embeddings,
+    policy_in_files,
+    policy_state,
+    read_policy,
+    refuse_broken,
+)
 from .saved_files import finish_saving, written_whole
 from .values import refuse_misspelled, wrong
 
@@ -199,6 +206,7 @@ class TPRLPreTrainedModel(TPRLAdapterMixin, PreTrainedModel):
                     "it again."
                 ) from error
             refuse_unless_whole(info, source, tolerant)
+            place_beside_embeddings(model)
             if config.includes_adapter:
                 load_own_adapter(model, source, hub_kwargs)
             return (model, info) if wants_info else model
@@ -479,4 +487,5 @@ class TPRLPreTrainedModel(TPRLAdapterMixin, PreTrainedModel):
             model.hf_device_map = {f"{BASE_PREFIX}{name}".rstrip("."): place for name, place in places}
         model.config.base_config = base.config
         model.generation_config = base.generation_config
+        place_beside_embeddings(model)
         return model

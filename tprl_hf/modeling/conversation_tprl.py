@@ -76,7 +76,9 @@ class TPRLConversationModel(TPRLPlanningModel):
         if cache is not None:
             record.attach(cache)
 
-    def _note_answer(self, cache: Any, record: CachedPrompt, output: Any, copies: int, filler: int | None) -> None:
+    def _note_answer(
+        self, cache: Any, record: CachedPrompt, output: Any, copies: int, filler: int | None, num_beams: int
+    ) -> None:
         """The same after `generate` has read `record` and written `filler` behind answers that had ended.
 
         `cache` is the one that it was given.
@@ -85,7 +87,7 @@ class TPRLConversationModel(TPRLPlanningModel):
         cache = output.get(CACHE_NAME, cache) if is_dict else cache
         if cache is not None:
             held = int(cache.get_seq_length())
-            record = record.answered(output.sequences if is_dict else output, copies, held, filler)
+            record = record.answered(output.sequences if is_dict else output, copies, held, filler, num_beams)
             if record.input_ids.shape[1] == held:
                 self._note(cache, record)
 
@@ -112,13 +114,14 @@ class TPRLConversationModel(TPRLPlanningModel):
         output: Any,
         copies: int,
         filler: int | None,
+        num_beams: int,
     ) -> None:
         cache = cache if torch.is_tensor(output) else output.get(CACHE_NAME, cache)
         if cache is None:
             return
         prompt = self._unpruned_prompt(input_ids, attention_mask, inputs)
         if prompt is not None:
-            self._note_answer(cache, prompt, output, copies, filler)
+            self._note_answer(cache, prompt, output, copies, filler, num_beams)
 
     def _unpruned_prompt(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs: dict[str, Any]

@@ -375,7 +375,8 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
                 '`cache_implementation="paged"` hands no pixels to the model: leave it out, as it would answer '
                 "without the picture. `tprl serve` answers several requests at once."
             )
-        copies = max(setting(name, kwargs, *configs) or 1 for name in ("num_beams", "num_return_sequences"))
+        num_beams = setting("num_beams", kwargs, *configs) or 1
+        copies = max(num_beams, setting("num_return_sequences", kwargs, *configs) or 1)
         cache, asked = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
         if asked is None and input_ids is not None:
             asked = self._infer_attention_mask(input_ids, kwargs, generation_config)
@@ -397,7 +398,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         elif self._leaves_alone(input_ids, choice, visual_features, record):
             output = self.lvlm.generate(input_ids, generation_config=generation_config, **kwargs)
             if not filled and is_generated(output):
-                self._note_unpruned_answer(cache, input_ids, asked, kwargs, output, copies, filler)
+                self._note_unpruned_answer(cache, input_ids, asked, kwargs, output, copies, filler, num_beams)
             if input_ids is not None and asked is not None and isinstance(output, ModelOutput):
                 visual = self.adapter.find_visual(input_ids.cpu())
                 shown = visual & asked.cpu().bool() if asked.shape == visual.shape else visual
@@ -431,7 +432,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         if not is_generated(output):
             return output
         sequences = output if torch.is_tensor(output) else output.sequences
-        self._note_answer(cache, pruned.record, output, copies, filler)
+        self._note_answer(cache, pruned.record, output, copies, filler, num_beams)
         restored = restore_prompt(sequences, prompt, length)
         if torch.is_tensor(output):
             return restored

@@ -21,7 +21,7 @@ from .checkpoint_checks import (
 from .checkpoint_tprl import HUB_NAMES, TPRLPreTrainedModel
 from .columns import unpad_rows
 from .configuration_tprl import TPRLConfig, own_fields
-from .family_adapters import adapter_for
+from .family_adapters import LVLMAdapter, adapter_for
 from .frozen_head import watch_head
 from .generation_tprl import padding_of
 from .outputs_tprl import PrunePlan
@@ -56,7 +56,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         self.autoencoder.float()
         self.policy.float()
         watch_head(self.lvlm)
-        self.adapter = adapter_for(self.lvlm)
+        self._adapter = adapter_for(self.lvlm)
         if config.position_ids == "original" and not self.adapter.keeps_positions:
             raise ValueError(
                 f"Models of type {self.lvlm.config.model_type!r} do not respect gaps in positions, so that kept "
@@ -65,6 +65,13 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         self._init_pruner()
         self.register_forward_pre_hook(note_labels, with_kwargs=True)
         self.post_init()
+
+    @property
+    def adapter(self) -> LVLMAdapter:
+        """What differs between families, for the base model that is there now: `nn.DataParallel` makes copies."""
+        if self._adapter.base is not self.lvlm and type(self._adapter.base) is type(self.lvlm):
+            self._adapter = adapter_for(self.lvlm)
+        return self._adapter
 
     @classmethod
     def from_base_model(cls, base_model: str | os.PathLike | PreTrainedModel, **settings) -> Any:

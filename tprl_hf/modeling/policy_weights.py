@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .checkpoint_checks import POLICY_PREFIXES, cached, no_safetensors
@@ -69,6 +70,24 @@ def load_policy(model: nn.Module, state: dict[str, Tensor], source: str) -> None
             )
     refuse_broken(state, source)
     model.load_state_dict(state, strict=False)
+
+
+def place_beside_embeddings(model: PreTrainedModel) -> None:
+    """Moves autoencoder and policy to where the base model's first tokens are.
+
+    `device_map` and quantisation place the base model alone, and a map of a merged checkpoint may place them anywhere.
+    """
+    embedding = model.get_input_embeddings()
+    place = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    device = torch.device(embedding.weight.device if place is None else place)
+    networks = [model.get_submodule(prefix.rstrip(".")) for prefix in POLICY_PREFIXES]
+    if "meta" in {device.type, *(weight.device.type for one in networks for weight in one.parameters())}:
+        return  # still to be filled, or offloaded
+    for network in networks:
+        network.to(device)
+        for module in network.modules():
+            if hasattr(module, "_hf_hook"):
+                module._hf_hook.execution_device = device
 
 
 def refuse_broken(weights: dict[str, Tensor], source: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from .checkpoint_checks import refuse_unsafe_name
 from .hub_tprl import WEIGHT_PATTERNS
 
 # Of a save whose files are all written and not yet all moved to their places, and the list of them in it.
@@ -62,7 +63,7 @@ def written_whole(directory: Path) -> Iterator[str]:
         with scratch_directory(directory) as scratch:
             yield scratch
             allow_as_umask(Path(scratch))
-            names = sorted(str(path.relative_to(scratch)) for path in Path(scratch).rglob("*") if path.is_file())
+            names = sorted(path.relative_to(scratch).as_posix() for path in Path(scratch).rglob("*") if path.is_file())
             for name in names:
                 flush(Path(scratch, name))
             Path(scratch, NAMES).write_text(json.dumps(names), encoding="utf-8")
@@ -131,6 +132,9 @@ def finish_saving(directory: Path) -> bool:
 
     Returns:
         `bool`: whether there were any.
+
+    Raises:
+        `ValueError`: where the list of these files leads out of the directory.
     """
     saved = directory / SAVED
     if not saved.is_dir():
@@ -140,6 +144,11 @@ def finish_saving(directory: Path) -> bool:
     except FileNotFoundError:  # all its files are in their places
         shutil.rmtree(saved, ignore_errors=True)
         return False
+    for name in names if isinstance(names, list) else [None]:  # a directory from elsewhere may have anything in it
+        refuse_unsafe_name(name, str(saved / NAMES))
+        for root in (saved, directory):
+            if not (root / name).parent.resolve().is_relative_to(root.resolve()):
+                raise ValueError(f"{saved / NAMES} names {name!r}, which leads out of {directory}. Nothing was moved.")
     if any(Path(name).match(pattern) for name in names for pattern in WEIGHT_PATTERNS):
         for stale in [path for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern)]:
             if stale.name not in names:

@@ -7,6 +7,7 @@ of the tower, so that nobody else's tower takes them.
 
 import copy
 import math
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,7 +22,8 @@ from transformers.masking_utils import eager_mask
 from .module_twins import copied_configs, twin_of
 from .token_layout import Block
 
-OBSERVED = "tprl_observed"
+# Each copy of this module has its own: checkpoints from the Hub bring copies, which take notes for themselves.
+OBSERVED = f"tprl_observed_{zlib.crc32(__name__.encode())}"
 
 
 @dataclass

@@ -25,7 +25,7 @@ from tprl_hf.pictures import MAX_PIXELS
 from .batches import WISHES, Batches, Wishes
 from .chat_requests import Question, read_question
 from .images import count_pixels, fetch
-from .limits import Limits, error_response, refuse, status_and_message
+from .limits import Limits, WaitingRoom, error_response, refuse, status_and_message
 from .places import Places, Turn
 from .prompts import PreparedProcessor, answer_length, num_positions, prepare
 from .records import RequestRecord, usage_details
@@ -76,10 +76,11 @@ class OneThread(GenerationState):
 class ChatHandler(ChatCompletionHandler):
     """transformers' handler, after what is ours is taken out of the request and the inputs are made."""
 
-    def __init__(self, models: OneModel, limits: Limits, default_budget: dict[str, Any]):
+    def __init__(self, models: OneModel, limits: Limits, default_budget: dict[str, Any], room: WaitingRoom):
         super().__init__(models, OneThread(limits.max_batch))
         self.models = models
         self.limits = limits
+        self.room = room
         self.default_budget = default_budget
         # two of the largest, or two calls of the model full of small ones
         self.places = Places(2 * MAX_PIXELS, MAX_PIXELS // limits.max_batch)
@@ -88,7 +89,7 @@ class ChatHandler(ChatCompletionHandler):
     async def off_the_loop(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.thread, function, *args)
 
-    async def read(self, content: bytearray) -> Question:
+    async def read(self, content: bytearray, record: RequestRecord) -> Question:
         """A request, read and checked, with images that are there and not too large."""
         question: Question = await self.off_the_loop(read_question, content, self.limits)
         content.clear()
@@ -98,7 +99,13 @@ class ChatHandler(ChatCompletionHandler):
                 f"This server has the model {self.models.force_model!r}; got {json.dumps(body['model'])[:80]}."
             )
         self._validate_request(body)
-        await fetch(question.images, self.limits.max_bytes)
+
+        def hold(num_bytes: int) -> None:
+            record.held_bytes += num_bytes
+            self.room.num_bytes += num_bytes
+            self.room.refuse_more()
+
+        await fetch(question.images, self.limits.max_bytes, hold)
         image_processor = self.models.processor.image_processor
         question.num_pixels = await self.off_the_loop(count_pixels, question.images, image_processor)
         return question
@@ -135,7 +142,7 @@ class ChatHandler(ChatCompletionHandler):
             end ([`AnswerEnd`]): Where the answer ends.
             record ([`RequestRecord`]): Of the request.
         """
-        question = await self.read(content)
+        question = await self.read(content, record)
         body = question.body
         end.stops += question.stops
         async with self.prepared(question, end, record) as (inputs, turn):
@@ -159,7 +166,7 @@ class ChatHandler(ChatCompletionHandler):
 
     async def count(self, content: bytearray, end: AnswerEnd, record: RequestRecord) -> dict[str, Any]:
         """What the prompt of a request costs, without an answer. The arguments are those of [`ChatHandler.answer`]."""
-        question = await self.read(content)
+        question = await self.read(content, record)
         async with self.prepared(question, end, record) as (inputs, turn):
             _, cost = self.budget_and_cost(question, inputs)
             turn.end()

@@ -2,7 +2,7 @@
 
 import asyncio
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +64,9 @@ def read_url(url: str, limits: Limits) -> SentImage:
     raise refuse(f"An image is sent as data:image/png;base64,...; got {url[:40]!r}. No files are read.")
 
 
-async def fetch(images: Sequence[SentImage], max_bytes: int) -> None:
+async def fetch(images: Sequence[SentImage], max_bytes: int, hold: Callable[[int], None]) -> None:
     """
-    Fetches the images that lie elsewhere, one after the other.
+    Fetches the images that lie elsewhere, one after the other; `hold` is told of all bytes as they come.
 
     Raises:
         `HTTPException`: 400 where one cannot be had, where all together are larger than `max_bytes` or take longer
@@ -75,25 +75,34 @@ async def fetch(images: Sequence[SentImage], max_bytes: int) -> None:
     awaited = [image for image in images if image.url is not None]
     if not awaited:
         return
-    # identity: a small answer may unpack to any size
-    session = aiohttp.ClientSession(headers={"Accept-Encoding": "identity"}, auto_decompress=False, trust_env=True)
+    # identity: a small answer may unpack to any size. trust_env: for proxies, and it would send passwords of ~/.netrc
+    session = aiohttp.ClientSession(
+        headers={"Accept-Encoding": "identity"}, auto_decompress=False, trust_env=True, middlewares=[without_password]
+    )
     try:
         async with asyncio.timeout(times.FETCH_SECONDS), session:
             for image in awaited:
-                image.content = await download(session, str(image.url), max_bytes)
+                image.content = await download(session, str(image.url), max_bytes, hold)
                 max_bytes -= len(image.content)
     except TimeoutError:
         seconds = f"{times.FETCH_SECONDS:g} seconds"
         raise refuse(f"The images of the request cannot be fetched within {seconds}.") from None
 
 
-async def download(session: aiohttp.ClientSession, url: str, max_bytes: int) -> bytes:
+async def without_password(request: aiohttp.ClientRequest, handler: Any) -> aiohttp.ClientResponse:
+    """Takes the password out that belongs to whoever runs the server, and not to whoever names the address."""
+    request.headers.popall("Authorization", None)
+    return await handler(request)
+
+
+async def download(session: aiohttp.ClientSession, url: str, max_bytes: int, hold: Callable[[int], None]) -> bytes:
     content = bytearray()
     try:
         async with session.get(url, max_redirects=3) as answer:
             answer.raise_for_status()
             async for chunk in answer.content.iter_chunked(65536):
                 content += chunk
+                hold(len(chunk))
                 if len(content) > max_bytes:
                     raise refuse(f"The image at {url} is larger than {max_bytes / 1e6:g} MB.")
     except (aiohttp.ClientError, OSError, ValueError) as error:

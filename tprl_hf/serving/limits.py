@@ -100,8 +100,7 @@ class WaitingRoom:
                     if len(body) > self.limits.max_bytes:
                         size = f"{self.limits.max_bytes / 1e6:g} MB"
                         raise refuse(f"The request is larger than {size}: send smaller images.", 413)
-                    if self.num_bytes > self.max_bytes:
-                        raise refuse("The server holds as much as it can: ask again later.", 503)
+                    self.refuse_more()
             if self.num_waiting >= self.limits.max_waiting:
                 raise refuse(f"{self.num_waiting} requests wait already: ask again later.", 503)
         except TimeoutError:
@@ -115,6 +114,11 @@ class WaitingRoom:
             raise
         self.num_waiting += 1
         return body
+
+    def refuse_more(self) -> None:
+        """Raises `HTTPException` 503 when all requests together hold too many bytes."""
+        if self.num_bytes > self.max_bytes:
+            raise refuse("The server holds as much as it can: ask again later.", 503)
 
     def leave(self, num_bytes: int) -> None:
         self.num_waiting -= 1

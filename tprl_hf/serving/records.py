@@ -27,6 +27,7 @@ class RequestRecord:
         prompt_tokens, visual_tokens (`int`): Of the prompt, visual ones before pruning.
         kept_tokens (`int`): Visual tokens that the LLM saw.
         new_tokens (`int`): Of the answer.
+        held_bytes (`int`): Of its body, and of the images that were fetched for it.
         batch (`int`): Requests that were answered in the same call of the model.
         problem (`str`): Why it was refused.
         seconds (`dict[str, float]`): While it was read, waited for its turn, was prepared (its images opened, its
@@ -40,6 +41,7 @@ class RequestRecord:
     visual_tokens: int = 0
     kept_tokens: int = 0
     new_tokens: int = 0
+    held_bytes: int = 0
     batch: int = 0
     problem: str = ""
     seconds: dict[str, float] = field(default_factory=dict)

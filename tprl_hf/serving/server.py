@@ -64,8 +64,8 @@ class App(Starlette):
                 f"{type(processor).__name__} has no chat template, which says how messages become a prompt."
             )
         self.models = OneModel(name, model, processor)
-        self.handler = ChatHandler(self.models, limits, default_budget or {})
         self.room = WaitingRoom(limits)
+        self.handler = ChatHandler(self.models, limits, default_budget or {}, self.room)
         self.metrics = Metrics(lambda: self.room.num_waiting)
         self.ends: set[AnswerEnd] = set()
         self.watchers: set[asyncio.Task[None]] = set()  # asyncio itself holds them only weakly
@@ -105,7 +105,7 @@ class App(Starlette):
             note_refusal(record, error)
             self.metrics.add(record)
             raise
-        num_bytes = len(content)
+        record.held_bytes = len(content)
         self.ends.add(end)
         watcher = asyncio.create_task(notice_leaving(request, end))
         self.watchers.add(watcher)
@@ -113,7 +113,7 @@ class App(Starlette):
         def leave(task: asyncio.Task[None]) -> None:
             self.watchers.discard(task)
             self.ends.discard(end)
-            self.room.leave(num_bytes)
+            self.room.leave(record.held_bytes)
             record.status = record.status or 499
             self.metrics.add(record)
 

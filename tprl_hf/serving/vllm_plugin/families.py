@@ -54,6 +54,8 @@ class NewlineInfo(PrunedInfo):
             num_patch_height=tiles[0],
             num_patch_width=tiles[1],
         )
+        if not rows:  # of a very flat picture none is left
+            return [Block(side, side)]
         return [Block(side, side), Block(rows, tokens // rows, row_newline=True)]
 
 
