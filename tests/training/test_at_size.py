@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
+from tprl_hf.training import answer_scores
 from tprl_hf.training.answer_batches import SampleEncoder
-from tprl_hf.training.answer_scores import gradient_saliency, score_answers
+from tprl_hf.training.answer_scores import AnswerScores, gradient_saliency, score_answers, score_logits
 from tprl_hf.training.micro_batches import within_memory
 from tprl_hf.training.rollout_trainer import LogBuffers
 from tprl_hf.training.stored_texts import packed, unpacked
@@ -67,6 +68,24 @@ def test_the_gradient_teacher_does_not_depend_on_memory(make_model, processor, d
     assert whole.any()
     for tokens in (60, 1):
         torch.testing.assert_close(gradient_saliency(model, batch, batch.inputs.valid, tokens), whole)
+
+
+def test_the_gradient_teacher_in_float16_knows_sure_answers(make_model, processor, dataset, monkeypatch):
+    """Whose gradients are smaller than what float16 holds."""
+    model, rows, faint = make_model(), [dataset[i] for i in range(4)], 2.0**-20
+
+    def of_sure_answers(*arguments):
+        scores = score_logits(*arguments)
+        return AnswerScores(scores.logprobs * faint, scores.correct)
+
+    monkeypatch.setattr(answer_scores, "score_logits", of_sure_answers)
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        model.lvlm.to(dtype)
+        batch = SampleEncoder(model, processor)(rows)
+        found[dtype] = gradient_saliency(model, batch, batch.inputs.valid) / faint
+    assert found[torch.float32].max() < 1  # so that float16 holds no millionth of it
+    torch.testing.assert_close(found[torch.float16], found[torch.float32], atol=1e-3, rtol=0.1)
 
 
 @pytest.mark.parametrize("rewards", [False, True])

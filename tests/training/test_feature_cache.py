@@ -89,6 +89,9 @@ def test_another_model_has_another_folder(make_model, processor, dataset, tmp_pa
     ):
         assert other.directory != cache.directory
     assert cache_of(make_model(), processor, 100, str(tmp_path), None).directory == cache.directory
+    other = make_model()
+    other.lvlm.config.vision_feature_layer = -1 - (other.lvlm.config.vision_feature_layer == -1)
+    assert cache_of(other, processor, 100, str(tmp_path), None).directory != cache.directory
     # a name that is used twice does not mix up pictures
     rows = rows_of(dataset)
     encoder = SampleEncoder(model, processor, cache)

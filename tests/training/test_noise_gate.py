@@ -104,6 +104,13 @@ def test_the_policy_gets_better_on_what_it_learns_from(make_model, processor, da
     assert trainer.evaluate()["eval_kl"] < before
 
 
+def test_float16_is_refused(make_model, processor, dataset, tmp_path):
+    model = make_model()
+    model.lvlm.half()
+    with pytest.raises(ValueError, match="too small for float16"):
+        stage("noise_gate", lambda **_: model, processor, dataset, str(tmp_path))
+
+
 def test_reward_functions_are_refused(make_model, processor, dataset, tmp_path):
     def length(completions, **columns):
         return [float(len(text)) for text in completions]

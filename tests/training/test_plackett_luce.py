@@ -90,6 +90,21 @@ def test_each_rollout_keeps_its_budget_and_the_ratio_is_1(ratio, make_model, pro
         torch.testing.assert_close(gradients[1][key], value, atol=1e-6, rtol=1e-4)
 
 
+def test_the_token_ratio_is_a_mean_over_the_draws(make_model, processor, dataset, tmp_path):
+    """And not over all tokens, which would make small budgets count least."""
+    gradients = {}
+    for ratio in ("joint", "token"):
+        settings = {**SETS, "ratio": ratio, "rollout_keep_ratios": [0.25], "num_steps": 1, "beta": 0.0}
+        settings |= {"score": "logprob", "min_logprob": -100.0, "num_mini_batches": 1}
+        trainer = stage("grpo", make_model, processor, dataset, str(tmp_path), **settings)
+        trainer.training_step(trainer.model, None)
+        gradients[ratio] = gradients_of(trainer)
+    assert trainer.rollouts.targets.unique().tolist() == [4.0]
+    assert any(gradient.any() for gradient in gradients["joint"].values())
+    for name, gradient in gradients["joint"].items():
+        torch.testing.assert_close(gradients["token"][name], gradient / 4, atol=1e-7, rtol=1e-4)
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(make_model, processor, dataset, tmp_path):
     settings = {**SETS, "max_steps": 7, "save_steps": 6, "save_strategy": "steps", "keep_best": False}
     whole = stage("grpo", make_model, processor, dataset, str(tmp_path), **settings)
@@ -121,7 +136,7 @@ def test_annealed_budgets_end_at_the_smallest():
 
 @pytest.mark.parametrize("name", ["grpo", "counterfactual"])
 def test_a_run_anneals_its_budgets_and_resumes_so(name, make_model, processor, dataset, tmp_path):
-    settings = {"anneal_budgets": True, "shared_budget": 0.0, "max_steps": 8, "save_steps": 6}
+    settings = {"anneal_budgets": True, "shared_budget": 0.0, "max_steps": 8, "save_steps": 1, "save_total_limit": 9}
     settings |= {"num_mini_batches": 2, "num_iterations": 1, "keep_best": False, "save_strategy": "steps"}
     whole = stage(name, make_model, processor, dataset, str(tmp_path), **settings)  # four buffers of two steps
     drawn, encode = [], whole.encode_questions
@@ -129,10 +144,11 @@ def test_a_run_anneals_its_budgets_and_resumes_so(name, make_model, processor, d
     whole.train()
     ratios = [budgets.keep_ratio.unique().tolist() for _, budgets in drawn]
     assert len(ratios) == 4 and max(map(max, ratios[:2])) == 0.5 and ratios[2:] == [[0.25], [0.25]]
-    resumed = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    after = resumed.model.state_dict()
-    assert all(value.equal(after[key]) for key, value in whole.model.state_dict().items())
+    for step in (1, 6):  # in the middle of a buffer, and between two
+        resumed = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        after = resumed.model.state_dict()
+        assert all(value.equal(after[key]) for key, value in whole.model.state_dict().items())
 
 
 def test_one_budget_is_not_annealed(tmp_path):

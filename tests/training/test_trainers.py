@@ -592,7 +592,7 @@ def test_training_stops_after_so_many_passes_of_the_llm(name, make_model, proces
             lambda m, b, masks, *rest, real=real: scored.append(len(masks)) or real(m, b, masks, *rest),
         )
     settings = {"max_steps": 40, "max_llm_passes": 40, "logging_steps": 1, "keep_best": False, "save_steps": 6,
-                "save_strategy": "steps"}  # fmt: skip
+                "save_strategy": "steps", "save_total_limit": None}  # fmt: skip
     trainer = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
     trainer.train()
     assert trainer.llm_passes == sum(scored) >= 40 > sum(scored[:-2])
@@ -603,6 +603,14 @@ def test_training_stops_after_so_many_passes_of_the_llm(name, make_model, proces
     resumed = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert (resumed.state.global_step, resumed.llm_passes) == (trainer.state.global_step, trainer.llm_passes)
+    # the last step was saved, and the process ended before the training did
+    last = tmp_path / f"checkpoint-{trainer.state.global_step}"
+    if not last.exists():
+        settings["save_steps"] = trainer.state.global_step
+        stage(name, make_model, processor, dataset, str(tmp_path), **settings).train()
+    again = stage(name, make_model, processor, dataset, str(tmp_path), **settings)
+    again.train(resume_from_checkpoint=str(last))
+    assert (again.state.global_step, again.llm_passes) == (trainer.state.global_step, trainer.llm_passes)
 
 
 @pytest.mark.parametrize("name", ["ppo", "mapo", "lfd"])

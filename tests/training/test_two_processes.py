@@ -77,6 +77,8 @@ assert trainer.args.world_size == 2
 torch.save({n: p.data for n, p in trainer.model.named_parameters()}, f"{output_dir}/rank-{rank}-{resume}.pt")
 if rank == 0:
     (Path(output_dir) / "log.json").write_text(json.dumps(trainer.state.log_history))
+for count in (3, 1):  # the processes have different numbers of rows, and one has none
+    trainer.evaluate(dataset.select(range(count)))
 trainer.save_model()
 """
 

@@ -144,10 +144,12 @@ def finish_saving(directory: Path) -> bool:
     except FileNotFoundError:  # all its files are in their places
         shutil.rmtree(saved, ignore_errors=True)
         return False
-    for name in names if isinstance(names, list) else [None]:  # a directory from elsewhere may have anything in it
+    if not isinstance(names, list):
+        names = [None]  # a directory from elsewhere may have anything in it
+    for name in names:
         refuse_unsafe_name(name, str(saved / NAMES))
         for root in (saved, directory):
-            if not (root / name).parent.resolve().is_relative_to(root.resolve()):
+            if not Path(root, name).parent.resolve().is_relative_to(root.resolve()):
                 raise ValueError(f"{saved / NAMES} names {name!r}, which leads out of {directory}. Nothing was moved.")
     if any(Path(name).match(pattern) for name in names for pattern in WEIGHT_PATTERNS):
         for stale in [path for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern)]:

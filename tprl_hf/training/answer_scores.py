@@ -186,13 +186,17 @@ def saliency_together(
     leaves = {name: m.rows.detach().clone().requires_grad_() for name, m in features.modalities.items()}
     modalities = {name: replace(m, rows=leaves[name]) for name, m in features.modalities.items()}
     inputs["visual_features"] = replace(features, modalities=modalities)
-    with torch.enable_grad():
-        logits, labels = answer_logits(model, inputs, labels, keep_mask)
-        score_logits(logits, labels).logprobs.sum().backward(inputs=list(leaves.values()))
+    # Gradients of sure answers are below what float16 can hold, so they are scaled as much as is possible.
+    for scale in (2.0**12, 2.0**6, 1.0) if model.lvlm.dtype == torch.float16 else (1.0,):
+        with torch.enable_grad():
+            logits, answers = answer_logits(model, inputs, labels, keep_mask)
+            loss = scale * score_logits(logits, answers).logprobs.sum()
+            gradients = torch.autograd.grad(loss, list(leaves.values()))
+        if all(gradient.isfinite().all() for gradient in gradients):
+            break
     saliency = {}
-    for name, rows in leaves.items():
-        assert rows.grad is not None
-        of_tokens = (rows.grad * rows.detach()).sum(-1, keepdim=True).abs().float()
+    for (name, rows), gradient in zip(leaves.items(), gradients, strict=True):
+        of_tokens = (gradient.float() * rows.detach().float()).sum(-1, keepdim=True).abs() / scale
         saliency[name] = replace(features.modalities[name], rows=of_tokens)
     # in the place of the tokens, so that they come in the order and padding of the tokens
     prompts = {**batch.prompts(sample_index), "visual_features": replace(features, modalities=saliency)}

@@ -57,20 +57,23 @@ class AutoencoderTrainer(PrunerTrainer):
             `dict`: `mse` per element, and `explained_variance`: 1 minus the squared error over the variance of the
             dataset's tokens around their mean.
         """
-        dim, device = self.tprl_model.config.token_dim, self.args.device
-        count = torch.zeros(1, device=device, dtype=torch.float64)
-        total, squares, errors = (torch.zeros(dim, device=device, dtype=torch.float64) for _ in range(3))
+        dim = self.tprl_model.config.token_dim
+        # on the CPU, since not every accelerator has float64
+        count, total, squares, errors = (torch.zeros(n, dtype=torch.float64) for n in (1, dim, dim, dim))
         mine = range(self.args.process_index, len(dataset), self.args.world_size)
         batch_size = self.args.per_device_eval_batch_size
         for start in range(0, len(mine), batch_size):
             inputs = self.encoder([dataset[i] for i in mine[start : start + batch_size]]).inputs
             tokens = inputs.tokens[inputs.valid].float()  # (V, D)
             decoded = self.model.autoencoder.decode(self.model.autoencoder.encode(tokens))
+            tokens, missed = tokens.cpu().double(), (decoded - tokens).cpu().double()
             count += len(tokens)
-            total += tokens.double().sum(0)
-            squares += tokens.double().square().sum(0)
-            errors += (decoded - tokens).double().square().sum(0)
-        count, total, squares, errors = (self.accelerator.reduce(x, "sum") for x in (count, total, squares, errors))
+            total += tokens.sum(0)
+            squares += tokens.square().sum(0)
+            errors += missed.square().sum(0)
+        if self.args.world_size > 1:  # where processes meet
+            sums = (count, total, squares, errors)
+            count, total, squares, errors = (self.accelerator.reduce(x.to(self.args.device), "sum") for x in sums)
         if not count:
             raise ValueError("No row of eval_dataset has a picture, so that there are no visual tokens to code.")
         variance = (squares - total.square() / count).sum()

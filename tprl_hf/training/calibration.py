@@ -11,7 +11,7 @@ from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.token_pruner import LearnedPruner, PruningInputs
 from tprl_hf.modeling.values import COUNT, flag, number
 
-from .answer_batches import AnswerBatch, SampleEncoder
+from .answer_batches import SampleEncoder
 from .trainer_arguments import given_dataset, with_pictures
 
 NUM_BISECTIONS = 20
@@ -51,8 +51,8 @@ def calibrate_threshold(
     batch_size, set_default = COUNT("batch_size", batch_size), flag("set_default", set_default)
     encoder = SampleEncoder(model, processor)
     rows = with_pictures(given_dataset(dataset, "dataset"), "dataset")
-    batches = [
-        encoder([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+    batches = [  # without features, which are as large again
+        encoder([rows[i] for i in range(start, min(start + batch_size, len(rows)))]).inputs
         for start in range(0, len(rows), batch_size)
     ]
     pruner = RememberedFirstStep(model.policy, model.autoencoder, model.config.num_steps, keep_ratio)
@@ -92,13 +92,13 @@ class RememberedFirstStep(LearnedPruner):
 
 
 def mean_keep_ratio(
-    model: TPRLForConditionalGeneration, pruner: LearnedPruner, batches: list[AnswerBatch], threshold: float
+    model: TPRLForConditionalGeneration, pruner: LearnedPruner, batches: list[PruningInputs], threshold: float
 ) -> float:
     """Kept tokens over all tokens, with `threshold`."""
     budget = Budget(threshold=threshold, **bounds_of(model.config))
     kept = total = 0
-    for batch in batches:
-        keep_mask, _ = pruner.choose(batch.inputs, budget)
+    for inputs in batches:
+        keep_mask, _ = pruner.choose(inputs, budget)
         kept += int(keep_mask.sum())
-        total += int(batch.inputs.valid.sum())
+        total += int(inputs.valid.sum())
     return kept / max(total, 1)

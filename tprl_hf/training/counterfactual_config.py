@@ -17,7 +17,8 @@ class CounterfactualConfig(BudgetedRolloutConfig):
     Args:
         rollout_keep_ratios (`list[float]`, defaults to 1/3, 2/9, 1/9 and 1/18), shared_budget (`float`, defaults to
         0.25), efficiency_coef (`float`, defaults to 0.0):
-            Masks are drawn at budgets, so that nothing is paid for small ones.
+            Masks are drawn at budgets, so that nothing is paid for small ones. Without budgets only bits that are
+            flipped are paid for, so a policy hardly learns to keep less.
         score (`str`, defaults to `"logprob"`), min_spread (`float`, defaults to 0.02):
             One flipped bit seldom changes whether an answer is correct, but how likely it is.
         num_flips (`int`, defaults to 24):

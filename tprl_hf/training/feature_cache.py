@@ -16,7 +16,7 @@ from transformers.utils import logging
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.modeling.visual_features import EncodedModality, VisualFeatures
 
-from .fingerprint import fingerprint
+from .fingerprint import config_digest, fingerprint
 from .stored_features import dtype_of, from_file, mapped, num_bytes, to_bytes
 
 logger = logging.get_logger(__name__)
@@ -150,7 +150,7 @@ def cache_of(
         return FeatureCache(room * 2**20)
     # features follow from the weights, the precision in which they are used, and how images are processed
     how = json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)
-    about = f"{fingerprint(model.lvlm)} {model.lvlm.dtype} {dtype} {how}"
+    about = f"{fingerprint(model.lvlm)} {config_digest(model)} {dtype} {how}"
     name = hashlib.sha256(about.encode()).hexdigest()[:16]
     return FeatureCache(room * 2**20, Path(directory) / name, None if dtype is None else getattr(torch, dtype))
 

@@ -34,6 +34,21 @@ def digest_of_weights(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def config_digest(model: "TPRLForConditionalGeneration") -> str:
+    """A digest of how the LVLM computes: what its config says, and its dtype."""
+    said = json.dumps(_told(model.lvlm.config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(f"{model.lvlm.dtype} {said}".encode()).hexdigest()[:16]
+
+
+def _told(value: Any) -> Any:
+    """A config without what depends on where it was loaded from, and by which version."""
+    if not isinstance(value, Mapping):
+        return value
+    aside = {"transformers_version", "architectures", "dtype"}
+    told = {str(name): _told(one) for name, one in value.items()}
+    return {name: one for name, one in told.items() if name not in aside and not name.startswith("_")}
+
+
 def processor_digest(processor: Any) -> str:
     """A digest of how a processor puts pictures and words before the model, wherever it was loaded from."""
     tokenizer = processor.tokenizer

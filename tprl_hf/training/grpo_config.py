@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from transformers.utils import logging
+
 from tprl_hf.modeling.values import COUNT, FRACTION, Check, whole
 
 from .rollout_config import BudgetedRolloutConfig
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -66,6 +70,11 @@ class TPRLGRPOConfig(BudgetedRolloutConfig):
             raise ValueError(
                 f'draw="sets" keeps as many tokens as a budget says: set rollout_keep_ratios, shared_budget=0 and '
                 f"lambda_disc=1; got {self.rollout_keep_ratios}, {self.shared_budget} and {self.lambda_disc}."
+            )
+        if self.rollout_keep_ratios and self.num_steps > 1 and self.lambda_disc != 1:
+            logger.warning(
+                f"lambda_disc={self.lambda_disc} draws fewer tokens in later steps than rollout_keep_ratios ask for, "
+                "whatever the policy says, so that these steps teach little: set lambda_disc=1, or num_steps=1."
             )
         if self.num_probes and not 2 <= self.num_probes < self.num_generations:
             raise ValueError(

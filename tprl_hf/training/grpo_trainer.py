@@ -15,6 +15,7 @@ from .advantages import (
     mean_over_tokens,
 )
 from .grpo_config import TPRLGRPOConfig
+from .plackett_luce import NOT_DRAWN
 from .rewards import in_existing_steps, step_rewards
 from .rollout_trainer import BudgetedRolloutTrainer
 from .rollouts import (
@@ -111,8 +112,9 @@ class TPRLGRPOTrainer(BudgetedRolloutTrainer):
 
         logits = logits_at_budget(rollouts, output.logits, args.lambda_disc)
         logratio = replayed_logprobs(rollouts, logits, args.lambda_disc) - rollouts.logprobs  # (T, S, N)
+        drawn = action_mask if rollouts.ranks is None else rollouts.ranks != NOT_DRAWN
         loss, metrics = clipped_losses(
-            logratio, self.buffer["advantages"][:, index], action_mask, step_mask, args.epsilon, args.ratio
+            logratio, self.buffer["advantages"][:, index], drawn, step_mask, args.epsilon, args.ratio
         )
         entropy = mean_entropy(rollouts, logits.detach(), args.lambda_disc)
         self.note({**metrics, "policy/entropy_avg": entropy.mean(), "loss/policy_avg": loss.mean()})

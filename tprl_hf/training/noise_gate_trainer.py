@@ -38,7 +38,7 @@ def logits_of_rows(
     """
     features = batch.features.take(list(sample_index))
     counts = {name: len(one.rows) for name, one in features.modalities.items()}
-    numbers = torch.arange(sum(counts.values()), dtype=torch.float64, device=logits.device)[:, None]
+    numbers = torch.arange(sum(counts.values()), dtype=torch.float32, device=logits.device)[:, None]
     by_modality = zip(features.modalities.items(), numbers.split(list(counts.values())), strict=True)
     numbered = {name: replace(one, rows=rows) for (name, one), rows in by_modality}
     # in the place of the tokens, so that they come in the order and padding of the tokens
@@ -104,6 +104,11 @@ class NoiseGateTrainer(RolloutTrainer):
             raise ValueError(
                 "NoiseGateTrainer learns by gradients, and a reward function has none: set score in its config, or "
                 "use another trainer."
+            )
+        if self.tprl_model.lvlm.dtype == torch.float16:
+            raise ValueError(
+                "NoiseGateTrainer sends gradients through the LVLM, and those of sure answers are too small for "
+                "float16: load the model with dtype='bfloat16' or 'float32'."
             )
 
     def budgets(self, buffer: int) -> Budgets:

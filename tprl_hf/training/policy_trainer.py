@@ -178,7 +178,9 @@ class PolicyTrainer(PrunerTrainer):
                 own = (part[:, sample, valid[sample]].numpy() for part in (masks, logits))
                 found.append(ChosenTokens(number, question_type_of(row), *own))
         means: dict[str, dict[str, Tensor]] = {}  # of each metric, by budget; none where nothing is known
-        for name, total in totals.items():
+        # a process with few rows, or none, has not met all metrics
+        for name in dict.fromkeys(gather_object(list(totals))):
+            total = totals.get(name, torch.zeros(2, len(ratios), device=self.args.device))
             sums, counts = self.accelerator.reduce(total, "sum")
             columns = zip(ratios, sums, counts.tolist(), strict=True)
             means[name] = {f"{ratio:.3f}": one / count for ratio, one, count in columns if count}

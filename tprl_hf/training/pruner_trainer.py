@@ -180,11 +180,15 @@ class PrunerTrainer(Trainer):
         self.add_callback(AtTheStart(self.begin))
         self.add_callback(StopAtNaN(self))
         self.add_callback(AfterSaving(self.mark_checkpoint))
-        self.add_callback(StopBeforeAnotherStep())
+        self.add_callback(StopBeforeAnotherStep(self.has_ended))
 
     def networks(self, model: TPRLForConditionalGeneration, args: Any) -> TrainedNetworks:
         """What is trained under the config `args`, with `requires_grad` set accordingly."""
         raise NotImplementedError
+
+    def has_ended(self) -> bool:
+        """Whether a run that goes on has ended, before its last step."""
+        return False
 
     # ---- training ----
 

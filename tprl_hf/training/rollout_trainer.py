@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
@@ -33,6 +34,8 @@ from .rollout_config import BudgetedRolloutConfig, RolloutConfig
 from .rollouts import Budgets, Rollouts, annealed, draw_budgets
 from .trainer_arguments import needs_answers, num_answers
 from .unpruned_answers import OWN_ANSWER_SCORES
+
+logger = logging.get_logger(__name__)
 
 MAX_LOGS = 2000  # each checkpoint holds them all
 
@@ -86,6 +89,11 @@ class RolloutTrainer(PolicyTrainer):
             self.start_policy = copy.deepcopy(self.tprl_model.policy).requires_grad_(False)
         if self.args.logging_steps is None:
             self.add_callback(LogBuffers(self.updates_per_buffer))
+        if self.tprl_model.config.policy_budget and not getattr(self.args, "rollout_keep_ratios", None):
+            logger.warning(
+                "The policy is told its budget (policy_budget), and these rollouts have none: set "
+                "rollout_keep_ratios, or it learns what it does without one."
+            )
         self.batch: AnswerBatch
         self.rollouts: Rollouts | None = None
         self.num_scored = 0  # keep masks, by this process
@@ -129,6 +137,10 @@ class RolloutTrainer(PolicyTrainer):
     def buffers_per_epoch(self) -> int:
         assert self.train_dataset is not None
         return max(len(self.train_dataset) // (self.args.per_device_train_batch_size * self.args.world_size), 1)
+
+    def has_ended(self) -> bool:
+        is_spent = self.llm_passes >= (self.args.max_llm_passes or torch.inf)
+        return is_spent and self.state.global_step % self.updates_per_buffer == 0
 
     def get_train_dataloader(self) -> DataLoader:
         """As many empty batches as an epoch has optimizer steps: buffers choose their questions themselves."""
@@ -343,6 +355,7 @@ class RolloutTrainer(PolicyTrainer):
     def saved_state(self) -> dict[str, Any]:
         rollouts = None if self.rollouts is None else self.rollouts.state()
         state = {"rollouts": rollouts, "buffer": self.buffer, "step": self.state.global_step}
+        state["max_steps"] = self.state.max_steps
         state.update(num_scored=self.num_scored, llm_passes=self.llm_passes, unpruned=self.unpruned)
         if self.has_start:
             state["start_policy"] = self.start_policy.state_dict()
@@ -355,6 +368,7 @@ class RolloutTrainer(PolicyTrainer):
         if self.has_start and "start_policy" in state:  # nor this
             self.start_policy.load_state_dict(state["start_policy"])
         if state["step"] % self.updates_per_buffer != 0:
+            self.state.max_steps = state.get("max_steps", self.state.max_steps)  # from which falling budgets follow
             self.batch, _ = self.encode_questions(state["step"] // self.updates_per_buffer)
             self.rollouts, self.buffer = Rollouts(**state["rollouts"]), state["buffer"]
 

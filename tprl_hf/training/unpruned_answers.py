@@ -25,7 +25,7 @@ from tprl_hf.pictures import images_of, stored_picture, to_rgb
 from .answer_batches import AnswerBatch, SampleEncoder, end_ids, until_end
 from .answer_scores import answer_logits, answered_prompts
 from .divergence import UnprunedAnswer, top_tokens
-from .fingerprint import fingerprint, processor_digest
+from .fingerprint import config_digest, fingerprint, processor_digest
 
 OWN_ANSWER_SCORES = ("agreement", "kl")  # those that read no label
 COLUMN = "unpruned_answer"  # of demonstrations
@@ -147,6 +147,7 @@ class UnprunedAnswers:
         if self.settings_line is None:
             depends_on = {
                 "weights": fingerprint(self.model.lvlm),
+                "config": config_digest(self.model),
                 "max_answer_length": self.max_answer_length,
                 "top_k": self.top_k,
                 "processor": processor_digest(self.processor),

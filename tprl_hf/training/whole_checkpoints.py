@@ -219,8 +219,16 @@ class NothingLeft(Exception):
 
 
 class StopBeforeAnotherStep(TrainerCallback):
-    """Raises [`NothingLeft`] where transformers, in the middle of an epoch, would train one step too many."""
+    """Raises [`NothingLeft`] where transformers, in the middle of an epoch, would train one step too many.
+
+    Args:
+        has_ended (`Callable`, *optional*): says whether a run that goes on has ended for another reason.
+    """
+
+    def __init__(self, has_ended: Callable[[], bool] | None = None):
+        self.has_ended = has_ended
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
+        is_spent = state.global_step > 0 and self.has_ended is not None and self.has_ended()
+        if state.global_step >= state.max_steps or is_spent:
             raise NothingLeft
