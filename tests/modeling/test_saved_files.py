@@ -156,6 +156,18 @@ def test_a_directory_from_elsewhere_moves_nothing_out_of_itself(names, two, tmp_
     assert (outside / ".profile").read_text() == "mine"
 
 
+def test_a_link_in_a_directory_from_elsewhere_takes_nothing_in(two, tmp_path):
+    home, directory = tmp_path / "home", tmp_path / "checkpoint"
+    shutil.copytree(two / "old", directory)
+    home.mkdir()
+    (home / "key").write_text("mine")
+    (home / ".names.json").write_text('["key"]')
+    (directory / ".saved").symlink_to(home)
+    with pytest.raises(ValueError, match="leads out of"):
+        AutoModelForImageTextToText.from_pretrained(directory)
+    assert (home / "key").read_text() == "mine"
+
+
 def test_a_base_model_whose_layers_changed_places_is_saved(two, tmp_path):
     """No value is new: only names tell that the files have another model."""
     model = TPRLForConditionalGeneration.from_base_model(two / "base", **POLICY)

@@ -149,7 +149,7 @@ def finish_saving(directory: Path) -> bool:
     for name in names:
         refuse_unsafe_name(name, str(saved / NAMES))
         for root in (saved, directory):
-            if not Path(root, name).parent.resolve().is_relative_to(root.resolve()):
+            if not Path(root, name).parent.resolve().is_relative_to(directory.resolve()):
                 raise ValueError(f"{saved / NAMES} names {name!r}, which leads out of {directory}. Nothing was moved.")
     if any(Path(name).match(pattern) for name in names for pattern in WEIGHT_PATTERNS):
         for stale in [path for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern)]:
