@@ -198,6 +198,13 @@ def test_whose_masks_are_imitated():
     assert f"VisPruner itself loses {found['vispruner']:.2f} " in claim
 
 
+def test_one_policy_for_all_budgets():
+    own = [points("budgets", f"only {budget}", budget, "all budgets") for budget in ("1/3", "1/9", "1/18")]
+    assert "differs from one that was trained at four by {}, {} and {} points. The one of 1/9".format(*own) in PAGE
+    others = [points("budgets", "only 1/9", budget, "all budgets") for budget in ("1/3", "1/18")]
+    assert "of 1/9 differs by {} at 1/3 and {} at 1/18 ([budgets]".format(*others) in PAGE
+
+
 def test_the_recipe_for_own_data():
     def both(label: str) -> str:
         return " and ".join(points("own_data", label, budget).split()[0][1:] for budget in ("1/3", "1/9"))
