@@ -107,7 +107,8 @@ def files_to_publish(
     written = read_json(directory / CONFIG_NAME, {"?model_type": str, "?base_config": {}}, cure)
     if written.get("model_type") != TPRLConfig.model_type:
         raise ValueError(
-            f"{directory} holds a {written.get('model_type')!r}, no TPRL checkpoint; only these are pushed."
+            f"{directory} holds a {written.get('model_type')!r}, no TPRL checkpoint, and only these are pushed: wrap "
+            "it by from_base_model with a pruner, and save that."
         )
     if "base_config" not in written:
         raise ValueError(f"{directory / CONFIG_NAME} is damaged (base_config is missing): {cure}")
