@@ -266,6 +266,20 @@ def test_the_shipped_policy_among_all_rules():
         assert len(order) == 13  # the best of twelve others
 
 
+def test_the_policy_of_another_model_among_all_rules():
+    rows = json.loads((PAPER / "table3" / "results.json").read_text(encoding="utf-8"))["rows"]
+
+    def points_of(pruner: str) -> str:
+        found = {row["budget"]: 100 * row["difference"]["value"] for row in rows if row["pruner"] == pruner}
+        return "{:+.1f} and {:+.1f}".format(*(found[budget] for budget in ("1/3", "1/9")))
+
+    told = "differs from unpruned by {} points, VisionZip by {}, DivPrune by {}, VisPruner by {} ([table 3]"
+    assert told.format(*map(points_of, ("learned", "visionzip", "divprune", "vispruner"))) in PAGE
+    for budget in BUDGETS:
+        accuracy = {row["pruner"]: row["accuracy"]["value"] for row in rows if row["budget"] == budget}
+        assert max(accuracy.keys() - {"oracle"}, key=lambda name: accuracy[name]) == "learned", budget
+
+
 def test_the_shipped_policy_on_a_second_source():
     rows = json.loads((PAPER / "table2" / "results.json").read_text(encoding="utf-8"))["rows"]
     by_place = {(row["pruner"], row["budget"]): row["difference"] for row in rows}
