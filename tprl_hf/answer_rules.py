@@ -190,7 +190,8 @@ def choice_score(answer: str, references: Sequence[str] | str) -> float:
     options = list(map(chosen_option, as_texts(references)))
     if None in options:
         raise ValueError(
-            f"The reference {references!r} is no letter of an option: change it, or take another metric or reward."
+            f"The reference {references!r} is not the letter of an option: change it, or take another metric or "
+            "reward."
         )
     return float(chosen_option(answer) in options)
 

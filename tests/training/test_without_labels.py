@@ -279,7 +279,7 @@ def test_rewards_of_benchmarks_by_name(name):
 
 def test_a_choice_without_a_letter_is_refused():
     """Each answer would count as wrong, and nothing would say so."""
-    with pytest.raises(ValueError, match=r"The reference \['cat'\] is no letter of an option"):
+    with pytest.raises(ValueError, match=r"The reference \['cat'\] is not the letter of an option"):
         load_reward("multiple_choice")(prompts=[None], completions=["B"], answer=["cat"])
 
 

@@ -187,7 +187,7 @@ class PrunerTrainer(Trainer):
         raise NotImplementedError
 
     def has_ended(self) -> bool:
-        """Whether a run that goes on has ended, before its last step."""
+        """Whether a resumed run has ended before its last step."""
         return False
 
     # ---- training ----

@@ -222,7 +222,7 @@ class StopBeforeAnotherStep(TrainerCallback):
     """Raises [`NothingLeft`] where transformers, in the middle of an epoch, would train one step too many.
 
     Args:
-        has_ended (`Callable`, *optional*): says whether a run that goes on has ended for another reason.
+        has_ended (`Callable`, *optional*): says whether a resumed run has ended for another reason.
     """
 
     def __init__(self, has_ended: Callable[[], bool] | None = None):
