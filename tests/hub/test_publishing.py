@@ -12,7 +12,8 @@ from tests.families.tiny_models import build
 from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
 from tprl_hf.hub.publishing import files_to_publish
-from tprl_hf.model_cards import eval_results_yaml, model_index, policy_card, pruner_of
+from tprl_hf.model_cards import eval_results_yaml, model_index, policy_card
+from tprl_hf.modeling.pruner_choice import name_with_settings
 from tprl_hf.training.training_record import recorded_stages
 
 MODELING = Path(__file__).parents[2] / "tprl_hf" / "modeling"
@@ -241,11 +242,11 @@ def test_a_checkpoint_with_a_pruner_says_so():
     """No policy was trained: nothing is said of one, and the results are the pruner's."""
     config = {"includes_base_model": True, "pruner": {"name": "fastv", "layer": 3, "keep_ratio": 0.25}}
     results = {**RESULTS, "rows": [*RESULTS["rows"], row("fastv:layer=3", "1/4", 4.0, 0.375)]}
-    card = policy_card("me/name", config, [results])
+    own = name_with_settings(config["pruner"])
+    card = policy_card("me/name", config, [results], own=own)
     assert "with a pruner that prunes" in card and "`fastv:layer=3` of `tprl_hf`, which needs no training" in card
     assert "| fastv:layer=3 (this pruner) |" in card and "a fraction of 0.25 of the visual tokens is kept" in card
     assert not re.search("TPRL\\]|Shape of the policy|## Training|## Citation|this policy|keep_ratio=1 / 3", card)
-    own = pruner_of(config)
     (index,) = model_index("me/name", [results], own=own)
     names = [metric["name"] for metric in index["results"][0]["metrics"]]
     assert names == ["Accuracy (unpruned)", "Accuracy (visual tokens kept: 1/4)"]

@@ -13,7 +13,7 @@ from transformers import AutoConfig, TrainingArguments
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from tprl_hf.json_files import read_json
-from tprl_hf.model_cards import dataset_card, eval_results_yaml, model_index, policy_card, pruner_of, without_paths
+from tprl_hf.model_cards import dataset_card, eval_results_yaml, model_index, policy_card, without_paths
 from tprl_hf.modeling.checkpoint_checks import check_weight_files, refuse_other_base
 from tprl_hf.modeling.configuration_tprl import TPRLConfig
 from tprl_hf.modeling.hub_tprl import (
@@ -31,6 +31,7 @@ from tprl_hf.modeling.hub_tprl import (
     update_card,
 )
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.modeling.pruner_choice import name_with_settings
 
 # What is published of a directory besides weights and config: by name, so that nothing goes along by chance.
 PROCESSOR_FILES = (
@@ -136,7 +137,7 @@ def files_to_publish(
     lora = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors") if config.includes_adapter else ()
     for pattern in (*WEIGHT_PATTERNS, *lora, GENERATION_CONFIG_NAME, *PROCESSOR_FILES):
         files.update({path.relative_to(directory).as_posix(): path for path in directory.glob(pattern)})
-    own = pruner_of(written)
+    own = name_in_results(config)
     for number, (dataset_id, task_id) in (benchmarks or {}).items():
         name = re.sub(r"[^\w-]+", "-", f"{dataset_id} {task_id}")  # nobody's name is a path here
         files[f".eval_results/{name}.yaml"] = eval_results_yaml(results[number], dataset_id, task_id, own).encode()
@@ -145,13 +146,18 @@ def files_to_publish(
     if results or benchmark_results:
         index = model_index(repo_id, results, benchmark_results, own)
         metadata.update({"model-index": index, "model_name": repo_id.split("/")[-1]})
-    card = full_card(metadata, policy_card(repo_id, written, results, latency, flops, stages, benchmark_results))
+    card = full_card(metadata, policy_card(repo_id, written, results, latency, flops, stages, benchmark_results, own))
     readme = directory / "README.md"
     if existing_card is None and readme.is_file():
         existing_card = readme.read_text(encoding="utf-8")
     explicit = ("license",) if licence else ()
     files["README.md"] = update_card(existing_card, card, explicit=explicit).encode()
     return files
+
+
+def name_in_results(config: TPRLConfig) -> str:
+    """What `tprl evaluate` calls the pruner of a checkpoint."""
+    return name_with_settings(config.pruner) if isinstance(config.pruner, dict) else "learned"
 
 
 def write_card(
@@ -178,7 +184,8 @@ def write_card(
         metadata["datasets"] = [dataset_name]
     path = directory / "README.md"
     existing = path.read_text(encoding="utf-8") if path.is_file() else None
-    card = full_card(metadata, policy_card(name, model.config.to_dict(), stages=stages))
+    own = name_in_results(model.config)
+    card = full_card(metadata, policy_card(name, model.config.to_dict(), stages=stages, own=own))
     path.write_text(update_card(existing, card), encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
 """Model cards: Jinja templates, and the filling of them from the files that training and evaluation write."""
 
 from .dataset_card import dataset_card
-from .policy_card import eval_results_yaml, model_index, policy_card, pruner_of, without_paths
+from .policy_card import eval_results_yaml, model_index, policy_card, without_paths
 from .render import percent, render_card
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "model_index",
     "percent",
     "policy_card",
-    "pruner_of",
     "render_card",
     "without_paths",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,26 +20,6 @@ BUDGETS = {
     "num_keep": "{} visual tokens are kept",
     "threshold": "the visual tokens with a keep probability above {:.4g} are kept",
 }
-NO_SETTINGS = {"name", "seed", "min_keep", "max_keep", *BUDGETS}
-
-
-def pruner_of(config: Mapping[str, Any]) -> str:
-    """
-    What `tprl evaluate` calls the pruner of a checkpoint with this `config.json` in its rows.
-
-    Example:
-
-    ```python
-    >>> pruner_of({"pruner": None}), pruner_of({"pruner": {"name": "fastv", "layer": 3, "keep_ratio": 0.5}})
-    ('learned', 'fastv:layer=3')
-    ```
-    """
-    pruner = config.get("pruner")
-    if pruner is None:
-        return "learned"
-    settings = {name: value for name, value in pruner.items() if name not in NO_SETTINGS}
-    texts = (value if isinstance(value, str) else json.dumps(value) for value in settings.values())
-    return ":".join([pruner["name"], *map("=".join, zip(settings, texts, strict=True))])
 
 
 def without_paths(value: Any) -> Any:
@@ -71,6 +50,7 @@ def policy_card(
     flops: Mapping[str, Any] | None = None,
     stages: Sequence[Mapping[str, Any]] = (),
     benchmark_results: Sequence[EvalResult] = (),
+    own: str = "learned",
 ) -> str:
     """
     The text of the card of a policy, or of a checkpoint with another pruner, without header.
@@ -83,6 +63,7 @@ def policy_card(
         flops (`Mapping`, *optional*): What `tprl flops --json` printed.
         stages (`Sequence[Mapping]`, *optional*): `stage`, `settings`, `metrics` and `seconds` of each training stage.
         benchmark_results (`Sequence[EvalResult]`, *optional*): What lmms-eval measured, see `lmms_eval_results`.
+        own (`str`, *optional*, defaults to `"learned"`): What the results call the checkpoint's pruner.
 
     Returns:
         `str`: Markdown. All that comes from outside is escaped.
@@ -92,7 +73,7 @@ def policy_card(
     """
     for result in results:
         check_results(result)
-    own, pruner = pruner_of(config), config.get("pruner") or {}
+    pruner = config.get("pruner") or {}
     budget = pruner if any(pruner.get(name) is not None for name in BUDGETS) else config
     named = [text.format(budget[name]) for name, text in BUDGETS.items() if budget.get(name) is not None]
     widths = ("token_dim", "autoencoder_dim", "latent_dim", "num_steps", "query_agnostic", "position_ids")
@@ -166,7 +147,7 @@ def eval_results_yaml(result: Mapping[str, Any], dataset_id: str, task_id: str, 
     Args:
         result (`Mapping`): A `results.json`.
         dataset_id, task_id (`str`): The benchmark's dataset on the Hub, and its task.
-        own (`str`, *optional*, defaults to `"learned"`): Its pruner, as [`pruner_of`] says.
+        own (`str`, *optional*, defaults to `"learned"`): What the results call its pruner.
 
     Raises:
         `ValueError`: If the results have no row of it.

@@ -1,6 +1,7 @@
 """Which pruner a model uses, and which budget a call has."""
 
 import inspect
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,22 @@ def arguments_of(pruner_class: type[TokenPruner]) -> list[str]:
             if inspect.Parameter.VAR_KEYWORD not in kinds:
                 break
     return names
+
+
+def name_with_settings(pruner: Mapping[str, Any]) -> str:
+    """The pruner that a config names, without its budget, as commands and results write it.
+
+    Example:
+
+    ```python
+    >>> name_with_settings({"name": "fastv", "layer": 3, "keep_ratio": 0.5})
+    'fastv:layer=3'
+    ```
+    """
+    no_settings = {"name", "seed", *arguments_of(TokenPruner)}
+    settings = {key: value for key, value in pruner.items() if key not in no_settings}
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in settings.values()]
+    return ":".join([pruner["name"], *map("=".join, zip(settings, texts, strict=True))])
 
 
 @dataclass(frozen=True, eq=False)

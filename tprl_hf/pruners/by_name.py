@@ -19,13 +19,10 @@ def own_pruner(model: "TPRLForConditionalGeneration") -> str | None:
 
 def own_pruner_with_settings(model: "TPRLForConditionalGeneration") -> str | None:
     """[`own_pruner`] as [`make_pruner`] reads it, with the settings that the checkpoint has: "fastv:layer=3"."""
-    from tprl_hf.modeling.token_pruner import TokenPruner
+    from tprl_hf.modeling.pruner_choice import name_with_settings
 
-    name = own_pruner(model)
-    no_settings = {"name", "seed", *inspect.signature(TokenPruner.__init__).parameters}
-    settings = {key: value for key, value in (model.config.pruner or {}).items() if key not in no_settings}
-    texts = [value if isinstance(value, str) else json.dumps(value) for value in settings.values()]
-    return name if name is None else ":".join([name, *map("=".join, zip(settings, texts, strict=True))])
+    pruner = model.config.pruner
+    return name_with_settings(pruner) if isinstance(pruner, dict) else own_pruner(model)
 
 
 def has_budget(model: "TPRLForConditionalGeneration") -> bool:
