@@ -12,6 +12,7 @@ import pytest
     [
         "control",
         "families",
+        "projector_elsewhere",
         "default_device",
         "steps",
         "commands",

@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from tests.families.tiny_models import IMAGE, build
-from tests.families.tiny_processor import make_processor
+from tests.families.tiny_processor import make_chat_processor, make_processor
 from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.evaluation.answers import chat_inputs, generate_answers
 from tprl_hf.evaluation.compare_pruners import encode_once
+from tprl_hf.training.answer_batches import SampleEncoder
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +66,23 @@ def test_answers_are_the_new_tokens_only(images):
     (answer,) = generate_answers(model, make_processor(), [sample], max_new_tokens=3)
     assert len(answer.split()) == 3
     assert generate_answers(model, make_processor(), []) == []
+
+
+def test_a_template_that_writes_the_first_token_gets_no_second_one(images):
+    """As Gemma's and Llama 4's do; the server and transformers' own `apply_chat_template` read it so."""
+    processor = make_chat_processor()
+    tokenizer = processor.tokenizer
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    sample = {"images": images[:1], "prompt": "what is the colour ?", "answer": "dog"}
+    content = [{"type": "image", "image": images[0]}, {"type": "text", "text": sample["prompt"]}]
+    messages = [{"role": "user", "content": content}]
+    asked = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    model = TPRLForConditionalGeneration.from_base_model(build("llava"), pruner="uniform")
+    for template in (processor.chat_template, "{{ bos_token }}{{ ' ' }}" + processor.chat_template):
+        processor.chat_template = template
+        wanted = processor.apply_chat_template(messages, **asked)["input_ids"][0].tolist()
+        assert wanted.count(tokenizer.bos_token_id) == 1
+        assert chat_inputs(processor, [sample])["input_ids"][0].tolist() == wanted
+        assert SampleEncoder(model, processor)([sample]).samples[0].prompt_ids.tolist() == wanted

@@ -168,3 +168,14 @@ def test_what_has_one_look_only_is_refused(what):
 def test_values_are_checked(keep_ratio, below):
     with pytest.raises(ValueError, match="must be"):
         Escalation(keep_ratio, below)
+
+
+@torch.no_grad()
+def test_allowed_tokens_are_those_of_the_row_of_the_batch():
+    model, (_, batch) = wrap(), batch_of()
+    allowed = {"prefix_allowed_tokens_fn": lambda row, ids: [10 + row, 50 + row]}
+    found = ask(model, batch, **allowed, escalate=Escalation(1.0, 1.0))
+    assert found.is_escalated.sum() > 1
+    answers = found.sequences[:, batch["input_ids"].shape[1] :]
+    for row, answer in enumerate(answers.tolist()):
+        assert {*answer} <= {10 + row, 50 + row, 0}

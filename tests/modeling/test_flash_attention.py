@@ -79,6 +79,49 @@ def test_new_image_in_the_second_turn(family):
     assert (torch.stack(second.logits) - torch.stack(afresh.logits)).abs().max() <= tolerance
 
 
+# In PaliGemma the tokens of a prompt see those behind them, which parts change, unpruned too.
+@pytest.mark.parametrize("family", [one for one in FAMILIES if one in SAME and not one.startswith("paligemma")])
+@torch.no_grad()
+def test_a_prompt_in_parts(family):
+    """Those after the first stand behind a cache, with gaps in their positions."""
+    _, model = wrap(family)
+    one = collate(family, [sample(family, 2, 2)])
+    settings = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+
+    def answers():
+        return [model.generate(**one, **settings, prefill_chunk_size=size) for size in (1, 2, 5, 100)]
+
+    expected = answers()
+    with flash_attention(model):
+        found = answers()
+    for one_size, of_sdpa in zip(found, expected, strict=True):
+        assert (torch.stack(one_size.logits) - torch.stack(of_sdpa.logits)).abs().max() <= 2e-5
+        assert torch.equal(one_size.sequences, of_sdpa.sequences)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+@torch.no_grad()
+def test_forward_behind_a_prefix(num_samples):
+    """One that no call of the model filled, as of PEFT's prefix tuning."""
+    base, model = wrap("llava")
+    batch = collate("llava", [sample("llava", 2, 2)] * num_samples)
+    start = torch.tensor([[4, 5, 6, 7]] * num_samples)
+    batch["attention_mask"] = torch.cat([torch.ones_like(start), batch["attention_mask"]], 1)
+
+    def outputs():
+        return [
+            model(**batch, past_key_values=base(input_ids=start, use_cache=True).past_key_values, compact=compact)
+            for compact in (False, True)
+        ]
+
+    expected = outputs()
+    with flash_attention(model):
+        found = outputs()
+    assert (found[0].logits - expected[0].logits).abs().max() <= 2e-5
+    width = expected[1].logits.shape[1]
+    assert (found[1].logits[:, -width:] - expected[1].logits).abs().max() <= 2e-5
+
+
 @torch.no_grad()
 def test_pruners_that_read_attention(monkeypatch):
     """They read it eagerly, and leave Flash Attention as it was."""

@@ -67,6 +67,41 @@ def test_config_round_trip(tmp_path, model):
     assert type(loaded.base_config) is type(model.config.base_config)
 
 
+@pytest.mark.parametrize("asked", [{"text_config": "eager"}, {"base_config": {"text_config": "eager"}}, {"": "eager"}])
+def test_attention_of_parts(tmp_path, model, asked):
+    """A dict does what it does in the base model."""
+    base = build("llava")
+    base.set_attn_implementation(asked.get("base_config", asked))
+    model.save_pretrained(tmp_path, save_base_model=True)
+    for one in (model, AutoModel.from_pretrained(tmp_path)):
+        one.set_attn_implementation(asked)
+        for part in ("text_config", "vision_config"):
+            found, expected = (getattr(config, part) for config in (one.lvlm.config, base.config))
+            assert found._attn_implementation == expected._attn_implementation
+        text = one.lvlm.model.language_model.config
+        assert text._attn_implementation == base.config.text_config._attn_implementation
+        assert one.config._attn_implementation == base.config._attn_implementation
+
+
+@torch.no_grad()
+def test_another_placeholder_is_taken_from_the_config(model, batch):
+    expected, old = model(**batch), model.config.image_token_id
+    ids = batch["input_ids"]
+    model.config.image_token_id = 95
+    found = model(**{**batch, "input_ids": ids.masked_fill(ids == old, 95)})
+    assert torch.equal(found.keep_mask, expected.keep_mask) and torch.equal(found.logits, expected.logits)
+
+
+def test_positions_that_a_family_does_not_keep_are_refused_later_too():
+    base = build("molmo2")
+    model = TPRLForConditionalGeneration.from_base_model(base, position_ids="contiguous", pruner="uniform")
+    one = collate("molmo2", [sample("molmo2", 1, 1)])
+    model.config.position_ids = "original"
+    for call in (model, model.prune, model.generate):
+        with pytest.raises(ValueError, match="pass position_ids='contiguous'"):
+            call(**one, keep_ratio=0.5)
+
+
 def test_config_decides_by_default(batch):
     assert wrap().prune(**batch).num_kept.tolist() == [6, 13, 0]
     base = build("llava")
@@ -307,6 +342,19 @@ def test_offload(tmp_path, model, batch):
 
 
 @torch.no_grad()
+def test_a_policy_that_is_offloaded(tmp_path, batch):
+    """Each of its weights is used by calling the module that has it, whose hook brings it."""
+    inputs = ("policy_positions", "policy_budget", "policy_input_norm", "policy_similarity")
+    model = wrap(policy_steps=3, num_steps=2, **dict.fromkeys(inputs, True))
+    model.save_pretrained(tmp_path / "merged", save_base_model=True)
+    device_map = {"lvlm": "cpu", "autoencoder": "disk", "policy": "disk"}
+    loaded = TPRLForConditionalGeneration.from_pretrained(
+        tmp_path / "merged", device_map=device_map, offload_folder=str(tmp_path / "offload")
+    )
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@torch.no_grad()
 def test_a_fixed_budget_compiles_once(model):
     batches = [collate("llava", [sample("llava", 1, seed)]) for seed in (1, 2, 3)]
     expected = [model(**batch, num_keep=5).logits for batch in batches]
@@ -332,3 +380,10 @@ def test_without_an_attention_mask_padding_is_told_from_text(model, batch):
     batch.pop("attention_mask")
     assert PAD == 0
     assert torch.equal(model(**batch).logits, masked)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_wrapped_model_is_in_the_mode_of_its_base(training, batch):
+    base = build("llava").train(training)
+    wrapped = TPRLForConditionalGeneration.from_base_model(base, pruner="uniform", keep_ratio=0.4)
+    assert wrapped.training == wrapped.policy.training == training

@@ -72,6 +72,32 @@ def test_three_ways_to_set_one(base, batch):
         assert later.config.pruner is None and type(later.pruner).__name__ == "LearnedPruner"
 
 
+@torch.no_grad()
+def test_an_edit_of_the_config_sets_one(tmp_path, base, batch):
+    """What is saved is what chooses."""
+    model = TPRLForConditionalGeneration.from_base_model(
+        base, latent_dim=8, policy_training={"stage": "lfd"}, keep_ratio=0.4
+    ).eval()
+    for name, edit in (("learned", None), ("uniform", "uniform"), ("divprune", {"name": "divprune"})):
+        model.config.pruner = edit
+        assert type(model.pruner).__name__ == ("LearnedPruner" if edit is None else PRUNERS[name].__name__)
+        model.save_pretrained(tmp_path / name)
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / name).eval()
+        assert torch.equal(loaded.prune(**batch).keep_mask, model.prune(**batch).keep_mask)
+    made = model.pruner
+    assert model.pruner is made  # without an edit
+    model.config.pruner["num_keep"] = 3
+    assert model.prune(**batch).num_kept.tolist() == [3, 3]
+    model.config.pruner = "divprun"
+    for call in (model, model.prune, model.generate):
+        with pytest.raises(ValueError, match="no pruner 'divprun'"):
+            call(**batch)
+    model.set_pruner(UniformPruner(num_keep=2))
+    assert model.prune(**batch).num_kept.tolist() == [2, 2]
+    model.config.pruner = None
+    assert type(model.pruner).__name__ == "LearnedPruner"
+
+
 def test_what_a_checkpoint_could_not_name_is_refused(base):
     class Mine(TokenPruner):
         def score(self, inputs):

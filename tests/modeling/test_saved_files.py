@@ -189,3 +189,52 @@ def test_the_adapter_is_that_of_the_base_model_at_hand():
     replica = model._replicate_for_data_parallel()
     replica._modules["lvlm"] = copy.deepcopy(model.lvlm)
     assert replica.adapter.base is replica.lvlm and model.adapter.base is model.lvlm
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_saving_over_the_base_model_takes_it_along(two, tmp_path, chain):
+    """Else the only copy of its weights would be replaced by a policy."""
+    shutil.copytree(two / "base", tmp_path / "base")
+    model = TPRLForConditionalGeneration.from_base_model(tmp_path / "base", keep_ratio=0.5, **POLICY)
+    if chain:  # a policy on the way to the base model
+        model.save_pretrained(tmp_path / "policy")
+        model = TPRLForConditionalGeneration.from_base_model(tmp_path / "policy", keep_ratio=0.5, **POLICY)
+    place = tmp_path / ("policy" if chain else "base")
+    before = {path: path.read_bytes() for path in place.iterdir()}
+    with pytest.raises(ValueError, match="holds the base model, which save_base_model=False would replace"):
+        model.save_pretrained(place, save_base_model=False)
+    assert {path: path.read_bytes() for path in place.iterdir()} == before
+    model.save_pretrained(place)
+    for directory in (place, tmp_path / "again"):
+        found = AutoModelForImageTextToText.from_pretrained(place)
+        assert all(value.equal(found.state_dict()[name]) for name, value in model.state_dict().items())
+        found.save_pretrained(directory)
+    found = AutoModelForImageTextToText.from_pretrained(tmp_path / "again")
+    assert all(value.equal(found.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_variant_does_not_take_the_place_of_the_usual_weights(two, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(two / "old")
+    model.save_pretrained(tmp_path, save_base_model=True, max_shard_size="60KB")
+    (tmp_path / "model_ema.safetensors").write_text("theirs")
+    usual = {path.name for path in tmp_path.glob("model*")}
+    assert len(usual) > 3
+    for _ in range(2):
+        model.save_pretrained(tmp_path, save_base_model=True, variant="fp16")
+        assert {path.name for path in tmp_path.glob("model*")} == {*usual, "model.fp16.safetensors"}
+    for variant in (None, "fp16"):
+        found = AutoModelForImageTextToText.from_pretrained(tmp_path, variant=variant)
+        assert all(value.equal(found.state_dict()[name]) for name, value in model.state_dict().items())
+    model.save_pretrained(tmp_path, save_base_model=True)
+    assert {path.name for path in tmp_path.glob("model*.safetensors")} == {
+        "model.safetensors", "model.fp16.safetensors", "model_ema.safetensors",
+    }  # fmt: skip
+
+
+def test_a_copied_policy_keeps_its_base_model(two, tmp_path):
+    """Another base model may lie where it is seen from the copy."""
+    build("llava", seed=5).save_pretrained(tmp_path / "base")
+    shutil.copytree(two / "old", tmp_path / "old")
+    found = AutoModelForImageTextToText.from_pretrained(tmp_path / "old")
+    wanted = AutoModelForImageTextToText.from_pretrained(two / "old")
+    assert all(value.equal(found.state_dict()[name]) for name, value in wanted.state_dict().items())

@@ -102,6 +102,36 @@ def families() -> None:
 
 
 @torch.no_grad()
+def projector_elsewhere() -> None:
+    """Tower and projector there, the rest here, as a `device_map` places them: the policy is beside the embeddings."""
+
+    def moved(move):
+        def hook(module, arguments, named):
+            return tuple(map(move, arguments)), {name: move(value) for name, value in named.items()}
+
+        return hook
+
+    def there(value):
+        return on_device(value) if isinstance(value, torch.Tensor) and value.device != DEVICE else value
+
+    batch = collate("llava", [sample("llava", 1, 1), sample("llava", 2, 2), sample("llava", 0, 3)])
+    settings = {"latent_dim": 8, "policy_training": {"stage": "lfd"}, "policy_similarity": True, "keep_ratio": 0.5}
+    for pruner in (None, "query-similarity", "vispruner", "prumerge"):
+        expected = TPRLForConditionalGeneration.from_base_model(build("llava"), **settings, pruner=pruner).eval()
+        base = build("llava").eval()
+        for part in (base.model.vision_tower, base.model.multi_modal_projector):
+            on_device(part).register_forward_pre_hook(moved(there), with_kwargs=True)
+        base.get_input_embeddings().register_forward_pre_hook(moved(inner_of), with_kwargs=True)
+        model = TPRLForConditionalGeneration.from_base_model(base, **settings, pruner=pruner).eval()
+        for name in ("policy", "autoencoder"):
+            model.get_submodule(name).load_state_dict(expected.get_submodule(name).state_dict())
+        with PretendMode():
+            found = model(**batch)
+        assert found.keep_mask.equal(expected(**batch).keep_mask), pruner
+        torch.testing.assert_close(found.logits, expected(**batch).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def default_device() -> None:
     """A program may make all its tensors on the device by default; what is worked out on the CPU stays there."""
     for family in ("llava", "qwen2_5_vl", "llava_next"):
@@ -310,7 +340,8 @@ def train_command() -> None:
 
 
 PARTS = (
-    control, families, default_device, steps, commands, more_commands, training, more_training, train_command
+    control, families, projector_elsewhere, default_device, steps, commands, more_commands, training, more_training,
+    train_command,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tprl_hf.modeling.generation_tprl import GREEDY
-from tprl_hf.modeling.text_query import chat_messages, question_mask
+from tprl_hf.modeling.text_query import chat_messages, question_mask, special_tokens
 from tprl_hf.pictures import images_of, name_of_picture, picture_of
 
 
@@ -44,6 +44,7 @@ def chat_inputs(processor, samples: Sequence[dict[str, Any]], device: torch.devi
     if videos:
         shown["videos"] = [list(video.frames) for video in videos]
         shown["videos_kwargs"] = {"do_sample_frames": False, "video_metadata": [video.metadata for video in videos]}
+    shown |= special_tokens(processor, texts)
     inputs = processor(**shown, text=texts, padding=True, padding_side="left", return_tensors="pt")
     inputs.pop("labels", None)  # of PaliGemma's processor: a question has none, and losses need all logits
     inputs["query_mask"] = question_mask(processor, chats, inputs["input_ids"], inputs["attention_mask"])

@@ -166,6 +166,8 @@ def find_base(config: TPRLConfig, source: str) -> str | None:
         `OSError`: when its config names a directory, and it is neither there nor as far from the checkpoint as it was.
     """
     name, relative = config.base_model_name_or_path, config.base_model_relative_path
+    if name is not None and os.path.isabs(name) and os.path.isfile(os.path.join(name, CONFIG_NAME)):
+        return name  # another one may lie beside a copied policy
     if relative is not None and os.path.isdir(source):
         beside = os.path.normpath(os.path.join(os.path.realpath(source), relative))
         if os.path.isfile(os.path.join(beside, CONFIG_NAME)):
@@ -177,6 +179,32 @@ def find_base(config: TPRLConfig, source: str) -> str | None:
             "or set base_model_name_or_path in its config.json."
         )
     return name
+
+
+def with_base_in(directory: Path, config: TPRLConfig, wanted: bool | None) -> bool | None:
+    """
+    Whether a checkpoint in `directory` is wanted with its base model: also where this, or a policy on the way to it,
+    lies there, and would be replaced by a policy.
+
+    Raises:
+        `ValueError`: where it lies there, and is not wanted.
+    """
+    name = config.base_model_name_or_path
+    for _ in range(MOST_POLICIES):
+        if name is None or not os.path.isdir(name):
+            break
+        if os.path.realpath(name) == os.path.realpath(directory):
+            if wanted is False:
+                raise ValueError(
+                    f"{directory} holds the base model, which save_base_model=False would replace by a policy: save "
+                    "into another directory."
+                )
+            return True
+        fields = fields_of(name, {})
+        if fields.get("model_type") != TPRLConfig.model_type or fields.get("includes_base_model", True):
+            break
+        name = find_base(TPRLConfig.from_pretrained(name), name)
+    return wanted
 
 
 def refuse_endless(name: str, hub_kwargs: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ from .checkpoint_checks import (
     refuse_untrained,
     relative_path,
     saved_generation_config,
+    with_base_in,
 )
 from .configuration_tprl import TPRLConfig, own_fields
 from .hub_tprl import (
@@ -305,7 +306,7 @@ class TPRLPreTrainedModel(TPRLAdapterMixin, PreTrainedModel):
         if tuned:
             refuse_unless_one_lora(self)
             given = state = without_adapter(state)
-        whole = self._needs_base(state, save_base_model)
+        whole = self._needs_base(state, with_base_in(directory, self.config, save_base_model))
         if whole:
             refuse_quantised(self)
             refuse_what_no_checkpoint_holds(self.lvlm, base_state(self.state_dict() if given is None else given))

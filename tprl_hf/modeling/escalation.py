@@ -189,6 +189,10 @@ def generate_escalated(
         else value
         for name, value in {**inputs, "input_ids": input_ids, "query_mask": query_mask}.items()
     }
+    allowed: Any = of_rows.get("prefix_allowed_tokens_fn")
+    if allowed is not None:  # it is called with the row of the batch that was passed
+        places = rows.tolist()
+        of_rows["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(places[row], ids)
     second = model.generate(
         generation_config=generation_config,
         keep_ratio=escalation.keep_ratio,

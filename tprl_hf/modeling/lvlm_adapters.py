@@ -76,17 +76,27 @@ class LVLMAdapter:
         self.core = base.base_model
         self.config = base.config
         self.encoder_names: dict[str, list[str]] = {}  # inputs of each modality's
-        self.token_ids: dict[str, int] = {}
+        for modality in self.own_token_ids():
+            encoder = getattr(self.core, f"get_{modality}_features")
+            names = [name for name in inspect.signature(encoder).parameters if name != "kwargs"]
+            # the encoder hands such on to the tower
+            self.encoder_names[modality] = [*names, *(self.smaller_picture_options.keys() - set(names))]
+
+    def own_token_ids(self) -> dict[str, int]:
+        """The placeholder of each modality that has an encoder and a placeholder of its own."""
+        token_ids: dict[str, int] = {}
         for modality in ("image", "video"):
-            token_id = getattr(base.config, f"{modality}_token_id", None)
-            encoder = getattr(self.core, f"get_{modality}_features", None)
-            if token_id in self.token_ids.values():  # shared: what it stands for could not be told
+            token_id = getattr(self.config, f"{modality}_token_id", None)
+            if token_id in token_ids.values():  # shared: what it stands for could not be told
                 continue
-            if token_id is not None and encoder is not None:
-                names = [name for name in inspect.signature(encoder).parameters if name != "kwargs"]
-                # the encoder hands such on to the tower
-                self.encoder_names[modality] = [*names, *(self.smaller_picture_options.keys() - set(names))]
-                self.token_ids[modality] = token_id
+            if token_id is not None and hasattr(self.core, f"get_{modality}_features"):
+                token_ids[modality] = token_id
+        return token_ids
+
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """The placeholder of each modality, as the config says now: it may have been edited."""
+        return self.own_token_ids()
 
     @property
     def smaller_picture_options(self) -> dict[str, bool]:

@@ -215,7 +215,7 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         wanted, length = batch.inputs.pop("logits_to_keep", 0), batch.input_ids.shape[1]
         batch.inputs = count_no_placeholders(batch.inputs, batch.visual)
         refuse_unknown_labels(batch.inputs, self.num_ids)
-        pruned = self._pruned(batch, plan)
+        pruned = self._pruned(batch, plan, in_parts=prefix is not None)
         if "labels" in batch.inputs:
             pruned.inputs["labels"] = predicted_labels(pruned.inputs["labels"], pruned.columns)
         if "shift_labels" in batch.inputs:
@@ -414,7 +414,8 @@ class TPRLForConditionalGeneration(TPRLConversationModel, GenerationMixin):
         )
         plan = self._plan(batch, choice, query_mask)
         no_cache = setting("use_cache", kwargs, *configs) is False
-        pruned = self._pruned(batch, plan, same_length=copies > 1, min_padding=int(no_cache))
+        in_parts = (setting("prefill_chunk_size", kwargs, *configs) or 1) > 1
+        pruned = self._pruned(batch, plan, same_length=copies > 1, min_padding=int(no_cache), in_parts=in_parts)
         arguments, length = pruned.inputs, pruned.input_ids.shape[1]
         generation_config = convert_lengths(
             arguments, generation_config, self.generation_config, prompt.shape[1], length

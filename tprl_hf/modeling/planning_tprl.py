@@ -57,14 +57,18 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         self.policy.float()
         watch_head(self.lvlm)
         self._adapter = adapter_for(self.lvlm)
-        if config.position_ids == "original" and not self.adapter.keeps_positions:
+        self._check_config()
+        self._init_pruner()
+        self.register_forward_pre_hook(note_labels, with_kwargs=True)
+        self.post_init()
+
+    def _check_config(self) -> None:
+        super()._check_config()
+        if self.config.position_ids == "original" and not self.adapter.keeps_positions:
             raise ValueError(
                 f"Models of type {self.lvlm.config.model_type!r} do not respect gaps in positions, so that kept "
                 "tokens cannot keep theirs: pass position_ids='contiguous'."
             )
-        self._init_pruner()
-        self.register_forward_pre_hook(note_labels, with_kwargs=True)
-        self.post_init()
 
     @property
     def adapter(self) -> LVLMAdapter:
@@ -119,7 +123,7 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
             fields["pruner"] = cls.default_pruner
             logger.warning_once(f"No policy has been trained for this model: {cls.default_pruner} chooses its tokens.")
         config = TPRLConfig(base_config=copy.deepcopy(base.config), **fields)
-        model = cls._around(base, config)
+        model = cls._around(base, config).train(base.training)
         model._base_cache_dir = settings.get("cache_dir")
         if given is not None:
             model.set_pruner(given)
@@ -345,7 +349,17 @@ class TPRLPlanningModel(PrunerChoiceMixin, TPRLPreTrainedModel):
         batch = self._batch(input_ids, attention_mask, visual_features, inputs, None, self._looks(choice))
         return self._plan(batch, choice, query_mask).to(batch.device)
 
-    # ---- the base model's embeddings are ours ----
+    # ---- the base model's attention and embeddings are ours ----
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *arguments: Any, **options: Any):
+        """As in the base model, whose parts a dict names; `base_config` is all of them, as in [`TPRLConfig`]."""
+        if not isinstance(attn_implementation, dict):
+            super().set_attn_implementation(attn_implementation, *arguments, **options)
+            return
+        of_base = attn_implementation.get("base_config", attn_implementation)
+        self.lvlm.set_attn_implementation(of_base, *arguments, **options)
+        if "" in attn_implementation:
+            self.config._attn_implementation_internal = self.lvlm.config._attn_implementation
 
     def get_input_embeddings(self):
         return self.lvlm.get_input_embeddings()

@@ -139,6 +139,7 @@ def prune_batch(
     pad_token_id: int,
     same_length: bool = False,
     min_padding: int = 0,
+    in_parts: bool = False,
 ) -> PrunedBatch:
     """Removes the visual tokens that `keep_mask [V]` drops from everything that runs along the sequence.
 
@@ -148,12 +149,15 @@ def prune_batch(
             attends to them. Needed to repeat a tensor of features for beams.
         min_padding: at least so many padding columns. One is enough to keep `generate` from dropping the mask, without
             which gapped positions would be read as several packed prompts.
+        in_parts: the base model reads it behind columns that no record knows: a prefix, or parts of its own.
     """
     keep_mask = keep_mask.cpu()
     keep, counts = rows_that_stay(batch, keep_mask, adapter)
     missing = missing_rows(batch, counts) if same_length and batch.features is not None else {}
     padding = sum(missing.values(), torch.zeros(len(batch.input_ids), dtype=torch.long, device="cpu"))
-    columns = columns_that_stay(batch, keep_mask, adapter, contiguous, padding.clamp(min=min_padding))
+    if (in_parts or batch.record is not None) and needs_mask(batch, keep_mask, adapter, contiguous):
+        min_padding = max(min_padding, 1)
+    columns = columns_that_stay(batch, keep_mask, padding.clamp(min=min_padding))
     input_ids = ids_of(batch, columns, adapter, missing, pad_token_id)
     if same_length and batch.features is not None:  # `generate` counts placeholders when it repeats features for beams
         cached = input_ids[:, : columns.num_cached]
@@ -224,9 +228,18 @@ def missing_rows(batch: PromptBatch, counts: dict[str, Tensor]) -> dict[str, Ten
     return {modality: counts[modality].max() - counts[modality] for modality in in_one_tensor}
 
 
-def columns_that_stay(
-    batch: PromptBatch, keep_mask: Tensor, adapter: LVLMAdapter, contiguous: bool, padding: Tensor
-) -> KeptColumns:
+def needs_mask(batch: PromptBatch, keep_mask: Tensor, adapter: LVLMAdapter, contiguous: bool) -> bool:
+    """
+    Whether behind other columns only a mask tells that this is one prompt. Flash Attention gets no mask of ones, and
+    reads gaps in the positions of one sample as packed prompts; none are shown to it where an axis of its own counts
+    text.
+    """
+    one_row = not adapter.has_text_axis and len(batch.input_ids) == 1
+    gaps = not contiguous and one_row and bool((batch.new & ~keep_mask).any())
+    return gaps and is_flash_attention_requested(adapter.config.get_text_config())
+
+
+def columns_that_stay(batch: PromptBatch, keep_mask: Tensor, padding: Tensor) -> KeptColumns:
     """The columns of the pruned batch: those of the cache, then what is new and stays, left-padded.
 
     Args:
@@ -235,12 +248,7 @@ def columns_that_stay(
     kept = kept_columns(batch.attention_mask, batch.visual, keep_mask)
     if batch.record is None:
         return KeptColumns(*left_padded_index(kept, padding), num_cached=0)
-    # Flash Attention gets no mask of ones, and reads gaps in the positions of one sample as packed prompts; none are
-    # shown to it where an axis of its own counts text.
-    one_row = not adapter.has_text_axis and len(kept) == 1
-    gaps = not contiguous and one_row and bool((batch.new & ~keep_mask).any())
-    needs_mask = gaps and is_flash_attention_requested(adapter.config.get_text_config())
-    return align_with_cache(batch, kept, padding.clamp(min=int(needs_mask)))
+    return align_with_cache(batch, kept, padding)
 
 
 def positions_of(batch: PromptBatch, columns: KeptColumns, adapter: LVLMAdapter, contiguous: bool) -> Tensor:

@@ -1,5 +1,6 @@
 """Which pruner a model uses, and which budget a call has."""
 
+import copy
 import inspect
 import json
 import threading
@@ -94,7 +95,20 @@ class PrunerChoiceMixin:
         return cls.default_pruner is not None and has_budget and not chooses
 
     def _init_pruner(self) -> None:
-        self._own_pruner = None if self.config.pruner is None else self._make_pruner(**self.config.pruner)
+        named = copy.deepcopy(self.config.pruner)
+        self._own_pruner = None if named is None else self._make_pruner(**named)
+        self._own_name = named
+
+    def _named_pruner(self) -> TokenPruner | None:
+        """That of `set_pruner`, which the config names; made anew where the config was edited since."""
+        if self.config.pruner != self._own_name:
+            self.config.check()
+            self._init_pruner()
+        return self._own_pruner
+
+    def _check_config(self) -> None:
+        """Raises `ValueError` for a field that is not what it must be; they can be set at any time."""
+        self.config.check()
 
     @property
     def pruner(self) -> TokenPruner:
@@ -106,7 +120,7 @@ class PrunerChoiceMixin:
         own = [use.pruner for use in _uses.get() if use.model is self]
         thread = threading.current_thread()
         main = [use.pruner for use in tuple(_main_uses) if use.model is self and thread not in use.older]
-        return (main + own)[-1] if main or own else self._own_pruner
+        return (main + own)[-1] if main or own else self._named_pruner()
 
     def learned_pruner(self, **budget) -> LearnedPruner:
         """The policy as a pruner, whichever pruner is in use. `budget` as in [`TokenPruner`]."""
@@ -144,12 +158,13 @@ class PrunerChoiceMixin:
                 )
             pruner.attach(self.lvlm)
             self._own_pruner, self.config.pruner = pruner, {"name": names[0], **pruner.settings()}
+            self._own_name = copy.deepcopy(self.config.pruner)
         elif pruner is None or pruner == "learned":
             if settings:
                 raise ValueError(
                     f"The policy has its settings in the model's config: set {', '.join(map(repr, settings))} there."
                 )
-            self._own_pruner = self.config.pruner = None
+            self._own_pruner = self._own_name = self.config.pruner = None
         else:
             self.set_pruner(self._make_pruner(pruner, **settings))
 
@@ -202,7 +217,7 @@ class PrunerChoiceMixin:
         keep_mask: Tensor | None,
     ) -> Budget | Tensor | None:
         """What a call does, see [`resolve_choice`]; an untrained policy is refused."""
-        self.config.check()  # its fields can be set at any time
+        self._check_config()
         chosen = self._chosen_pruner()
         budget = None if chosen is None else chosen.budget
         call = (keep_ratio, num_keep, threshold, prune, keep_mask)

@@ -65,36 +65,37 @@ def pruning_inputs(
     new = batch.new & batch.shown
     counts = torch.bincount(batch.sample_of[new], minlength=len(batch.input_ids))
     embeddings = adapter.base.get_input_embeddings()
+    index, query_valid = left_padded_index(query_mask)
+    query = embeddings(gather_columns(batch.input_ids, index, query_valid).to(batch.device))
+    device = query.device  # the policy is there too; the projector may be elsewhere
     if batch.features is not None and batch.features.modalities:
         rows = batch.in_order({name: encoded.rows for name, encoded in batch.features.modalities.items()}, adapter)
         attention = attention_of(batch, adapter) if with_attention else None
     else:  # no prompt has a picture
         weight = embeddings.weight
-        rows = torch.empty(0, weight.shape[1], dtype=weight.dtype, device=batch.device)
+        rows = torch.empty(0, weight.shape[1], dtype=weight.dtype, device=device)
         attention = rows.new_empty(0) if with_attention else None
     if not new.all():
         rows, layout = rows[new], layout[new]
         attention = None if attention is None else attention[new]
-    tokens, valid = pad_rows(rows, counts)
+    tokens, valid = pad_rows(rows.to(device), counts)
     padded = pad_rows(layout.stacked().T, counts)[0].permute(2, 0, 1)
     padded[4:6].clamp_(min=1)  # heights and widths, of padding too
-    index, query_valid = left_padded_index(query_mask)
-    query_ids = gather_columns(batch.input_ids, index, query_valid).to(batch.device)
     keys = [
         zlib.crc32(repr((ids[mask.bool()].tolist(), count)).encode())
         for ids, mask, count in zip(batch.input_ids, batch.attention_mask, counts.tolist(), strict=True)
     ]
-    layout = TokenLayout.from_stacked(padded.to(tokens.device))
+    layout = TokenLayout.from_stacked(padded.to(device))
     inputs = PruningInputs(
         tokens=tokens,
-        valid=valid.to(tokens.device),
+        valid=valid.to(device),
         num_visual=counts,
         layout=layout,
         protected=layout.protected if padded[6].any() else None,
-        query=embeddings(query_ids).to(tokens.device),
-        query_valid=query_valid.to(tokens.device),
+        query=query,
+        query_valid=query_valid.to(device),
         sample_keys=keys,
-        attention=None if attention is None else pad_rows(attention, counts)[0],
+        attention=None if attention is None else pad_rows(attention.to(device), counts)[0],
         lvlm=adapter.base,
     )
     return inputs, new

@@ -194,7 +194,8 @@ class PruningPolicy(Float32Module):
             x = x + self.position_proj(octaves(positions.float(), NUM_FREQUENCIES).flatten(-2))
         if self.step_embedding is not None:
             last = self.step_embedding.num_embeddings - 1
-            x = x + self.step_embedding.weight[min(step, last)]
+            index = torch.full((), min(step, last), dtype=torch.long, device=x.device)
+            x = x + self.step_embedding(index)  # called, as weights that are offloaded come with the call
         if self.budget_proj is not None and keep_ratio is not None:
             x = x + self.budget_proj(keep_ratio)
         seen = keep_mask

@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import platform
+import re
 import shutil
 import stat
 import tempfile
@@ -17,8 +18,16 @@ from safetensors import SafetensorError
 from .checkpoint_checks import refuse_unsafe_name
 from .hub_tprl import WEIGHT_PATTERNS
 
+# Weights as transformers calls them: of a variant such as fp16 or of none, in one file or several, and their index.
+WEIGHTS = re.compile(r"model(?:\.(.+?))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.(.+))?\.json")
 # Of a save whose files are all written and not yet all moved to their places, and the list of them in it.
 SAVED, NAMES = ".saved", ".names.json"
+
+
+def variant_of(name: str) -> str | None:
+    """The variant that a file of weights is of, "" for the usual one; `None` for other files."""
+    found = WEIGHTS.fullmatch(name)
+    return None if found is None else found[1] or found[2] or ""
 
 
 @contextlib.contextmanager
@@ -151,10 +160,10 @@ def finish_saving(directory: Path) -> bool:
         for root in (saved, directory):
             if not Path(root, name).parent.resolve().is_relative_to(directory.resolve()):
                 raise ValueError(f"{saved / NAMES} names {name!r}, which leads out of {directory}. Nothing was moved.")
-    if any(Path(name).match(pattern) for name in names for pattern in WEIGHT_PATTERNS):
-        for stale in [path for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern)]:
-            if stale.name not in names:
-                stale.unlink(missing_ok=True)
+    variants = {variant_of(name) for name in names} - {None}
+    for path in [path for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern)]:
+        if path.name not in names and variant_of(path.name) in variants:  # of a save with more shards
+            path.unlink(missing_ok=True)
     for name in sorted(names, key=lambda name: name != "config.json"):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another process was faster

@@ -139,6 +139,13 @@ def chat_messages(prompt: str | list[dict[str, Any]], num_images: int) -> list[d
     return [{**filled(message), "content": content} for message, content in zip(messages, parts, strict=True)]
 
 
+def special_tokens(processor: Any, texts: list[str]) -> dict[str, bool]:
+    """What a processor is told beside rendered chats: where the template writes the first token itself, as Gemma's
+    does, a second one would follow. transformers' own `apply_chat_template` does the same."""
+    first = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if first and texts and texts[0].startswith(first) else {}
+
+
 def filled(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A message or a part without what is `None`: datasets fill rows so, and templates ask which fields are there."""
     return {name: value for name, value in fields.items() if value is not None}

@@ -19,7 +19,10 @@ class OneKindAdapter(LVLMAdapter):
         super().__init__(base)
         names = inspect.signature(self.core.get_video_features).parameters
         self.encoder_names["video"] = [name for name in names if name != "kwargs"]
-        self.token_ids.pop("video", None)
+
+    @property
+    def token_ids(self) -> dict[str, int]:
+        return {modality: token_id for modality, token_id in super().token_ids.items() if modality != "video"}
 
     def placeholders(self, modality: str, input_ids: Tensor) -> Tensor:
         return super().placeholders("image", input_ids)
@@ -53,9 +56,10 @@ class NemotronAdapter(OneKindAdapter):
 class VideoSpanAdapter(LVLMAdapter):
     """GLM: image tokens between the start and the end of a video stand for its frames."""
 
-    def __init__(self, base: PreTrainedModel):
-        super().__init__(base)
-        self.token_ids["video"] = self.token_ids["image"]
+    @property
+    def token_ids(self) -> dict[str, int]:
+        own = super().token_ids
+        return {**own, "video": own["image"]}
 
     def placeholders(self, modality: str, input_ids: Tensor) -> Tensor:
         starts = (input_ids == self.config.video_start_token_id).cumsum(-1)

@@ -16,7 +16,7 @@ from transformers import BatchFeature
 from tprl_hf.answer_rules import as_texts
 from tprl_hf.data.own_rows import is_answer, with_names
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
-from tprl_hf.modeling.text_query import chat_messages, messages_of, question_mask, text_parts
+from tprl_hf.modeling.text_query import chat_messages, messages_of, question_mask, special_tokens, text_parts
 from tprl_hf.modeling.token_pruner import PruningInputs
 from tprl_hf.modeling.values import wrong
 from tprl_hf.modeling.visual_features import VisualFeatures
@@ -322,6 +322,7 @@ class SampleEncoder:
         images = [open_images(images_of(row), name_of_picture(row)) for row in rows]
         padding = {"padding": True} if len(rows) > 1 else {}
         texts = [self.render(row)[0] for row in rows]
+        padding |= special_tokens(processor, texts)
         return processor(images=images if any(images) else None, text=texts, return_tensors="pt", **padding)
 
     def render(self, row: dict[str, Any]) -> tuple[str, str]:
