@@ -46,3 +46,10 @@ def test_answers_are_marked_where_the_reference_is_known(compare, tmp_path):
     assert (tmp_path / "out" / "kept_tokens.html").read_text().count('class="wrong"') == 2
     code, _, err = compare("--pruners", "learned")
     assert code == 2 and "has not been trained" in err
+
+
+def test_the_unpruned_model_needs_no_policy(compare):
+    code, out, err = compare("--pruners", "none,uniform", "--num-keep", "2")
+    assert code == 0 and "has not been trained" not in err
+    assert [row[0] for row in table_under(out, "pruner")[1:]] == ["none", "uniform"]
+    assert "Without none" not in compare("--num-keep", "2")[2]

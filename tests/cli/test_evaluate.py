@@ -18,6 +18,7 @@ from tprl_hf.cli import evaluate as command
 from tprl_hf.cli import loading
 from tprl_hf.cli.main import main
 from tprl_hf.pruners import PRUNERS
+from tprl_hf.training.fingerprint import policy_in_checkpoint
 
 # The tiny random model cannot read; the data decide what is asked.
 WORDS = ["--num-samples", "8", "--keep-ratios", "1/2,1/4", "--pruners", "uniform", "--max-new-tokens", "2"]
@@ -402,9 +403,14 @@ def test_a_trained_policy_has_rows_of_its_own(evaluate, tmp_path):
     make_processor().save_pretrained(tmp_path / "model")
     command = ["evaluate", str(tmp_path / "model"), "--num-samples", "2", "--output-dir", str(tmp_path / "o")]
     assert main(command) == 0
-    rows = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
-    thirds = [row["pruner"] for row in rows if row["budget"] == "1/3"]
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    thirds = [row["pruner"] for row in results["rows"] if row["budget"] == "1/3"]
     assert thirds == ["random", "uniform", "vispruner", "learned"]
+    assert results["policy_weights"] == policy_in_checkpoint(tmp_path / "model") is not None
+    # versions that did not note it left the same run.json
+    assert "policy_weights" not in json.loads((tmp_path / "o" / "run.json").read_text())
+    before = (tmp_path / "o" / "answers.jsonl").read_text()
+    assert main(command) == 0 and (tmp_path / "o" / "answers.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import peft
 import pytest
@@ -16,7 +17,7 @@ from tprl_hf.cli.main import main
 from tprl_hf.cli.paper_tables import read_table, runs_of, table_names
 from tprl_hf.cli.stop_signals import StopSignals
 from tprl_hf.loading import load_model
-from tprl_hf.training.fingerprint import fingerprint_of_lvlm
+from tprl_hf.training.fingerprint import fingerprint, fingerprint_of_lvlm
 from tprl_hf.training.stages import STAGES
 
 SMALL = {
@@ -69,6 +70,42 @@ def test_what_is_equal_is_trained_once_and_what_differs_is_not_shared(tmp_path):
 
     scratch = runs_of(read_table("table6"), tmp_path, full=False)[0]
     assert scratch.stages == ["autoencoder", "ppo"]
+
+
+def test_a_row_of_another_recipe_has_it_as_it_is(tmp_path):
+    from tprl_hf.cli.recipe_file import read_recipe
+
+    table = replace(read_table("rival"), common={"lfd.max_steps": 2}, short={"lfd.logging_steps": 3})
+    runs = {run.label: run for run in runs_of(table, tmp_path, full=False)}
+    own = runs["counterfactual credit"]
+    seeds = [f"{stage}.seed=2" for stage in ("autoencoder", "lfd", "counterfactual")]
+    assert (own.recipe_name, own.seed) == ("mosaic_llava_counterfactual", 2)
+    assert own.recipe == {**read_recipe(own.recipe_name, seeds), "output_dir": own.recipe["output_dir"]}
+    others = [run for label, run in runs.items() if label != own.label]
+    assert {(run.recipe_name, run.recipe["lfd"]["max_steps"]) for run in others} == {("mosaic_llava_policy", 2)}
+    with_labels = next(run for run in runs_of(read_table("unlabelled"), tmp_path, False) if run.label == "with labels")
+    assert with_labels.directories == own.directories  # what both tables compare with is one policy
+
+
+@pytest.mark.parametrize("name", ["rival", "unlabelled", "table6"])
+def test_a_page_is_what_its_file_says(name):
+    folder = Path(__file__).parents[2] / "docs" / "results" / "paper"
+    result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    page = (folder / f"{name}.md").read_text(encoding="utf-8")
+    assert reproduce.as_table(read_table(name), result) in page
+    recipes = {row["recipe"] for row in read_table(name).rows.values() if "recipe" in row}
+    assert all(f"by recipes/{recipe}.yaml as it is." in page for recipe in recipes)
+
+
+def test_a_lora_is_of_the_policy_that_it_was_tuned_with(tmp_path, monkeypatch):
+    table = read_table("table5")
+    found = dict.fromkeys(("one", "other"))
+    for digest in found:
+        monkeypatch.setattr(paper_tables, "digest_of_start", lambda name, digest=digest: digest)
+        found[digest] = runs_of(table, tmp_path, full=False)[0].directories["tune"]
+    assert found["one"] != found["other"]
+    monkeypatch.undo()
+    assert paper_tables.digest_of_start(None) == fingerprint(load_model(None, "cpu", dtype="float32")[0])
 
 
 def test_a_run_of_other_settings_does_not_read_the_stages_of_the_former_ones(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tprl_hf.cli.main import main
-from tprl_hf.evaluation.runs_table import Run, join_runs
+from tprl_hf.evaluation.runs_table import Run, as_texts, join_runs
 
 WORDS = ["--num-samples", "8", "--keep-ratios", "1/2,1/4", "--max-new-tokens", "2"]
 
@@ -143,3 +143,36 @@ def test_two_files_of_one_name_are_two_tasks():
     assert columns(first, second) == {"gqa/test.jsonl": 50, "pope/test.jsonl": 90}
     assert columns(first, run("moved/test.jsonl", "1", 0.7)) == {"test": 60}  # the same questions
     assert columns(first, run("gqa/test.jsonl", "3", 0.7)) == {"test": 60}  # more of them, or another seed
+
+
+def made_run(scores, units=(*"aabb",)):
+    unpruned = {("none", "1"): np.ones((1, 4))}
+    scores = {name: np.array(one, dtype=float) for name, one in scores.items()}
+    kept = dict.fromkeys([*unpruned, *scores], 8.0)
+    return Run(Path("out"), "own", "1", list(units), 4, unpruned | scores, kept, 144.0, {}, "own.jsonl")
+
+
+def test_an_image_counts_once_however_its_path_was_typed():
+    scores = {("uniform", "1/2"): [[0, 1, 1, 1]]}
+    paths = [[*"aabb"], ["/x/a", "/x/a", "/x/b", "/x/b"]]
+    tables = [join_runs([made_run(scores, paths[0]), made_run(scores, other)]) for other in paths]
+    (one,), (other,) = ([line.cells["own"].percent for line in lines if line.pruner == "uniform"] for lines in tables)
+    assert one == other and one.low < one.value
+
+
+def test_what_a_pruner_in_the_llm_reads_of_a_smaller_picture_is_not_known():
+    name = ("resize+fastv*", "1/9")
+    (line,) = (one for one in join_runs([made_run({name: [[1, 1, 1, 1]]})]) if one.pruner == name[0])
+    assert (line.first_layer, line.mean_layers) == (None, None)
+    assert as_texts([line])[1][2:4] == ["-", "-"]
+
+
+def test_seeds_of_an_earlier_command_do_not_count(runs, tmp_path):
+    copy = with_scores(runs, "mosaic", lambda record: record["seed"] != 8)
+    seeds = {json.loads(line)["seed"] for line in (copy / "answers.jsonl").read_text().splitlines()}
+    assert seeds == {None, 7, 8}
+    results = json.loads((copy / "results.json").read_text())
+    for row in results["rows"]:
+        row["by_pruner_seed"] = {seed: score for seed, score in row["by_pruner_seed"].items() if seed != "8"}
+    (copy / "results.json").write_text(json.dumps(results))
+    assert table_of(tmp_path, copy)["random", "1/4"]["by_replicate"]["mosaic"] == [100.0]

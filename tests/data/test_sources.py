@@ -4,7 +4,7 @@ import pytest
 from datasets import DatasetDict
 from PIL import Image
 
-from tprl_hf.data import mosaic_vqa
+from tprl_hf.data import jsonl_samples, mosaic_vqa
 from tprl_hf.data.sources import is_source, read_source
 
 
@@ -88,3 +88,25 @@ def test_another_encoding_is_said(tmp_path):
     (tmp_path / "own.jsonl").write_bytes('{"prompt": "grün", "answer": "a"}'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"own\.jsonl is not a text in UTF-8"):
         read_source(str(tmp_path / "own.jsonl"), "train")
+
+
+@pytest.mark.parametrize("name", ["image_path", "img", "picture", "file_name", "pictures"])
+def test_a_picture_under_another_name_is_not_left_out(name, tmp_path):
+    path = tmp_path / "own.jsonl"
+    lines = [{"prompt": "what ?", name: ["a.png"] if name == "pictures" else "a.png"}, {"prompt": "and ?", "id": 3}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=rf"no line has `image`, and there is a field `{name}`, .*: call it `image`"):
+        jsonl_samples(path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+    path.write_text("\n".join(map(json.dumps, [*lines, {"prompt": "so ?", "image": "b.png"}])))
+    assert [len(row["images"]) for row in jsonl_samples(path)] == [0, 0, 1]  # of a thumbnail, say
+
+
+@pytest.mark.parametrize("name", ["label", "ground_truth", "Reference"])
+def test_an_answer_under_another_name_is_not_left_out(name, tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"prompt": "what ?", name: "red"}))
+    with pytest.raises(ValueError, match=f"no line has `answer`, and there is a field `{name}`"):
+        jsonl_samples(path)
+    path.write_text(json.dumps({"prompt": "what ?", "answer": "red", name: "7"}))
+    assert jsonl_samples(path)["answer"] == ["red"]

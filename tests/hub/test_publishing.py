@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ import yaml
 from huggingface_hub import EvalResult, HfApi
 
 from tests.families.tiny_models import build
+from tests.families.tiny_processor import make_processor
 from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
 from tprl_hf.cli.main import main
 from tprl_hf.hub.publishing import files_to_publish
 from tprl_hf.model_cards import eval_results_yaml, model_index, policy_card
 from tprl_hf.modeling.pruner_choice import name_with_settings
+from tprl_hf.training.fingerprint import policy_in_checkpoint
 from tprl_hf.training.training_record import recorded_stages
 
 MODELING = Path(__file__).parents[2] / "tprl_hf" / "modeling"
@@ -261,6 +264,69 @@ def test_results_without_baselines_are_refused():
         policy_card("me/name", {"includes_base_model": True}, [{**RESULTS, "rows": rows}])
     with pytest.raises(ValueError, match="device, versions"):
         policy_card("me/name", {"includes_base_model": True}, [{"command": "", "rows": rows}])
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory) -> Path:
+    """Two policies of one base model, without its weights and with them, and results of the first one."""
+    folder = tmp_path_factory.mktemp("policies")
+    build("llava").save_pretrained(folder / "base")
+    make_processor().save_pretrained(folder / "base")
+    for name in ("mine", "other"):
+        model = TPRLForConditionalGeneration.from_base_model(
+            str(folder / "base"), latent_dim=8, policy_num_heads=2, keep_ratio=0.5, policy_training={"stage": "lfd"}
+        )
+        model.save_pretrained(folder / name)
+        make_processor().save_pretrained(folder / name)
+        model.save_pretrained(folder / f"{name}-merged", save_base_model=True, max_shard_size="40KB")
+    words = ["--num-samples", "2", "--keep-ratios", "1/2", "--max-new-tokens", "1", "--pruners", "learned"]
+    words += ["--dtype", "bfloat16", "--output-dir", str(folder / "results")]
+    assert main(["evaluate", str(folder / "mine"), *words]) == 0
+    return folder
+
+
+def test_results_of_another_policy_are_refused(policies, capsys):
+    """Told from the weights of policy and autoencoder, in whatever dtype the base model computed."""
+    results = policies / "results/results.json"
+    for name in ("mine-merged", "other-merged"):
+        for words in (["--results", str(results)], ["--benchmark", f"{results}=me/data:test"]):
+            code = main(["push", str(policies / name), "me/name", "--dry-run", *words])
+            said = capsys.readouterr().err
+            assert code == (0 if name == "mine-merged" else 2) and "names no policy" not in said, said
+            assert (f"{results} was measured with another policy" in said) == (code == 2)
+    # one without its base model's weights; another policy's is refused before anything else
+    mine, other = (policy_in_checkpoint(policies / name) for name in ("mine", "other"))
+    assert mine == policy_in_checkpoint(policies / "mine-merged") != other
+    assert json.loads(results.read_text())["policy_weights"] == mine
+    assert main(["push", str(policies / "other"), "me/name", "--dry-run", "--results", str(results)]) == 2
+    assert f"(policy_weights {mine}) than that of {policies}/other ({other})" in capsys.readouterr().err
+
+
+def test_results_of_older_versions_are_taken_with_a_line(policies, tmp_path, capsys):
+    (tmp_path / "old.json").write_text(json.dumps(RESULTS))
+    words = ["me/name", "--dry-run", "--results", str(tmp_path / "old.json")]
+    assert main(["push", str(policies / "mine-merged"), *words]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "names no policy" in line]
+    assert str(tmp_path / "old.json") in line and "is not known" in line
+    # none was trained: there is nothing to compare
+    model = TPRLForConditionalGeneration.from_base_model(build("llava"), latent_dim=8, pruner="uniform")
+    model.save_pretrained(tmp_path / "uniform", save_base_model=True)
+    rows = [*RESULTS["rows"][:2], row("uniform", "1/2", 8.0, 0.25)]
+    (tmp_path / "old.json").write_text(json.dumps({**RESULTS, "rows": rows, "policy_weights": None}))
+    assert main(["push", str(tmp_path / "uniform"), *words]) == 0
+    assert "names no policy" not in capsys.readouterr().err
+    (tmp_path / "old.json").write_text(json.dumps({**RESULTS, "rows": rows, "policy_weights": "0"}))
+    assert main(["push", str(tmp_path / "uniform"), *words]) == 2
+    assert "(none that is trained)" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_said_before_its_results_are_compared(policies, tmp_path, capsys):
+    shutil.copytree(policies / "mine", tmp_path / "mine")
+    path = tmp_path / "mine/model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    words = ["--dry-run", "--results", str(policies / "results/results.json")]
+    assert main(["push", str(tmp_path / "mine"), "me/name", *words]) == 2
+    assert f"The weights in {tmp_path}/mine are damaged" in capsys.readouterr().err
 
 
 def test_a_merged_checkpoint_takes_no_path_along(tmp_path, capsys):

@@ -229,6 +229,17 @@ class TestTraining:
         ]
         assert len(dashed) == len([1 for tag, _ in page.tags if tag == "polyline"]) / 2
 
+    def test_stages_behind_links_have_the_names_of_the_links(self, tmp_path):
+        for run, name in (("one", "grpo-aaa"), ("two", "grpo-bbb")):
+            (tmp_path / "stages" / name).mkdir(parents=True)
+            rows = [{"step": step, "eval_reward": 0.5} for step in (1, 2)]
+            (tmp_path / "stages" / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (tmp_path / run).mkdir()
+            (tmp_path / run / "grpo").symlink_to(tmp_path / "stages" / name)
+        found = [read_training(tmp_path / run) for run in ("one", "two")]
+        assert [[stage.name for stage in one.stages] for one in found] == [["grpo"], ["grpo"]]
+        assert "grpo-aaa" not in training_page(found, "tprl report one two")
+
     def test_live_pages_are_written_again_until_the_command_is_stopped(self, run):
         words = [sys.executable, "-m", "tprl_hf.cli.main", "report", str(run), "--live", "1"]
         process = subprocess.Popen(
@@ -405,6 +416,13 @@ class TestTwoEvaluations:
         assert "Questions that only one answered" not in text
         different = text.split("What differs")[-1].split("What is alike")[0]
         assert "seed" in different and "num_samples" not in different
+
+    def test_seeds_of_an_earlier_command_do_not_count(self, pair):
+        before = read_evaluation(pair[1], "b").answers["random", "1/4"]
+        lines = json_lines(pair[1] / "answers.jsonl")
+        more = [{**line, "seed": 99, "score": 1 - line["score"]} for line in lines if line["pruner"] == "random"]
+        (pair[1] / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, *more]))
+        assert more and read_evaluation(pair[1], "b").answers["random", "1/4"] == before
 
     def test_rows_of_one_alone_have_no_difference(self, pair, tmp_path):
         results = read_results(pair[1])

@@ -18,6 +18,7 @@ from tprl_hf.cli.train import base_directory, check_stage, load_data, make_confi
 from tprl_hf.data import easy_vqa, mosaic_vqa
 from tprl_hf.hub.publishing import files_to_publish
 from tprl_hf.training import TPRLPPOConfig, TPRLPPOTrainer
+from tprl_hf.training.stage_digest import digest_of_stage
 from tprl_hf.training.stages import STAGES, Stage, stages_until
 from tprl_hf.training.training_record import main as write_training_record
 from tprl_hf.training.training_record import recorded_stages, training_record
@@ -119,6 +120,125 @@ def test_all_stages_from_one_recipe(recipe, tmp_path, capsys, monkeypatch):
         assert message in capsys.readouterr().err
 
 
+def refusal(capsys, *words):
+    """The last line of what a command says that ends with exit code 2; it is behind progress bars."""
+    capsys.readouterr()
+    assert main(["train", *words]) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def done(run, stage):
+    return json.loads((run / stage / "training.json").read_text())
+
+
+def test_a_stage_whose_source_was_trained_anew_is_not_finished(recipe, tmp_path, capsys):
+    run, words = tmp_path / "run", ["--config", str(recipe)]
+    for stage in ("autoencoder", "demonstrations", "lfd"):
+        assert main(["train", stage, *words]) == 0
+    noted = done(run, "lfd")["begun_from"]
+    assert noted == {name: digest_of_stage(run / name) for name in ("autoencoder", "demonstrations")}
+    assert done(run, "autoencoder")["begun_from"] == done(run, "demonstrations")["begun_from"] == {}
+
+    # gone is fine where it stays so, and said before it would be trained anew
+    (run / "autoencoder").rename(tmp_path / "aside")
+    assert main(["train", "lfd", *words]) == 0 and "lfd is finished" in capsys.readouterr().out
+    other = [*words, "--set", "autoencoder.seed=5"]
+    for more in ([], ["--dry-run"]):
+        message = refusal(capsys, "all", *other, *more)
+        assert f"{run}/lfd was begun from a training of autoencoder that is not that of {run}/autoencoder" in message
+        assert f"delete {run}/lfd to train it again, or pass --overwrite" in message
+    assert not (run / "autoencoder").exists()
+
+    # trained anew, by itself
+    assert main(["train", "autoencoder", *other]) == 0
+    message = refusal(capsys, "all", *other)
+    assert f"{run}/lfd was begun from a training of autoencoder that is not that of {run}/autoencoder" in message
+    # so is one that was cut off, and would resume from its checkpoint
+    (run / "lfd/training.json").rename(tmp_path / "lfd.json")
+    assert f"{run}/lfd was begun from a training of autoencoder that" in refusal(capsys, "lfd", *other)
+    for path in run.glob("lfd/checkpoint-*"):
+        shutil.rmtree(path)
+    assert main(["train", "lfd", *other]) == 0  # from the start
+    assert done(run, "lfd")["begun_from"] == noted | {"autoencoder": digest_of_stage(run / "autoencoder")}
+    assert [stage["stage"] for stage in recorded_stages(run / "lfd")] == ["autoencoder", "demonstrations", "lfd"]
+
+    # the demonstrations that it learned from
+    shutil.rmtree(run / "demonstrations")
+    assert main(["train", "demonstrations", *other]) == 0
+    assert f"{run}/lfd was begun from a training of demonstrations that" in refusal(capsys, "lfd", *other)
+    assert [stage["stage"] for stage in recorded_stages(run / "lfd")] == ["autoencoder", "lfd"]
+    # a stage of an earlier version noted nothing
+    report = done(run, "lfd")
+    del report["begun_from"]
+    (run / "lfd/training.json").write_text(json.dumps(report))
+    assert main(["train", "lfd", *other]) == 0
+    assert [stage["stage"] for stage in recorded_stages(run / "lfd")] == ["autoencoder", "demonstrations", "lfd"]
+    # and one that is damaged says so
+    (run / "lfd/training.json").write_text(json.dumps({**report, "begun_from": ["autoencoder"]}))
+    assert "training.json is damaged (begun_from is [" in refusal(capsys, "lfd", *other)
+    assert main(["train", "lfd", *other, "--overwrite"]) == 0
+
+
+def test_a_card_lists_what_led_to_a_model_and_not_what_lies_beside_it(recipe, tmp_path, capsys):
+    run, words = tmp_path / "run", ["--config", str(recipe)]
+    for stage in ("autoencoder", "demonstrations", "lfd"):
+        assert main(["train", stage, *words]) == 0
+    shorter = ["--set", "demonstrations=false", "lfd=false"]
+    assert main(["train", "ppo", *words, *shorter]) == 0
+    assert done(run, "ppo")["begun_from"].keys() == {"autoencoder"}
+    assert [stage["stage"] for stage in recorded_stages(run / "ppo")] == ["autoencoder", "ppo"]
+    assert list(training_record(run / "ppo")["stages"]) == ["autoencoder", "ppo"]
+    # it is not what the recipe with lfd leads to
+    message = refusal(capsys, "all", *words)
+    assert f"{run}/ppo was begun from autoencoder, and this recipe begins it from lfd: delete {run}/ppo" in message
+
+    shutil.rmtree(run / "ppo")
+    assert main(["train", "ppo", *words, *shorter, "autoencoder=false"]) == 0
+    assert done(run, "ppo")["begun_from"] == {}
+    assert [stage["stage"] for stage in recorded_stages(run / "ppo")] == ["ppo"]
+    message = refusal(capsys, "all", *words)
+    assert f"{run}/ppo was begun from no other stage, and this recipe begins it from lfd" in message
+
+
+def write_stage(run, stage, **entries):
+    (run / stage).mkdir(exist_ok=True)
+    (run / stage / "settings.json").write_text("{}")
+    (run / stage / "training.json").write_text(json.dumps({"stage": stage, "seconds": 1.0, **entries}))
+
+
+@pytest.mark.parametrize("before", ["ppo", "grpo"])
+def test_a_lora_was_tuned_for_one_of_several_policies(tmp_path, before):
+    run = tmp_path / "run"
+    run.mkdir()
+    write_stage(run, "lfd")  # of an earlier version
+    for stage in ("ppo", "grpo"):
+        write_stage(run, stage, begun_from={"lfd": digest_of_stage(run / "lfd")})
+    write_stage(run, "tune", begun_from={before: digest_of_stage(run / before)})
+    assert [stage["stage"] for stage in recorded_stages(run / "tune")] == ["lfd", before, "tune"]
+    write_stage(run, "tune")
+    assert [stage["stage"] for stage in recorded_stages(run / "tune")] == ["lfd", "ppo", "grpo", "tune"]
+    write_stage(run, "tune", begun_from={"../ppo": "0"})  # no name of a stage
+    assert [stage["stage"] for stage in recorded_stages(run / "tune")] == ["tune"]
+
+
+def test_stages_that_runs_share_are_read_through_their_links(recipe, tmp_path, capsys):
+    """As `tprl reproduce` has them: of each run, links to directories of other names."""
+    shared, words = tmp_path / "stages", ["--config", str(recipe)]
+    for run in ("one", "two"):
+        (tmp_path / run).mkdir()
+        for stage in ("autoencoder", "demonstrations", "lfd"):
+            (shared / f"{stage}-0123456789ab").mkdir(parents=True, exist_ok=True)
+            (tmp_path / run / stage).symlink_to(f"../stages/{stage}-0123456789ab", target_is_directory=True)
+        assert main(["train", "all", *words, "--set", f"output_dir={tmp_path / run}", "ppo=false"]) == 0
+    assert capsys.readouterr().out.count("is finished") == 3
+    names = ["autoencoder", "demonstrations", "lfd"]
+    assert [stage["stage"] for stage in recorded_stages(tmp_path / "two/lfd")] == names
+    shutil.rmtree(shared / "autoencoder-0123456789ab")
+    (shared / "autoencoder-0123456789ab").mkdir()
+    message = refusal(capsys, "all", *words, "--set", f"output_dir={tmp_path / 'two'}", "ppo=false")
+    assert f"{tmp_path}/two/lfd was begun from a training of autoencoder that" in message
+
+
 def test_stages_that_are_overwritten(recipe, base, tmp_path, capsys):
     words = ["--config", str(recipe)]
     run = tmp_path / "run"
@@ -137,9 +257,58 @@ def test_stages_that_are_overwritten(recipe, base, tmp_path, capsys):
 
     shutil.rmtree(run / "lfd")
     (run / "base").mkdir()
+    (run / "base/taken_from.json").write_text("null")
     assert main(["train", "autoencoder", *words, "--overwrite"]) == 0
     assert json.loads((run / "autoencoder/training.json").read_text())["stage"] == "autoencoder"
     assert not (run / "base").exists()  # no stage was left that had been made from it
+
+
+@pytest.mark.parametrize("words", [["--overwrite"], []])
+def test_a_folder_called_base_that_is_not_ours_stays(make_model, processor, recipe, tmp_path, capsys, words):
+    start = tmp_path / "start"
+    make_model(policy_training={"stage": "lfd"}).save_pretrained(start, save_base_model=True)
+    processor.save_pretrained(start)
+    theirs = tmp_path / "run/base"
+    shutil.copytree(read_recipe(str(recipe))["base_model"], theirs)
+    (theirs / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in theirs.iterdir()}
+    words = [*words, "--set", f"base_model={start}"]
+    assert main(["train", "autoencoder", "--config", str(recipe), *words]) == 2
+    assert "`tprl train` did not make it: move it, or pass --set output_dir=" in capsys.readouterr().err
+    words = ["--set", f"base_model={theirs}", "--overwrite"]
+    assert main(["train", "autoencoder", "--config", str(recipe), *words]) == 0
+    assert {path.name: path.read_bytes() for path in theirs.iterdir()} == before
+
+
+def test_a_recipe_may_have_data_for_demonstrations_only(recipe, tmp_path):
+    content = yaml.safe_load(recipe.read_text())
+    content["data"] = {"demonstrations": content["data"]["train"], "validation": content["data"]["validation"]}
+    recipe.write_text(yaml.safe_dump({name: content[name] for name in content if name not in ("autoencoder", "ppo")}))
+    for stage in ("demonstrations", "lfd"):
+        assert main(["train", stage, "--config", str(recipe)]) == 0
+    assert (tmp_path / "run/lfd/training.json").exists()
+
+
+def test_a_recipe_is_the_same_one_from_another_working_directory(recipe, tmp_path, capsys, monkeypatch):
+    content = yaml.safe_load(recipe.read_text())
+    content["data"] = {name: {"source": "data"} for name in content["data"]}
+    recipe.write_text(yaml.safe_dump(content))
+    for folder, name in ((tmp_path, "recipe.yaml"), (tmp_path.parent, f"{tmp_path.name}/recipe.yaml")):
+        monkeypatch.chdir(folder)
+        assert main(["train", "autoencoder", "--config", name]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert main(["train", "autoencoder", "--config", name, "--set", "autoencoder.max_steps=5"]) == 2
+    assert "was made with other settings (autoencoder.max_steps), see" in capsys.readouterr().err
+    assert main(["train", "autoencoder", "--config", name, "--set", "data.train.source=mosaic"]) == 2
+    assert "was made with other settings (data.train.source), see" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["mosaic", "easy-vqa", "photo"])
+def test_a_folder_called_as_our_data_does_not_hide_them(source, tmp_path, monkeypatch):
+    (tmp_path / source).mkdir()
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"output_dir": "run", "data": {"train": {"source": source}}}))
+    monkeypatch.chdir(tmp_path.parent)
+    assert read_recipe(str(tmp_path / "r.yaml"))["data"]["train"]["source"] == source
 
 
 def test_several_processes_do_not_overwrite(recipe, tmp_path, capsys, monkeypatch):

@@ -632,3 +632,19 @@ def test_a_second_training_knows_nothing_of_the_first(name, make_model, processo
     assert rows[0] == rows[1] and used.best["score"] == new.best["score"]
     used.note_training(1)
     assert used.tprl_model.config.policy_training["data"] == data_digest(used.train_dataset)
+
+
+@pytest.mark.parametrize("ratios", [[0.5], None])
+def test_a_policy_that_is_told_its_budget_should_train_at_budgets(
+    make_model, processor, dataset, tmp_path, caplog, ratios
+):
+    stage("grpo", make_model, processor, dataset, str(tmp_path), rollout_keep_ratios=ratios, shared_budget=0.0)
+    assert ("these rollouts have none: set rollout_keep_ratios" in caplog.text) == (ratios is None)
+
+
+@pytest.mark.parametrize(("discount", "num_steps", "told"), [(0.5, 2, True), (1.0, 2, False), (0.5, 1, False)])
+def test_a_discount_works_against_budgets_in_later_steps(tmp_path, caplog, discount, num_steps, told):
+    TPRLGRPOConfig(
+        str(tmp_path), report_to="none", rollout_keep_ratios=[0.5], lambda_disc=discount, num_steps=num_steps
+    )
+    assert ("lambda_disc=0.5 draws fewer tokens in later steps" in caplog.text) == told

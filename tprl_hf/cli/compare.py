@@ -115,6 +115,8 @@ def usable_pruners(
     refused = {}
     own = {own_pruner(model): own_pruner_with_settings(model)}
     for name in arguments.pruners or [own.get(name, name) for name in method_names()]:
+        if name == "none":
+            continue
         try:
             pruner = make_pruner(model, name, arguments.seed)
             with using_pruner(model, pruner):
@@ -124,5 +126,5 @@ def usable_pruners(
                 raise
             refused[name] = str(error)
             continue
-        pruners[name] = None if name == "none" else pruner
+        pruners[name] = pruner
     return pruners, refused

@@ -430,7 +430,7 @@ def describe_run(arguments: argparse.Namespace, model, processor, known_before: 
     import transformers
 
     import tprl_hf
-    from tprl_hf.evaluation.fingerprint import fingerprint, processor_digest
+    from tprl_hf.evaluation.fingerprint import fingerprint, policy_of_model, processor_digest
 
     from .tables import describe_device
 
@@ -463,6 +463,7 @@ def describe_run(arguments: argparse.Namespace, model, processor, known_before: 
         "processor": processor_digest(processor),
         # an untrained policy is drawn anew each time, and no setting asks it
         "weights": fingerprint(model.lvlm if model.config.policy_training is None else model),
+        "policy_weights": policy_of_model(model),  # which `tprl push` compares, without the base model
     }
 
 

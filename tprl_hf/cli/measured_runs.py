@@ -88,7 +88,7 @@ class MeasuredRuns:
 
         path = self.path_of(one)
         model, processor = load_checkpoint(str(one.model))
-        kept = {"recipe": self.table.recipe, "settings": one.settings, "seed": one.seed, **training_of(one)}
+        kept = {"recipe": one.recipe_name, "settings": one.settings, "seed": one.seed, **training_of(one)}
         self.write(path, model, processor, policy_settings(model, self.ratios), kept, one.recipe)
 
     def of(self, one: Run) -> dict[str, Any]:

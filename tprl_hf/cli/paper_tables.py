@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class Table:
         title, about (`str`): what it shows, and what the paper says.
         recipe, stage (`str`, *optional*): how its policies are trained, and the stage whose model is measured.
         seeds (`list[int]`): each row is trained under each.
-        rows (`dict`): by label, what differs from the recipe: `SECTION.SETTING: value`, or `stage`; or own `seeds`.
+        rows (`dict`): by label, what differs from the recipe: `SECTION.SETTING: value`; or own `stage`, `seeds`, or
+            `recipe`, as it is.
         against (`str`, *optional*): the row with which the others are compared, besides the unpruned model.
         common, short (`dict`): settings of all rows; and those of the short version, which two cores can train.
         keep_ratios (`list[str]`): budgets of the measurement.
@@ -68,7 +70,8 @@ class Run:
     Args:
         label (`str`): the row's.
         seed (`int`): of all stages.
-        settings (`dict`): what the run changes in the recipe of its table.
+        recipe_name (`str`): the recipe's.
+        settings (`dict`): what the run changes in it.
         recipe (`dict`): with `output_dir`, where each stage is a link into the shared directory.
         stages (`list[str]`): those that lead to its model, in their order.
         directories (`dict`): by stage, the shared directory.
@@ -76,6 +79,7 @@ class Run:
 
     label: str
     seed: int
+    recipe_name: str
     settings: dict[str, Any]
     recipe: dict[str, Any]
     stages: list[str]
@@ -153,16 +157,16 @@ def runs_of(table: Table, folder: Path, full: bool, extra: Iterable[str] = ()) -
     """
     runs = []
     for row, (label, settings) in enumerate(table.rows.items()):
-        stage = settings.get("stage", table.stage)
-        if table.recipe is None or stage not in STAGES:
+        name, stage = settings.get("recipe", table.recipe), settings.get("stage", table.stage)
+        if name is None or stage not in STAGES:
             raise ValueError(f"{table.name}: the row {label!r} has no recipe or no stage.")
-        changed = {**settings_of_all(table, full), **settings}
+        changed = {**({} if "recipe" in settings else settings_of_all(table, full)), **settings}
         for seed in changed.pop("seeds", table.seeds):
-            recipe = recipe_of(table.recipe, stage, changed, seed, extra)
+            recipe = recipe_of(name, stage, changed, seed, extra)
             recipe["output_dir"] = str(folder / table.name / f"row{row}-seed{seed}")
             stages = [each for each in stages_until(stage) if each in recipe]
             directories = shared_directories(recipe, stages, shared_folder(recipe, folder))
-            runs.append(Run(label, seed, changed, recipe, stages, directories))
+            runs.append(Run(label, seed, name, changed, recipe, stages, directories))
     return runs
 
 
@@ -175,7 +179,7 @@ def recipe_of(
     overrides = [f"{one}=false" for one in STAGES if one in plain and one not in wanted]
     for setting, value in changed.items():
         section = setting.partition(".")[0]
-        if setting != "stage" and (section in wanted or section not in STAGES):
+        if setting not in ("recipe", "stage") and (section in wanted or section not in STAGES):
             overrides.append(f"{setting}={json.dumps(value)}")
     overrides += [f"{one}.seed={seed}" for one in wanted if one != "demonstrations"]
     return read_recipe(name, [*overrides, *extra])
@@ -197,9 +201,20 @@ def shared_directories(recipe: dict[str, Any], stages: list[str], folder: Path) 
         # a teacher reads the frozen LVLM: it does not matter what the autoencoder learned before
         source = STAGES[stage].learns_from
         depends = [] if stage == "demonstrations" else [keys.get(name) for name in (before, source) if name in keys]
+        if stage == "tune" and before is None:  # it has the policy of the checkpoint, which may be another one later
+            depends.append(digest_of_start(recipe.get("start_from") or recipe.get("base_model")))
         text = json.dumps([stage, settings_of(stage, recipe), depends], sort_keys=True)
         keys[stage] = hashlib.sha256(text.encode()).hexdigest()[:12]
     return {stage: folder / f"{stage}-{key}" for stage, key in keys.items()}
+
+
+@cache
+def digest_of_start(name: str | None) -> str:
+    """Of the weights of a checkpoint, its policy's too; that of the embedded one without a name."""
+    from tprl_hf.loading import load_model
+    from tprl_hf.training.fingerprint import fingerprint
+
+    return fingerprint(load_model(name, "cpu", dtype="float32")[0])
 
 
 def minutes_left(runs: Iterable[Run], folder: Path) -> float:

@@ -113,8 +113,9 @@ def run(arguments: argparse.Namespace) -> int:
         if config is not None and config.model_type == TPRLConfig.model_type and config.pruner is None:
             refuse_untrained(config)
         paths = [*arguments.results, *(path for path, _, _ in arguments.benchmark)]
+        results = [read_json(Path(path), RESULTS_SHAPE, RESULTS_CURE) for path in paths]
         facts = {
-            "results": [read_json(Path(path), RESULTS_SHAPE, RESULTS_CURE) for path in paths],
+            "results": results,
             "benchmarks": {
                 len(arguments.results) + number: (dataset, task)
                 for number, (_, dataset, task) in enumerate(arguments.benchmark)
@@ -125,6 +126,8 @@ def run(arguments: argparse.Namespace) -> int:
             "base_model": arguments.base_model,
             "stages": recorded_stages(directory),
         }
+        if config is not None and config.model_type == TPRLConfig.model_type:
+            refuse_results_of_others(directory, dict(zip(paths, results, strict=True)))
         with tempfile.TemporaryDirectory() as scratch:
             folder = merge(directory, Path(scratch)) if arguments.merged else directory
             if arguments.dry_run:
@@ -132,6 +135,34 @@ def run(arguments: argparse.Namespace) -> int:
             commit = publish(folder, arguments.repo, **facts, **options)
     print(commit.commit_url)
     return 0
+
+
+def refuse_results_of_others(directory: Path, results: dict[str, dict[str, Any]]) -> None:
+    """
+    The card calls the numbers those of this policy. A line names files that do not say of which they are.
+
+    Args:
+        directory (`Path`): The checkpoint.
+        results (`dict`): By path, what `tprl evaluate` wrote.
+
+    Raises:
+        `ValueError`: If one was measured with another policy.
+    """
+    from tprl_hf.training.fingerprint import policy_in_checkpoint
+
+    if not results:
+        return
+    own = policy_in_checkpoint(directory)
+    unknown = [path for path, result in results.items() if result.get("policy_weights") is None]
+    for path, result in results.items():
+        if path not in unknown and result["policy_weights"] != own:
+            raise ValueError(
+                f"{path} was measured with another policy (policy_weights {result['policy_weights']}) than that of "
+                f"{directory} ({own or 'none that is trained'}): run tprl evaluate {directory}, and pass its "
+                "results.json."
+            )
+    if unknown and own is not None:
+        note(f"{', '.join(unknown)} names no policy: whether it was measured with that of {directory} is not known.")
 
 
 def merge(directory: Path, folder: Path) -> Path:

@@ -159,7 +159,12 @@ def located(source: str, folder: Path, where: str) -> str:
         `ValueError`: when there is one beside the recipe and another one in the working directory.
     """
     here, beside = Path(source), folder / source
-    if here.is_absolute() or not beside.exists() or (here.exists() and here.samefile(beside)):
+    if (
+        source in NAMED_SOURCES
+        or here.is_absolute()
+        or not beside.exists()
+        or (here.exists() and here.samefile(beside))
+    ):
         return source
     if here.exists():
         raise ValueError(f"{where}: {beside} and {here} in the working directory are two files: write a longer path.")

@@ -116,7 +116,7 @@ def reproduce(
     for number, one in enumerate(runs if draws else measured.missing(runs), start=1):
         if one.missing():
             say(f"{table.name}: run {number} of {len(runs)}, {one.label}, seed {one.seed}")
-            train(table, one, signals)
+            train(one, signals)
         one.link()
         if not draws:
             measured.keep(one)
@@ -154,13 +154,12 @@ def reproduce(
 # ---- training and measuring ----
 
 
-def train(table: Table, one: Run, signals: "StopSignals") -> None:
+def train(one: Run, signals: "StopSignals") -> None:
     """The stages of a run that are not finished."""
     from .train import run_stages
 
     one.link()
-    assert table.recipe is not None
-    run_stages(one.stages, one.recipe, table.recipe, signals, loading={})
+    run_stages(one.stages, one.recipe, one.recipe_name, signals, loading={})
 
 
 def slugs(table: Table) -> dict[str, str]:
@@ -282,6 +281,9 @@ def as_table(table: Table, result: dict[str, Any]) -> str:
         parts += [f"The same in points compared with the row *{table.against}*."]
     changed = ", ".join(f"{name} {json.dumps(value)}" for name, value in result["settings"].items())
     trained = f"Trained by recipes/{result['recipe']}.yaml" + (f", with {changed} in all rows." if changed else ".")
+    for label, settings in table.rows.items():
+        if "recipe" in settings:
+            trained += f" *{label}*: by recipes/{settings['recipe']}.yaml as it is."
     return "\n\n".join([*parts, trained]) + "\n"
 
 

@@ -25,6 +25,8 @@ def delete_stages(stages: list[str], recipe: dict[str, Any]) -> None:
         `ValueError`: where a stage that is not among them was made from one of them, where a directory is not that of
             a stage, and while another process trains in one.
     """
+    from .train import TAKEN_FROM
+
     folder = Path(recipe["output_dir"])
     there = [stage for stage in STAGES if (folder / stage).is_dir()]
     for stage in there:
@@ -44,5 +46,5 @@ def delete_stages(stages: list[str], recipe: dict[str, Any]) -> None:
     for stage in there:
         if stage in stages:
             shutil.rmtree(folder / stage)
-    if set(there) <= set(stages):
-        shutil.rmtree(folder / "base", ignore_errors=True)
+    if set(there) <= set(stages) and (folder / "base" / TAKEN_FROM).is_file():  # else it is not ours
+        shutil.rmtree(folder / "base")

@@ -17,11 +17,12 @@ from tprl_hf.whole_files import write
 
 from . import tune_stage
 from .arguments import add_loading_arguments, loading_options
+from .begun_from import claim_sources, refuse_stale, start_of
 from .dry_run import describe, duration
 from .old_recipes import renewed
 from .processes import is_first_process, say, signs_of_life, wait_for
 from .progress import is_quiet, note
-from .recipe_file import check_names, check_places, model_of, read_recipe
+from .recipe_file import NAMED_SOURCES, check_names, check_places, model_of, read_recipe, sources_in
 from .same_data import claim_data
 from .start_over import delete_stages, refuse_several_processes
 from .train_plan import expected_seconds
@@ -75,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     for stage in all_stages:  # before the first one runs, which may take hours
         check_stage(stage, recipe)
     if arguments.dry_run:
+        refuse_stale([] if arguments.overwrite else stages, recipe)
         print(describe(stages, recipe))
         return 0
 
@@ -100,6 +102,7 @@ def run_stages(
     stages: list[str], recipe: dict[str, Any], name: str, signals: "StopSignals", loading: dict[str, Any]
 ) -> None:
     """One after the other, those that are not finished. `name` is the recipe's, `loading` how its model is loaded."""
+    refuse_stale(stages, recipe)
     folder, loading = Path(recipe["output_dir"]), with_dtype(loading, recipe)
     expected: dict[str, float] | None = None
     for number, stage in enumerate(stages, start=1):
@@ -110,6 +113,7 @@ def run_stages(
             continue
         started = time.perf_counter()
         model, processor = starting_model(stage, recipe, loading)
+        begun_from = claim_sources(stage, recipe)
         if not hasattr(model, "hf_device_map"):  # else it is in its places
             model.to(training_device(loading))
         if expected is None:
@@ -127,7 +131,8 @@ def run_stages(
         else:
             config = make_config(stage, recipe, **training_arguments(loading))
             result = train_stage(stage, recipe, config, model, processor, directory, name, signals)
-        result = {"stage": stage, "seconds": round(time.perf_counter() - started, 1), **result}
+        seconds, ended = round(time.perf_counter() - started, 1), round(time.time(), 3)
+        result = {"stage": stage, "begun_from": begun_from, "seconds": seconds, "ended": ended, **result}
         if is_first_process():
             write(directory / "training.json", json.dumps(result, indent=2) + "\n")
         wait_for(directory / "training.json", folder)  # which says that the model beside it is whole
@@ -261,15 +266,25 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
         if "policy" not in settings:
             before.pop("policy", None)  # earlier versions noted it
         asked = json.loads(json.dumps(settings))
-        if directory.name == "demonstrations":  # which read no validation data
-            for one in (before, asked):
+        for one in (before, asked):
+            if directory.name == "demonstrations":  # which read no validation data
                 one.get("data", {}).pop("validation", None)
+            for _, section in sources_in(one):  # files are compared by what they hold, wherever they lie
+                section["source"] = section["source"] if section["source"] in NAMED_SOURCES else "a file"
         if before != asked:
             raise ValueError(
-                f"{directory} was made with other settings, see {path}: pass --set output_dir=ANOTHER, or --overwrite "
-                "to delete it."
+                f"{directory} was made with other settings ({', '.join(differing(before, asked)[:3])}), see {path}: "
+                "pass --set output_dir=ANOTHER, or --overwrite to delete it."
             )
     write(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def differing(before: Any, asked: Any, name: str = "") -> list[str]:
+    """The names of settings that two files do not share."""
+    if not (isinstance(before, dict) and isinstance(asked, dict)):
+        return [] if before == asked else [name.removesuffix(".")]
+    names = sorted({*before, *asked})
+    return [found for one in names for found in differing(before.get(one), asked.get(one), f"{name}{one}.")]
 
 
 def load_data(recipe: dict[str, Any], name: str, num_samples: int | None = None) -> "Dataset":
@@ -355,12 +370,12 @@ def starting_model(
     from tprl_hf.missing_packages import load_processor
 
     how = pretrained_arguments(**{**loading, "device": training_device(loading)})
-    for before in STAGES[stage].starts_from:
-        if before in recipe:
-            path = Path(recipe["output_dir"]) / before
-            if not (path / "training.json").exists():
-                raise ValueError(f"{stage} begins with what {before} left in {path}: run `tprl train {before}` first.")
-            return TPRLForConditionalGeneration.from_pretrained(path, **how), load_processor(path)
+    before = start_of(stage, recipe)
+    if before is not None:
+        path = Path(recipe["output_dir"]) / before
+        if not (path / "training.json").exists():
+            raise ValueError(f"{stage} begins with what {before} left in {path}: run `tprl train {before}` first.")
+        return TPRLForConditionalGeneration.from_pretrained(path, **how), load_processor(path)
 
     if recipe.get("start_from") or stage == "tune":  # of a checkpoint that has its policy
         name = model_of(recipe)
@@ -400,6 +415,11 @@ def base_directory(recipe: dict[str, Any]) -> str:
         before = read_json(directory / TAKEN_FROM, (str, None), f"delete {directory}.")
         if before != named:
             raise ValueError(f"{directory} is part of {before}, but the recipe names {named}: delete {directory}.")
+    elif is_first_process() and directory.exists():
+        raise ValueError(
+            f"{directory} is where the frozen LVLM of a run lies, and `tprl train` did not make it: move it, or pass "
+            "--set output_dir=ANOTHER."
+        )
     if is_first_process() and not directory.exists():
         model = tprl_hf.TPRLForConditionalGeneration.from_pretrained(base)
         with made_whole(directory) as unfinished:

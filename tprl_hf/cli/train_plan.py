@@ -30,7 +30,7 @@ def expected_seconds(
 
     from .train import read_source, sources_of, training_data
 
-    name = training_data(stages[0], recipe)
+    name = training_data(STAGES[stages[0]].learns_from or stages[0], recipe)
     looked_at = undecoded(read_source(sources_of(recipe, name)[0], name, LOOKED_AT))
     rows = [row for row in map(looked_at.__getitem__, range(len(looked_at))) if images_of(row)]
     if not rows:

@@ -11,6 +11,10 @@ from datasets import Dataset, Features, List, Value
 from .own_rows import as_text
 from .samples import FIELDS, SAMPLE_FEATURES, check_number
 
+# By which a field is taken for a picture or an answer that has another name.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ANSWERS = ("label", "labels", "reference", "references", "ground_truth", "target", "gt", "solution", "completion")
+
 
 def jsonl_samples(path: str | Path, num_samples: int | None = None) -> Dataset:
     """
@@ -33,13 +37,14 @@ def jsonl_samples(path: str | Path, num_samples: int | None = None) -> Dataset:
 
     Raises:
         `ValueError`: If the file is empty, or a line is not a JSON object, lacks a field or has a wrong one; it has
-            its number.
+            its number. And if pictures or answers seem to have a field of another name, such as `image_path`.
         `OSError`: If the file or an image is missing.
     """
     path = Path(path)
     if num_samples is not None:
         num_samples = check_number("num_samples", num_samples, 1)
     rows: list[dict[str, Any]] = []
+    others: dict[str, Any] = {}  # fields that are not ours, with a value
     unlabelled: list[int] = []  # lines
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -48,10 +53,13 @@ def jsonl_samples(path: str | Path, num_samples: int | None = None) -> Dataset:
     # not `splitlines`: JSON may hold what other texts end lines by
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip() and (num_samples is None or len(rows) < num_samples):
-            rows.append(_row(line, f"{path}, line {number}", path.parent))
+            given = _fields(line, f"{path}, line {number}")
+            others = {name: value for name, value in given.items() if name not in FIELDS} | others
+            rows.append(_row(given, f"{path}, line {number}", path.parent))
             unlabelled += [number] if rows[-1]["answer"] is None else []
     if not rows:
         raise ValueError(f"{path} has no samples.")
+    _check_other_names(path, others, rows)
     features = dict(SAMPLE_FEATURES)
     if len(unlabelled) == len(rows):
         del features["answer"]
@@ -69,7 +77,29 @@ def jsonl_samples(path: str | Path, num_samples: int | None = None) -> Dataset:
     return Dataset.from_list(rows, features=Features(features))
 
 
-def _row(line: str, place: str, folder: Path) -> dict[str, Any]:
+def _check_other_names(path: Path, others: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Raises `ValueError` where no line has a picture, or none an answer, and a field of another name is it."""
+    pictures = [name for name, value in others.items() if _names_a_picture(value)]
+    if pictures and not any(row["images"] for row in rows):
+        raise ValueError(
+            f"{path}: no line has `image`, and there is a field `{pictures[0]}`, {str(others[pictures[0]])[:80]}: "
+            "call it `image`."
+        )
+    answers = [name for name in others if name.lower() in ANSWERS]
+    if answers and not any(row["answer"] for row in rows):
+        raise ValueError(
+            f"{path}: no line has `answer`, and there is a field `{answers[0]}`: call it `answer`, or leave it out if "
+            "it is not the answer to `prompt`."
+        )
+
+
+def _names_a_picture(value: Any) -> bool:
+    names = value if isinstance(value, list) else [value]
+    return any(isinstance(name, str) and name.lower().endswith(PICTURES) for name in names)
+
+
+def _fields(line: str, place: str) -> dict[str, Any]:
+    """What a line holds; `null` is as a field that is not there."""
     try:
         given = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -83,6 +113,10 @@ def _row(line: str, place: str, folder: Path) -> dict[str, Any]:
         close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)
         if name not in FIELDS and close:
             raise ValueError(f"{place}: there is a field `{name}`; did you mean `{close[0]}`?")
+    return given
+
+
+def _row(given: dict[str, Any], place: str, folder: Path) -> dict[str, Any]:
     if not isinstance(given["prompt"], str):
         raise ValueError(f"{place}: `prompt` must be the question as a text; got {json.dumps(given['prompt'])[:80]}.")
     paths = _images(given, place, folder)

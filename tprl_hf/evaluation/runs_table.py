@@ -84,16 +84,16 @@ class Line:
 
     Args:
         pruner, budget (`str`): Its names.
-        first_layer, mean_layers (`float`): Visual tokens that enter the LLM's first layer, and the mean over its
-            layers.
+        first_layer, mean_layers (`float`, *optional*): Visual tokens that enter the LLM's first layer, and the mean
+            over its layers; not of a pruner within the LLM that reads a smaller picture, whose tokens nobody noted.
         cells (`dict[str, Cell]`): By task; where the row is not finished there is none.
         mean ([`Estimate`], *optional*): Mean of the percentages, if there is one of every task.
     """
 
     pruner: str
     budget: str
-    first_layer: float
-    mean_layers: float
+    first_layer: float | None
+    mean_layers: float | None
     cells: dict[str, Cell]
     mean: Estimate | None
 
@@ -121,8 +121,11 @@ def read_run(folder: Path) -> Run:
         raise ValueError(
             f"{folder / QUESTIONS} has {len(asked['units'])} units and not {num_samples}: leave {folder} out."
         )
+    seeds = seeds_in(folder / "results.json", cure)
     found: dict[Name, dict[int | None, dict[int, Record]]] = {}
     for _, record in parse_lines(folder / "answers.jsonl")[0]:  # its command may still be running
+        if str(record.seed) not in seeds.get((record.pruner, record.budget), [str(record.seed)]):
+            continue  # of an earlier command with more seeds
         by_seed = found.setdefault((record.pruner, record.budget), {})
         if record.sample < num_samples:
             by_seed.setdefault(record.seed, {})[record.sample] = record
@@ -148,6 +151,14 @@ def read_run(folder: Path) -> Run:
         {name: number for name, number in missing.items() if number},
         asked["data"],
     )
+
+
+def seeds_in(path: Path, cure: str) -> dict[Name, list[str]]:
+    """The seeds of the rows of `results.json` that have some."""
+    if not path.exists():
+        return {}
+    rows = read_json(path, {"rows": [{"pruner": str, "budget": str}]}, cure)["rows"]
+    return {(row["pruner"], row["budget"]): [*row["by_pruner_seed"]] for row in rows if row.get("by_pruner_seed")}
 
 
 def by_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -193,14 +204,25 @@ def join_runs(runs: Sequence[Run], confidence: float = 0.95) -> list[Line]:
         early = early_layers(name[0])
         visual = fmean(run.num_visual for run in runs if name in run.scores)
         passes = fmean(early * run.num_visual / run.num_layers for run in runs if name in run.scores)
-        lines.append(Line(*name, visual if early else kept[name], kept[name] + passes, own, mean))
+        first: float | None = visual if early else kept[name]
+        whole: float | None = kept[name] + passes
+        if early and name[0].startswith("resize+"):
+            first = whole = None
+        lines.append(Line(*name, first, whole, own, mean))
     return lines
+
+
+def first_places(run: Run) -> list[int]:
+    """Of each question, the number of the first one about the same image."""
+    first: dict[str, int] = {}
+    return [first.setdefault(unit, number) for number, unit in enumerate(run.units)]
 
 
 def cells_of(task: str, runs: Sequence[Run], names: Sequence[Name], confidence: float) -> dict[Name, Cell]:
     """The cells of a task's column."""
-    units: dict[tuple[str, str], int] = {}
-    places = [[units.setdefault((run.questions, unit), len(units)) for unit in run.units] for run in runs]
+    units: dict[tuple[str, int], int] = {}
+    # the questions of a digest have one order, and the names of their images may be paths, typed differently
+    places = [[units.setdefault((run.questions, place), len(units)) for place in first_places(run)] for run in runs]
     generator = np.random.default_rng(zlib.crc32(task.encode()))
     drawn = generator.multinomial(len(units), np.full(len(units), 1 / len(units)), size=NUM_RESAMPLES)
     cells = {}
@@ -249,7 +271,8 @@ def as_texts(lines: Sequence[Line]) -> list[list[str]]:
     tasks = list(dict.fromkeys(task for line in lines for task in line.cells))
     table = [["pruner", "keep", "tokens, first layer", "mean of layers", *tasks, "mean"]]
     for line in lines:
-        row = [line.pruner, line.budget, f"{line.first_layer:.1f}", f"{line.mean_layers:.1f}"]
+        read = ["-" if one is None else f"{one:.1f}" for one in (line.first_layer, line.mean_layers)]
+        row = [line.pruner, line.budget, *read]
         for task in tasks:
             cell = line.cells.get(task)
             if cell is None:

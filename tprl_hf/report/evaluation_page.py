@@ -17,6 +17,7 @@ RESULTS, BROKEN = "results.json", "broken.json"
 ESTIMATE = {"value": float, "low": float, "high": float}
 RESULTS_SHAPE = {
     **dict.fromkeys(("command", "device", "data", "questions", "score", "weights"), str),
+    "?policy_weights": (str, None),
     "versions": {...: str},
     "split": (str, None),
     "seed": (int, [int]),

@@ -31,7 +31,9 @@ DONE = {
 LOG, SHOWN, MASKS = "log.jsonl", "watched.json", "watched_masks.jsonl"
 NOT_FACTS = (
     "stage",
+    "begun_from",
     "seconds",
+    "ended",
     "metrics",
     "best_step",
     "log_history",
@@ -152,7 +154,8 @@ def begun(folder: Path) -> float:
 def read_stage(folder: Path) -> StageRun:
     """One stage; see [`read_training`]."""
     done = checked_object(folder / "training.json", DONE)
-    name = done.get("stage", folder.resolve().name)
+    # by the name of a link: those of `tprl reproduce` lead to directories of other names
+    name = done.get("stage", Path(os.path.abspath(folder)).name)
     lines = json_lines(folder / LOG, LOG_ROW)
     starts, rows = [row["start"] for row in lines if "start" in row], [row for row in lines if "start" not in row]
     state = newest_state(folder)

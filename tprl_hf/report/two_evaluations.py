@@ -112,7 +112,11 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
     if (folder / "questions.json").exists():
         units = read_json(folder / "questions.json", {"units": [str]}, AGAIN)["units"]
     found: dict[Name, dict[int, list[tuple[float, str]]]] = {}
+    seeds = {(row["pruner"], row["budget"]): row.get("by_pruner_seed") for row in results["rows"]}
     for line in json_lines(folder / "answers.jsonl", ANSWER):
+        own = seeds.get((line["pruner"], line["budget"]))
+        if own and str(line.get("seed")) not in own:
+            continue  # of an earlier command with more seeds
         by_sample = found.setdefault((line["pruner"], line["budget"]), {})
         by_sample.setdefault(line["sample"], []).append((line["score"], line["answer"]))
     answers = {

@@ -3,12 +3,17 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from tprl_hf.modeling.checkpoint_checks import check_weight_files
+from tprl_hf.modeling.configuration_tprl import TPRLConfig
 from tprl_hf.modeling.peft_adapter import without_adapter
+from tprl_hf.modeling.policy_weights import policy_in_files, policy_state
 
 if TYPE_CHECKING:
     from tprl_hf import TPRLForConditionalGeneration
@@ -22,6 +27,33 @@ def fingerprint(model: nn.Module) -> str:
 def fingerprint_of_lvlm(model: "TPRLForConditionalGeneration") -> str:
     """That of the LVLM in a model, as it was before it got a LoRA."""
     return digest_of_weights(without_adapter(model.lvlm.state_dict()))
+
+
+def policy_of_model(model: "TPRLForConditionalGeneration") -> str | None:
+    """That of policy and autoencoder alone; `None` where they are not trained, and drawn anew each time."""
+    return None if model.config.policy_training is None else _digest_of_policy(model.state_dict())
+
+
+def policy_in_checkpoint(directory: Path) -> str | None:
+    """
+    [`policy_of_model`] of the model in a directory, whose base model is not needed.
+
+    Raises:
+        `OSError`: where there are no weights in safetensors.
+        `ValueError`: where they are damaged.
+    """
+    if TPRLConfig.from_pretrained(directory).policy_training is None:
+        return None
+    try:
+        return _digest_of_policy(policy_in_files(str(directory), check_weight_files(str(directory), {}), {}))
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {directory} are damaged ({error}): save the checkpoint again.") from error
+
+
+def _digest_of_policy(weights: Mapping[str, Tensor]) -> str:
+    """In float32, as the policy computes in every model, and sorted by name, as files are."""
+    own = policy_state(dict(weights))
+    return digest_of_weights({name: own[name].float() for name in sorted(own)})
 
 
 def digest_of_weights(weights: Mapping[str, Tensor]) -> str:

@@ -1,6 +1,6 @@
 """One JSON file of what `tprl train` recorded on the way to a checkpoint: settings, seconds, curves.
 
-`python -m tprl_hf.training.training_record runs/mosaic_llava_policy/counterfactual policy_training.json`
+`python -m tprl_hf.training.training_record runs/mosaic_llava_policy/grpo policy_training.json`
 """
 
 import argparse
@@ -15,6 +15,7 @@ from safetensors import safe_open
 from tprl_hf.hub.publishing import training_data
 from tprl_hf.json_files import read_json
 
+from .stage_digest import DIGESTS, digest_of_stage
 from .stages import STAGES, stages_until
 
 TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "learning_rate")
@@ -22,33 +23,50 @@ TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "ep
 
 def recorded_stages(directory: str | Path) -> list[dict[str, Any]]:
     """
-    The stages of `tprl train` that led to `directory`, as they were recorded.
+    The stages of `tprl train` that led to `directory`, as they were recorded. A stage that was trained anew since is
+    not the one that led there, and is left out. Stages of earlier versions did not note what they began from: for them
+    it is all that may have led there.
 
     Returns:
         `list[dict]`: `stage`, `settings`, `metrics`, `seconds` and `history` (rows of the log) of each; empty for a
         directory that no stage wrote.
     """
-    directory = Path(directory)
-    if not (directory / "training.json").exists():
-        return []
-    last = read_done(directory)["stage"]
     stages = []
-    for name in stages_until(last):
-        folder = directory if name == last else directory.parent / name
-        if (folder / "training.json").exists():
-            done = read_done(folder)
-            settings = read_json(folder / "settings.json", {"?data": {}, f"?{name}": {}}, f"train {folder} again.")
-            used = {**settings.get(name, {}), "data": training_data(name, settings)}
-            metrics, history = done.get("metrics", {}), done.get("log_history", [])
-            stages.append(
-                {"stage": name, "settings": used, "metrics": metrics, "seconds": done["seconds"], "history": history}
-            )
+    for name, folder in folders_until(Path(directory)).items():
+        done = read_done(folder)
+        settings = read_json(folder / "settings.json", {"?data": {}, f"?{name}": {}}, f"train {folder} again.")
+        used = {**settings.get(name, {}), "data": training_data(name, settings)}
+        metrics, history = done.get("metrics", {}), done.get("log_history", [])
+        stages.append(
+            {"stage": name, "settings": used, "metrics": metrics, "seconds": done["seconds"], "history": history}
+        )
     return stages
+
+
+def folders_until(directory: Path) -> dict[str, Path]:
+    """By stage, in their order, the directories of those that led to `directory`, and itself."""
+    if not (directory / "training.json").exists():
+        return {}
+    found: dict[str, Path] = {}
+    waiting = {read_done(directory)["stage"]: directory}
+    while waiting:
+        name, folder = waiting.popitem()
+        found[name] = folder
+        noted = read_done(folder).get("begun_from")
+        for before in stages_until(name)[:-1] if noted is None else STAGES.keys() & noted.keys():
+            path = directory.parent / before
+            digest = digest_of_stage(path)
+            if before not in found and digest is not None and (noted is None or digest == noted[before]):
+                waiting[before] = path
+    return {name: found[name] for name in STAGES if name in found}
 
 
 def read_done(folder: Path) -> dict[str, Any]:
     """What a stage wrote at its end. Raises `ValueError` where it is damaged."""
-    shape = {"stage": frozenset(STAGES), "seconds": float, "?metrics": {...: float}, "?log_history": [{}]}
+    shape = {
+        **{"stage": frozenset(STAGES), "?begun_from": DIGESTS, "seconds": float},
+        **{"?metrics": {...: float}, "?log_history": [{}]},
+    }
     return read_json(folder / "training.json", shape, f"delete it, and train {folder} again.")
 
 
