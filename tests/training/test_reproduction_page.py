@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
 GRPO = (ROOT / "docs" / "trainers" / "grpo.md").read_text(encoding="utf-8")
 PAPER = ROOT / "docs" / "results" / "paper"
-RESULTS = json.loads((ROOT / "docs" / "results" / "mosaic_llava" / "policy.json").read_text(encoding="utf-8"))
+SHIPPED, FORMER = (
+    json.loads((ROOT / "docs" / "results" / "mosaic_llava" / f"{name}.json").read_text(encoding="utf-8"))
+    for name in ("policy", "counterfactual")
+)
 
 
 def test_what_is_kept_is_of_the_lvlm_that_is_shipped():
@@ -34,21 +37,22 @@ def test_no_two_runs_went_the_same_way():
             assert ways.setdefault(json.dumps(later), path.name) == path.name
 
 
-def lost(way: str, budget: str, with_interval: bool = False) -> str:
+def lost(way: str, budget: str, with_interval: bool = False, of: dict = FORMER) -> str:
     """Points that a variant loses, as the page writes them."""
-    row = next(row for row in RESULTS["rows"] if (row["way"], row["budget"]) == (way, budget))
+    row = next(row for row in of["rows"] if (row["way"], row["budget"]) == (way, budget))
     value, low, high = (-100 * row["difference"][end] for end in ("value", "high", "low"))
     return f"{value:.2f} [{low:.2f}, {high:.2f}]" if with_interval else f"{value:.2f}"
 
 
 def test_the_numbers_are_those_of_the_results():
-    assert f"points at 1/3, of {100 * RESULTS['unpruned']['value']:.2f} % unpruned." in PAGE
-    assert f"LLM frozen, three seeds, {RESULTS['num_samples']:,} test questions" in PAGE
-    assert f"shipped policy loses {lost('ppo', '1/3', True)} points" in PAGE
+    assert f"points at 1/3, of {100 * SHIPPED['unpruned']['value']:.2f} % unpruned." in PAGE
+    assert f"LLM frozen, three seeds, {SHIPPED['num_samples']:,} test questions" in PAGE
+    assert f"shipped policy loses {lost('grpo', '1/3', True, SHIPPED)} points" in PAGE
     assert f"recipe loses {lost('paper', '1/3', True)} points, VisPruner {lost('vispruner', '1/3', True)}." in PAGE
-    lfd, shipped = ([lost(way, budget) for budget in ("1/9", "1/18")] for way in ("lfd", "ppo"))
-    assert "At 1/9 and 1/18 LfD loses {} and {} points, after".format(*lfd) in PAGE
-    assert "credit {} and {}; three seeds".format(*shipped) in PAGE
+    lfd, after = ([lost(way, budget, of=SHIPPED) for budget in ("1/9", "1/18")] for way in ("lfd", "grpo"))
+    assert "At 1/9 and 1/18 LfD loses {} and {} points, after GRPO {} and {};".format(*lfd, *after) in PAGE
+    lfd, after = ([lost(way, budget) for budget in ("1/9", "1/18")] for way in ("lfd", "ppo"))
+    assert "demonstrations {} and {}, after counterfactual credit {} and {};".format(*lfd, *after) in PAGE
     assert f"At 1/18 counterfactual credit from scratch loses {lost('scratch', '1/18')} points, one seed." in PAGE
 
 
@@ -123,7 +127,7 @@ def test_the_policy_without_attention():
 
 
 def test_the_numbers_of_the_runs_without_labels():
-    budgets, shipped = ("1/3", "1/9", "1/18"), "with labels, the shipped checkpoint"
+    budgets = ("1/3", "1/9", "1/18")
 
     def lost_by(label: str) -> list[str]:
         """Points that a row loses, by budget."""
@@ -133,8 +137,8 @@ def test_the_numbers_of_the_runs_without_labels():
     without_labels, with_labels = lost_by("without labels"), [lost("ppo", budget) for budget in budgets]
     for one, other in zip(without_labels, with_labels, strict=True):
         assert abs(float(one) - float(other)) < 0.3  # "as good"
-    differences = [points("unlabelled", "without labels", budget, shipped) for budget in budgets]
-    assert "without labels differ from the shipped checkpoint by {}, {} and {} points".format(*differences) in PAGE
+    differences = [points("unlabelled", "without labels", budget, "with labels") for budget in budgets]
+    assert "without labels differ from one with labels by {}, {} and {} points".format(*differences) in PAGE
     blind, rule = lost_by("without labels and question"), [lost("divprune", budget) for budget in budgets]
     assert "neither labels nor question loses {}, {} and {} points".format(*blind) in PAGE
     assert "a rule that does not read it, loses {}, {} and {} ([unlabelled]".format(*rule) in PAGE
@@ -161,15 +165,15 @@ def test_the_width_of_the_codes():
         assert 4.5 < float(points("fig2", row, "2/9", "12 (a 16th, the paper's)").split()[0]) < 5.5
 
 
-def test_the_rival_of_the_shipped_policy():
-    label = "GRPO, sets, annealed, probes"
-    differences = [points("rival", label, at, "the shipped checkpoint") for at in ("1/3", "1/9", "1/18")]
+def test_grpo_at_length():
+    label, former = "GRPO, 16 questions a step", "counterfactual credit"
+    differences = [points("rival", label, at, former) for at in ("1/3", "1/9", "1/18")]
     assert "passes GRPO differs from it by {}, {} and {} points at 1/3, 1/9 and 1/18".format(*differences) in PAGE
     for pair in differences:
         low, high = pair.split("[")[1].rstrip("]").split(", ")
         assert float(low) < 0 < float(high)  # "as good as"
-    better = "the same, 64 questions a step, reads similarity"
-    differences = [points("rival", better, at, "the shipped checkpoint") for at in ("1/3", "1/9", "1/18")]
+    better = "GRPO, 64 questions a step, reads similarity (shipped)"
+    differences = [points("rival", better, at, former) for at in ("1/3", "1/9", "1/18")]
     losses = [points("rival", better, at).split()[0][1:] for at in ("1/3", "1/9", "1/18")]
     assert "passes {}, {} and {}; it loses {}, {} and {} ([rival]".format(*differences, *losses) in PAGE
     assert " {}, {} and {} points".format(*losses) in GRPO

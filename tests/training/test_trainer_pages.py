@@ -141,13 +141,13 @@ def test_what_counterfactual_credit_brought_is_what_the_files_say():
     read = {
         name: json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
         for name in (
-            "mosaic_llava/policy_training",
+            "mosaic_llava/counterfactual_training",
             "mosaic_llava/other_start",
             "photo_llava/seeds",
             "photo_llava/seeds_imitation",
         )
     }
-    stages, other = read["mosaic_llava/policy_training"]["stages"], read["mosaic_llava/other_start"]
+    stages, other = read["mosaic_llava/counterfactual_training"]["stages"], read["mosaic_llava/other_start"]
     validation = [stages["lfd"], stages["ppo"], other["lfd"], other["counterfactual"]]
     rows = [[one["metrics"][f"accuracy@{share}"] for share in ("0.333", "0.111", "0.056")] for one in validation]
     for name in ("photo_llava/seeds_imitation", "photo_llava/seeds"):

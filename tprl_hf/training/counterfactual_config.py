@@ -11,8 +11,8 @@ from .rollout_config import BudgetedRolloutConfig, Score
 @dataclass
 class CounterfactualConfig(BudgetedRolloutConfig):
     r"""
-    Configuration of [`CounterfactualTrainer`]. The defaults trained the policy of the embedded model. See
-    [`RolloutConfig`] and [`BudgetedRolloutConfig`] for what the algorithms share.
+    Configuration of [`CounterfactualTrainer`]. See [`RolloutConfig`] and [`BudgetedRolloutConfig`] for
+    what the algorithms share.
 
     Args:
         rollout_keep_ratios (`list[float]`, defaults to 1/3, 2/9, 1/9 and 1/18), shared_budget (`float`, defaults to

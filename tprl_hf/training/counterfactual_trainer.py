@@ -1,4 +1,4 @@
-"""Counterfactual credit: what each bit of a keep mask earns by itself. It trained the policy of the embedded model."""
+"""Counterfactual credit: what each bit of a keep mask earns by itself."""
 
 import torch
 from torch import Tensor, nn
