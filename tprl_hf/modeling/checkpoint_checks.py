@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -189,9 +191,8 @@ def with_base_in(directory: Path, config: TPRLConfig, wanted: bool | None) -> bo
     Raises:
         `ValueError`: where it lies there, and is not wanted.
     """
-    name = config.base_model_name_or_path
-    for _ in range(MOST_POLICIES):
-        if name is None or not os.path.isdir(name):
+    for name in islice(bases_from(config.base_model_name_or_path, {}), MOST_POLICIES):
+        if not os.path.isdir(name):
             break
         if os.path.realpath(name) == os.path.realpath(directory):
             if wanted is False:
@@ -200,11 +201,19 @@ def with_base_in(directory: Path, config: TPRLConfig, wanted: bool | None) -> bo
                     "into another directory."
                 )
             return True
-        fields = fields_of(name, {})
-        if fields.get("model_type") != TPRLConfig.model_type or fields.get("includes_base_model", True):
-            break
-        name = find_base(TPRLConfig.from_pretrained(name), name)
     return wanted
+
+
+def bases_from(name: str | None, hub_kwargs: dict[str, Any]) -> Iterator[str]:
+    """The base model `name` and, while it is a policy of another one, that one: without an end where they name each
+    other."""
+    while name is not None:
+        yield name
+        fields = fields_of(name, hub_kwargs)
+        if fields.get("model_type") != TPRLConfig.model_type or fields.get("includes_base_model", True):
+            return
+        config = TPRLConfig.from_pretrained(name, **hub_kwargs)
+        name, hub_kwargs = find_base(config, name), {**hub_kwargs, "revision": config.base_model_revision}
 
 
 def refuse_endless(name: str, hub_kwargs: dict[str, Any]) -> None:
@@ -214,21 +223,12 @@ def refuse_endless(name: str, hub_kwargs: dict[str, Any]) -> None:
     Raises:
         `OSError`: when it never is, because policies name each other or themselves.
     """
-    names = [name]
-    while len(names) <= MOST_POLICIES:
-        fields = fields_of(names[-1], hub_kwargs)
-        if fields.get("model_type") != TPRLConfig.model_type or fields.get("includes_base_model", True):
-            return
-        config = TPRLConfig.from_pretrained(names[-1], **hub_kwargs)
-        following = find_base(config, names[-1])
-        if following is None:
-            return
-        names.append(following)
-        hub_kwargs = {**hub_kwargs, "revision": config.base_model_revision}
-    raise OSError(
-        f"{names[0]} is a policy, its base model is a policy again, and so on without an end: "
-        f"{', '.join(names[:4])}, ..."
-    )
+    names = list(islice(bases_from(name, hub_kwargs), MOST_POLICIES + 1))
+    if len(names) > MOST_POLICIES:
+        raise OSError(
+            f"{names[0]} is a policy, its base model is a policy again, and so on without an end: "
+            f"{', '.join(names[:4])}, ..."
+        )
 
 
 def no_safetensors(source: str, what: str) -> OSError:
