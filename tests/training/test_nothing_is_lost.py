@@ -8,11 +8,13 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, Trainer, TrainingArguments
 from transformers.utils import logging
 
+from tests.families.tiny_models import FAMILIES as FAMILY_MODELS
 from tests.families.tiny_models import build, collate, sample
-from tprl_hf import TPRLForConditionalGeneration
+from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
+from tprl_hf.modeling.checkpoint_checks import recorded_of_base
 
 peft = pytest.importorskip("peft")
 
@@ -331,6 +333,62 @@ def test_a_comparison_that_cannot_be_made_is_told(model, tmp_path):
         logger.warning = before
     assert not policy_only(tmp_path / "by-default") and policy_only(tmp_path / "alone")
     assert "not on this machine to compare with" in said[0] and "could not be compared" in said[1]
+
+
+# ---- the config of the base ----
+
+
+def part_of(config):
+    return config.base_config.vision_config
+
+
+def test_a_policy_remembers_what_its_base_models_config_was(base, tmp_path):
+    """A policy that was trained with another layer of the tower would choose by features that it has never seen."""
+    name, value = "hidden_act", "relu"
+    text = AutoConfig.from_pretrained(base).get_text_config().rms_norm_eps * 10
+    model = wrap(base)
+    setattr(part_of(model.config), name, value)
+    model.config.base_config.get_text_config().rms_norm_eps = text
+    model.save_pretrained(tmp_path / "policy", save_base_model=False)
+    TPRLForConditionalGeneration.from_base_model(tmp_path / "policy", latent_dim=8, pruner="divprune").save_pretrained(
+        tmp_path / "second", save_base_model=False
+    )
+    wrap(base).save_pretrained(tmp_path / "merged", save_base_model=True)
+    on_merged = TPRLForConditionalGeneration.from_base_model(tmp_path / "merged", latent_dim=8, pruner="divprune")
+    setattr(part_of(on_merged.config), name, value)
+    on_merged.config.base_config.get_text_config().rms_norm_eps = text
+    on_merged.save_pretrained(tmp_path / "on_merged", save_base_model=False)
+    for saved in ("policy", "second", "on_merged"):
+        assert policy_only(tmp_path / saved)
+        found = TPRLForConditionalGeneration.from_pretrained(tmp_path / saved)
+        assert getattr(part_of(found.config), name) == value, saved
+        assert "ReLU" in repr(found.lvlm) and f"eps={text}" in repr(found.lvlm), saved  # modules were made with it
+    assert getattr(part_of(TPRLForConditionalGeneration.from_pretrained(tmp_path / "merged").config), name) != value
+
+
+def test_a_keyword_goes_before_what_was_recorded(tmp_path):
+    build("llava").save_pretrained(tmp_path / "base")
+    model = TPRLForConditionalGeneration.from_base_model(
+        tmp_path / "base", latent_dim=8, pruner="divprune", keep_ratio=0.5, vision_feature_layer=-2
+    )
+    model.save_pretrained(tmp_path / "policy", save_base_model=False)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "policy")
+    assert again.lvlm.config.vision_feature_layer == -2
+    inputs = collate("llava", [sample("llava", 1, 0)])
+    assert torch.equal(again.eval()(**inputs).logits, model.eval()(**inputs).logits)
+    other = TPRLForConditionalGeneration.from_pretrained(tmp_path / "policy", vision_feature_layer=-1)
+    assert other.lvlm.config.vision_feature_layer == -1
+
+
+@pytest.mark.parametrize("name", sorted(FAMILY_MODELS))
+def test_an_unchanged_config_is_not_recorded_otherwise(name, tmp_path):
+    """For each family: else loading would set what nobody had changed."""
+    build(name).save_pretrained(tmp_path / "base")
+    settings = {"latent_dim": 8, "pruner": "divprune", "keep_ratio": 0.5}
+    model = TPRLForConditionalGeneration.from_base_model(tmp_path / "base", **settings)
+    model.save_pretrained(tmp_path / "policy", save_base_model=False)
+    config = TPRLConfig.from_pretrained(tmp_path / "policy")
+    assert recorded_of_base(config, str(tmp_path / "base"), {}) == {}
 
 
 # ---- quantised bases ----

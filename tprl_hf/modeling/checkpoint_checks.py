@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -21,6 +21,12 @@ IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 SHAPE_FIELDS = (
     *("model_type", "hidden_size", "embed_dim", "intermediate_size", "num_hidden_layers", "depth"),
     *("num_attention_heads", "num_heads", "num_key_value_heads", "head_dim", "image_size", "patch_size"),
+)
+# Of a base model's config, what a policy does not decide: where and how it is loaded, and its vocabulary.
+OF_THE_BASE_ALONE = (
+    *SHAPE_FIELDS,
+    *("_name_or_path", "architectures", "auto_map", "transformers_version", "dtype", "quantization_config"),
+    *("use_cache", "vocab_size", "tie_word_embeddings", "id2label", "label2id"),
 )
 
 
@@ -260,6 +266,41 @@ def shape_differences(expected: dict[str, Any], found: dict[str, Any], where: st
         elif name in SHAPE_FIELDS and ours is not None and theirs is not None and ours != theirs:
             differences.append(f"{where}{name} {ours} instead of {theirs}")
     return sorted(differences)
+
+
+def recorded_fields(recorded: PreTrainedConfig, own: PreTrainedConfig) -> dict[str, Any]:
+    """
+    What a policy's config says otherwise of its base model than the base model's own config, for `from_pretrained`: it
+    was trained with that, such as another `vision_feature_layer`.
+
+    Args:
+        recorded (`PreTrainedConfig`): of the base model, as the policy's checkpoint has it.
+        own (`PreTrainedConfig`): as the base model's checkpoint has it.
+    """
+    changes: dict[str, Any] = {}
+    values = own.to_dict()
+    for name, value in recorded.to_dict().items():
+        if name in OF_THE_BASE_ALONE or name not in values or name.endswith(("_token_id", "_token_index")):
+            continue
+        ours, theirs = getattr(recorded, name, None), getattr(own, name, None)
+        if isinstance(ours, PreTrainedConfig) and isinstance(theirs, PreTrainedConfig):
+            if inner := recorded_fields(ours, theirs):
+                changes[name] = {**theirs.to_dict(), **inner}
+        elif value != values[name]:
+            changes[name] = value
+    return changes
+
+
+def recorded_of_base(config: TPRLConfig, name: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords with which `from_pretrained` makes of the base model `name` what the policy's `config` says of it."""
+    own = AutoConfig.from_pretrained(name, **hub_kwargs, trust_remote_code=False)
+    own_base = own.base_config if isinstance(own, TPRLConfig) else own
+    if not isinstance(config.base_config, PreTrainedConfig) or type(own_base) is not type(config.base_config):
+        return {}  # refused afterwards
+    changes = recorded_fields(config.base_config, own_base)
+    if changes and isinstance(own, TPRLConfig):
+        return {"base_config": type(own_base).from_dict(own_base.to_dict(), **changes)}
+    return changes
 
 
 def refuse_other_base(config: TPRLConfig, base: PreTrainedConfig, source: str, place: str) -> None:

@@ -29,6 +29,7 @@ from .checkpoint_checks import (
     check_weight_files,
     fields_of,
     find_base,
+    recorded_of_base,
     refuse_endless,
     refuse_kernels,
     refuse_other_base,
@@ -255,6 +256,7 @@ class TPRLPreTrainedModel(TPRLAdapterMixin, PreTrainedModel):
         try:
             check_weight_files(name, hub_kwargs, base_kwargs.get("variant"), are_needed=False)
             refuse_endless(name, hub_kwargs)
+            base_kwargs = {**recorded_of_base(config, name, hub_kwargs), **base_kwargs}
             base = AutoModelForImageTextToText.from_pretrained(name, **base_kwargs)
             return base.lvlm if isinstance(base, cls) else base
         except OSError as error:
