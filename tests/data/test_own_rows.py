@@ -2,6 +2,8 @@
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
 
 from tprl_hf.cli.train import load_source
 from tprl_hf.data.own_rows import with_all_columns, with_names
@@ -114,3 +116,30 @@ def test_answers_are_texts(answers, texts):
 def test_answers_that_cannot_be_compared_are_shown(answers, message):
     with pytest.raises(ValueError, match=message):
         with_all_columns(Dataset.from_dict({"prompt": ["a", "b"], "answer": answers}))
+
+
+@pytest.mark.parametrize(
+    ("columns", "feature", "message"),
+    [
+        ({"prompt": ["a"], "photo": ["a.jpg"]}, None, "`photo` with pictures: call it `image`"),
+        ({"prompt": ["a"], "image_paths": [["a.txt", "b.PNG"]]}, None, "`image_paths` with pictures"),
+        ({"prompt": ["a"], "picture": [Image.new("RGB", (8, 8))]}, ImageFeature(), "`picture` with pictures"),
+        (
+            {"prompt": ["a"], "pictures": [[Image.new("RGB", (8, 8))]]},
+            List(ImageFeature()),
+            "`pictures` with pictures",
+        ),
+        ({"prompt": ["a"], "Label": ["b"]}, None, "`Label`: call it `answer`, or take it out"),
+    ],
+)
+def test_pictures_and_answers_under_another_name_are_refused(tmp_path, columns, feature, message):
+    """They would be evaluated without pictures, and without answers."""
+    rows = Dataset.from_dict(columns)
+    if feature is not None:
+        rows = rows.cast_column(next(name for name in columns if name != "prompt"), feature)
+    rows.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match=message):
+        read_source(str(tmp_path / "saved"), "train")
+    other = next(name for name in columns if name != "prompt")
+    rows.rename_column(other, "answer" if other == "Label" else "image").save_to_disk(str(tmp_path / "named"))
+    assert read_source(str(tmp_path / "named"), "train")["prompt"] == ["a"]

@@ -8,12 +8,8 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
-from .own_rows import as_text
+from .own_rows import as_text, is_answer_name, names_a_picture
 from .samples import FIELDS, SAMPLE_FEATURES, check_number
-
-# By which a field is taken for a picture or an answer that has another name.
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-ANSWERS = ("label", "labels", "reference", "references", "ground_truth", "target", "gt", "solution", "completion")
 
 
 def jsonl_samples(path: str | Path, num_samples: int | None = None) -> Dataset:
@@ -79,23 +75,18 @@ def jsonl_samples(path: str | Path, num_samples: int | None = None) -> Dataset:
 
 def _check_other_names(path: Path, others: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Raises `ValueError` where no line has a picture, or none an answer, and a field of another name is it."""
-    pictures = [name for name, value in others.items() if _names_a_picture(value)]
+    pictures = [name for name, value in others.items() if names_a_picture(value)]
     if pictures and not any(row["images"] for row in rows):
         raise ValueError(
             f"{path}: no line has `image`, and there is a field `{pictures[0]}`, {str(others[pictures[0]])[:80]}: "
             "call it `image`."
         )
-    answers = [name for name in others if name.lower() in ANSWERS]
+    answers = [name for name in others if is_answer_name(name)]
     if answers and not any(row["answer"] for row in rows):
         raise ValueError(
             f"{path}: no line has `answer`, and there is a field `{answers[0]}`: call it `answer`, or leave it out if "
             "it is not the answer to `prompt`."
         )
-
-
-def _names_a_picture(value: Any) -> bool:
-    names = value if isinstance(value, list) else [value]
-    return any(isinstance(name, str) and name.lower().endswith(PICTURES) for name in names)
 
 
 def _fields(line: str, place: str) -> dict[str, Any]:

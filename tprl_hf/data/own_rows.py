@@ -8,10 +8,43 @@ from numbers import Real
 from typing import Any
 
 from datasets import ClassLabel, Dataset, LargeList, List, Value
+from datasets import Image as ImageFeature
 
 from .samples import SAMPLE_FEATURES
 
+# By which a column is taken for pictures or answers that has another name.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ANSWERS = ("label", "labels", "reference", "references", "ground_truth", "target", "gt", "solution", "completion")
 TEXTS = ("prompt", "answer", "question_type", "image_id")  # columns that are read as texts
+
+
+def names_a_picture(value: Any) -> bool:
+    """Whether a value of a row is the path of a picture, or a list with one."""
+    names = value if isinstance(value, list) else [value]
+    return any(isinstance(name, str) and name.lower().endswith(PICTURES) for name in names)
+
+
+def is_answer_name(name: str) -> bool:
+    """Whether a column may be called so that has the answers."""
+    return name.lower() in ANSWERS
+
+
+def check_other_names(dataset: Dataset, place: str) -> None:
+    """Raises `ValueError` where no column has the pictures, or none the answers, and one of another name does."""
+    features = dataset.features
+    dataset = dataset.select(range(min(len(dataset), 1)))
+    if not {"image", "images"} & features.keys():
+        for name, feature in features.items():
+            inner = feature.feature if isinstance(feature, (List, LargeList)) else feature
+            first = None if isinstance(inner, ImageFeature) else column_of(dataset, name)
+            if first is None or (first and names_a_picture(first[0])):
+                raise ValueError(f"{place} has no column `image`, and one `{name}` with pictures: call it `image`.")
+    others = [name for name in features if is_answer_name(name)]
+    if "answer" not in features and others:
+        raise ValueError(
+            f"{place} has no column `answer`, and one `{others[0]}`: call it `answer`, or take it out if it is not "
+            "the answer to `prompt`."
+        )
 
 
 def with_names(dataset: Dataset) -> Dataset:

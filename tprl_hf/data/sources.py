@@ -8,7 +8,7 @@ from datasets import Dataset, load_from_disk
 from .easy import easy_vqa
 from .jsonl import jsonl_samples
 from .mosaic import mosaic_vqa
-from .own_rows import with_names
+from .own_rows import check_other_names, with_names
 from .photo import photo_vqa
 from .samples import check_number
 
@@ -70,4 +70,5 @@ def read_source(name: str, split: str, seed: int = 0, num_samples: int | None = 
     if not json.loads((Path(name) / "state.json").read_bytes()).get("_data_files"):  # which datasets cannot load
         raise ValueError(f"{name} has no samples.")
     dataset = load_from_disk(name)
+    check_other_names(dataset, name)
     return with_names(dataset if num_samples is None else dataset.select(range(min(num_samples, len(dataset)))))

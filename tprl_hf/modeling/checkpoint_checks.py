@@ -294,7 +294,7 @@ def recorded_fields(recorded: PreTrainedConfig, own: PreTrainedConfig) -> dict[s
 def recorded_of_base(config: TPRLConfig, name: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keywords with which `from_pretrained` makes of the base model `name` what the policy's `config` says of it."""
     own = AutoConfig.from_pretrained(name, **hub_kwargs, trust_remote_code=False)
-    own_base = own.base_config if isinstance(own, TPRLConfig) else own
+    own_base: Any = own.base_config if isinstance(own, TPRLConfig) else own
     if not isinstance(config.base_config, PreTrainedConfig) or type(own_base) is not type(config.base_config):
         return {}  # refused afterwards
     changes = recorded_fields(config.base_config, own_base)
