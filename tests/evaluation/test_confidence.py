@@ -10,6 +10,7 @@ from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.evaluation.compare_pruners import Record, Setting, parse_record
 from tprl_hf.evaluation.confidence import ConfidenceNotes, confidence_of, expected_calibration_error
 from tprl_hf.evaluation.tables import summarize
+from tprl_hf.training.answer_ids import answer_lengths
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def test_noted_probabilities_are_those_of_a_forward_pass():
         **inputs, num_keep=5, do_sample=False, max_new_tokens=5, eos_token_id=end, logits_processor=[notes]
     )
     new_tokens = made[:, length:]
-    found = notes.of_answers(new_tokens, [end])
+    found = notes.of_answers(answer_lengths(made, length, [end]))
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(new_tokens)], 1)
     given = {**inputs, "input_ids": made, "attention_mask": mask}
     query = torch.zeros_like(made, dtype=torch.bool)

@@ -1,6 +1,7 @@
 """The LVLM's own unpruned answers as references: their scores, and that each is generated once and kept."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from tprl_hf import TPRLForConditionalGeneration
 from tprl_hf.data import mosaic_vqa
 from tprl_hf.missing_packages import load_processor
 from tprl_hf.training.answer_batches import SampleEncoder, undecoded
+from tprl_hf.training.answer_ids import answer_lengths
 from tprl_hf.training.answer_scores import answer_logits, answered_prompts, score_answers
 from tprl_hf.training.divergence import UnprunedAnswer, grouped_logprobs, mean_divergence, top_tokens
-from tprl_hf.training.unpruned_answers import UnprunedAnswers, until_end
+from tprl_hf.training.unpruned_answers import UnprunedAnswers
 
 
 def unlabelled(dataset):
@@ -34,10 +36,9 @@ def test_answers_are_what_generate_gives_unpruned(make_model, processor, dataset
     for row, answer in zip(rows, answers, strict=True):
         batch = encoder([row])
         prompt = batch.prompts([0])
-        ids = model.generate(**prompt, prune=False, max_new_tokens=12, do_sample=False)[
-            0, prompt["input_ids"].shape[1] :
-        ]
-        assert until_end(ids, [2]).tolist() == answer.ids.tolist()
+        ids = model.generate(**prompt, prune=False, max_new_tokens=12, do_sample=False)
+        length = prompt["input_ids"].shape[1]
+        assert ids[0, length : length + answer_lengths(ids, length, [2])[0]].tolist() == answer.ids.tolist()
         assert answer.text == processor.decode(answer.ids, skip_special_tokens=True).strip()
 
 
@@ -177,3 +178,55 @@ def test_the_embedded_model_agrees_with_itself(length, tmp_path):
     few = batch.inputs.valid & (torch.arange(batch.inputs.valid.shape[1]) % 8 == 0)
     pruned = score_answers(model, batch, few, everyone)
     assert (pruned.divergence > whole.divergence).all() and pruned.logprobs.mean() < whole.logprobs.mean()
+
+
+def test_long_prompts_are_answered_in_parts(make_model, processor, dataset):
+    model, rows, sizes = make_model(), rows_of(dataset), []
+    batch = SampleEncoder(model, processor)(rows)
+    answers = UnprunedAnswers(model, processor, max_answer_length=4)
+    expected = [answer.ids.tolist() for answer in answers.answers(batch)]
+    hook = model.lvlm.get_decoder().register_forward_pre_hook(
+        lambda module, given, named: sizes.append(named["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+    )
+    answers = UnprunedAnswers(model, processor, max_answer_length=4, max_tokens=60)
+    assert [answer.ids.tolist() for answer in answers.answers(batch)] == expected
+    hook.remove()
+    assert 30 < max(sizes) <= 60
+
+
+def test_a_half_line_costs_no_other_answer(make_model, processor, dataset, tmp_path, monkeypatch):
+    """As a full disk leaves one in the middle of a run, which goes on when there is room."""
+    model, rows = make_model(), rows_of(dataset)
+    encoder = SampleEncoder(model, processor)
+    answers = UnprunedAnswers(model, processor, tmp_path, 4)
+    answers.answers(encoder(rows[:1]))
+    (first,) = tmp_path.glob("*.jsonl")
+    half = (answers.key(rows[1]) + ' {"text": "word').encode()
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(Path, "open", lambda path, *given, **named: only_half(path, half, *given, **named))
+        answers.answers(encoder(rows[1:2]))
+    assert first.read_bytes().endswith(half)
+    expected = [answer.text for answer in answers.answers(encoder(rows[1:4]))]
+    again = UnprunedAnswers(model, processor, tmp_path, 4)
+    assert [answer.text for answer in again.answers(encoder(rows[1:4]))] == expected and again.num_generated == 0
+
+
+def only_half(path, half, mode="r", *arguments, **named):
+    """A disk that is full after the bytes `half`."""
+    if mode != "a":
+        return open(path, mode, *arguments, **named)
+    with open(path, "ab") as file:
+        file.write(half)
+    raise OSError(28, "No space left on device")
+
+
+def test_a_line_that_is_no_answer_is_made_anew(make_model, processor, dataset, tmp_path):
+    model, rows = make_model(), rows_of(dataset)
+    encoder = SampleEncoder(model, processor)
+    expected = UnprunedAnswers(model, processor, tmp_path, 4).answers(encoder(rows[:2]))
+    (path,) = tmp_path.glob("*.jsonl")
+    head, one, other = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(head + one[:80] + other)
+    again = UnprunedAnswers(model, processor, tmp_path, 4)
+    assert [answer.text for answer in again.answers(encoder(rows[:2]))] == [answer.text for answer in expected]
+    assert again.num_generated == 2

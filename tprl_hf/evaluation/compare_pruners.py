@@ -16,6 +16,7 @@ from tprl_hf.modeling.generation_tprl import GREEDY
 from tprl_hf.modeling.saved_files import written_whole
 from tprl_hf.modeling.token_pruner import TokenPruner
 from tprl_hf.pictures import image_digest, images_of
+from tprl_hf.training.answer_ids import answer_lengths
 
 from .answers import chat_inputs
 from .confidence import ConfidenceNotes
@@ -238,12 +239,13 @@ def answer(
             tokenizer=processor.tokenizer,
             **GREEDY | {"return_dict_in_generate": True} | generate_kwargs,
         )
-    new_tokens = output.sequences[:, prompts.inputs["input_ids"].shape[1] :]
-    end = model.generation_config.eos_token_id
+    length, settings = prompts.inputs["input_ids"].shape[1], model.generation_config
+    end = settings.eos_token_id
     ends = end if isinstance(end, list) else [] if end is None else [end]
-    texts = [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+    texts = [text.strip() for text in processor.batch_decode(output.sequences[:, length:], skip_special_tokens=True)]
     kept = output.num_kept.tolist()
-    sure = notes.of_answers(new_tokens, ends)
+    stops = generate_kwargs.get("stop_strings", settings.stop_strings)
+    sure = notes.of_answers(answer_lengths(output.sequences, length, ends, processor.tokenizer, stops))
     return {
         row: (text, int(num_kept), *one)
         for row, text, num_kept, one in zip(prompts.rows, texts, kept, sure, strict=True)

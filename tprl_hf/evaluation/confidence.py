@@ -37,11 +37,11 @@ class ConfidenceNotes(LogitsProcessor):
         self.logprobs.append(logprobs.amax(-1))
         return scores
 
-    def of_answers(self, new_tokens: Tensor, end_ids: Sequence[int]) -> list[tuple[float, float]]:
-        """The probability and the first entropy of each answer, whose tokens are `new_tokens [B, T]`."""
-        ends = torch.isin(new_tokens, torch.tensor(list(end_ids), device=new_tokens.device, dtype=new_tokens.dtype))
-        written = ends.long().cumsum(1) - ends.long() == 0  # up to and with the token that ends it
+    def of_answers(self, lengths: Sequence[int]) -> list[tuple[float, float]]:
+        """The probability and the first entropy of each answer, which has so many tokens."""
         logprobs = torch.stack(self.logprobs, dim=1)
+        places = torch.arange(logprobs.shape[1], device=logprobs.device)
+        written = places < torch.tensor(lengths, device=logprobs.device)[:, None]
         probabilities = (logprobs * written).sum(1).exp()
         return list(zip(probabilities.tolist(), self.first_entropy.tolist(), strict=True))
 

@@ -22,6 +22,7 @@ from tprl_hf.modeling.values import wrong
 from tprl_hf.modeling.visual_features import VisualFeatures
 from tprl_hf.pictures import image_digest, images_of, name_of_picture, picture_of
 
+from .answer_ids import end_ids, reference_ids
 from .divergence import UnprunedAnswer
 from .feature_cache import FeatureCache, join_features
 from .processed_ahead import Group, ProcessedAhead
@@ -29,6 +30,7 @@ from .stored_features import moved
 from .stored_texts import packed, unpacked
 
 MAX_CACHED_TEXTS = 100_000  # of about a kilobyte
+MARK = "[answer]"  # stands for an answer, to see what a chat template writes around it
 
 
 @dataclass
@@ -127,16 +129,9 @@ def open_images(images: Sequence[Any], name: str | None = None) -> list[Image.Im
     return [picture_of(image, name) for image in images]
 
 
-def end_ids(model: TPRLForConditionalGeneration, processor: Any) -> list[int]:
-    """The tokens that end an answer."""
-    end = model.generation_config.eos_token_id
-    return end if isinstance(end, list) else [processor.tokenizer.eos_token_id if end is None else end]
-
-
-def until_end(ids: Tensor, ends: Sequence[int]) -> Tensor:
-    """`ids [A]` up to the first of `ends`, which belongs to them. What `generate` writes behind it is filler."""
-    is_end = torch.isin(ids, torch.tensor(ends, device=ids.device))
-    return ids[: int(is_end.long().argmax()) + 1] if is_end.any() else ids
+def answered(text: str) -> dict[str, Any]:
+    """An answer as a chat message."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 def check_row(row: Mapping[str, Any]) -> None:
@@ -325,16 +320,25 @@ class SampleEncoder:
         padding |= special_tokens(processor, texts)
         return processor(images=images if any(images) else None, text=texts, return_tensors="pt", **padding)
 
-    def render(self, row: dict[str, Any]) -> tuple[str, str]:
-        """The prompt, and the reference answer as the template continues with it; empty where there is none."""
+    def render(self, row: dict[str, Any]) -> tuple[str, str, str]:
+        """The prompt, the reference answer as the template continues with it, and what it writes behind that; empty
+        where there is none."""
         messages = chat_messages(row["prompt"], len(images_of(row)))
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         reference = reference_answer(row)
         if reference is None:
-            return prompt, ""
-        answer = {"role": "assistant", "content": [{"type": "text", "text": reference}]}
-        whole = self.processor.apply_chat_template([*messages, answer], tokenize=False)
-        return prompt, whole[len(prompt) :] if whole.startswith(prompt) else " " + reference
+            return prompt, "", ""
+        whole, marked = (
+            self.processor.apply_chat_template([*messages, answered(text)], tokenize=False)
+            for text in (reference, MARK)
+        )
+        if not whole.startswith(prompt) or not marked.startswith(prompt):
+            return prompt, f" {reference}", ""
+        whole, (head, _, tail) = whole[len(prompt) :], marked[len(prompt) :].partition(MARK)
+        if not whole.startswith(head) or not whole.endswith(tail):  # it does not write all answers alike
+            return prompt, whole, ""
+        text = whole.removesuffix(tail)
+        return prompt, text if reference.strip() else text.rstrip(" "), tail
 
     def encode_text(
         self, row: dict[str, Any], processed: dict[str, Any]
@@ -347,12 +351,8 @@ class SampleEncoder:
         query_mask = question_mask(self.processor, [chat], prompt_ids)
         if reference_answer(row) is None:
             return prompt_ids[0], None, query_mask[0], types
-        answer_ids = self.processor.tokenizer(self.render(row)[1], add_special_tokens=False).input_ids
         ends = end_ids(self.model, self.processor)
-        if any(token in ends for token in answer_ids):  # what a template writes behind it is not the answer
-            answer_ids = answer_ids[: next(i for i, token in enumerate(answer_ids) if token in ends) + 1]
-        else:
-            answer_ids = [*answer_ids, ends[0]]
+        answer_ids = reference_ids(self.processor.tokenizer, *self.render(row), ends)
         return prompt_ids[0], torch.tensor(answer_ids), query_mask[0], types
 
     @torch.no_grad()

@@ -97,6 +97,7 @@ class PolicyTrainer(PrunerTrainer):
             args.unpruned_answers_dir or os.path.join(args.output_dir, "unpruned_answers"),
             args.max_answer_length,
             batch_size=args.score_batch_size,
+            max_tokens=self.score_batch_tokens,
         )
         if args.keep_ratio is not None:
             model.config.keep_ratio = args.keep_ratio  # in place of whatever budget it had

@@ -18,7 +18,8 @@ from tprl_hf.modeling.generation_tprl import GREEDY
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.pictures import images_of
 
-from .answer_batches import AnswerBatch, end_ids, open_images, until_end
+from .answer_batches import AnswerBatch, open_images
+from .answer_ids import answer_lengths, end_ids
 from .answer_rewards import ANSWER_REWARDS
 from .micro_batches import MAX_TOKENS, within_memory
 
@@ -188,9 +189,11 @@ def generate_completions(
             **GREEDY,
             tokenizer=processor.tokenizer,
         )
-        new_tokens = sequences[:, prompts["input_ids"].shape[1] :]
-        texts += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
-        ids += [until_end(row, ends).tolist() for row in new_tokens]
+        length = prompts["input_ids"].shape[1]
+        counts = answer_lengths(sequences, length, ends, processor.tokenizer, model.generation_config.stop_strings)
+        answers = [row[:count] for row, count in zip(sequences[:, length:].tolist(), counts, strict=True)]
+        texts += [text.strip() for text in processor.batch_decode(answers, skip_special_tokens=True)]
+        ids += answers
     return texts, ids
 
 

@@ -22,10 +22,12 @@ from tprl_hf.modeling.generation_tprl import GREEDY
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 from tprl_hf.pictures import images_of, stored_picture, to_rgb
 
-from .answer_batches import AnswerBatch, SampleEncoder, end_ids, until_end
+from .answer_batches import AnswerBatch, SampleEncoder
+from .answer_ids import answer_lengths, end_ids
 from .answer_scores import answer_logits, answered_prompts
 from .divergence import UnprunedAnswer, top_tokens
 from .fingerprint import config_digest, fingerprint, processor_digest
+from .micro_batches import MAX_TOKENS, within_memory
 
 OWN_ANSWER_SCORES = ("agreement", "kl")  # those that read no label
 COLUMN = "unpruned_answer"  # of demonstrations
@@ -68,7 +70,8 @@ class UnprunedAnswers:
         directory (`str` or `Path`, *optional*): where answers are kept. Without one, in memory.
         max_answer_length (`int`, defaults to 128): tokens of the longest answer; a longer one ends there.
         top_k (`int`, defaults to 32): next tokens whose probabilities are kept at each place of an answer.
-        batch_size (`int`, defaults to 64): prompts that the LLM reads together.
+        batch_size (`int`, defaults to 64), max_tokens (`int`, defaults to 40,960): prompts, and tokens, that the LLM
+            reads together.
 
     Example:
 
@@ -88,13 +91,14 @@ class UnprunedAnswers:
         max_answer_length: int = 128,
         top_k: int = TOP_K,
         batch_size: int = 64,
+        max_tokens: int = MAX_TOKENS,
     ):
         self.model = model
         self.processor = processor
         self.directory = None if directory is None else Path(directory)
         self.max_answer_length = max_answer_length
         self.top_k = top_k
-        self.batch_size = batch_size
+        self.batch_size, self.max_tokens = batch_size, max_tokens
         self.num_generated = 0
         self.in_memory: dict[str, UnprunedAnswer] = {}
         self.places: dict[str, tuple[Path, int]] = {}  # of each answer, its file and the place of its line
@@ -117,8 +121,9 @@ class UnprunedAnswers:
         keys = [self.key(row) for row in batch.rows]
         found = self.found(keys)
         missing = [index for key, index in {key: i for i, key in enumerate(keys)}.items() if found[key] is None]
-        for start in range(0, len(missing), self.batch_size):
-            chunk = missing[start : start + self.batch_size]
+        tokens = [len(batch.samples[index].prompt_ids) + self.max_answer_length for index in missing]
+        for part in within_memory(tokens, self.max_tokens, self.batch_size):
+            chunk = [missing[place] for place in part]
             made = self.generate(batch, chunk)
             self.add([keys[index] for index in chunk], made)
             found.update(zip([keys[index] for index in chunk], made, strict=True))
@@ -191,7 +196,10 @@ class UnprunedAnswers:
         path, place = self.places[key]
         with path.open("rb") as file:
             file.seek(place)
-            return UnprunedAnswer.from_json(json.loads(file.readline().partition(b" ")[2]))
+            try:
+                return UnprunedAnswer.from_json(json.loads(file.readline().partition(b" ")[2]))
+            except json.JSONDecodeError:  # a half line and the one behind it
+                return None
 
     def read_new_lines(self) -> None:
         """Notes where the answers lie that this and other processes have written since. A half line is left alone."""
@@ -219,8 +227,10 @@ class UnprunedAnswers:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.own_file, head = self.directory / f"{secrets.token_hex(8)}.jsonl", f"{self.settings}\n"
         lines = [f"{key} {json.dumps(one.to_json())}\n" for key, one in zip(keys, answers, strict=True)]
-        with self.own_file.open("a", encoding="utf-8") as file:
+        path, self.own_file = self.own_file, None  # where writing fails, the next answers get a file of their own
+        with path.open("a", encoding="utf-8") as file:
             file.write(head + "".join(lines))
+        self.own_file = path
         self.read_new_lines()
 
     # ---- the LVLM ----
@@ -241,6 +251,7 @@ class UnprunedAnswers:
     def answer_chunk(self, batch: AnswerBatch, index: list[int]) -> dict[int, UnprunedAnswer]:
         """Answers of samples `index`, with the distributions that they were chosen from."""
         prompts, ends = batch.prompts(index), end_ids(self.model, self.processor)
+        length, stops = prompts["input_ids"].shape[1], self.model.generation_config.stop_strings
         with likeliest_tokens(self.model):
             output = self.model.generate(
                 **prompts,
@@ -250,8 +261,9 @@ class UnprunedAnswers:
                 tokenizer=self.processor.tokenizer,
                 **GREEDY | {"return_dict_in_generate": True},
             )
-        new, logits = output.sequences[:, prompts["input_ids"].shape[1] :].cpu(), torch.stack(output.logits, 1)
-        ids = [until_end(row, ends) for row in new]
+        new, logits = output.sequences[:, length:].cpu(), torch.stack(output.logits, 1)
+        lengths = answer_lengths(output.sequences, length, ends, self.processor.tokenizer, stops)
+        ids = [row[:count] for row, count in zip(new, lengths, strict=True)]
         return {
             sample: self.as_answer(of_sample, row[: len(of_sample)])
             for sample, of_sample, row in zip(index, ids, logits, strict=True)

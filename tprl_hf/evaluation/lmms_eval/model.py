@@ -25,7 +25,7 @@ from tprl_hf.loading import load_model
 from tprl_hf.modeling.budget import Budget
 from tprl_hf.modeling.values import COUNT
 from tprl_hf.pruners.by_name import has_budget, make_pruner, own_pruner
-from tprl_hf.training.answer_batches import end_ids, until_end
+from tprl_hf.training.answer_ids import answer_lengths, end_ids
 
 from .samples import cut, stops_of
 
@@ -131,10 +131,10 @@ class TPRL(lmms):
                 stopping_criteria=StoppingCriteriaList([clock]),
             )
         end = now()
-        new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
-        ends = end_ids(self.model, self.processor)
-        lengths = [len(until_end(row, ends)) for row in new_tokens]
+        length = inputs["input_ids"].shape[1]
+        texts = self.processor.batch_decode(output.sequences[:, length:], skip_special_tokens=True)
+        ends, stops = end_ids(self.model, self.processor), self.model.generation_config.stop_strings
+        lengths = answer_lengths(output.sequences, length, ends, self.processor.tokenizer, stops)
         results = [
             GenerationResult(cut(text, stops_of(wanted)), TokenCounts(output_tokens=length))
             for text, length in zip(texts, lengths, strict=True)
