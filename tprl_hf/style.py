@@ -5,7 +5,8 @@ which is too pale for lines on white. Dashes and markers tell apart what shares 
 """
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
@@ -110,3 +111,8 @@ def html_page(title: str, notes: Sequence[str], body: str, css: str = "", refres
         f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n<h1>{html.escape(title)}</h1>\n{lines}{body}\n'
         "</body></html>\n"
     )
+
+
+def name_of_type(question_type: str, by_type: Mapping[str, Any]) -> str:
+    """Its name in tables: questions without a type, where others have one, are not all."""
+    return "untyped" if question_type == "all" and len(by_type) > 1 else question_type

@@ -104,7 +104,8 @@ COMMANDS = {
         ["evaluate", MODEL],
         {
             **ASKED,
-            **dict.fromkeys(("--num-samples", "--random-seeds", "--time-rounds", "--batch-size"), is_count_text),
+            **dict.fromkeys(("--num-samples", "--random-seeds", "--batch-size"), is_count_text),
+            "--time-rounds": lambda text: is_count_text(text) and int(text) > 1,
             "--data": is_text,
             "--include-path": is_text,
             "--split": is_text,

@@ -17,6 +17,7 @@ from tprl_hf.answer_rules import is_correct
 from tprl_hf.cli import evaluate as command
 from tprl_hf.cli import loading
 from tprl_hf.cli.main import main
+from tprl_hf.modeling.lvlm_adapters import LVLMAdapter
 from tprl_hf.pruners import PRUNERS
 from tprl_hf.training.fingerprint import policy_in_checkpoint
 
@@ -201,6 +202,46 @@ def test_a_run_that_was_cut_off_resumes_and_ends_the_same(evaluate, tmp_path):
     assert code == 0 and json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == rows
     assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
     assert re.search(r"(19|2\d)/40", err)  # began where it stopped
+
+
+def test_questions_without_a_type_are_not_all(evaluate, own_data, tmp_path):
+    code, out, _ = evaluate("--data", str(own_data), "--pruners", "uniform", "--num-samples", "4")
+    assert code == 0 and "untyped (2)" in out and "counting (2)" in out and "all (2)" not in out
+    lines = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    for row in rows:
+        own = [one for one in lines if (one["pruner"], one["keep"]) == (row["pruner"], row["budget"])]
+        counts = {one["question_type"]: one["count"] for one in own}
+        assert counts == {"all": "4", "counting": "2", "untyped": "2"} and own[0]["question_type"] == "all"
+        assert float(own[0]["accuracy"]) == row["accuracy"]["value"] and own[0]["difference"] != ""
+    assert "untyped (2)" in (tmp_path / "out" / "results.html").read_text()
+
+
+def test_answers_of_two_dtypes_do_not_go_into_one_folder(evaluate, tmp_path):
+    assert evaluate("--dtype", "float32")[0] == 0
+    code, _, err = evaluate("--dtype", "bfloat16")
+    assert code == 2 and "dtype float32 instead of bfloat16" in err
+    before = json.loads((tmp_path / "out" / "run.json").read_text())
+    (tmp_path / "out" / "run.json").write_text(json.dumps({k: v for k, v in before.items() if k != "dtype"}))
+    assert evaluate("--dtype", "float32")[0] == 0  # a folder of a version that did not note it
+
+
+def test_a_tower_without_attention_is_asked_with_a_picture(base_checkpoint, own_data, tmp_path, monkeypatch, capsys):
+    """The first row may have none, and then every tower seems to return it."""
+    rows = [json.loads(line) for line in own_data.read_text().splitlines() if line]
+    own_data.write_text("\n".join(map(json.dumps, rows[::-1])))
+    encode = LVLMAdapter.encode
+
+    def without(adapter, ids, inputs, with_attention=False, **named):
+        if with_attention:
+            raise ValueError("This tower returns no attention.")
+        return encode(adapter, ids, inputs, with_attention, **named)
+
+    monkeypatch.setattr(LVLMAdapter, "encode", without)
+    words = ["--data", str(own_data), "--keep-ratios", "1/2", "--max-new-tokens", "1"]
+    assert main(["evaluate", str(base_checkpoint), *words, "--output-dir", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "Without vispruner: This tower" in said.err and "vispruner" not in said.out
 
 
 def test_a_folder_with_answers_of_another_run_is_refused(evaluate, tmp_path):

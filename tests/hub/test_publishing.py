@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import EvalResult, HfApi
 
@@ -16,6 +17,7 @@ from tprl_hf.cli.main import main
 from tprl_hf.hub.publishing import files_to_publish
 from tprl_hf.model_cards import eval_results_yaml, model_index, policy_card
 from tprl_hf.modeling.pruner_choice import name_with_settings
+from tprl_hf.modeling.saved_files import NAMES, SAVED
 from tprl_hf.training.fingerprint import policy_in_checkpoint
 from tprl_hf.training.training_record import recorded_stages
 
@@ -97,6 +99,24 @@ before = HfApi().model_info("me/by-command").sha
 for words in (["me/by-command", "--license", "my own"], ["me/a--b"], ["other/name"]):
     assert main([*push[:2], *words]) == 2, words
 assert HfApi().model_info("me/by-command").sha == before
+
+# weights that are somebody's stay, and a LoRA that this checkpoint has not goes
+api = HfApi()
+assert main([*push[:2], "me/with-others"]) == 0
+for name in ("onnx/model.safetensors", "adapter/adapter_model.safetensors", "model-00001-of-00002.safetensors"):
+    api.upload_file(path_or_fileobj=b"theirs", path_in_repo=name, repo_id="me/with-others")
+assert main([*push[:2], "me/with-others"]) == 0
+weights = {name for name in api.list_repo_files("me/with-others") if name.endswith(".safetensors")}
+assert weights == {"onnx/model.safetensors", "model.safetensors"}, weights
+
+# the Hub says no to a card of demonstrations: before anything is made
+try:
+    push_demonstrations(folder / "shown", "me/refused", **{**facts, "licence": "my own"})
+except ValueError as error:
+    assert "license" in str(error)
+else:
+    raise AssertionError("a card was taken")
+assert not api.repo_exists("me/refused", repo_type="dataset")
 """
 
 
@@ -318,6 +338,47 @@ def test_results_of_older_versions_are_taken_with_a_line(policies, tmp_path, cap
     (tmp_path / "old.json").write_text(json.dumps({**RESULTS, "rows": rows, "policy_weights": "0"}))
     assert main(["push", str(tmp_path / "uniform"), *words]) == 2
     assert "(none that is trained)" in capsys.readouterr().err
+
+
+def test_a_save_that_was_cut_off_is_finished_before_it_is_pushed(policies, tmp_path):
+    """Not the config of one save with the weights of another."""
+    other, cut = policies / "other-merged", tmp_path / "cut"
+    shutil.copytree(policies / "mine-merged", cut)
+    shutil.copytree(other, cut / SAVED)
+    (cut / SAVED / NAMES).write_text(json.dumps(sorted(path.name for path in other.glob("*"))))
+    shutil.copyfile(other / "config.json", cut / "config.json")  # took its place before the process ended
+    assert policy_in_checkpoint(other) != policy_in_checkpoint(policies / "mine-merged")
+    files = files_to_publish(cut, "me/name", HfApi(), licence="mit")
+    assert not (cut / SAVED).exists() and policy_in_checkpoint(cut) == policy_in_checkpoint(other)
+    for path in other.glob("*.safetensors"):
+        assert files[path.name].read_bytes() == path.read_bytes()
+
+
+def test_results_of_another_lora_are_refused(policies, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = TPRLForConditionalGeneration.from_pretrained(policies / "mine")
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / f"lora-{seed}")
+        model = TPRLForConditionalGeneration.from_pretrained(policies / "mine")
+        model.load_adapter(str(tmp_path / f"lora-{seed}"))
+        model.save_pretrained(tmp_path / f"{seed}", save_base_model=True)
+        make_processor().save_pretrained(tmp_path / f"{seed}")
+    words = ["--num-samples", "2", "--keep-ratios", "1/2", "--max-new-tokens", "1", "--pruners", "learned"]
+    assert main(["evaluate", str(tmp_path / "0"), *words, "--output-dir", str(tmp_path / "results")]) == 0
+    of_lora, without = tmp_path / "results/results.json", policies / "results/results.json"
+    assert json.loads(of_lora.read_text())["lora"] and json.loads(without.read_text())["lora"] is None
+    capsys.readouterr()
+    for directory, results, code in [
+        (tmp_path / "0", of_lora, 0),
+        (tmp_path / "1", of_lora, 2),
+        (policies / "mine-merged", of_lora, 2),
+        (tmp_path / "0", without, 2),
+        (policies / "mine-merged", without, 0),
+    ]:
+        assert main(["push", str(directory), "me/name", "--dry-run", "--results", str(results)]) == code
+        assert ("was measured with another LoRA" in capsys.readouterr().err) == (code == 2)
 
 
 def test_a_damaged_checkpoint_is_said_before_its_results_are_compared(policies, tmp_path, capsys):

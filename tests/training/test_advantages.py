@@ -88,7 +88,13 @@ def test_unknown_returns_become_the_mean_of_their_group():
     filled = pure.fill_with_group_mean(returns, known, 3)
     assert filled.tolist() == [[1.0, 2.0, 3.0, 0.0, 0.0, 0.0]]
     for compare in (pure.group_advantages, pure.leave_one_out_advantages):
-        assert not compare(filled, 3)[:, ~known].any()
+        found = compare(filled, 3, known)
+        assert not found[:, ~known].any()
+        # as if the known ones had been drawn alone
+        torch.testing.assert_close(found[:, :3][:, known[:3]], compare(returns[:, [0, 2]], 2))
+        everyone = torch.ones(6, dtype=torch.bool)
+        assert torch.equal(compare(returns, 3, everyone), compare(returns, 3))
+    assert pure.group_spread(filled, 3, known)[0].tolist() == pytest.approx([math.sqrt(2), 0])
 
 
 def test_lambda_1_gives_the_discounted_returns(steps):

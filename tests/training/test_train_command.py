@@ -361,7 +361,13 @@ def test_several_sources_are_shuffled_together():
     assert {name.split("-")[0] for name in mixture["image_id"][:12]} == {"mosaic", "easy"}
 
 
-def test_a_stage_may_have_its_own_data():
+def read_recipe_text(folder, train) -> list:
+    """The question types of a recipe with these data; types may be numbers, with or without quotes."""
+    (folder / "recipe.yaml").write_text(f"output_dir: out\ndata: {{train: {train}}}\nautoencoder: {{max_steps: 1}}\n")
+    return read_recipe(str(folder / "recipe.yaml"))["data"]["train"]["question_types"]
+
+
+def test_a_stage_may_have_its_own_data(tmp_path):
     own = {"seed": 101, "num_samples": 12, "question_types": ["counting", "relation"]}
     recipe = {"data": {"train": {"num_samples": 6}, "ppo": own, "validation": {}}, "lfd": {}, "ppo": {}}
     dataset = load_data(recipe, training_data("ppo", recipe))
@@ -371,6 +377,7 @@ def test_a_stage_may_have_its_own_data():
     # other stages do not depend on it
     assert settings_of("ppo", recipe)["data"].keys() == {"ppo", "validation"}
     assert settings_of("lfd", recipe)["data"].keys() == {"train", "validation"}
+    assert read_recipe_text(tmp_path, "{source: mosaic, num_samples: 6, question_types: ['1', 2]}") == ["1", 2]
     own["question_types"] = ["taste"]
     with pytest.raises(ValueError, match=r"of types \['taste'\], but of color, counting,"):
         load_data(recipe, "ppo")

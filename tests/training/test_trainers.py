@@ -285,6 +285,23 @@ def test_the_best_weights_are_kept_the_start_included(make_model, processor, dat
     assert all(value.equal(start[key]) for key, value in weights_of(trainer.tprl_model).items())
 
 
+@pytest.mark.parametrize("save_strategy", ["no", "steps"])
+def test_a_policy_that_ends_at_its_start_leaves_the_pruner(make_model, processor, dataset, tmp_path, save_strategy):
+    """Without it the untrained model, whose budget that is, would answer unpruned."""
+    model = make_model()
+    model.set_pruner("divprune", keep_ratio=0.5)
+    before = model.config.pruner, model.config.policy_training
+    settings = {**QUIET, "max_steps": 2, "save_steps": 1, "save_strategy": save_strategy, "learning_rate": 0.0}
+    data = {"processing_class": processor, "eval_dataset": dataset}
+    data["train_dataset"] = demonstrated(make_model, processor, dataset)
+    trainer = LfDTrainer(model, LfDConfig(str(tmp_path), **settings), **data)
+    trainer.train()
+    assert trainer.best["step"] == 0 and (model.config.pruner, model.config.policy_training) == before
+    trainer.save_model(str(tmp_path / "end"))
+    assert TPRLForConditionalGeneration.from_pretrained(tmp_path / "end").config.pruner == before[0]
+    assert type(model.pruner).__name__ == "DivPrune"
+
+
 def test_masks_over_time_are_of_the_weights_of_their_step(make_model, processor, dataset, tmp_path):
     """At the end the last step is measured once more, with the best weights."""
     settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 1.0}
@@ -478,6 +495,8 @@ def test_ppo_may_score_the_last_step_alone(make_model, processor, dataset, tmp_p
         (TPRLGRPOConfig, {**GRPO, "num_probes": 2, "num_generations": 2}, "less than num_generations=2; got 2"),
         (TPRLGRPOConfig, {**GRPO, "num_probes": 2, "num_generations": 8}, "set score_every_step=False and min_spread"),
         (TPRLPPOConfig, {**PPO, "gradient_accumulation_steps": 2}, "micro_batch_size"),
+        (TPRLPPOConfig, {**PPO, "data_seed": 3}, "data_seed=3 have no effect here"),
+        (TPRLGRPOConfig, {**GRPO, "train_sampling_strategy": "sequential"}, "'sequential' and data_seed=None have no"),
         (TPRLPPOConfig, {**PPO, "ratio": "geometric"}, "ratio must be 'joint' or 'token'; got 'geometric'"),
         (
             TPRLPPOConfig,

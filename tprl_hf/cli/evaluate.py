@@ -22,6 +22,7 @@ from .arguments import (
     method_names,
     positive_int,
     pruner_names,
+    rounds,
 )
 from .evaluation_notes import ENLARGED, HALF_SIZE, MARK, RESIZE, notes_of, seeds_of
 from .progress import bar, note
@@ -108,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--time-rounds",
-        type=positive_int,
+        type=rounds,
         metavar="N",
         help="also time each row, from pixels to the first new token, in N rounds",
     )
@@ -172,7 +173,7 @@ def run(arguments: argparse.Namespace) -> int:
         refuse_other_run(folder, known_before)
     model, processor = load_model_for(arguments.data, arguments)
     check_samples(samples, processor, arguments.data)
-    names = arguments.pruners or default_pruners(model, processor, samples[0])
+    names = arguments.pruners or default_pruners(model, processor, samples)
     settings = make_settings(model, names, arguments)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -279,16 +280,17 @@ def row_name(model, name: str, method) -> str:
     return f"{name}{MARK}" if own == embedded else name
 
 
-def default_pruners(model, processor, sample: dict[str, Any]) -> list[str]:
+def default_pruners(model, processor, samples) -> list[str]:
     """Those that this model can have: its tower may not return attention, its policy may not be trained."""
     from tprl_hf.evaluation.compare_pruners import encode_once
+    from tprl_hf.pictures import images_of
     from tprl_hf.pruners import VisPruner
     from tprl_hf.pruners.by_name import own_pruner_with_settings
 
-    own = own_pruner_with_settings(model)
+    own, shown = own_pruner_with_settings(model), next((one for one in samples if images_of(one)), samples[0])
     names = list(dict.fromkeys(["uniform", "vispruner", *([] if own is None else [own])]))
     try:
-        encode_once(model, processor, [sample], VisPruner())
+        encode_once(model, processor, [shown], VisPruner())
     except ValueError as error:
         note(f"Without vispruner: {error}")
         names.remove("vispruner")
@@ -430,7 +432,7 @@ def describe_run(arguments: argparse.Namespace, model, processor, known_before: 
     import transformers
 
     import tprl_hf
-    from tprl_hf.evaluation.fingerprint import fingerprint, policy_of_model, processor_digest
+    from tprl_hf.evaluation.fingerprint import fingerprint, lora_in_checkpoint, policy_of_model, processor_digest
 
     from .tables import describe_device
 
@@ -461,9 +463,11 @@ def describe_run(arguments: argparse.Namespace, model, processor, known_before: 
         "bounds": {name: config[name] for name in ("min_keep", "max_keep", "threshold_keep_ratio")},
         "generation": {name: value for name, value in generation.items() if name not in NO_ANSWER_DEPENDS_ON},
         "processor": processor_digest(processor),
+        "dtype": str(model.dtype).removeprefix("torch."),
         # an untrained policy is drawn anew each time, and no setting asks it
         "weights": fingerprint(model.lvlm if model.config.policy_training is None else model),
         "policy_weights": policy_of_model(model),  # which `tprl push` compares, without the base model
+        "lora": lora_in_checkpoint(model.name_or_path) if model.config.includes_adapter else None,
     }
 
 

@@ -95,9 +95,11 @@ def run(arguments: argparse.Namespace) -> int:
     from tprl_hf.loading import config_of
     from tprl_hf.modeling.checkpoint_checks import refuse_untrained
     from tprl_hf.modeling.configuration_tprl import TPRLConfig
+    from tprl_hf.modeling.saved_files import finish_saving
     from tprl_hf.report.evaluation_page import RESULTS_SHAPE
     from tprl_hf.training.training_record import recorded_stages
 
+    finish_saving(directory)
     options = {
         "private": arguments.private,
         "revision": arguments.revision,
@@ -148,11 +150,11 @@ def refuse_results_of_others(directory: Path, results: dict[str, dict[str, Any]]
     Raises:
         `ValueError`: If one was measured with another policy.
     """
-    from tprl_hf.training.fingerprint import policy_in_checkpoint
+    from tprl_hf.training.fingerprint import lora_in_checkpoint, policy_in_checkpoint
 
     if not results:
         return
-    own = policy_in_checkpoint(directory)
+    own, own_lora = policy_in_checkpoint(directory), lora_in_checkpoint(str(directory))
     unknown = [path for path, result in results.items() if result.get("policy_weights") is None]
     for path, result in results.items():
         if path not in unknown and result["policy_weights"] != own:
@@ -160,6 +162,11 @@ def refuse_results_of_others(directory: Path, results: dict[str, dict[str, Any]]
                 f"{path} was measured with another policy (policy_weights {result['policy_weights']}) than that of "
                 f"{directory} ({own or 'none that is trained'}): run tprl evaluate {directory}, and pass its "
                 "results.json."
+            )
+        if result.get("lora", own_lora) != own_lora:
+            raise ValueError(
+                f"{path} was measured with another LoRA of the LLM ({result['lora'] or 'none'}) than that of "
+                f"{directory} ({own_lora or 'none'}): run tprl evaluate {directory}, and pass its results.json."
             )
     if unknown and own is not None:
         note(f"{', '.join(unknown)} names no policy: whether it was measured with that of {directory} is not known.")

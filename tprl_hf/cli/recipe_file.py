@@ -24,6 +24,8 @@ NAMES = ("base_model", "start_from", "output_dir")  # of models and directories
 SECTIONS = (*NAMES, "dtype", "policy", "data")  # and one for each stage
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
+TYPES = "question_types"  # names, also where they are numbers
+
 
 def as_number(value: Any) -> Any:
     """
@@ -37,7 +39,7 @@ def as_number(value: Any) -> Any:
     ```
     """
     if isinstance(value, Mapping):
-        return {key: as_number(inner) for key, inner in value.items()}
+        return {key: inner if key == TYPES else as_number(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [as_number(inner) for inner in value]
     if not isinstance(value, str):

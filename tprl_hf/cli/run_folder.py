@@ -15,7 +15,7 @@ RUNS = "tprl_output/evaluate"
 # not the name of the data: a file may change under its name, or move
 DEPENDS_ON = (
     *("questions", "split", "seed", "num_samples", "max_new_tokens", "score"),
-    *("settings", "bounds", "generation", "processor", "weights"),
+    *("settings", "bounds", "generation", "processor", "weights", "dtype"),
 )
 PLOT = "results.png"
 PAGE = "results.html"

@@ -7,9 +7,9 @@ from datasets import Dataset
 
 from tprl_hf.pictures import images_of, stored_picture, to_rgb
 from tprl_hf.training.answer_batches import undecoded
-from tprl_hf.training.fingerprint import fingerprint, policy_of_model, processor_digest
+from tprl_hf.training.fingerprint import fingerprint, lora_in_checkpoint, policy_of_model, processor_digest
 
-__all__ = ["fingerprint", "policy_of_model", "processor_digest", "questions_digest"]
+__all__ = ["fingerprint", "lora_in_checkpoint", "policy_of_model", "processor_digest", "questions_digest"]
 
 
 def questions_digest(samples: Dataset) -> str:

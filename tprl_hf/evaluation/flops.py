@@ -123,6 +123,8 @@ class PolicyShape:
         token_dim, autoencoder_dim, latent_dim (`int`): D, the middle width, and Z.
         policy_dim, num_layers (`int`): width inside the heads' MLPs, and attention layers.
         num_steps (`int`, *optional*, defaults to 1): steps at inference.
+        word_shares (`int`, *optional*, defaults to 0): means over the words of a question, of a policy that reads how
+            near tokens and words are.
     """
 
     token_dim: int
@@ -131,6 +133,7 @@ class PolicyShape:
     policy_dim: int = 512
     num_layers: int = 1
     num_steps: int = 1
+    word_shares: int = 0
 
     def flops(self, num_visual: int, query_length: int) -> int:
         """Operations of choosing among so many visual tokens for a question of so many."""
@@ -141,6 +144,10 @@ class PolicyShape:
         step += self.num_layers * (8 * length * self.latent_dim**2 + 4 * length**2 * self.latent_dim)
         step += (self.num_layers - 1) * length * mlp
         step += num_visual * (mlp + 2 * self.latent_dim)
+        if self.word_shares:
+            codes += 2 * num_visual * query_length * self.token_dim  # cosines, once
+            step += 2 * query_length * self.word_shares * (self.token_dim + num_visual)
+            step += 2 * num_visual * self.latent_dim * (self.word_shares + 1 + self.latent_dim)
         return codes + self.num_steps * step
 
 
@@ -347,6 +354,7 @@ def shape_of(config: Any, num_tiles: int = 1, image_size: int = 672) -> ModelSha
         image_size (`int`, *optional*, defaults to 672): see [`tower_shape`].
     """
     from tprl_hf.modeling.configuration_tprl import TPRLConfig
+    from tprl_hf.modeling.pruning_policy import NUM_WORD_SHARES
 
     tprl = config if isinstance(config, TPRLConfig) else TPRLConfig(base_config=config)
     base = tprl.base_config
@@ -358,5 +366,6 @@ def shape_of(config: Any, num_tiles: int = 1, image_size: int = 672) -> ModelSha
         policy_dim=tprl.policy_dim,
         num_layers=tprl.policy_num_layers,
         num_steps=tprl.num_steps,
+        word_shares=NUM_WORD_SHARES if tprl.policy_similarity else 0,
     )
     return ModelShape(tower_shape(base, image_size), llm_shape(base), policy, num_tiles)

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from tprl_hf.intervals import Estimate, bootstrap_mean
-from tprl_hf.style import PALETTE, colour_of, repeats_colour
+from tprl_hf.style import PALETTE, colour_of, name_of_type, repeats_colour
 
 from .benchmark import Spread
 from .compare_pruners import Record, Setting
@@ -195,7 +195,11 @@ def spread(by_seed: Mapping[str, float]) -> str:
 
 def type_table(rows: Sequence[Row]) -> list[list[str]]:
     """Header and rows of the accuracies by question type, as texts."""
-    header = ["pruner", "keep", *(f"{name} ({one.count})" for name, one in rows[0].by_type.items())]
+    header = [
+        "pruner",
+        "keep",
+        *(f"{name_of_type(name, rows[0].by_type)} ({one.count})" for name, one in rows[0].by_type.items()),
+    ]
     return [header, *([row.pruner, row.budget, *map(percent, row.by_type.values())] for row in rows)]
 
 
@@ -229,9 +233,10 @@ def as_csv(rows: Sequence[Row]) -> str:
     )
     for row in rows:
         head = [row.pruner, row.budget, row.mean_kept, row.min_kept, row.max_kept, row.mean_visual]
-        for name, one in {"all": row.accuracy, **row.by_type}.items():
+        types = [] if row.by_type.keys() == {"all"} else row.by_type.items()
+        for name, one in (("all", row.accuracy), *((name_of_type(name, row.by_type), one) for name, one in types)):
             more: list[Any] = [""] * 10
-            if name == "all":
+            if one is row.accuracy:
                 seeds = [stdev(by.values()) if len(by) > 1 else "" for by in (row.by_pruner_seed, row.by_data_seed)]
                 counts: list[Any] = [""] * 3
                 if row.counted:

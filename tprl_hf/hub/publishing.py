@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from tprl_hf.modeling.hub_tprl import (
     update_card,
 )
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
+from tprl_hf.modeling.peft_adapter import FOLDER, WEIGHTS
 from tprl_hf.modeling.pruner_choice import name_with_settings
+from tprl_hf.modeling.saved_files import finish_saving
 
 # What is published of a directory besides weights and config: by name, so that nothing goes along by chance.
 PROCESSOR_FILES = (
@@ -52,6 +55,7 @@ PROCESSOR_FILES = (
         "additional_chat_templates/*.jinja",
     ),
 )
+LORA_FILES = (f"{FOLDER}/adapter_config.json", f"{FOLDER}/{WEIGHTS}")
 
 
 def training_data(stage: str, settings: Mapping[str, Any]) -> Any:
@@ -102,6 +106,7 @@ def files_to_publish(
         `ValueError`: If others could not load it.
     """
     directory = Path(directory)
+    finish_saving(directory)
     if not (directory / CONFIG_NAME).is_file():
         raise OSError(f"{directory} holds no checkpoint: there is no {CONFIG_NAME}.")
     cure = "save the checkpoint again."
@@ -134,7 +139,7 @@ def files_to_publish(
     classes = TPRLForConditionalGeneration.pruner_classes
     files: dict[str, Path | bytes] = {name: text.encode() for name, text in code_files(config, classes).items()}
     files[CONFIG_NAME] = (json.dumps(written, indent=2, sort_keys=True) + "\n").encode()
-    lora = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors") if config.includes_adapter else ()
+    lora = LORA_FILES if config.includes_adapter else ()
     for pattern in (*WEIGHT_PATTERNS, *lora, GENERATION_CONFIG_NAME, *PROCESSOR_FILES):
         files.update({path.relative_to(directory).as_posix(): path for path in directory.glob(pattern)})
     own = name_in_results(config)
@@ -232,7 +237,7 @@ def publish(
     stale = [
         path
         for path in api.list_repo_files(name, revision=revision)
-        if path not in files and any(Path(path).match(pattern) for pattern in WEIGHT_PATTERNS)
+        if path not in files and is_weights_of_a_checkpoint(path)
     ]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in sorted(files.items())
@@ -241,6 +246,11 @@ def publish(
     return api.create_commit(
         name, operations, commit_message=commit_message or "Upload TPRL checkpoint", revision=revision
     )
+
+
+def is_weights_of_a_checkpoint(path: str) -> bool:
+    """Whether a file of a repository has weights that `from_pretrained` would read. Those in other folders stay."""
+    return path in LORA_FILES or ("/" not in path and any(fnmatch(path, pattern) for pattern in WEIGHT_PATTERNS))
 
 
 def check_card(api: HfApi, card: str, repo_type: str = "model") -> None:
@@ -309,8 +319,6 @@ def push_demonstrations(
     if "keep_masks" not in dataset.column_names:
         raise ValueError(f"The dataset has no column `keep_masks`, only {', '.join(dataset.column_names)}.")
     api = HfApi(token=token)
-    message = commit_message or "Upload demonstrations"
-    dataset.push_to_hub(repo_id, token=token, private=private, revision=revision, commit_message=message)
     name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
     metadata: dict[str, Any] = {"task_categories": ["visual-question-answering"], "tags": list(TAGS)}
     if licence is not None:
@@ -318,6 +326,9 @@ def push_demonstrations(
     text = dataset_card(
         name, dataset["keep_masks"], dataset.column_names, teacher, without_paths(base_model), without_paths(source)
     )
+    check_card(api, full_card(metadata, text), "dataset")  # before anything is made
+    message = commit_message or "Upload demonstrations"
+    dataset.push_to_hub(repo_id, token=token, private=private, revision=revision, commit_message=message)
     path = api.hf_hub_download(name, "README.md", repo_type="dataset", revision=revision)
     explicit = ("license",) if licence else ()
     card = update_card(Path(path).read_text(encoding="utf-8"), full_card(metadata, text), explicit=explicit)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tprl_hf.json_files import COUNT, read_json
-from tprl_hf.style import colour_of, html_page, repeats_colour
+from tprl_hf.style import colour_of, html_page, name_of_type, repeats_colour
 
 from .charts import CHART_CSS, DASHES, Series, bar_cell, cell, line_chart, table
 from .shown import HATCH_SVG, SAMPLE_SHAPE, SHOWN_CSS, ShownPictures, ShownSample, fits
@@ -18,6 +18,7 @@ ESTIMATE = {"value": float, "low": float, "high": float}
 RESULTS_SHAPE = {
     **dict.fromkeys(("command", "device", "data", "questions", "score", "weights"), str),
     "?policy_weights": (str, None),
+    "?lora": (str, None),
     "versions": {...: str},
     "split": (str, None),
     "seed": (int, [int]),
@@ -201,8 +202,8 @@ def cost_chart(runs: Mapping[str, Sequence[Row]], title: str, x_label: str, plac
 def type_tables(runs: Mapping[str, Sequence[Row]]) -> str:
     """A table for each budget: bars from 0 to 100 %, a column for each question type."""
     headers = {
-        run: tuple(f"{kind} ({one['count']})" for kind, one in rows[0]["by_type"].items())
-        for run, rows in runs.items()
+        run: tuple(f"{name_of_type(kind, by_type)} ({one['count']})" for kind, one in by_type.items())
+        for run, by_type in ((run, rows[0]["by_type"]) for run, rows in runs.items())
     }
     if len(set(headers.values())) > 1:  # of other questions
         return "\n".join(f"<h3>{html.escape(run)}</h3>{type_tables({run: rows})}" for run, rows in runs.items())

@@ -44,22 +44,52 @@ def discounted_returns(rewards: Tensor, step_mask: Tensor, gamma: float = 0.99) 
     return returns
 
 
-def leave_one_out_advantages(returns: Tensor, num_generations: int) -> Tensor:
-    """Returns `[T, S]` minus the mean of the sample's other rollouts; rollouts of one sample lie beside each other."""
+def leave_one_out_advantages(returns: Tensor, num_generations: int, is_known: Tensor | None = None) -> Tensor:
+    """
+    Returns `[T, S]` minus the mean of the sample's other rollouts; rollouts of one sample lie beside each other. Of
+    those that are not known, `bool [S]`, see [`fill_with_group_mean`].
+    """
     groups = returns.unflatten(1, (-1, num_generations))  # (T, B, R)
     others = (groups.sum(2, keepdim=True) - groups) / (num_generations - 1)
-    return (groups - others).flatten(1)
+    advantages = groups - others
+    if is_known is not None:  # the mean of the known others
+        count = count_known(is_known, num_generations)
+        advantages = advantages * (count / (count - 1).clamp(min=1)) / (num_generations / (num_generations - 1))
+    return advantages.flatten(1)
 
 
-def group_advantages(returns: Tensor, num_generations: int, epsilon: float = 1e-4) -> Tensor:
-    """Returns `[T, S]` standardised among the rollouts of each sample, as in GRPO."""
+def group_advantages(
+    returns: Tensor, num_generations: int, is_known: Tensor | None = None, epsilon: float = 1e-4
+) -> Tensor:
+    """
+    Returns `[T, S]` standardised among the rollouts of each sample, as in GRPO. Of those that are not known,
+    `bool [S]`, see [`fill_with_group_mean`].
+    """
     groups = returns.unflatten(1, (-1, num_generations))
     deviation = groups - groups.mean(2, keepdim=True)
-    return (deviation / (groups.std(2, keepdim=True) + epsilon)).flatten(1)
+    spread = group_spread(returns, num_generations, is_known)[..., None]
+    return (deviation / (spread + epsilon)).flatten(1)
+
+
+def group_spread(returns: Tensor, num_generations: int, is_known: Tensor | None = None) -> Tensor:
+    """Standard deviation of returns `[T, S]` among the known rollouts of each sample, `[T, B]`."""
+    spread = returns.unflatten(1, (-1, num_generations)).std(2)
+    if is_known is None:
+        return spread
+    count = count_known(is_known, num_generations)[..., 0]
+    return spread * ((num_generations - 1) / (count - 1).clamp(min=1)).sqrt()
+
+
+def count_known(is_known: Tensor, num_generations: int) -> Tensor:
+    """How many rollouts of each sample are known, of `bool [S]`: `[1, B, 1]`."""
+    return is_known.view(1, -1, num_generations).sum(2, keepdim=True)
 
 
 def fill_with_group_mean(returns: Tensor, is_known: Tensor, num_generations: int) -> Tensor:
-    """Returns `[T, S]` of which those that are not known, `bool [S]`, become the mean of their group: no advantage."""
+    """
+    Returns `[T, S]` of which those that are not known, `bool [S]`, become the mean of their group: they have no
+    advantage, and those of the others are as without them.
+    """
     groups, known = returns.unflatten(1, (-1, num_generations)), is_known.view(1, -1, num_generations)
     mean = (groups * known).sum(2, keepdim=True) / known.sum(2, keepdim=True).clamp(min=1)
     return torch.where(known, groups, mean).flatten(1)

@@ -25,7 +25,7 @@ from .rollouts import (
 
 class CounterfactualTrainer(BudgetedRolloutTrainer):
     """
-    Trains a policy that prunes in one step, by the exact credit of single bits.
+    Trains a policy that prunes in one step, by the credit of single bits.
 
     **Derivation.** The policy keeps token i with probability p_i, independently of the others, so the expected reward
     `J = E[R(a)]` is linear in each p_i:
@@ -40,9 +40,10 @@ class CounterfactualTrainer(BudgetedRolloutTrainer):
     rollout. Written as PPO's surrogate, with the ratio `1 + p_i - p_i of the rollout`, it can be clipped: an
     update gains nothing by moving a probability further than `epsilon`.
 
-    - **Flips.** `num_flips` bits of a mask are flipped, drawn by `p_i * (1 - p_i)`, the factor that the logit's
-      gradient has anyway; the gain of the others counts as 0. A mask whose score cannot rise by `min_spread` is not
-      flipped: the best answer cannot be improved.
+    - **Flips.** `num_flips` bits of a mask are flipped, drawn by `p_i * (1 - p_i)`; the gain of the others counts as
+      0. The logit's gradient has the same factor, so that it counts twice: bits near 0 or 1 move less than the
+      gradient of J would move them. It is exact only where all bits are flipped. A mask whose score cannot rise by
+      `min_spread` is not flipped: the best answer cannot be improved.
     - **Budget.** At a budget, the logits of a question are shifted so that it keeps as many tokens as it may on
       average. The shift follows from the logits, and its gradient is part of the update
       ([`~tprl_hf.training.rollouts.logits_at_budget`]): one token's gain is another one's loss.

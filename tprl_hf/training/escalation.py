@@ -86,8 +86,12 @@ def calibrate_escalation(
         probabilities.append(notes.probability.cpu())
         num_visual = batch.inputs.num_visual.cpu()
         total += int(num_visual.sum())
+        least = torch.zeros_like(num_visual)  # separators always stay, and a token besides
+        if batch.inputs.protected is not None:
+            separators = batch.inputs.protected.sum(1).cpu()
+            least = torch.where(separators > 0, separators + 1, 0).minimum(num_visual)
         for counts, budget in zip((first, second), budgets, strict=True):
-            counts.append(keep_counts(num_visual, budget))
+            counts.append(keep_counts(num_visual, budget).maximum(least))
     probability, order = torch.cat(probabilities).sort()
     once, again = torch.cat(first), torch.cat(second)[order]
     read = once.sum() + again.cumsum(0)  # where the least sure n samples are looked at again

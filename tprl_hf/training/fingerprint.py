@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tprl_hf.modeling.checkpoint_checks import check_weight_files
+from tprl_hf.modeling.checkpoint_checks import cached, check_weight_files
 from tprl_hf.modeling.configuration_tprl import TPRLConfig
-from tprl_hf.modeling.peft_adapter import without_adapter
+from tprl_hf.modeling.peft_adapter import FOLDER, WEIGHTS, without_adapter
 from tprl_hf.modeling.policy_weights import policy_in_files, policy_state
 
 if TYPE_CHECKING:
@@ -48,6 +49,15 @@ def policy_in_checkpoint(directory: Path) -> str | None:
         return _digest_of_policy(policy_in_files(str(directory), check_weight_files(str(directory), {}), {}))
     except SafetensorError as error:
         raise ValueError(f"The weights in {directory} are damaged ({error}): save the checkpoint again.") from error
+
+
+def lora_in_checkpoint(source: str) -> str | None:
+    """A digest of the LoRA of a checkpoint, a directory or a name on the Hub; `None` where it has none."""
+    path = cached(source, f"{FOLDER}/{WEIGHTS}", {})
+    if path is None:
+        return None
+    weights = load_file(path)
+    return digest_of_weights({name: weights[name] for name in sorted(weights)})
 
 
 def _digest_of_policy(weights: Mapping[str, Tensor]) -> str:

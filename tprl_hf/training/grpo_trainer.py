@@ -9,6 +9,7 @@ from .advantages import (
     discounted_returns,
     fill_with_group_mean,
     group_advantages,
+    group_spread,
     is_trained_on,
     leave_one_out_advantages,
     mean_over_steps,
@@ -63,8 +64,8 @@ class TPRLGRPOTrainer(BudgetedRolloutTrainer):
         returns = discounted_returns(rewards, step_mask, gamma=1.0)
         returns = fill_with_group_mean(returns, is_scored, args.num_generations)
         compare = group_advantages if args.scale_rewards == "group" else leave_one_out_advantages
-        advantages = compare(returns, args.num_generations) * step_mask
-        spread = returns[0].view(-1, args.num_generations).std(1).repeat_interleave(args.num_generations)
+        advantages = compare(returns, args.num_generations, is_scored) * step_mask
+        spread = group_spread(returns[:1], args.num_generations, is_scored)[0].repeat_interleave(args.num_generations)
         trained_on = is_trained_on(spread, args.min_spread, args.num_mini_batches)
         self.buffer = {"advantages": advantages, "is_trained_on": trained_on}
         if args.beta > 0:
@@ -93,8 +94,9 @@ class TPRLGRPOTrainer(BudgetedRolloutTrainer):
         scores = probed.new_full((len(probed), groups.numel()), torch.nan)
         scores[:, probes] = probed
 
-        known = fill_with_group_mean(probed[-1:].nan_to_num(), ~probed[-1].isnan(), args.num_probes)
-        spread = known.view(-1, args.num_probes).std(1)
+        is_known = ~probed[-1].isnan()
+        filled = fill_with_group_mean(probed[-1:].nan_to_num(), is_known, args.num_probes)
+        spread = group_spread(filled, args.num_probes, is_known)[0]
         index = others[spread >= args.min_spread].flatten()
         if len(index) > 0:
             rest = rollouts.take(index)

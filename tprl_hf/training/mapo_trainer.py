@@ -11,7 +11,13 @@ from transformers.utils import logging
 
 from tprl_hf.modeling.modeling_tprl import TPRLForConditionalGeneration
 
-from .advantages import discounted_returns, fill_with_group_mean, is_trained_on, leave_one_out_advantages
+from .advantages import (
+    discounted_returns,
+    fill_with_group_mean,
+    group_spread,
+    is_trained_on,
+    leave_one_out_advantages,
+)
 from .grpo_trainer import TPRLGRPOTrainer
 from .mapo_config import TPRLMAPOConfig
 from .rewards import in_existing_steps, step_rewards
@@ -167,7 +173,7 @@ class TPRLMAPOTrainer(TPRLGRPOTrainer):
 
         keys = self.memory_keys(buffer, budgets.keep_ratio)
         weights = torch.ones(len(fresh.sample_index), device=returns.device)
-        advantages = leave_one_out_advantages(returns, args.num_generations)
+        advantages = leave_one_out_advantages(returns, args.num_generations, is_scored)
         rollouts = fresh
         remembered = self.remember(keys, budgets)
         if remembered is not None:
@@ -188,7 +194,7 @@ class TPRLMAPOTrainer(TPRLGRPOTrainer):
             self.note({"memory/probability": probability.mean(), "memory/return": remembered.returns[0].mean()})
         self.rollouts = rollouts
         step_mask = rollouts.step_mask
-        spread = returns[0].view(-1, args.num_generations).std(1)[rollouts.sample_index]
+        spread = group_spread(returns[:1], args.num_generations, is_scored)[0][rollouts.sample_index]
         trained_on = is_trained_on(spread, args.min_spread, args.num_mini_batches)
         # the clipped loss is linear in positive factors of the advantages
         self.buffer = {"advantages": advantages * weights * step_mask, "is_trained_on": trained_on}

@@ -107,6 +107,7 @@ class PolicyTrainer(PrunerTrainer):
         self.chosen: list[tuple[Dataset, list[ChosenTokens]]] = []  # by the last `evaluate`, of each dataset
         self.watched: list[int] | None = None  # places among these
         self.training_before = model.config.policy_training
+        self.pruner_before = None if model.config.pruner is None else model.pruner
         self.digest: str | None = None
         self.is_finished = False
 
@@ -316,6 +317,7 @@ class PolicyTrainer(PrunerTrainer):
     def note_training(self, num_steps: int) -> None:
         """Notes in the model's config how its policy was trained, of which `num_steps` were here."""
         if num_steps == 0:  # it is still the start
+            self.tprl_model.set_pruner(self.pruner_before)
             self.tprl_model.config.policy_training = self.training_before
             return
         if self.digest is None and self.train_dataset is not None:

@@ -113,6 +113,12 @@ class RolloutConfig(PolicyTrainingConfig):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} has no meaning here: set "
                 "num_mini_batches for the size of an update and micro_batch_size for memory."
             )
+        order = getattr(self, "train_sampling_strategy", "random"), self.data_seed
+        if order[0] != "random" or order[1] not in (None, self.seed):
+            raise ValueError(
+                f"train_sampling_strategy={order[0]!r} and data_seed={order[1]} have no effect here: each epoch has a "
+                "random order that follows from seed. Leave them out."
+            )
         trajectories = self.per_device_train_batch_size * self.num_generations
         if trajectories % self.num_mini_batches != 0:
             raise ValueError(
