@@ -123,7 +123,7 @@ def test_a_saved_dataset_needs_no_more_than_pictures_prompts_and_answers(columns
     [
         (
             lambda d: d.rename_column("image", "picture"),
-            "has no column 'images', only picture, prompt, answer: rename",
+            "has no column `image`, and one `picture` with pictures: call it `image`",
         ),
         (lambda d: d.rename_column("prompt", "question"), "has no column 'prompt', only image, question, answer"),
         (
@@ -359,7 +359,7 @@ def test_scores_are_those_of_the_answers(evaluate, tmp_path, monkeypatch):
 
 def test_it_reads_the_users_own_questions(evaluate, own_data):
     code, out, _ = evaluate("--data", str(own_data), "--num-samples", "4")
-    assert code == 0 and "all (2)" in out and "counting (2)" in out
+    assert code == 0 and "untyped (2)" in out and "counting (2)" in out
     assert table_under(out, "pruner")[2][2] == "6.0 of 12.0 (0-8)"  # one question has no image
 
 
