@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, HfApi
 from tests.families.tiny_models import build
 from tests.families.tiny_processor import make_processor
 from tprl_hf import TPRLConfig, TPRLForConditionalGeneration
+from tprl_hf.cli.evaluation_notes import OWN_ANSWERS
 from tprl_hf.cli.main import main
 from tprl_hf.hub.publishing import files_to_publish
 from tprl_hf.model_cards import eval_results_yaml, model_index, policy_card
@@ -103,11 +104,17 @@ assert HfApi().model_info("me/by-command").sha == before
 # weights that are somebody's stay, and a LoRA that this checkpoint has not goes
 api = HfApi()
 assert main([*push[:2], "me/with-others"]) == 0
+assert main([*push[:2], "me/with-others", "--benchmark", bench]) == 0
+assert ".eval_results/bench-easy-test.yaml" in api.list_repo_files("me/with-others")
 for name in ("onnx/model.safetensors", "adapter/adapter_model.safetensors", "model-00001-of-00002.safetensors"):
     api.upload_file(path_or_fileobj=b"theirs", path_in_repo=name, repo_id="me/with-others")
 assert main([*push[:2], "me/with-others"]) == 0
 weights = {name for name in api.list_repo_files("me/with-others") if name.endswith(".safetensors")}
 assert weights == {"onnx/model.safetensors", "model.safetensors"}, weights
+# results that are not passed again are still those of these weights, and not those of others
+assert ".eval_results/bench-easy-test.yaml" in api.list_repo_files("me/with-others")
+assert main(["push", str(folder / "lfd"), "me/with-others", "--base-model", "me/trained-base"]) == 0
+assert ".eval_results/bench-easy-test.yaml" not in api.list_repo_files("me/with-others")
 
 # the Hub says no to a card of demonstrations: before anything is made
 try:
@@ -276,6 +283,18 @@ def test_a_checkpoint_with_a_pruner_says_so():
     assert yaml.safe_load(eval_results_yaml(results, "me/data", "test", own))[0]["value"] == 37.5
     with pytest.raises(ValueError, match=r"no row `fastv:layer=3`: run tprl evaluate with --pruners fastv:layer=3"):
         eval_results_yaml(RESULTS, "me/data", "test", own)
+
+
+def test_agreement_is_not_published_as_accuracy():
+    """Of data without answers: the unpruned model agrees with itself."""
+    score = f"exact match of the reference answer; the data have none, so {OWN_ANSWERS}"
+    results = {**RESULTS, "score": score, "split": None}
+    (found,) = model_index("me/name", [results])[0]["results"]
+    (metric,) = found["metrics"]
+    assert (metric["type"], metric["name"]) == ("agreement", "Agreement with unpruned (visual tokens kept: 1/2)")
+    assert "split" not in found["dataset"] and len(model_index("me/name", [RESULTS])[0]["results"][0]["metrics"]) == 2
+    with pytest.raises(ValueError, match=r"without reference answers.*Leave out --benchmark"):
+        eval_results_yaml(results, "me/data", "test")
 
 
 def test_results_without_baselines_are_refused():

@@ -146,7 +146,7 @@ def test_a_stage_whose_source_was_trained_anew_is_not_finished(recipe, tmp_path,
     for more in ([], ["--dry-run"]):
         message = refusal(capsys, "all", *other, *more)
         assert f"{run}/lfd was begun from a training of autoencoder that is not that of {run}/autoencoder" in message
-        assert f"delete {run}/lfd to train it again, or pass --overwrite" in message
+        assert f"delete {run}/lfd to train it again." in message
     assert not (run / "autoencoder").exists()
 
     # trained anew, by itself
@@ -250,7 +250,7 @@ def test_stages_that_are_overwritten(recipe, base, tmp_path, capsys):
     for stage in ("autoencoder", "lfd"):
         (run / stage / "settings.json").write_text("{}")
     assert main(["train", "autoencoder", *words]) == 2
-    assert "was made with other settings" in (err := capsys.readouterr().err) and "or --overwrite to delete it" in err
+    assert "was made with other settings" in (err := capsys.readouterr().err) and "to train this stage again" in err
     assert main(["train", "autoencoder", *words, "--overwrite"]) == 2
     assert "lfd was made from autoencoder, which --overwrite would delete" in capsys.readouterr().err
     assert (run / "autoencoder/training.json").read_text() == (run / "lfd/training.json").read_text() == "{}"

@@ -40,7 +40,7 @@ def refuse_stale(stages: list[str], recipe: dict[str, Any]) -> None:
         noted, sources = noted_in(directory), sources_of_stage(stage, recipe)
         if noted is None:
             continue
-        cure = f"delete {directory} to train it again, or pass --overwrite."
+        cure = f"delete {directory} to train it again."
         if sorted(noted) != sorted(sources):
             was, now = (" and ".join(sorted(names)) or "no other stage" for names in (noted, sources))
             raise ValueError(f"{directory} was begun from {was}, and this recipe begins it from {now}: {cure}")

@@ -24,7 +24,7 @@ from .arguments import (
     pruner_names,
     rounds,
 )
-from .evaluation_notes import ENLARGED, HALF_SIZE, MARK, RESIZE, notes_of, seeds_of
+from .evaluation_notes import ENLARGED, HALF_SIZE, MARK, OWN_ANSWERS, RESIZE, notes_of, seeds_of
 from .progress import bar, note
 from .run_folder import PAGE, PLOT, RUNS, claim_folder, default_folder, refuse_other_run
 
@@ -173,8 +173,7 @@ def run(arguments: argparse.Namespace) -> int:
         refuse_other_run(folder, known_before)
     model, processor = load_model_for(arguments.data, arguments)
     check_samples(samples, processor, arguments.data)
-    names = arguments.pruners or default_pruners(model, processor, samples)
-    settings = make_settings(model, names, arguments)
+    settings = make_settings(model, arguments.pruners or default_pruners(model, processor, samples), arguments)
 
     folder.mkdir(parents=True, exist_ok=True)
     answers = folder / "answers.jsonl"
@@ -353,7 +352,7 @@ def load_samples(arguments: argparse.Namespace) -> tuple[Any, list[int] | None, 
                     f"{data} has no `answer`, which --metric {arguments.metric} compares with: add the correct "
                     "answers, or leave --metric out to compare with the unpruned model's."
                 )
-            metric += "; the data have none, so the unpruned model's own answers are the references"
+            metric += f"; the data have none, so {OWN_ANSWERS}"
         return samples, None, score, metric
     check_task_name(data)
     if arguments.metric:
@@ -486,12 +485,13 @@ def write_results(folder: Path, rows, described: dict[str, Any]) -> None:
 
     from tprl_hf.evaluation.tables import as_csv, as_markdown, plot_accuracy
 
-    content = {**described, "notes": notes_of(rows, described), "rows": [asdict(row) for row in rows]}
+    split = described["split"] if described["data"] in TEST_BEDS else None  # others have none
+    content = {**described, "split": split, "notes": notes_of(rows, described), "rows": [asdict(row) for row in rows]}
     write(folder / "results.json", json.dumps(content, indent=1) + "\n")
     write(folder / "results.csv", as_csv(rows))
-    page = [*map(as_markdown, tables_of(rows)), *notes_of(rows, described)]
-    write(folder / "results.md", "\n".join(page) + "\n")
-    title = f"{described['data']} {described['split']}, {described['num_samples']} questions, {seeds_of(described)}"
+    write(folder / "results.md", "\n".join([*map(as_markdown, tables_of(rows)), *notes_of(rows, described)]) + "\n")
+    source = " ".join(filter(None, (described["data"], split)))
+    title = f"{source}, {described['num_samples']} questions, {seeds_of(described)}"
     if importlib.util.find_spec("matplotlib") is None:
         (folder / PLOT).unlink(missing_ok=True)  # of other rows
         note(f"No {PLOT}, which needs matplotlib: pip install 'tprl_hf[eval]'; the same command then only draws.")

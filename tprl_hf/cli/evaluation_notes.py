@@ -11,6 +11,7 @@ RESIZE, ENLARGED = "resize", "enlarged"
 # The picture that `resize+NAME` prunes from has this fraction of the visual tokens.
 HALF_SIZE = 1 / 2
 # Behind the names of rows whose scores were trained with boxes.
+OWN_ANSWERS = "the unpruned model's own answers are the references"  # as in model_cards, which has to know it
 MARK = "*"
 
 

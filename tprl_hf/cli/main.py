@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:  # the last one of a loss that is not finite
         if arguments.traceback:
             raise
         return mistake(arguments.command, said_plainly(error))

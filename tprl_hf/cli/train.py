@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         with StopSignals() as signals, signs_of_life(Path(recipe["output_dir"])):
             run_stages(stages, recipe, Path(arguments.config).stem, signals, loading_options(arguments))
     except Stopped as stopped:
-        saved = stopped.saved or "nothing new was saved"
+        saved = stopped.saved or "nothing new was saved but what the stage keeps as it goes"
         print(
             f"tprl train: stopped by {signal.Signals(stopped.signum).name}; {saved}. The same command resumes.",
             file=sys.stderr,
@@ -274,7 +274,7 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
         if before != asked:
             raise ValueError(
                 f"{directory} was made with other settings ({', '.join(differing(before, asked)[:3])}), see {path}: "
-                "pass --set output_dir=ANOTHER, or --overwrite to delete it."
+                f"pass --set output_dir=ANOTHER, or delete {directory} to train this stage again."
             )
     write(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 

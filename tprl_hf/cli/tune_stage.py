@@ -91,6 +91,9 @@ def tune(
         str(Path(recipe["output_dir"]) / "unpruned_answers"),
     )
     if is_first_process():
+        card = directory / "README.md"
+        if card.is_file() and "generated_from_trainer" in card.read_text(encoding="utf-8"):
+            card.unlink()  # TRL's, which knows neither policy nor base model
         model.save_pretrained(directory, save_base_model=model.config.includes_base_model or None)
         saved_processor.save_pretrained(directory)
     return {"log_history": history}

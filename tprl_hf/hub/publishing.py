@@ -1,5 +1,7 @@
 """A trained policy's directory to the Hub: weights, config, processor, code and a card made of what was measured."""
 
+import hashlib
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -55,6 +57,7 @@ PROCESSOR_FILES = (
         "additional_chat_templates/*.jinja",
     ),
 )
+RESULTS = ".eval_results/*.yaml"  # of benchmarks
 LORA_FILES = (f"{FOLDER}/adapter_config.json", f"{FOLDER}/{WEIGHTS}")
 
 
@@ -234,10 +237,11 @@ def publish(
     assert isinstance(card, bytes)
     check_card(api, card.decode())
     name = prepare_repo(api, name, private, revision)
+    is_other = has_other_weights(api, name, files, revision)  # whose results are not this policy's
     stale = [
         path
         for path in api.list_repo_files(name, revision=revision)
-        if path not in files and is_weights_of_a_checkpoint(path)
+        if path not in files and (is_weights_of_a_checkpoint(path) or (is_other and fnmatch(path, RESULTS)))
     ]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in sorted(files.items())
@@ -251,6 +255,18 @@ def publish(
 def is_weights_of_a_checkpoint(path: str) -> bool:
     """Whether a file of a repository has weights that `from_pretrained` would read. Those in other folders stay."""
     return path in LORA_FILES or ("/" not in path and any(fnmatch(path, pattern) for pattern in WEIGHT_PATTERNS))
+
+
+def has_other_weights(api: HfApi, repo_id: str, files: Mapping[str, Path | bytes], revision: str | None) -> bool:
+    """Whether a repository has other weights than those of `files`, or not all of them."""
+    own = {path: content for path, content in files.items() if is_weights_of_a_checkpoint(path)}
+    there = {info.path: info for info in api.get_paths_info(repo_id, list(own), revision=revision)}
+    for path, content in own.items():
+        lfs = getattr(there.get(path), "lfs", None)
+        with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+            if lfs is None or lfs.sha256 != hashlib.file_digest(file, "sha256").hexdigest():
+                return True
+    return False
 
 
 def check_card(api: HfApi, card: str, repo_type: str = "model") -> None:

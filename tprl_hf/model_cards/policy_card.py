@@ -12,6 +12,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from .render import render_card
 
+OWN_ANSWERS = "the unpruned model's own answers are the references"  # of data without answers, as `score` says it
 # What a results.json of `tprl evaluate` must say.
 RESULT_FIELDS = ("command", "device", "versions", "data", "split", "seed", "num_samples", "weights", "rows")
 
@@ -85,6 +86,8 @@ def policy_card(
         base_model=config.get("base_model_name_or_path"),
         config=config,
         own=own,
+        has_lora=bool(config.get("includes_adapter")),
+        is_tuned=any(stage["stage"] == "tune" for stage in stages),
         budget=named[0] if named else None,
         budget_argument="" if named else ", keep_ratio=1 / 3",
         results=[{"score": result.get("metric", ""), **without_paths(result)} for result in results],
@@ -106,6 +109,11 @@ def check_results(result: Mapping[str, Any]) -> None:
         raise ValueError(f"A table needs the rows none and random beside the policy's; there are {sorted(pruners)}.")
 
 
+def has_own_references(result: Mapping[str, Any]) -> bool:
+    """Whether a `results.json` says how often the unpruned model gives the same answer, and not a right one."""
+    return OWN_ANSWERS in str(result.get("score"))
+
+
 def model_index(
     repo_id: str,
     results: Sequence[Mapping[str, Any]],
@@ -119,9 +127,9 @@ def model_index(
     found = list(benchmark_results)
     for result in results:
         check_results(result)
-        data = without_paths(str(result["data"]))
+        data, agrees = without_paths(str(result["data"])), has_own_references(result)
         for row in result["rows"]:
-            if row["pruner"] not in ("none", own):
+            if row["pruner"] not in (own, *(() if agrees else ("none",))):
                 continue
             kept = "unpruned" if row["pruner"] == "none" else f"visual tokens kept: {row['budget']}"
             found.append(
@@ -129,10 +137,10 @@ def model_index(
                     task_type="image-text-to-text",
                     dataset_type=data,
                     dataset_name=data,
-                    dataset_split=str(result["split"]),
+                    dataset_split=result["split"],
                     dataset_args={"seed": result["seed"], "num_samples": result["num_samples"]},
-                    metric_type="accuracy",
-                    metric_name=f"Accuracy ({kept})",
+                    metric_type="agreement" if agrees else "accuracy",
+                    metric_name=f"{'Agreement with unpruned' if agrees else 'Accuracy'} ({kept})",
                     metric_value=round(row["accuracy"]["value"], 4),
                 )
             )
@@ -150,9 +158,14 @@ def eval_results_yaml(result: Mapping[str, Any], dataset_id: str, task_id: str, 
         own (`str`, *optional*, defaults to `"learned"`): What the results call its pruner.
 
     Raises:
-        `ValueError`: If the results have no row of it.
+        `ValueError`: If the results have no row of it, or are of no reference answers.
     """
     check_results(result)
+    if has_own_references(result):
+        raise ValueError(
+            f"{result['data']} was measured without reference answers: how often the unpruned model agrees is no "
+            f"result of {dataset_id}. Leave out --benchmark, or evaluate data with `answer`."
+        )
     entries = [
         EvalResultEntry(
             dataset_id=dataset_id,

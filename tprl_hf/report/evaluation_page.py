@@ -92,7 +92,7 @@ def evaluation_page(folder: Path) -> str:
     results = read_results(folder)
     rows = results["rows"]
     broken, pictures = read_broken(folder), ShownPictures()
-    title = f"{Path(results['data']).name}, {results['split']}"
+    title = ", ".join(filter(None, (Path(results["data"]).name, results["split"])))
     notes = results.get("notes") or [
         f"{results['num_samples']} questions, seed {results['seed']}. Accuracy: {results['score']}.",
         f"Device: {results['device']}.",
