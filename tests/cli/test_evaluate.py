@@ -217,6 +217,17 @@ def test_questions_without_a_type_are_not_all(evaluate, own_data, tmp_path):
     assert "untyped (2)" in (tmp_path / "out" / "results.html").read_text()
 
 
+def test_own_data_have_no_split(evaluate, own_data, tmp_path):
+    words = ["--data", str(own_data), "--num-samples", "4"]
+    code, out, _ = evaluate(*words)
+    assert code == 0 and f"4 questions of {own_data}, seed 7." in out and ", split" not in out
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["split"] is None
+    path = tmp_path / "out" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "split": "test"}))  # as earlier versions noted it
+    assert evaluate(*words)[0] == 0
+    assert "split test, seed 7" in evaluate("--overwrite")[1]  # of Mosaic-VQA
+
+
 def test_answers_of_two_dtypes_do_not_go_into_one_folder(evaluate, tmp_path):
     assert evaluate("--dtype", "float32")[0] == 0
     code, _, err = evaluate("--dtype", "bfloat16")

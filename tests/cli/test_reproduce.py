@@ -306,7 +306,7 @@ def test_a_signal_ends_the_command_and_says_what_resumes(tmp_path, monkeypatch, 
     words = ["reproduce", "table4", "--runs-dir", str(tmp_path), "--output-dir", str(tmp_path / "out")]
     assert main(words) == 143
     err = capsys.readouterr().err
-    assert "tprl reproduce: stopped by SIGTERM; nothing new was saved. The same command resumes." in err
+    assert "tprl reproduce: stopped by SIGTERM; no new checkpoint was saved. The same command resumes." in err
 
 
 def test_a_curve_has_one_point_for_each_count():

@@ -39,7 +39,7 @@ from tprl_hf.pruners import UniformPruner
 from tprl_hf.training import AutoencoderConfig, AutoencoderTrainer, LfDConfig, LfDTrainer
 from tprl_hf.cli.main import main
 from tprl_hf.training import TPRLPPOConfig, TPRLPPOTrainer, generate_demonstrations
-from tprl_hf.hub.publishing import push_demonstrations
+from tprl_hf.hub.publishing import has_other_weights, push_demonstrations
 
 folder = Path(sys.argv[1])
 processor, dataset = make_processor(), make_dataset()
@@ -115,6 +115,10 @@ assert weights == {"onnx/model.safetensors", "model.safetensors"}, weights
 assert ".eval_results/bench-easy-test.yaml" in api.list_repo_files("me/with-others")
 assert main(["push", str(folder / "lfd"), "me/with-others", "--base-model", "me/trained-base"]) == 0
 assert ".eval_results/bench-easy-test.yaml" not in api.list_repo_files("me/with-others")
+# a LoRA's config is not a file of weights
+for name, is_other in (("lfd", False), ("ppo", True)):
+    files = {"model.safetensors": folder / name / "model.safetensors", "adapter/adapter_config.json": b"{}"}
+    assert has_other_weights(api, "me/with-others", files, None) == is_other
 
 # the Hub says no to a card of demonstrations: before anything is made
 try:

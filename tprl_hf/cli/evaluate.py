@@ -417,7 +417,7 @@ def describe_data(arguments: argparse.Namespace, samples, metric: str) -> dict[s
 
     return {
         "questions": questions_digest(samples),
-        "split": arguments.split or "test",
+        "split": (arguments.split or "test") if arguments.data in TEST_BEDS else None,  # others have none
         "seed": arguments.seed if len(arguments.seed) > 1 else arguments.seed[0],
         "num_samples": len(samples),
         "max_new_tokens": arguments.max_new_tokens,
@@ -485,12 +485,11 @@ def write_results(folder: Path, rows, described: dict[str, Any]) -> None:
 
     from tprl_hf.evaluation.tables import as_csv, as_markdown, plot_accuracy
 
-    split = described["split"] if described["data"] in TEST_BEDS else None  # others have none
-    content = {**described, "split": split, "notes": notes_of(rows, described), "rows": [asdict(row) for row in rows]}
+    content = {**described, "notes": notes_of(rows, described), "rows": [asdict(row) for row in rows]}
     write(folder / "results.json", json.dumps(content, indent=1) + "\n")
     write(folder / "results.csv", as_csv(rows))
     write(folder / "results.md", "\n".join([*map(as_markdown, tables_of(rows)), *notes_of(rows, described)]) + "\n")
-    source = " ".join(filter(None, (described["data"], split)))
+    source = " ".join(filter(None, (described["data"], described["split"])))
     title = f"{source}, {described['num_samples']} questions, {seeds_of(described)}"
     if importlib.util.find_spec("matplotlib") is None:
         (folder / PLOT).unlink(missing_ok=True)  # of other rows

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 RESIZE, ENLARGED = "resize", "enlarged"
 # The picture that `resize+NAME` prunes from has this fraction of the visual tokens.
 HALF_SIZE = 1 / 2
+OWN_ANSWERS = "the unpruned model's own answers are the references"  # model_cards recognises these words
 # Behind the names of rows whose scores were trained with boxes.
-OWN_ANSWERS = "the unpruned model's own answers are the references"  # as in model_cards, which has to know it
 MARK = "*"
 
 
@@ -63,7 +63,8 @@ def notes_of(rows: Sequence["Row"], described: dict[str, Any]) -> list[str]:
             "an unfair advantage here; do not compare it with other rows."
         )
     versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
-    asked = f"{described['num_samples']} questions of {described['data']}, split {described['split']}"
+    asked = f"{described['num_samples']} questions of {described['data']}"
+    asked += f", split {described['split']}" if described["split"] else ""
     return [
         f"{asked}, {seeds_of(described)}. "
         f"Accuracy: {described['score']}; in brackets 95 % bootstrap intervals over images (2000 resamples).",

@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
                 command = command_of(table, arguments)
                 reproduce(table, runs[table.name], results, signals, command, settings)
     except Stopped as stopped:
-        saved = stopped.saved or "nothing new was saved"
+        saved = stopped.saved or "no new checkpoint was saved"
         reason = signal.Signals(stopped.signum).name
         print(f"tprl reproduce: stopped by {reason}; {saved}. The same command resumes.", file=sys.stderr)
         return 128 + stopped.signum

@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         with StopSignals() as signals, signs_of_life(Path(recipe["output_dir"])):
             run_stages(stages, recipe, Path(arguments.config).stem, signals, loading_options(arguments))
     except Stopped as stopped:
-        saved = stopped.saved or "nothing new was saved but what the stage keeps as it goes"
+        saved = stopped.saved or "no new checkpoint was saved"
         print(
             f"tprl train: stopped by {signal.Signals(stopped.signum).name}; {saved}. The same command resumes.",
             file=sys.stderr,

@@ -211,7 +211,8 @@ def publish(
     Pushes a checkpoint's directory in one commit.
 
     Args:
-        directory (`str` or `Path`): A checkpoint that `save_pretrained` or a trainer wrote; it is left as it is.
+        directory (`str` or `Path`): A checkpoint that `save_pretrained` or a trainer wrote. It is left as it is, but a
+            save that was cut off is finished.
         repo_id (`str`): `NAME` or `USER/NAME`; made when missing.
         token, private, revision, commit_message: As in `HfApi.create_repo` and `HfApi.create_commit`.
         facts: What the card says: `results` (a list of what `tprl evaluate` wrote), `benchmark_results` (a list of
@@ -237,12 +238,11 @@ def publish(
     assert isinstance(card, bytes)
     check_card(api, card.decode())
     name = prepare_repo(api, name, private, revision)
-    is_other = has_other_weights(api, name, files, revision)  # whose results are not this policy's
-    stale = [
-        path
-        for path in api.list_repo_files(name, revision=revision)
-        if path not in files and (is_weights_of_a_checkpoint(path) or (is_other and fnmatch(path, RESULTS)))
-    ]
+    others = [path for path in api.list_repo_files(name, revision=revision) if path not in files]
+    stale = [path for path in others if is_weights_of_a_checkpoint(path)]
+    results = [path for path in others if fnmatch(path, RESULTS)]
+    if results and has_other_weights(api, name, files, revision):  # they are not this policy's
+        stale += results
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in sorted(files.items())
     ]
@@ -259,7 +259,7 @@ def is_weights_of_a_checkpoint(path: str) -> bool:
 
 def has_other_weights(api: HfApi, repo_id: str, files: Mapping[str, Path | bytes], revision: str | None) -> bool:
     """Whether a repository has other weights than those of `files`, or not all of them."""
-    own = {path: content for path, content in files.items() if is_weights_of_a_checkpoint(path)}
+    own = {path: content for path, content in files.items() if path.endswith(".safetensors")}
     there = {info.path: info for info in api.get_paths_info(repo_id, list(own), revision=revision)}
     for path, content in own.items():
         lfs = getattr(there.get(path), "lfs", None)

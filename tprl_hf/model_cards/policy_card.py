@@ -163,8 +163,8 @@ def eval_results_yaml(result: Mapping[str, Any], dataset_id: str, task_id: str, 
     check_results(result)
     if has_own_references(result):
         raise ValueError(
-            f"{result['data']} was measured without reference answers: how often the unpruned model agrees is no "
-            f"result of {dataset_id}. Leave out --benchmark, or evaluate data with `answer`."
+            f"{result['data']} was measured without reference answers: how often the unpruned model agrees is "
+            f"not a result of {dataset_id}. Leave out --benchmark, or evaluate data with `answer`."
         )
     entries = [
         EvalResultEntry(

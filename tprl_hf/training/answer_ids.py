@@ -51,8 +51,8 @@ def reference_ids(tokenizer: Any, prompt: str, answer: str, tail: str, ends: Seq
         tokenizer: of the processor.
         prompt (`str`): as the chat template writes it.
         answer (`str`): how it goes on with the reference, perhaps behind a space.
-        tail (`str`): what it writes behind that. Only a token that ends an answer is taken of it: the space of
-            LLaVA-1.5's template, for one, no model says.
+        tail (`str`): what it writes behind that. Only a token that ends an answer is taken from it. LLaVA-1.5's
+            template, for example, writes a space there, which the model does not say.
         ends (`list[int]`): tokens that end an answer; the first one is taken where the template has none.
     """
     alone = tokenizer(prompt, add_special_tokens=False).input_ids
